@@ -1,0 +1,30 @@
+// The CPU kernels, one table for each instruction set they were compiled for, chosen at run time.
+#pragma once
+
+#include "../hypergraph_conv.h"
+#include "../info_nce.h"
+#include "../knn.h"
+
+namespace hellm::cpu {
+
+struct Kernels {
+  const char* name;
+  bool (*supported)();
+  void (*incidence_product)(const IncidenceProductArguments&);
+  void (*hypergraph_conv)(const HypergraphConvArguments&);
+  void (*bipartite_propagate)(const BipartitePropagateArguments&);
+  void (*info_nce)(const InfoNceArguments&);
+  void (*knn)(const KnnArguments&);
+};
+
+// Widest first. Entries that this processor cannot run are included; ask supported().
+extern const Kernels* const kKernels;
+extern const int kNumKernels;
+
+// The table in use: the widest supported one unless use_kernels chose another.
+const Kernels& kernels();
+
+// False if there is no table of that name or the processor cannot run it.
+bool use_kernels(const char* name);
+
+}  // namespace hellm::cpu

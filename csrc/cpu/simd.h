@@ -1,0 +1,284 @@
+// Vectors of the widest registers the translation unit is compiled for, and the matrix-product tile built on them.
+//
+// Every file that includes this one is compiled once per instruction set (HELLM_ISA) and keeps all its code in the
+// namespace of that name: a template shared between the copies would let the linker pick the widest version for all.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "../dtype.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace hellm::cpu::HELLM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kTileVectors = 4;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kTileVectors = 2;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kTileVectors = 2;
+#endif
+constexpr int kTileRows = 6;
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
+template <typename T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <typename T>
+inline Vector<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
+}
+template <typename T>
+inline void store(T* p, Vector<T> v) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
+}
+template <typename T>
+inline Vector<T> broadcast(T value) {
+  return value - Vector<T>{};
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline double to_float(double x) { return x; }
+inline float to_float(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline float to_float(Float16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+  float value;
+  if (magnitude < 0x0400) {  // subnormal: the mantissa counts units of 2^-24
+    value = float(magnitude) * 0x1p-24f;
+    return sign ? -value : value;
+  }
+  const uint32_t exponent = magnitude >= 0x7c00 ? 0x7f800000u : (magnitude & 0x7c00u) * 0x2000u + (112u << 23);
+  const uint32_t bits = sign | exponent | (magnitude & 0x03ffu) << 13;
+  std::memcpy(&value, &bits, 4);
+  return value;
+#endif
+}
+
+inline void from_float(float x, float& out) { out = x; }
+inline void from_float(double x, double& out) { out = x; }
+// Round to nearest even; NaN stays NaN.
+inline void from_float(float x, BFloat16& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  out.bits = x != x ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void from_float(float x, Float16& out) {
+#if defined(__F16C__)
+  out.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) {
+    out.bits = sign | 0x7e00;
+  } else if (bits >= 0x477ff000) {
+    out.bits = sign | 0x7c00;
+  } else if (bits < 0x38800000) {  // subnormal: let a float addition do the rounding
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, 4);
+    out.bits = uint16_t(sign | (bits - 0x3f000000));
+  } else {
+    bits += 0xc8000fff + ((bits >> 13) & 1);
+    out.bits = uint16_t(sign | (bits >> 13));
+  }
+#endif
+}
+
+// One vector of kLanes<A> consecutive elements in the accumulation type A.
+template <typename A>
+inline Vector<A> load_as(const A* p) {
+  return load(p);
+}
+template <typename A>
+inline Vector<A> load_as(const BFloat16* p) {
+  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+  typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
+  const Word bits = __builtin_convertvector(*reinterpret_cast<const Half*>(p), Word) << 16;
+  return reinterpret_cast<Vector<A>>(bits);
+}
+template <typename A>
+inline Vector<A> load_as(const Float16* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector<A>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+  return reinterpret_cast<Vector<A>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vector<A> v;
+  for (int i = 0; i < kLanes<A>; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+template <typename A>
+inline void store_as(A* p, Vector<A> v) {
+  store(p, v);
+}
+template <typename A, typename S>
+inline void store_as(S* p, Vector<A> v) {
+  for (int i = 0; i < kLanes<A>; ++i) from_float(v[i], p[i]);
+}
+
+// 2^x for x <= about 0; exactly 0 below the smallest normal number. Relative error 2e-7.
+inline Vector<float> exp2(Vector<float> x) {
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  const Vector<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Int normal = x >= -126.0f;
+  const Vector<float> rounded = x + magic;
+  const Vector<float> f = x - (rounded - magic);
+  Vector<float> p = broadcast(1.5403530e-4f);
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  const Int exponent = reinterpret_cast<Int>(rounded) << 23;
+  return reinterpret_cast<Vector<float>>((reinterpret_cast<Int>(p) + exponent) & normal);
+}
+inline Vector<double> exp2(Vector<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp2(x[i]);
+  return x;
+}
+
+// C[r, v] (+)= sum_k A(r, k) B[k, v] for kRows rows and kColumns vectors, all in registers.
+// A(r, k) = a[r * a_row + k * a_depth]; rows of B and C are b_depth and c_row elements apart.
+template <int kRows, int kColumns, bool kAccumulate, typename T>
+inline __attribute__((always_inline)) void tile(const T* __restrict a, int64_t a_row, int64_t a_depth,
+                                                const T* __restrict b, int64_t b_depth, T* __restrict c, int64_t c_row,
+                                                int64_t depth) {
+  constexpr int kWidth = kLanes<T>;
+  Vector<T> sum[kRows][kColumns];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kColumns; ++v) sum[r][v] = kAccumulate ? load(c + r * c_row + v * kWidth) : Vector<T>{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector<T> column[kColumns];
+#pragma GCC unroll 8
+    for (int v = 0; v < kColumns; ++v) column[v] = load(b + v * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const T value = a[r * a_row];
+#pragma GCC unroll 8
+      for (int v = 0; v < kColumns; ++v) sum[r][v] += value * column[v];
+    }
+    a += a_depth;
+    b += b_depth;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kColumns; ++v) store(c + r * c_row + v * kWidth, sum[r][v]);
+}
+
+template <int kColumns, bool kAccumulate, typename T>
+inline void tile_rows(int rows, const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_depth, T* c,
+                      int64_t c_row, int64_t depth) {
+  switch (rows) {
+    case 6: return tile<6, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    case 5: return tile<5, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    case 4: return tile<4, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    case 3: return tile<3, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    case 2: return tile<2, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    default: return tile<1, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+  }
+}
+
+// C [rows, columns] (+)= A [rows, depth] B [depth, columns]; columns is a multiple of the vector width.
+// Column tiles outside, row tiles inside: a column panel of B stays in the first-level cache.
+template <bool kAccumulate, typename T>
+inline void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
+                     const T* b, int64_t b_depth, T* c, int64_t c_row) {
+  constexpr int kWidth = kLanes<T>;
+  for (int64_t column = 0; column < columns;) {
+    const int64_t vectors = (columns - column) / kWidth;
+    const int wide = int(vectors < kTileVectors ? vectors : kTileVectors);
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      const int height = int(rows - row < kTileRows ? rows - row : kTileRows);
+      const T *ap = a + row * a_row, *bp = b + column;
+      T* cp = c + row * c_row + column;
+      switch (wide) {
+#if defined(__AVX512F__)
+        case 4: tile_rows<4, kAccumulate>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
+        case 3: tile_rows<3, kAccumulate>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
+#endif
+        case 2: tile_rows<2, kAccumulate>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
+        default: tile_rows<1, kAccumulate>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
+      }
+    }
+    column += wide * kWidth;
+  }
+}
+
+// Uninitialised scratch on a cache-line boundary.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_(static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 64) / 64 * 64))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator T*() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// unit [rows, stride] = x [rows, dim] / |x|, zero padded; norm [rows] is |x|, 0 for a row that is all zero.
+template <typename T, typename S>
+inline void normalize_row(const S* x, int64_t dim, int64_t stride, T* unit, T* norm) {
+  double square = 0;
+  for (int64_t k = 0; k < dim; ++k) square += double(to_float(x[k])) * double(to_float(x[k]));
+  const double length = __builtin_sqrt(square);
+  const double inverse = length > 0 ? 1.0 / length : 0.0;
+  for (int64_t k = 0; k < dim; ++k) unit[k] = T(double(to_float(x[k])) * inverse);
+  for (int64_t k = dim; k < stride; ++k) unit[k] = T(0);
+  *norm = T(length);
+}
+
+// Calls run<accumulation type, storage type>(arguments).
+#define HELLM_BY_DTYPE(run, arguments)                                  \
+  switch (arguments.dtype) {                                            \
+    case DType::kFloat32: return run<float, float>(arguments);          \
+    case DType::kFloat64: return run<double, double>(arguments);        \
+    case DType::kBFloat16: return run<float, BFloat16>(arguments);      \
+    case DType::kFloat16: return run<float, Float16>(arguments);        \
+  }
+
+}  // namespace hellm::cpu::HELLM_ISA

@@ -1,0 +1,26 @@
+// InfoNCE between two views, without the N x N matrix: loss of each row and, if asked, both gradients.
+#pragma once
+
+#include "dtype.h"
+
+namespace hellm {
+
+// loss_i = softplus(lse_i - <u_i, v_i> / t), lse_i over the negatives of row i; u, v the L2-normalised views.
+// Accumulation type A: float, or double for kFloat64.
+struct InfoNceArguments {
+  const void* anchor;     // [num_keys, dim]
+  const void* positive;   // [num_keys, dim]
+  const int64_t* rows;    // [num_rows] or null: all
+  const void* row_grad;   // A [num_rows] or null: no gradients
+  void* row_loss;         // A [num_rows]
+  void* grad_anchor;      // [num_keys, dim] or null, of sum_i row_grad_i loss_i
+  void* grad_positive;    // [num_keys, dim] or null
+  void* row_slope;        // A [num_rows] or null: row_grad_i d loss_i / d (1 / t)
+  int64_t num_keys, num_rows, dim;
+  double temperature;
+  bool intra_view_negatives, medium_precision;
+  DType dtype;
+  int num_threads;
+};
+
+}  // namespace hellm

@@ -1,0 +1,22 @@
+"""Evaluation of any scorer: ranking metrics, protocols, intervals and comparisons."""
+
+from __future__ import annotations
+
+from .datasets import evaluate_dataset
+from .protocols import PROTOCOLS, Protocol, get_protocol
+from .ranking import Scorer, ranking_metrics, top_items
+from .result import PairedComparison, RankingResult, paired_bootstrap, seeds_summary
+
+__all__ = [
+    "PROTOCOLS",
+    "PairedComparison",
+    "Protocol",
+    "RankingResult",
+    "Scorer",
+    "evaluate_dataset",
+    "get_protocol",
+    "paired_bootstrap",
+    "ranking_metrics",
+    "seeds_summary",
+    "top_items",
+]

@@ -1,0 +1,267 @@
+"""Fused operators for hypergraph convolution, contrastive loss and exact nearest neighbours.
+
+They need torch and nothing else of this package. Each runs as a compiled kernel where there is one and as plain torch
+elsewhere, works under autograd, autocast and `torch.compile(fullgraph=True)`, and gives the same bits on every run and
+for every number of threads.
+
+V = vertices, M = hyperedges, N = rows, R = chosen rows, D = columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hellm.hypergraph import Hypergraph
+from hellm.ops import _library  # noqa: F401  (registers the operators)
+from hellm.ops._backends import backend
+
+__all__ = ["backend", "bipartite_propagate", "hypergraph_conv", "incidence_product", "info_nce", "knn"]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_PRECISIONS = ("highest", "high", "medium")
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def hypergraph_conv(
+    x: Tensor,
+    hypergraph: Hypergraph,
+    *,
+    normalization: str = "symmetric",
+    hyperedge_degree: bool = True,
+    self_loops: bool = True,
+    num_layers: int = 1,
+) -> Tensor:
+    """Convolution over a hypergraph, vertex -> hyperedge -> vertex, without the V x V matrix.
+
+        y = out_scale * (H (edge_scale * H^T (in_scale * x)) - diagonal * in_scale * x), num_layers times
+
+    with the scales of `Hypergraph.scales`. HGNN is the default; PyTorch Geometric's HypergraphConv is
+    normalization="row"; the published user branch is "row", hyperedge_degree=False, self_loops=False; the published
+    item branch "symmetric", hyperedge_degree=False.
+
+    Args:
+        x: [V, D] float32, float16, bfloat16 or float64.
+        hypergraph: V vertices, on the device of x. Its `hyperedge_weight` gets a gradient if it requires one.
+        normalization: "symmetric", "row" or "none".
+        hyperedge_degree: divide by the degree of each hyperedge.
+        self_loops: keep the diagonal of the operator, a vertex reached from itself.
+        num_layers: >= 0.
+
+    Returns:
+        [V, D] like x. Sums are accumulated in float32 (float64 for float64). Twice differentiable in x.
+
+    Raises:
+        ValueError: naming the argument, what it must be, and what it was.
+    """
+    _check_rows("x", x, size=hypergraph.num_vertices, size_name="hypergraph.num_vertices")
+    _check_device("hypergraph", hypergraph.device, x)
+    _check_at_least("num_layers", num_layers, 0)
+    scales = hypergraph.scales(
+        normalization, hyperedge_degree=hyperedge_degree, self_loops=self_loops, dtype=_accumulation_dtype(x)
+    )
+    csr = (*hypergraph.vertex_csr, *hypergraph.edge_csr)
+    if any(scale is not None and scale.requires_grad for scale in scales):
+        for _ in range(num_layers):
+            x = torch.ops.hellm.hypergraph_conv(x, *csr, *scales, 1)
+        return x
+    return torch.ops.hellm.hypergraph_conv(x, *csr, *scales, num_layers)
+
+
+def incidence_product(x: Tensor, hypergraph: Hypergraph, *, transpose: bool = False) -> Tensor:
+    """H x, or H^T x with `transpose`: one half of a convolution, unscaled.
+
+    Args:
+        x: [M, D], or [V, D] with `transpose`; float32, float16, bfloat16 or float64.
+        hypergraph: on the device of x.
+        transpose: from vertices to hyperedges instead of from hyperedges to vertices.
+
+    Returns:
+        [V, D], or [M, D] with `transpose`, like x. Accumulated in float32 (float64 for float64).
+
+    Raises:
+        ValueError: naming the argument, what it must be, and what it was.
+    """
+    name = "num_vertices" if transpose else "num_hyperedges"
+    _check_rows("x", x, size=getattr(hypergraph, name), size_name=f"hypergraph.{name}")
+    _check_device("hypergraph", hypergraph.device, x)
+    vertex, edge = hypergraph.vertex_csr, hypergraph.edge_csr
+    csr = (*edge, *vertex) if transpose else (*vertex, *edge)
+    return torch.ops.hellm.incidence_product(x, *csr)
+
+
+def bipartite_propagate(
+    user_x: Tensor, item_x: Tensor, hypergraph: Hypergraph, *, num_layers: int = 2
+) -> tuple[Tensor, Tensor]:
+    """LightGCN over the user-item graph: the mean of layers 0..num_layers of D^-1/2 A D^-1/2, A = [[0, R], [R^T, 0]].
+
+    Args:
+        user_x: [V, D] float32, float16, bfloat16 or float64.
+        item_x: [M, D], same dtype and device.
+        hypergraph: incidence R as `user_hypergraph` gives it: users are vertices, items hyperedges.
+        num_layers: >= 0.
+
+    Returns:
+        ([V, D], [M, D]) like the inputs. Sums are accumulated in float32. Twice differentiable.
+
+    Raises:
+        ValueError: naming the argument, what it must be, and what it was.
+    """
+    _check_rows("user_x", user_x, size=hypergraph.num_vertices, size_name="hypergraph.num_vertices")
+    _check_rows("item_x", item_x, size=hypergraph.num_hyperedges, size_name="hypergraph.num_hyperedges")
+    _check_same("item_x", item_x, "user_x", user_x)
+    _check_device("hypergraph", hypergraph.device, user_x)
+    _check_at_least("num_layers", num_layers, 0)
+    if hypergraph.vertex_values is not None:
+        raise ValueError("hypergraph must have no incidence_weight here, got one")
+    scales = hypergraph.bipartite_scales(_accumulation_dtype(user_x))
+    return torch.ops.hellm.bipartite_propagate(
+        user_x, item_x, *hypergraph.vertex_csr[:2], *hypergraph.edge_csr[:2], *scales, num_layers
+    )
+
+
+def info_nce(
+    anchor: Tensor,
+    positive: Tensor,
+    temperature: float | Tensor = 0.2,
+    *,
+    intra_view_negatives: bool = True,
+    reduction: str = "mean",
+    precision: str | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """InfoNCE loss between two views of the same rows, without the [N, N] matrix.
+
+    Rows are L2-normalised. Row i of `positive` is the only positive of row i of `anchor`; every other row of
+    `positive` (and of `anchor`, if `intra_view_negatives`) is a negative:
+
+        loss_i = log(exp(s_ii / t) + sum_negatives exp(s_ij / t)) - s_ii / t
+
+    computed as softplus(lse_i - s_ii / t) with the positive outside the sum and the diagonal masked, so that it stays
+    accurate when the loss is tiny. A row that is all zero has similarity 0 to everything and gradient 0.
+
+    Args:
+        anchor: [N, D] float32, float16, bfloat16 or float64.
+        positive: [N, D], same dtype and device as `anchor`.
+        temperature: t, >= 0.01; smaller is sharper. A 0-d tensor may require a gradient.
+        intra_view_negatives: GRACE's denominator (both views); False is SimCLR's one-directional cross-view form.
+        reduction: "mean", "sum" or "none".
+        precision: "highest" (float32 products), "high" or "medium" (16-bit products, float32 accumulation);
+            None reads `torch.get_float32_matmul_precision()`. On the CPU "high" is computed as "highest".
+        rows: [R] int64, the rows whose loss is wanted, against all N keys; None is all. The mean over rows drawn
+            uniformly is an unbiased estimate of the whole mean at R / N of the cost.
+
+    Returns:
+        float32 (float64 for float64) scalar, or [R] for "none". Differentiable in `anchor`, `positive` and
+        `temperature`; a second derivative falls back to plain torch and stores the similarities.
+
+    Raises:
+        ValueError: naming the argument, what it must be, and what it was.
+
+    Memory: O(N * D); nothing of size N * N is ever stored. For "mean" and "sum" the gradients come from the same
+    sweep as the loss.
+    """
+    _check_rows("anchor", anchor)
+    _check_rows("positive", positive)
+    if positive.shape != anchor.shape:
+        raise ValueError(f"positive must have the shape of anchor {tuple(anchor.shape)}, got {tuple(positive.shape)}")
+    _check_same("positive", positive, "anchor", anchor)
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
+    precision = torch.get_float32_matmul_precision() if precision is None else precision
+    if precision not in _PRECISIONS:
+        raise ValueError(f"precision must be None or one of {_PRECISIONS}, got {precision!r}")
+    if anchor.shape[0] == 0 and reduction == "mean":
+        raise ValueError("anchor must have at least one row for the mean, got 0")
+    rows = _checked_row_choice(rows, anchor)
+    temperature = _checked_temperature(temperature, anchor)
+    compute_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (anchor, positive, temperature))
+    return torch.ops.hellm.info_nce(
+        anchor, positive, temperature, rows, intra_view_negatives, reduction, precision, compute_grad
+    )[0]
+
+
+def knn(x: Tensor, k: int, *, metric: str = "cosine") -> tuple[Tensor, Tensor]:
+    """The k most similar rows of every row, exact, by blocks: nothing of size N * N is stored.
+
+    The row itself is included. Lower index first among equal similarities. A row that is all zero has no neighbours
+    and is nobody's neighbour.
+
+    Args:
+        x: [N, D] float32, float16, bfloat16 or float64, finite.
+        k: 1 <= k <= N.
+        metric: "cosine".
+
+    Returns:
+        indices [N, k] int64, -1 where there is no neighbour, and similarities [N, k] float32 (float64 for float64),
+        descending, 0 where there is no neighbour.
+
+    Raises:
+        ValueError: naming the argument, what it must be, and what it was; for x the first row that is not finite.
+    """
+    _check_rows("x", x)
+    if metric != "cosine":
+        raise ValueError(f"metric must be 'cosine', got {metric!r}")
+    if not 1 <= k <= x.shape[0]:
+        raise ValueError(f"k must be between 1 and the number of rows {x.shape[0]}, got {k}")
+    finite = torch.isfinite(x).all(1)
+    if not bool(finite.all()):
+        raise ValueError(f"x must be finite, got NaN or infinity first in row {int((~finite).nonzero()[0])}")
+    return torch.ops.hellm.knn(x.detach(), k)
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check_rows(name: str, x: Tensor, *, size: int | None = None, size_name: str = "") -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.ndim != 2:
+        raise ValueError(f"{name} must be [rows, columns], got shape {tuple(x.shape)}")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    if size is not None and x.shape[0] != size:
+        raise ValueError(f"{name} must have {size_name} = {size} rows, got {x.shape[0]}")
+
+
+def _check_same(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.shape[1] != like.shape[1]:
+        raise ValueError(f"{name} must have {like.shape[1]} columns like {like_name}, got {x.shape[1]}")
+    if x.dtype != like.dtype:
+        raise ValueError(f"{name} must be {like.dtype} like {like_name}, got {x.dtype}")
+    _check_device(name, x.device, like, like_name)
+
+
+def _check_device(name: str, device: torch.device, like: Tensor, like_name: str = "x") -> None:
+    if device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like {like_name}, got {device}")
+
+
+def _check_at_least(name: str, value: int, low: int) -> None:
+    if value < low:
+        raise ValueError(f"{name} must be >= {low}, got {value}")
+
+
+def _checked_row_choice(rows: Tensor | None, anchor: Tensor) -> Tensor | None:
+    if rows is None:
+        return None
+    if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"rows must be [R] int32 or int64, got {tuple(rows.shape)} {rows.dtype}")
+    _check_device("rows", rows.device, anchor, "anchor")
+    if rows.numel() and not torch.compiler.is_compiling():
+        low, high = int(rows.min()), int(rows.max())
+        if low < 0 or high >= anchor.shape[0]:
+            raise ValueError(f"rows must be in [0, {anchor.shape[0]}), got {low if low < 0 else high}")
+    return rows
+
+
+def _checked_temperature(temperature: float | Tensor, anchor: Tensor) -> Tensor:
+    if isinstance(temperature, Tensor):
+        if temperature.ndim != 0:
+            raise ValueError(f"temperature must be a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
+        _check_device("temperature", temperature.device, anchor, "anchor")
+        return temperature
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    return torch.full((), temperature, dtype=torch.float64, device=anchor.device)

@@ -1,0 +1,136 @@
+"""Calls into the compiled extension: allocate the outputs, pass addresses, sizes and a dtype code.
+
+Every function mirrors one of `hellm.ops.reference` and runs on the CPU with `torch.get_num_threads()` threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hellm.ops._backends import native
+
+_DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _like(values: Tensor | None, x: Tensor) -> Tensor | None:
+    """Scales and values in the accumulation dtype of x, contiguous."""
+    return None if values is None else values.to(_compute_dtype(x)).contiguous()
+
+
+def incidence_product(x: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None) -> Tensor:
+    x, values = x.contiguous(), _like(values, x)
+    out = x.new_empty(indptr.numel() - 1, x.shape[1])
+    native().incidence_product(
+        _address(x), _address(indptr), _address(indices), _address(values), _address(out),
+        out.shape[0], x.shape[1], _DTYPE_CODE[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def hypergraph_conv(
+    x: Tensor,
+    vertex_indptr: Tensor,
+    vertex_edges: Tensor,
+    vertex_values: Tensor | None,
+    edge_indptr: Tensor,
+    edge_vertices: Tensor,
+    edge_values: Tensor | None,
+    in_scale: Tensor | None,
+    edge_scale: Tensor | None,
+    out_scale: Tensor | None,
+    diagonal: Tensor | None,
+    num_layers: int,
+) -> Tensor:
+    x = x.contiguous()
+    if num_layers == 0:
+        return x.clone()
+    factors = [_like(t, x) for t in (vertex_values, edge_values, in_scale, edge_scale, out_scale, diagonal)]
+    num_hyperedges = edge_indptr.numel() - 1
+    out = torch.empty_like(x)
+    workspace = x.new_empty(num_hyperedges + (x.shape[0] if num_layers > 1 else 0), x.shape[1], dtype=_compute_dtype(x))
+    native().hypergraph_conv(
+        _address(x), _address(vertex_indptr), _address(vertex_edges), _address(edge_indptr), _address(edge_vertices),
+        *map(_address, factors), _address(out), _address(workspace),
+        x.shape[0], num_hyperedges, x.shape[1], num_layers, _DTYPE_CODE[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def bipartite_propagate(
+    user_x: Tensor,
+    item_x: Tensor,
+    vertex_indptr: Tensor,
+    vertex_edges: Tensor,
+    edge_indptr: Tensor,
+    edge_vertices: Tensor,
+    user_scale: Tensor,
+    item_scale: Tensor,
+    num_layers: int,
+) -> tuple[Tensor, Tensor]:
+    user_x, item_x = user_x.contiguous(), item_x.contiguous()
+    if num_layers == 0:
+        return user_x.clone(), item_x.clone()
+    scales = [_like(t, user_x) for t in (user_scale, item_scale)]
+    user_out, item_out = torch.empty_like(user_x), torch.empty_like(item_x)
+    num_rows = user_x.shape[0] + item_x.shape[0]
+    # The running layer twice (read, written) and the running sum.
+    workspace = user_x.new_empty(3 * num_rows, user_x.shape[1], dtype=_compute_dtype(user_x))
+    native().bipartite_propagate(
+        _address(user_x), _address(item_x), _address(vertex_indptr), _address(vertex_edges), _address(edge_indptr),
+        _address(edge_vertices), *map(_address, scales), _address(user_out), _address(item_out), _address(workspace),
+        user_x.shape[0], item_x.shape[0], user_x.shape[1], num_layers, _DTYPE_CODE[user_x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return user_out, item_out
+
+
+def info_nce(
+    anchor: Tensor,
+    positive: Tensor,
+    temperature: Tensor,
+    rows: Tensor | None,
+    row_grad: Tensor | None,
+    intra_view_negatives: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row losses, and the gradients of sum(row_grad * row loss) when `row_grad` is given (else empty tensors)."""
+    anchor, positive = anchor.contiguous(), positive.contiguous()
+    rows = None if rows is None else rows.to(torch.int64).contiguous()
+    row_grad = _like(row_grad, anchor)
+    num_keys, dim = anchor.shape
+    num_rows = num_keys if rows is None else rows.numel()
+    dtype = _compute_dtype(anchor)
+    row_loss = anchor.new_empty(num_rows, dtype=dtype)
+    # d loss / d (1 / temperature) of each row, already times row_grad.
+    row_slope = anchor.new_empty(num_rows if row_grad is not None else 0, dtype=dtype)
+    grads = [torch.empty_like(t) if row_grad is not None else t.new_empty(0) for t in (anchor, positive)]
+    native().info_nce(
+        _address(anchor), _address(positive), _address(rows), _address(row_grad), _address(row_loss),
+        *map(_address, grads if row_grad is not None else (None, None)), _address(row_slope),
+        num_keys, num_rows, dim, float(temperature), intra_view_negatives, precision == "medium",
+        _DTYPE_CODE[anchor.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    if row_grad is None:
+        return row_loss, *grads, temperature.new_empty(0)
+    slope = row_slope.sum(dtype=torch.float64) * (-1.0 / float(temperature) ** 2)
+    return row_loss, *grads, slope.to(temperature.dtype)
+
+
+def knn(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    index = x.new_empty((x.shape[0], k), dtype=torch.int64)
+    similarity = x.new_empty((x.shape[0], k), dtype=_compute_dtype(x))
+    native().knn(
+        _address(x), _address(index), _address(similarity), x.shape[0], x.shape[1], k, _DTYPE_CODE[x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return index, similarity

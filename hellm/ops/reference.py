@@ -1,0 +1,166 @@
+"""The definition of every operator in plain torch.
+
+Tests compare each backend with these functions in float64, benchmarks use them as a baseline, and they run where
+nothing faster can. Differentiable by autograd, any floating dtype, any device.
+
+V = vertices, M = hyperedges, N = rows, D = columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def incidence_product(x: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None) -> Tensor:
+    """CSR matrix [rows, columns] times x [columns, D] -> [rows, D]; absent values are ones."""
+    num_rows = indptr.numel() - 1
+    row = torch.repeat_interleave(torch.arange(num_rows, device=x.device), indptr.diff())
+    gathered = x[indices.long()]
+    if values is not None:
+        gathered = gathered * values.to(x.dtype).unsqueeze(1)
+    return x.new_zeros(num_rows, x.shape[1]).index_add(0, row, gathered)
+
+
+def hypergraph_conv(
+    x: Tensor,
+    vertex_indptr: Tensor,
+    vertex_edges: Tensor,
+    vertex_values: Tensor | None,
+    edge_indptr: Tensor,
+    edge_vertices: Tensor,
+    edge_values: Tensor | None,
+    in_scale: Tensor | None,
+    edge_scale: Tensor | None,
+    out_scale: Tensor | None,
+    diagonal: Tensor | None,
+    num_layers: int,
+) -> Tensor:
+    """num_layers times x <- out_scale * (H (edge_scale * H^T (in_scale * x)) - diagonal * in_scale * x)."""
+    for _ in range(num_layers):
+        scaled = _scale(x, in_scale)
+        edge = _scale(incidence_product(scaled, edge_indptr, edge_vertices, edge_values), edge_scale)
+        x = incidence_product(edge, vertex_indptr, vertex_edges, vertex_values)
+        if diagonal is not None:
+            x = x - _scale(scaled, diagonal)
+        x = _scale(x, out_scale)
+    return x
+
+
+def bipartite_propagate(
+    user_x: Tensor,
+    item_x: Tensor,
+    vertex_indptr: Tensor,
+    vertex_edges: Tensor,
+    edge_indptr: Tensor,
+    edge_vertices: Tensor,
+    user_scale: Tensor,
+    item_scale: Tensor,
+    num_layers: int,
+) -> tuple[Tensor, Tensor]:
+    """Mean of layers 0..num_layers of user <- user_scale * R (item_scale * item), item <- likewise with R^T."""
+    user_sum, item_sum = user_x, item_x
+    for _ in range(num_layers):
+        user_next = _scale(incidence_product(_scale(item_x, item_scale), vertex_indptr, vertex_edges, None), user_scale)
+        item_next = _scale(incidence_product(_scale(user_x, user_scale), edge_indptr, edge_vertices, None), item_scale)
+        user_x, item_x = user_next, item_next
+        user_sum, item_sum = user_sum + user_x, item_sum + item_x
+    return user_sum / (num_layers + 1), item_sum / (num_layers + 1)
+
+
+def info_nce(
+    anchor: Tensor,
+    positive: Tensor,
+    temperature: Tensor | float,
+    rows: Tensor | None = None,
+    intra_view_negatives: bool = True,
+) -> Tensor:
+    """Loss of each row (of `rows`, default all): softplus(lse over its negatives - its positive / temperature) [R].
+
+    The positive stands outside the sum and the diagonal is masked, so nothing cancels. A row with no negatives has
+    loss 0. Stores the [R, 2N] similarities.
+    """
+    u, v = F.normalize(anchor, dim=1), F.normalize(positive, dim=1)
+    index = torch.arange(u.shape[0], device=u.device) if rows is None else rows.long()
+    query = u[index]
+    keys = torch.cat([v, u]) if intra_view_negatives else v
+    own = torch.arange(keys.shape[0], device=u.device) % u.shape[0] == index.unsqueeze(1)
+    logits = (query @ keys.T / temperature).masked_fill(own, float("-inf"))
+    aligned = (query * v[index]).sum(1) / temperature
+    if u.shape[0] == 1:
+        return aligned * 0.0
+    return F.softplus(torch.logsumexp(logits, 1) - aligned)
+
+
+def knn(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """k nearest rows by cosine, itself included: indices [N, k] int64 and similarities [N, k], descending.
+
+    Lower index first among equals. All-zero rows have no neighbours and are nobody's: index -1, similarity 0, also
+    where fewer than k rows remain.
+    """
+    present = (x != 0).any(1)
+    u = F.normalize(x, dim=1)
+    similarity = (u @ u.T).masked_fill(~present, float("-inf"))
+    similarity[~present] = float("-inf")
+    value, index = similarity.sort(dim=1, descending=True, stable=True)
+    value, index = value[:, :k], index[:, :k]
+    absent = value == float("-inf")
+    return index.masked_fill(absent, -1), value.masked_fill(absent, 0.0)
+
+
+def _scale(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale.to(x.dtype).unsqueeze(1)
+
+
+def info_nce_with_gradients(
+    anchor: Tensor,
+    positive: Tensor,
+    temperature: Tensor,
+    rows: Tensor | None,
+    row_grad: Tensor | None,
+    intra_view_negatives: bool,
+    precision: str,
+    block: int = 512,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`info_nce` and the gradients of sum(row_grad * loss), by blocks of rows so that memory stays O(block * N).
+
+    Gradients are empty without `row_grad`. Low-precision inputs are computed in float32.
+    """
+    compute = torch.float64 if anchor.dtype == torch.float64 else torch.float32
+    z1, z2 = anchor.to(compute), positive.to(compute)
+    inverse_t = 1.0 / float(temperature)
+    norms = [z.norm(dim=1, keepdim=True).clamp_min(1e-12) for z in (z1, z2)]
+    u, v = z1 / norms[0], z2 / norms[1]
+    index = torch.arange(u.shape[0], device=u.device) if rows is None else rows.long()
+    keys = torch.cat([v, u]) if intra_view_negatives else v
+    losses, slope = [], z1.new_zeros(())
+    grad_u, grad_keys = torch.zeros_like(u), torch.zeros_like(keys)
+    for start in range(0, index.numel(), block):
+        chosen = index[start : start + block]
+        query, aligned = u[chosen], (u[chosen] * v[chosen]).sum(1)
+        logits = (query @ keys.T).mul_(inverse_t)
+        own = torch.arange(chosen.numel(), device=u.device)
+        for view in range(keys.shape[0] // max(u.shape[0], 1)):
+            logits[own, chosen + view * u.shape[0]] = float("-inf")
+        lse = torch.logsumexp(logits, 1)
+        margin = lse - aligned * inverse_t
+        losses.append(F.softplus(margin))
+        if row_grad is None:
+            continue
+        weight = row_grad[start : start + block].to(compute) * torch.sigmoid(margin)
+        share = torch.exp(logits - lse.clamp_min(torch.finfo(compute).min).unsqueeze(1)).nan_to_num_(0.0)
+        mean_key = share @ keys
+        slope += (weight * ((query * mean_key).sum(1) - aligned)).sum()
+        grad_u.index_add_(0, chosen, weight.unsqueeze(1) * (mean_key - v[chosen]))
+        grad_keys.addmm_((share * weight.unsqueeze(1)).T, query)
+        grad_keys.index_add_(0, chosen, -weight.unsqueeze(1) * query)
+    row_loss = torch.cat(losses) if losses else z1.new_zeros(0)
+    if row_grad is None:
+        return row_loss, anchor.new_empty(0), positive.new_empty(0), temperature.new_empty(0)
+    grad_u, grad_v = grad_u + grad_keys[u.shape[0] :] if intra_view_negatives else grad_u, grad_keys[: u.shape[0]]
+    grads = []
+    for grad, unit, norm, z in ((grad_u, u, norms[0], anchor), (grad_v, v, norms[1], positive)):
+        tangent = (grad - (grad * unit).sum(1, keepdim=True) * unit) * (inverse_t / norm)
+        grads.append(torch.where((z != 0).any(1, keepdim=True), tangent, 0.0).to(z.dtype))
+    return row_loss, *grads, (slope * -(inverse_t**2)).to(temperature.dtype)
