@@ -15,7 +15,7 @@ struct InfoNceArguments {
   void* row_loss;         // A [num_rows]
   void* grad_anchor;      // [num_keys, dim] or null, of sum_i row_grad_i loss_i
   void* grad_positive;    // [num_keys, dim] or null
-  void* row_slope;        // A [num_rows] or null: row_grad_i d loss_i / d (1 / t)
+  void* row_slope;        // A [num_rows] or null; its sum is sum_i row_grad_i d loss_i / d (1 / t)
   int64_t num_keys, num_rows, dim;
   double temperature;
   bool intra_view_negatives, medium_precision;
