@@ -101,32 +101,42 @@ void block_maximum(const Problem<T>& p, int64_t block, const T* s) {
 }
 
 // S of a group of keys to E, added to the row sums.
-template <typename T>
+template <bool kShort, typename T>
 void exponentiate(const Problem<T>& p, int64_t keys, const T* shift, T* s, T* sum) {
   const Vector<T> scale = broadcast(p.exponent_scale);
   for (int64_t i = 0; i < p.strip; i += kLanes<T>) {
     const Vector<T> offset = load(shift + i);
     Vector<T> total = load(sum + i);
     for (int64_t j = 0; j < keys; ++j) {
-      const Vector<T> e = exp2(load(s + j * p.strip + i) * scale - offset);
+      const Vector<T> e = exp2<kShort>(load(s + j * p.strip + i) * scale - offset);
       store(s + j * p.strip + i, e);
       total += e;
     }
     store(sum + i, total);
   }
 }
+template <typename T>
+void exponentiate(const Problem<T>& p, int64_t keys, const T* shift, T* s, T* sum) {
+  if (p.arguments.medium_precision) exponentiate<true>(p, keys, shift, s, sum);
+  else exponentiate<false>(p, keys, shift, s, sum);
+}
 
 // S of a group of the anchor's own keys to W = E (c_i + c_j).
-template <typename T>
+template <bool kShort, typename T>
 void weigh(const Problem<T>& p, int64_t keys, const Scratch<T>& scratch, const T* key_coefficient, T* s) {
   const Vector<T> scale = broadcast(p.exponent_scale);
   for (int64_t i = 0; i < p.strip; i += kLanes<T>) {
     const Vector<T> offset = load(scratch.shift + i), coefficient = load(scratch.coefficient + i);
     for (int64_t j = 0; j < keys; ++j) {
-      const Vector<T> e = exp2(load(s + j * p.strip + i) * scale - offset);
+      const Vector<T> e = exp2<kShort>(load(s + j * p.strip + i) * scale - offset);
       store(s + j * p.strip + i, e * (coefficient + key_coefficient[j]));
     }
   }
+}
+template <typename T>
+void weigh(const Problem<T>& p, int64_t keys, const Scratch<T>& scratch, const T* key_coefficient, T* s) {
+  if (p.arguments.medium_precision) weigh<true>(p, keys, scratch, key_coefficient, s);
+  else weigh<false>(p, keys, scratch, key_coefficient, s);
 }
 
 // First half of a strip, for one block: E, row sums, row side of the gradient.

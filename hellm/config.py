@@ -1,0 +1,340 @@
+"""Every option of every training stage, as frozen dataclasses, with the presets of the published runs.
+
+This is the only place where an option, its default and its meaning are written: the command line and the config files
+are generated from these classes. Models, losses and operators take plain arguments and never see a config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from hellm._files import atomic_path
+
+__all__ = [
+    "PRESETS",
+    "ModelConfig",
+    "PretrainConfig",
+    "config_from_dict",
+    "config_to_dict",
+    "load_config",
+    "override_config",
+    "save_config",
+]
+
+ConfigT = TypeVar("ConfigT")
+
+
+def _require(condition: bool, name: str, rule: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The stage-1 graph encoder.
+
+    Args:
+        backbone: collaborative part; "lightgcn", "ngcf" or "mf" (no propagation).
+        embedding_dim: width of every embedding table.
+        num_layers: propagation layers of the user-item graph (lightgcn, ngcf).
+        num_user_layers: layers of the user hypergraph (items are hyperedges over users).
+        num_item_layers: layers of the item hypergraph (kNN hyperedges per modality).
+        user_hypergraph: use the user hypergraph at all.
+        item_hypergraph: use the item hypergraph at all; it needs item features.
+        modalities: feature names that build the item hypergraph; null means all there are.
+        knn_k: members of each kNN hyperedge, the item itself included.
+        dropout: NGCF message dropout probability.
+    """
+
+    backbone: Literal["lightgcn", "ngcf", "mf"] = "lightgcn"
+    embedding_dim: int = 64
+    num_layers: int = 2
+    num_user_layers: int = 2
+    num_item_layers: int = 2
+    user_hypergraph: bool = True
+    item_hypergraph: bool = True
+    modalities: tuple[str, ...] | None = None
+    knn_k: int = 10
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("embedding_dim", "num_layers", "num_user_layers", "num_item_layers", "knn_k"):
+            _require(getattr(self, name) >= 1, f"model.{name}", ">= 1", getattr(self, name))
+        _require(0 <= self.dropout < 1, "model.dropout", "in [0, 1)", self.dropout)
+        _require(self.modalities is None or len(self.modalities) > 0, "model.modalities", "null or not empty", ())
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Stage 1: hypergraph pre-training.
+
+    Args:
+        model: the graph encoder.
+        learning_rate: Adam step size at epoch 0.
+        learning_rate_decay: factor per `learning_rate_decay_epochs` epochs, applied smoothly every epoch.
+        learning_rate_decay_epochs: epochs after which `learning_rate_decay` has been applied once.
+        batch_size: users (or interactions) per step; fewer where the data has fewer.
+        l2_weight: weight of the L2 penalty on the fused embedding rows of a batch.
+        user_contrastive_weight: weight of the contrast between fused and hypergraph user embeddings; 0 skips it.
+        item_contrastive_weight: the same for items.
+        temperature: of both contrastive losses; smaller is sharper.
+        contrastive_rows: anchors per step drawn uniformly, against all keys (an unbiased estimate); null means all.
+        precision: of the contrastive similarities, "highest", "high" or "medium"; null follows torch.
+        sampler: "user-uniform" (distinct users, then one of their items) or "interaction-uniform" (every interaction
+            once per epoch).
+        negatives: "uniform" over the items a user has not, or by their "popularity" to the power 0.75.
+        max_epochs: upper limit of training.
+        validate_every: epochs between validations.
+        patience: non-improving validations tolerated; training stops at the next one.
+        monitor: validation metrics; a validation improves when any of them beats its own best.
+        ks: list lengths of the metrics.
+        protocol: evaluation protocol, see `hellm.evaluate`.
+        eval_batch_size: users scored at once.
+        checkpoint_every: epochs between checkpoints; every validation writes one as well.
+        seed: of initialisation and sampling.
+        compat: "official" repeats the published code, quirks included; null fixes them.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        num_threads: CPU threads of torch; null leaves torch's choice.
+        tensorboard: write TensorBoard events into the run directory.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    learning_rate: float = 1e-4
+    learning_rate_decay: float = 0.96
+    learning_rate_decay_epochs: float = 50.0
+    batch_size: int = 1024
+    l2_weight: float = 1e-3
+    user_contrastive_weight: float = 0.03
+    item_contrastive_weight: float = 0.07
+    temperature: float = 0.5
+    contrastive_rows: int | None = None
+    precision: Literal["highest", "high", "medium"] | None = None
+    sampler: Literal["user-uniform", "interaction-uniform"] = "user-uniform"
+    negatives: Literal["uniform", "popularity"] = "uniform"
+    max_epochs: int = 1000
+    validate_every: int = 5
+    patience: int = 5
+    monitor: tuple[str, ...] = ("recall@20", "ndcg@20")
+    ks: tuple[int, ...] = (10, 20)
+    protocol: str = "standard"
+    eval_batch_size: int = 1024
+    checkpoint_every: int = 5
+    seed: int = 2024
+    compat: Literal["official"] | None = None
+    device: str = "auto"
+    num_threads: int | None = None
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "learning_rate_decay", "learning_rate_decay_epochs", "temperature"):
+            _require(_finite(getattr(self, name)) and getattr(self, name) > 0, name, "> 0", getattr(self, name))
+        for name in ("l2_weight", "user_contrastive_weight", "item_contrastive_weight"):
+            _require(_finite(getattr(self, name)) and getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
+        for name in ("batch_size", "max_epochs", "validate_every", "eval_batch_size", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+        for name in ("contrastive_rows", "num_threads"):
+            _require(getattr(self, name) is None or getattr(self, name) >= 1, name, "null or >= 1", getattr(self, name))
+        for name in ("patience", "seed"):
+            _require(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
+        _require(len(self.monitor) > 0, "monitor", "at least one metric", self.monitor)
+        _require(len(self.ks) > 0 and min(self.ks, default=0) >= 1, "ks", "list lengths >= 1", self.ks)
+        for metric in self.monitor:
+            name, _, k = metric.partition("@")
+            _require(
+                bool(name) and k.isdigit() and int(k) in self.ks, "monitor", f"metric@k with k in {self.ks}", metric
+            )
+        if self.compat == "official" and self.contrastive_rows is not None:
+            raise ValueError(
+                f'contrastive_rows must be null with compat="official" (the published loss runs over all nodes), '
+                f"got {self.contrastive_rows}"
+            )
+
+
+def _finite(value: float) -> bool:
+    return math.isfinite(value)
+
+
+def _published(layers: tuple[int, int, int], user: float, item: float, k: int, temperature: float, l2: float):
+    """One published run; `layers` is (user-item, user, item), the order of its logs."""
+    return PretrainConfig(
+        model=ModelConfig(num_layers=layers[0], num_user_layers=layers[1], num_item_layers=layers[2], knn_k=k),
+        user_contrastive_weight=user,
+        item_contrastive_weight=item,
+        temperature=temperature,
+        l2_weight=l2,
+        protocol="official",
+        compat="official",
+    )
+
+
+PRESETS: dict[type, dict[str, Any]] = {
+    PretrainConfig: {
+        "default": PretrainConfig(),
+        "demo": PretrainConfig(
+            model=ModelConfig(knn_k=5),
+            learning_rate=5e-3,
+            batch_size=256,
+            max_epochs=30,
+            patience=2,
+        ),
+        "hellm-beauty": _published((2, 2, 1), user=0.9, item=0.1, k=10, temperature=0.5, l2=1e-4),
+        "hellm-sports": _published((2, 2, 2), user=0.7, item=0.1, k=5, temperature=0.5, l2=1e-3),
+        "hellm-toys": _published((2, 3, 2), user=0.03, item=0.07, k=10, temperature=0.3, l2=1e-3),
+        "mmhcl-tiktok": _published((2, 3, 2), user=0.03, item=0.07, k=5, temperature=0.6, l2=1e-3),
+        "mmhcl-clothing": _published((2, 2, 2), user=0.1, item=0.7, k=10, temperature=0.4, l2=1e-3),
+        "mmhcl-sports": _published((2, 2, 2), user=0.3, item=0.7, k=5, temperature=0.5, l2=1e-5),
+    }
+}
+"""Named settings per config class. The six published runs carry `compat="official"`."""
+
+
+def load_config(cls: type[ConfigT], source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> ConfigT:
+    """A config from a preset name or a YAML file, with `key=value` overrides on top.
+
+    Args:
+        cls: config class, e.g. `PretrainConfig`.
+        source: a preset of `cls`, or the path of a YAML file (ends in .yaml or .yml, or exists).
+        overrides: dotted settings such as "model.num_layers=3"; values are read as YAML.
+    Raises: ValueError for an unknown preset or key (naming the nearest one) and for values of a wrong type or range.
+    """
+    presets = PRESETS.get(cls, {})
+    path = Path(source)
+    if str(source) in presets:
+        config = presets[str(source)]
+    elif path.is_file():
+        config = config_from_dict(cls, _read_yaml(path), where=str(path))
+    elif path.suffix in (".yaml", ".yml"):
+        raise FileNotFoundError(f"config file {path} does not exist")
+    else:
+        raise ValueError(_unknown("preset or config file", str(source), list(presets)))
+    return override_config(config, overrides)
+
+
+def override_config(config: ConfigT, overrides: Iterable[str]) -> ConfigT:
+    """`config` with dotted `key=value` settings applied in order. Raises: ValueError as `load_config` does."""
+    import yaml
+
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f'an override must look like "key=value", got {text!r}')
+        config = _replace_dotted(config, key.split("."), yaml.safe_load(value), key)
+    return config
+
+
+def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], where: str = "") -> ConfigT:
+    """A config from nested plain values; missing keys keep their defaults. `where` names the source in errors."""
+    prefix = f"{where}: " if where else ""
+    try:
+        return _build(cls, values, "")
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested values (dict, list, str, int, float, bool, None) of a config."""
+    return _plain(dataclasses.asdict(config))
+
+
+def save_config(config: Any, path: str | os.PathLike[str]) -> None:
+    """Write `config` as YAML, whole or not at all."""
+    import yaml
+
+    with atomic_path(path) as temporary:
+        temporary.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path}: a config file must be a mapping of settings, got {type(values).__name__}")
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"unknown {kind} {name!r}{hint} Known: {', '.join(known)}"
+
+
+def _field_types(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _build(cls: type[ConfigT], values: Any, prefix: str) -> ConfigT:
+    if isinstance(values, cls):
+        return values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{prefix.rstrip('.') or cls.__name__} must be a mapping of settings, got {values!r}")
+    hints = _field_types(cls)
+    for key in values:
+        if key not in hints:
+            raise ValueError(_unknown("setting", f"{prefix}{key}", [f"{prefix}{name}" for name in hints]))
+    return cls(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
+
+
+def _replace_dotted(config: Any, path: list[str], value: Any, name: str) -> Any:
+    hints = _field_types(type(config))
+    prefix = name[: len(name) - len(".".join(path))]
+    if path[0] not in hints:
+        raise ValueError(_unknown("setting", f"{prefix}{path[0]}", [f"{prefix}{key}" for key in hints]))
+    if len(path) == 1:
+        return replace(config, **{path[0]: _convert(hints[path[0]], value, name)})
+    child = getattr(config, path[0])
+    if not dataclasses.is_dataclass(child):
+        raise ValueError(f"setting {prefix}{path[0]} has no parts, got {name!r}")
+    return replace(config, **{path[0]: _replace_dotted(child, path[1:], value, name)})
+
+
+def _convert(expected: Any, value: Any, name: str) -> Any:
+    """`value` as the annotated type `expected`, or a ValueError that says what was expected."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if dataclasses.is_dataclass(expected):
+        return _build(expected, value, f"{name}.")
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = [argument for argument in arguments if argument is not type(None)]
+        return _convert(inner, value, name)
+    if origin is Literal:
+        _require(value in arguments, name, f"one of {', '.join(map(repr, arguments))}", value)
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_convert(arguments[0], item, name) for item in items)
+    if expected is float:
+        # YAML 1.1 reads 1e-3 as text.
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        _require(isinstance(value, (int, float)) and not isinstance(value, bool), name, "a number", value)
+        return float(value)
+    kinds = {int: "an integer", bool: "true or false", str: "text"}
+    _require(
+        isinstance(value, expected) and (expected is bool or not isinstance(value, bool)), name, kinds[expected], value
+    )
+    return value

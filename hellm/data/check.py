@@ -1,0 +1,181 @@
+"""A report on what is in a data set, and on what in it is likely to bite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hellm.data.dataset import SPLITS, DataError, Dataset
+from hellm.data.forms import detect
+
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+def check_dataset(data: str | Path | Dataset, **options) -> dict[str, Any]:
+    """Count what is there and what is wrong with it; nothing is repaired.
+
+    Args:
+        data: Data set, or a path for `load_dataset`. Read from a path, items that the item table lacks do not stop the
+            reading; they are counted in `items_missing_from_table`.
+        **options: Of `load_dataset`.
+
+    Returns: JSON-serialisable, with these keys:
+        name, form, split, users, items, events, density: events is per split with a total; density is distinct pairs
+            per (users x items).
+        duplicates: `repeats` is how many events repeat an earlier (user, item) pair; `within_split` and `across_splits`
+            say whether the first such event lies in the same split.
+        leakage: distinct pairs that stand in two splits, for each two.
+        time: whether there are times, and the share of events that tie with another event of their user.
+        order: `inversions`: validation or test events that are older than a train event of their user.
+        cold: users and items without train events that validation or test asks for, and events without a trained item.
+        without_events: users and items that no event names.
+        short_histories: users with 1 or 2 events.
+        history_length: quantiles over users with events.
+        five_core: users, items and events that would be left if all with fewer than 5 distinct partners were dropped,
+            again and again, as papers often do.
+        features: per modality: dim, missing items.
+        titles: items without one (None: the source has no titles).
+        items_missing_from_table: count and first few (None where there was no table to compare with).
+        notes: what the reader assumed.
+
+    Raises:
+        DataError: As `load_dataset`.
+    """
+    missing_items = None
+    if not isinstance(data, Dataset):
+        data, missing_items = _load(Path(data), options)
+    lengths = np.bincount(data.users, minlength=data.num_users)
+    counts = data.split_counts()
+    pairs, first, inverse = _pair_index(data)
+    return {
+        "name": data.name,
+        "form": data.form,
+        "split": data.split_name,
+        "users": data.num_users,
+        "items": data.num_items,
+        "events": {**counts, "total": data.num_events},
+        "density": len(pairs) / (data.num_users * data.num_items),
+        "duplicates": _duplicates(data, first, inverse),
+        "leakage": _leakage(data, inverse, len(pairs)),
+        "time": _times(data),
+        "order": {"inversions": _inversions(data)},
+        "cold": _cold(data),
+        "without_events": {
+            "users": int((lengths == 0).sum()),
+            "items": data.num_items - len(np.unique(data.items)),
+        },
+        "short_histories": int(((lengths > 0) & (lengths < 3)).sum()),
+        "history_length": _quantiles(lengths[lengths > 0]),
+        "five_core": _k_core(pairs // data.num_items, pairs % data.num_items, inverse),
+        "features": {
+            name: {"dim": one.values.shape[1], "missing": int((~one.mask).sum())}
+            for name, one in data.item_features.items()
+        },
+        "titles": None if data.item_titles is None else {"missing": sum(not title for title in data.item_titles)},
+        "items_missing_from_table": missing_items,
+        "notes": list(data.notes),
+    }
+
+
+def _load(path: Path, options: dict[str, Any]) -> tuple[Dataset, dict[str, Any] | None]:
+    import inspect
+
+    from hellm.data.load import load_dataset
+
+    kind, _ = detect(path, options.get("form"))
+    if "missing_items" not in inspect.signature(kind.read).parameters or "missing_items" in options:
+        return load_dataset(path, **options), None
+    try:
+        return load_dataset(path, missing_items="error", **options), {"count": 0, "first": []}
+    except DataError as error:
+        missing = getattr(error, "missing_items", None)
+        if missing is None:
+            raise
+    return load_dataset(path, missing_items="keep", **options), missing
+
+
+def _pair_index(data: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct pair keys, index of the first event of each, and the pair of each event."""
+    return np.unique(data.users * data.num_items + data.items, return_index=True, return_inverse=True)
+
+
+def _duplicates(data: Dataset, first: np.ndarray, inverse: np.ndarray) -> dict[str, int]:
+    original = first[inverse]
+    repeats = original != np.arange(data.num_events)
+    within = repeats & (data.split == data.split[original])
+    return {
+        "repeats": int(repeats.sum()),
+        "within_split": int(within.sum()),
+        "across_splits": int(repeats.sum() - within.sum()),
+    }
+
+
+def _leakage(data: Dataset, inverse: np.ndarray, num_pairs: int) -> dict[str, int]:
+    held = np.zeros((3, num_pairs), bool)
+    held[data.split, inverse] = True
+    return {
+        f"{SPLITS[one]}_{SPLITS[other]}": int((held[one] & held[other]).sum())
+        for one, other in ((0, 1), (0, 2), (1, 2))
+    }
+
+
+def _times(data: Dataset) -> dict[str, Any]:
+    if data.timestamps is None:
+        return {"known": False, "tied_share": None}
+    # Events are in time order within a user, so a tie is an equal neighbour.
+    equal = (np.diff(data.users) == 0) & (np.diff(data.timestamps) == 0)
+    tied = np.concatenate([[False], equal]) | np.concatenate([equal, [False]])
+    return {
+        "known": True,
+        "tied_share": float(tied.mean()),
+        "first": float(data.timestamps.min()),
+        "last": float(data.timestamps.max()),
+    }
+
+
+def _inversions(data: Dataset) -> int | None:
+    if data.timestamps is None:
+        return None
+    last_train = np.full(data.num_users, -np.inf)
+    train = data.split == 0
+    np.maximum.at(last_train, data.users[train], data.timestamps[train])
+    return int((data.timestamps < last_train[data.users])[~train].sum())
+
+
+def _cold(data: Dataset) -> dict[str, dict[str, int]]:
+    train_users, train_items = data.pairs("train")
+    user_known = np.bincount(train_users, minlength=data.num_users) > 0
+    item_known = np.bincount(train_items, minlength=data.num_items) > 0
+    report = {}
+    for split in ("valid", "test"):
+        users, items = data.pairs(split)
+        report[split] = {
+            "users": len(np.unique(users[~user_known[users]])),
+            "items": len(np.unique(items[~item_known[items]])),
+            "events": int((~item_known[items]).sum()),
+        }
+    return report
+
+
+def _k_core(users: np.ndarray, items: np.ndarray, inverse: np.ndarray, k: int = 5) -> dict[str, int]:
+    """What is left of distinct pairs in the k-core; `inverse` is the pair of each event."""
+    kept = np.ones(len(users), bool)
+    while True:
+        few_items = np.bincount(users[kept], minlength=users.max() + 1) < k
+        few_users = np.bincount(items[kept], minlength=items.max() + 1) < k
+        dropped = kept & (few_items[users] | few_users[items])
+        if not dropped.any():
+            break
+        kept &= ~dropped
+    return {
+        "users": len(np.unique(users[kept])),
+        "items": len(np.unique(items[kept])),
+        "events": int(kept[inverse].sum()),
+    }
+
+
+def _quantiles(lengths: np.ndarray) -> dict[str, float]:
+    report = {f"p{round(share * 100)}": float(np.quantile(lengths, share)) for share in QUANTILES}
+    return {**report, "mean": float(lengths.mean())}

@@ -1,0 +1,235 @@
+"""The in-memory data set every other part of the package reads: events, id maps, features, split."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+SPLITS = ("train", "valid", "test")
+
+
+class DataError(ValueError):
+    """A file or folder that does not hold what it must; the message names file, line and column where known."""
+
+
+class IdMap:
+    """Append-only map between external string ids and the indices 0..n-1.
+
+    An id keeps its index for ever: `add` appends what is new and moves nothing.
+
+    Args:
+        ids: Distinct ids, in index order.
+
+    Raises:
+        DataError: An id occurs twice.
+    """
+
+    def __init__(self, ids: Iterable[str] = ()) -> None:
+        self.ids: list[str] = [str(one) for one in ids]
+        self._index: dict[str, int] | None = None
+        if len(self._positions) != len(self.ids):
+            seen: set[str] = set()
+            twice = next(one for one in self.ids if one in seen or seen.add(one))
+            raise DataError(f"ids must be distinct, got {twice!r} twice")
+
+    @classmethod
+    def range(cls, count: int) -> IdMap:
+        """Map whose id i is `str(i)`, for the forms that number from 0."""
+        return cls(map(str, range(count)))
+
+    @property
+    def _positions(self) -> dict[str, int]:
+        if self._index is None:
+            self._index = {one: position for position, one in enumerate(self.ids)}
+        return self._index
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, one: object) -> bool:
+        return one in self._positions
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, IdMap) and self.ids == other.ids
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"IdMap({len(self)} ids)"
+
+    def index(self, one: str) -> int:
+        """Index of an id.
+
+        Raises:
+            DataError: The id is not in the map.
+        """
+        try:
+            return self._positions[str(one)]
+        except KeyError:
+            raise DataError(f"id {str(one)!r} is not one of the {len(self)} known ids") from None
+
+    def indices(self, ids: Iterable[str]) -> np.ndarray:
+        """Indices [n] int64 of several ids. Raises DataError as `index` does."""
+        return np.fromiter((self.index(one) for one in ids), dtype=np.int64)
+
+    def add(self, ids: Iterable[str]) -> np.ndarray:
+        """Append the ids not yet known, in their order, and return the indices [n] int64 of all of them."""
+        positions = self._positions
+        found = []
+        for one in map(str, ids):
+            if one not in positions:
+                positions[one] = len(self.ids)
+                self.ids.append(one)
+            found.append(positions[one])
+        return np.array(found, dtype=np.int64)
+
+    def copy(self) -> IdMap:
+        return IdMap(self.ids)
+
+
+@dataclass(frozen=True, eq=False)
+class ItemFeatures:
+    """Features of one modality.
+
+    Attributes:
+        values: [num_items, dim] float32, finite; rows outside `mask` are zero.
+        mask: [num_items] bool; False = the item lacks this modality.
+
+    Raises:
+        ValueError: Wrong shape or a value that is not finite.
+    """
+
+    values: np.ndarray
+    mask: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2:
+            raise ValueError(f"values must be [num_items, dim], got shape {list(self.values.shape)}")
+        if self.mask.shape != self.values.shape[:1] or self.mask.dtype != np.bool_:
+            raise ValueError(f"mask must be [{len(self.values)}] bool, got {list(self.mask.shape)} {self.mask.dtype}")
+        finite = np.isfinite(self.values).all(axis=1)
+        if not finite.all():
+            raise ValueError(f"values must be finite, got NaN or infinity in row {int(np.argmin(finite))}")
+
+    @classmethod
+    def from_values(cls, values: np.ndarray) -> ItemFeatures:
+        """Features whose all-zero rows count as missing."""
+        values = np.ascontiguousarray(values, dtype=np.float32)
+        return cls(values, values.any(axis=1))
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Events of users on items, split, with whatever is known of the items.
+
+    Events are grouped by user, ascending, and in time order within a user; events of one user with equal time, and all
+    events of a source without times, keep the order of the source.
+
+    Attributes:
+        name: Short name.
+        num_users, num_items: Counts, those without events included.
+        users, items: [num_events] int64.
+        timestamps: [num_events] int64 or float64 seconds since 1970, or None.
+        split: [num_events] int8: 0 train, 1 validation, 2 test.
+        user_ids, item_ids: External ids of the rows.
+        item_features: Modality -> features, e.g. "image", "text", "audio".
+        item_titles: [num_items], "" where there is none; None where the source has no titles at all.
+        split_name: "given", "leave-two-out", "ratio", "time" or "item-cold".
+        form: Form of the source, e.g. "mmrec".
+        item_fields: What else the source says of the items ("description", "brand", "category", "image"):
+            field -> [num_items] strings, "" where unknown.
+        notes: What the reader had to assume or met on the way, in words.
+    """
+
+    name: str
+    num_users: int
+    num_items: int
+    users: np.ndarray
+    items: np.ndarray
+    timestamps: np.ndarray | None
+    split: np.ndarray
+    user_ids: IdMap
+    item_ids: IdMap
+    item_features: dict[str, ItemFeatures] = field(default_factory=dict)
+    item_titles: list[str] | None = None
+    split_name: str = "given"
+    form: str = "hellm"
+    item_fields: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.user_ids) != self.num_users or len(self.item_ids) != self.num_items:
+            raise ValueError(
+                f"user_ids and item_ids must hold num_users ({self.num_users}) and num_items ({self.num_items}) ids, "
+                f"got {len(self.user_ids)} and {len(self.item_ids)}"
+            )
+        columns = {"users": self.users, "items": self.items, "split": self.split, "timestamps": self.timestamps}
+        for name, values in columns.items():
+            if values is not None and values.shape != self.users.shape:
+                raise ValueError(f"{name} must be [{len(self.users)}], got {list(values.shape)}")
+        for name, limit in (("users", self.num_users), ("items", self.num_items), ("split", len(SPLITS))):
+            values = columns[name]
+            if len(values) and not 0 <= values.min() <= values.max() < limit:
+                raise ValueError(f"{name} must lie in 0..{limit - 1}, got {values.min()}..{values.max()}")
+        if (self.users[1:] < self.users[:-1]).any():
+            raise ValueError("users must be grouped and ascending, got events out of that order")
+        for name, features in self.item_features.items():
+            if len(features.mask) != self.num_items:
+                raise ValueError(f"item_features[{name!r}] must have {self.num_items} rows, got {len(features.mask)}")
+
+    @property
+    def num_events(self) -> int:
+        return len(self.users)
+
+    def _select(self, splits: tuple[str, ...]) -> np.ndarray:
+        for name in splits:
+            if name not in SPLITS:
+                raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {name!r}")
+        return np.isin(self.split, [SPLITS.index(name) for name in splits])
+
+    def pairs(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Users and items, both [n] int64, of the events of one split ("train", "valid" or "test").
+
+        Raises:
+            ValueError: Unknown split.
+        """
+        chosen = self._select((split,))
+        return self.users[chosen], self.items[chosen]
+
+    def histories(self, *splits: str) -> tuple[np.ndarray, np.ndarray]:
+        """Each user's items in time order, over the named splits (all, if none is named).
+
+        Returns:
+            CSR: indptr [num_users + 1] int64 and items [n] int64.
+
+        Raises:
+            ValueError: Unknown split.
+        """
+        chosen = self._select(splits or SPLITS)
+        indptr = np.zeros(self.num_users + 1, dtype=np.int64)
+        np.cumsum(np.bincount(self.users[chosen], minlength=self.num_users), out=indptr[1:])
+        return indptr, self.items[chosen]
+
+    def split_counts(self) -> dict[str, int]:
+        """Number of events in each split."""
+        counts = np.bincount(self.split, minlength=3)
+        return {name: int(count) for name, count in zip(SPLITS, counts, strict=True)}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of the counts, the events, their split and the features; ids, titles and names do not count."""
+        digest = hashlib.sha256(f"{self.num_users} {self.num_items}".encode())
+        parts = {"users": self.users, "items": self.items, "split": self.split}
+        if self.timestamps is not None:
+            parts["timestamps"] = self.timestamps.astype(np.float64)
+        for modality, features in sorted(self.item_features.items()):
+            parts[f"{modality} values"] = features.values
+            parts[f"{modality} mask"] = features.mask
+        for name, values in parts.items():
+            digest.update(f"{name} {values.dtype.str} {values.shape}".encode())
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()[:32]

@@ -1,0 +1,224 @@
+"""Load, save and convert data sets of any known form."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from hellm.data import splits
+from hellm.data._files import new_folder
+from hellm.data.dataset import DataError, Dataset, IdMap, ItemFeatures
+from hellm.data.forms import Form, Source, detect, form_names, get_form
+
+FEATURES = ("auto", "simple", "none")
+
+
+def load_dataset(
+    path: str | Path,
+    *,
+    split: str | None = None,
+    seed: int = 0,
+    form: str | None = None,
+    features: str = "auto",
+    ratios: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    cold_share: float = 0.2,
+    user_ids: IdMap | None = None,
+    item_ids: IdMap | None = None,
+    **options,
+) -> Dataset:
+    """Read a data set; the form is recognised by its files.
+
+    Args:
+        path: Folder, or main file where a folder holds several data sets.
+        split: "given", "leave-two-out", "ratio", "time" or "item-cold" (see `hellm.data.splits` for each, and for how
+            ties are kept). None: the given label if the source has one, else leave-two-out.
+        seed: Of the item-cold choice.
+        form: Read it as this form; None detects it.
+        features: "simple" adds the built-in text and image features (`hellm.data.simple_features`) for modalities
+            that the source brings no features for; "auto" does so for the form "shop" only; "none" leaves out all.
+        ratios: Shares of train, validation and test, for "ratio" and "time".
+        cold_share: Share of items out of train, for "item-cold".
+        user_ids, item_ids: Id maps of an earlier load: their ids keep their indices, new ids follow.
+        **options: Of the form's reader, e.g. `missing_items="keep"` or `event_types=["purchase"]` (shop).
+
+    Returns: The data set; `notes` says what had to be assumed.
+
+    Raises:
+        DataError: A file that does not hold what it must, or an unknown form.
+        ValueError: Wrong arguments.
+    """
+    if split is not None and split not in splits.SPLIT_NAMES:
+        raise ValueError(f"split must be one of {', '.join(splits.SPLIT_NAMES)}, got {split!r}")
+    if features not in FEATURES:
+        raise ValueError(f"features must be one of {', '.join(FEATURES)}, got {features!r}")
+    path = Path(path)
+    kind, main = detect(path, form)
+    allowed = [one.name for one in inspect.signature(kind.read).parameters.values()][1:]
+    unknown = [name for name in options if name not in allowed]
+    if unknown:
+        raise ValueError(f"form {kind.name!r} takes {', '.join(allowed) or 'no options'}, got {', '.join(unknown)}")
+    source = kind.read(main, **options)
+    if user_ids is not None or item_ids is not None:
+        _keep_indices(source, user_ids, item_ids)
+    if features == "none":
+        source.item_features = {}
+    elif features == "simple" or kind.name == "shop":
+        _add_simple_features(source)
+    return _build(source, kind, _name(source, main), split, seed, ratios, cold_share)
+
+
+def save_dataset(dataset: Dataset, path: str | Path, *, form: str = "hellm", overwrite: bool = False) -> Path:
+    """Write a data set as a new folder; on failure nothing is left behind.
+
+    Args:
+        dataset: What to write.
+        path: Folder to make.
+        form: Any writable form (`form_names(writable=True)`). "hellm" keeps everything; "sasrec" and "json" have no
+            place for a split and imply leave-two-out, of which a warning tells where the split is another.
+        overwrite: Replace a folder that is there.
+
+    Returns: The folder.
+
+    Raises:
+        ValueError: The form cannot be written, or does not exist.
+        FileExistsError: The path exists and `overwrite` is False.
+    """
+    kind = get_form(form)
+    if kind.write is None:
+        raise ValueError(f"form {form!r} cannot be written; those that can: {', '.join(form_names(writable=True))}")
+    if not kind.keeps_split and not np.array_equal(dataset.split, splits.leave_two_out(dataset.users)):
+        warnings.warn(
+            f"form {form!r} stores no split: the {dataset.split_name!r} split of {dataset.name!r} is lost and will be "
+            "read back as leave-two-out",
+            stacklevel=2,
+        )
+    with new_folder(path, overwrite=overwrite) as folder:
+        kind.write(dataset, folder)
+    return Path(path)
+
+
+def convert(
+    source: str | Path, target: str | Path, form: str = "hellm", *, overwrite: bool = False, **options
+) -> Dataset:
+    """Read a data set of any form and write it in another.
+
+    Args:
+        source: As `load_dataset`.
+        target: Folder to make.
+        form: Form to write.
+        overwrite: Replace `target` if it is there.
+        **options: Of `load_dataset`.
+
+    Returns: What was read.
+    Raises: As `load_dataset` and `save_dataset`.
+    """
+    dataset = load_dataset(source, **options)
+    save_dataset(dataset, target, form=form, overwrite=overwrite)
+    return dataset
+
+
+def _name(source: Source, main: Path) -> str:
+    return source.name or main.name.split(".")[0] or main.parent.resolve().name
+
+
+def _keep_indices(source: Source, user_ids: IdMap | None, item_ids: IdMap | None) -> None:
+    """Renumber a source so that the ids of earlier maps keep their indices and new ids follow."""
+    if user_ids is not None:
+        kept = user_ids.copy()
+        source.users = kept.add(source.user_ids.ids)[source.users]
+        source.user_ids = kept
+    if item_ids is None:
+        return
+    kept = item_ids.copy()
+    moved = kept.add(source.item_ids.ids)
+    source.items = moved[source.items]
+    source.item_ids = kept
+
+    def place(texts: list[str]) -> list[str]:
+        placed = [""] * len(kept)
+        for index, text in zip(moved.tolist(), texts, strict=True):
+            placed[index] = text
+        return placed
+
+    if source.item_titles is not None:
+        source.item_titles = place(source.item_titles)
+    source.item_fields = {name: place(texts) for name, texts in source.item_fields.items()}
+    for modality, old in source.item_features.items():
+        values = np.zeros((len(kept), old.values.shape[1]), np.float32)
+        mask = np.zeros(len(kept), bool)
+        values[moved], mask[moved] = old.values, old.mask
+        source.item_features[modality] = ItemFeatures(values, mask)
+
+
+def _add_simple_features(source: Source) -> None:
+    from hellm.data import simple_features
+
+    texts = simple_features.item_texts(source.item_titles, source.item_fields)
+    if "text" not in source.item_features and texts is not None:
+        source.item_features["text"] = simple_features.text_features(texts)
+    images = source.item_fields.get("image")
+    if "image" not in source.item_features and images is not None:
+        unreadable: list[str] = []
+        source.item_features["image"] = simple_features.image_features(
+            images, on_unreadable=lambda path, error: unreadable.append(f"{path} ({error})")
+        )
+        if unreadable:
+            some = "; ".join(unreadable[:3]) + ("; ..." if len(unreadable) > 3 else "")
+            source.notes.append(f"{len(unreadable)} images cannot be read and count as missing: {some}")
+    # A modality that no item has would only make empty hyperedges.
+    source.item_features = {name: one for name, one in source.item_features.items() if one.mask.any()}
+
+
+def _build(source: Source, kind: Form, name: str, split, seed, ratios, cold_share) -> Dataset:
+    if not len(source.users):
+        raise DataError(f"{name}: there are no events")
+    users, items = source.users.astype(np.int64), source.items.astype(np.int64)
+    order = _time_order(users, source.timestamps)
+    if order is not None:
+        users, items = users[order], items[order]
+    timestamps = source.timestamps if source.timestamps is None or order is None else source.timestamps[order]
+    labels = source.labels if source.labels is None or order is None else source.labels[order]
+    split_name = split or ("given" if labels is not None else "leave-two-out")
+    if split_name == "given":
+        if labels is None:
+            raise ValueError(f'split="given" needs a label per event, and form {kind.name!r} of {name!r} has none')
+        assigned, split_name = labels.astype(np.int8), source.split_name
+    elif split_name == "leave-two-out":
+        assigned = splits.leave_two_out(users)
+    elif split_name == "ratio":
+        assigned = splits.ratio(users, ratios)
+    elif split_name == "time":
+        assigned = splits.time_cut(timestamps, ratios)
+    else:
+        assigned = splits.item_cold(items, len(source.item_ids), share=cold_share, seed=seed)
+    return Dataset(
+        name=name,
+        num_users=len(source.user_ids),
+        num_items=len(source.item_ids),
+        users=users,
+        items=items,
+        timestamps=timestamps,
+        split=assigned,
+        user_ids=source.user_ids,
+        item_ids=source.item_ids,
+        item_features=source.item_features,
+        item_titles=source.item_titles,
+        split_name=split_name,
+        form=kind.name,
+        item_fields=source.item_fields,
+        notes=source.notes,
+    )
+
+
+def _time_order(users: np.ndarray, timestamps: np.ndarray | None) -> np.ndarray | None:
+    """Stable order by user, then time; None if the events stand so already."""
+    step = np.diff(users)
+    grouped = not (step < 0).any()
+    if timestamps is None:
+        return None if grouped else np.argsort(users, kind="stable")
+    if grouped and not ((np.diff(timestamps) < 0) & (step == 0)).any():
+        return None
+    return np.lexsort((timestamps, users))

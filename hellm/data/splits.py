@@ -1,0 +1,118 @@
+"""Ways to divide events into train (0), validation (1) and test (2).
+
+All functions take events grouped by user and in time order within a user, as `Dataset` keeps them. **Ties:** events of
+one user with the same time stay in the order of the source, so with day-granular times the held-out item depends on
+that order; `check_dataset` reports how many events are tied. A global time cut never separates events of the same time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+SPLIT_NAMES = ("given", "leave-two-out", "ratio", "time", "item-cold")
+MIN_EVENTS = 3
+
+
+def _ranks(users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Position of each event in its user's history, and the length of that history, both [num_events] int64."""
+    if not len(users):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    counts = np.bincount(users)
+    starts = np.cumsum(counts) - counts
+    return np.arange(len(users)) - starts[users], counts[users]
+
+
+def leave_two_out(users: np.ndarray) -> np.ndarray:
+    """Last event of each user = test, the one before = validation, the rest train.
+
+    Users with fewer than 3 events are all train, as they would otherwise have no history to be scored from.
+
+    Args:
+        users: [num_events] int64, grouped.
+
+    Returns: [num_events] int8.
+    """
+    position, length = _ranks(users)
+    from_end = length - 1 - position
+    split = np.where(from_end == 0, 2, np.where(from_end == 1, 1, 0))
+    return np.where(length >= MIN_EVENTS, split, 0).astype(np.int8)
+
+
+def ratio(users: np.ndarray, ratios: tuple[float, float, float] = (0.8, 0.1, 0.1)) -> np.ndarray:
+    """First part of each user's history = train, the next validation, the last test.
+
+    Shares are rounded down, but each asked-for held-out part gets at least one event and train keeps at least one.
+    Users with fewer than 3 events are all train.
+
+    Args:
+        users: [num_events] int64, grouped.
+        ratios: Shares of train, validation and test; they add up to 1.
+
+    Returns: [num_events] int8.
+    Raises: ValueError: Shares that are negative, leave train empty or do not add up to 1.
+    """
+    _check_ratios(ratios)
+    position, length = _ranks(users)
+    # 1e-9: 0.1 * 30 must count as 3 although the product may lie just below it.
+    valid = np.maximum(np.floor(length * ratios[1] + 1e-9), ratios[1] > 0)
+    test = np.maximum(np.floor(length * ratios[2] + 1e-9), ratios[2] > 0)
+    valid = np.minimum(valid, length - 1 - (ratios[2] > 0))
+    test = np.minimum(test, length - valid - 1)
+    split = (position >= length - valid - test).astype(np.int8) + (position >= length - test)
+    return np.where(length >= MIN_EVENTS, split, 0).astype(np.int8)
+
+
+def time_cut(timestamps: np.ndarray | None, ratios: tuple[float, float, float] = (0.8, 0.1, 0.1)) -> np.ndarray:
+    """Cut all events at two moments: what comes before the first is train, after the second test.
+
+    The moments are those of the events at which the shares are reached; an event at that time is on the later side.
+
+    Args:
+        timestamps: [num_events] seconds.
+        ratios: As `ratio`.
+
+    Returns: [num_events] int8.
+    Raises: ValueError: No timestamps, or bad shares.
+    """
+    _check_ratios(ratios)
+    if timestamps is None:
+        raise ValueError('split="time" needs timestamps, and the source has none')
+    if not len(timestamps):
+        return np.zeros(0, np.int8)
+    ordered = np.sort(timestamps)
+    first, second = (min(int(len(ordered) * share + 1e-9), len(ordered) - 1) for share in np.cumsum(ratios[:2]))
+    split = (timestamps >= ordered[first]).astype(np.int8) + (timestamps >= ordered[second])
+    if ratios[2] == 0:
+        split = np.minimum(split, 1)
+    if ratios[1] == 0:
+        split = np.where(split == 1, 2, split)
+    return split.astype(np.int8)
+
+
+def item_cold(items: np.ndarray, num_items: int, *, share: float = 0.2, seed: int = 0) -> np.ndarray:
+    """Keep a seeded share of the items out of train: half of them are validation items, half test items.
+
+    A held-out event may be older than the train events of its user: this split measures new items, not the future.
+
+    Args:
+        items: [num_events] int64.
+        num_items: Number of items.
+        share: Share of the items with events that are held out, 0 < share < 1.
+        seed: Of the choice.
+
+    Returns: [num_events] int8.
+    Raises: ValueError: Share out of range.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"cold_share must lie between 0 and 1, got {share}")
+    sold = np.flatnonzero(np.bincount(items, minlength=num_items))
+    chosen = np.random.default_rng(seed).permutation(sold)[: max(2, round(share * len(sold)))]
+    label = np.zeros(num_items, np.int8)
+    label[chosen[: len(chosen) // 2]] = 1
+    label[chosen[len(chosen) // 2 :]] = 2
+    return label[items]
+
+
+def _check_ratios(ratios: tuple[float, float, float]) -> None:
+    if len(ratios) != 3 or ratios[0] <= 0 or min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6:
+        raise ValueError(f"ratios must be three shares that add up to 1, the first above 0, got {tuple(ratios)}")

@@ -1,0 +1,265 @@
+"""Stage-1 model: a collaborative backbone fused with a user and an item hypergraph branch (MMHCL, section 3).
+
+U = users, I = items, D = embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hellm import ops
+from hellm.hypergraph import Hypergraph
+from hellm.models.fold_in import FoldIn
+
+__all__ = ["EncoderOutput", "GraphEncoder"]
+
+BACKBONES = ("lightgcn", "ngcf", "mf")
+
+
+class EncoderOutput(NamedTuple):
+    """Embeddings of all users and items.
+
+    Attributes:
+        user: [U, D] fused: backbone + normalised hypergraph view. A user scores an item by their dot product.
+        item: [I, D] fused.
+        user_view: [U, D] output of the user hypergraph branch, None without one.
+        item_view: [I, D] output of the item hypergraph branch, None without one.
+    """
+
+    user: Tensor
+    item: Tensor
+    user_view: Tensor | None
+    item_view: Tensor | None
+
+
+class GraphEncoder(nn.Module):
+    """Users and items from their interactions and two hypergraphs.
+
+        user = backbone_user + normalize(S^l uu)    S: users who share items, row-normalised, no self loops
+        item = backbone_item + normalize(T^l ii)    T: items that share neighbours, symmetric
+
+    Each branch has an embedding table of its own (uu, ii) and repeats its operator without weights or activation; only
+    the last layer counts. Gradients reach all tables. Tables are drawn from torch's global generator in the order
+    user, item, user branch, item branch, whichever of them are used.
+
+    Args:
+        num_users: U.
+        num_items: I.
+        user_hypergraph: training interactions, users as vertices and items as hyperedges (`hellm.user_hypergraph`).
+            The backbone needs it as well.
+        item_hypergraph: items as vertices (`hellm.item_hypergraph`); None leaves the item branch out.
+        embedding_dim: D.
+        backbone: "lightgcn", "ngcf" or "mf".
+        num_layers: propagation layers of lightgcn and ngcf.
+        num_user_layers: layers of the user branch.
+        num_item_layers: layers of the item branch.
+        use_user_branch: False leaves the user branch out.
+        dropout: NGCF message dropout probability.
+
+    Raises:
+        ValueError: an unknown backbone, a layer count < 1, or a hypergraph of another size.
+    """
+
+    def __init__(
+        self,
+        num_users: int,
+        num_items: int,
+        *,
+        user_hypergraph: Hypergraph,
+        item_hypergraph: Hypergraph | None = None,
+        embedding_dim: int = 64,
+        backbone: str = "lightgcn",
+        num_layers: int = 2,
+        num_user_layers: int = 2,
+        num_item_layers: int = 2,
+        use_user_branch: bool = True,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        layers = {"num_layers": num_layers, "num_user_layers": num_user_layers, "num_item_layers": num_item_layers}
+        _check_arguments(num_users, num_items, user_hypergraph, item_hypergraph, backbone, layers)
+        self.num_users, self.num_items, self.embedding_dim = num_users, num_items, embedding_dim
+        self.backbone, self.num_layers = backbone, num_layers
+        self.num_user_layers, self.num_item_layers = num_user_layers, num_item_layers
+        self.user_hypergraph, self.item_hypergraph = user_hypergraph, item_hypergraph
+        user, item, user_branch, item_branch = (
+            _table(count, embedding_dim) for count in (num_users, num_items, num_users, num_items)
+        )
+        self.user_table, self.item_table = user, item
+        self.user_branch_table = user_branch if use_user_branch else None
+        self.item_branch_table = item_branch if item_hypergraph is not None else None
+        if backbone == "ngcf":
+            self.aggregate = nn.ModuleList(nn.Linear(embedding_dim, embedding_dim) for _ in range(num_layers))
+            self.interact = nn.ModuleList(nn.Linear(embedding_dim, embedding_dim) for _ in range(num_layers))
+            self.dropout = nn.Dropout(dropout)
+        self._cached: tuple[tuple, EncoderOutput] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tables."""
+        return self.user_table.weight.device
+
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        self.user_hypergraph = self.user_hypergraph.to(self.device)
+        if self.item_hypergraph is not None:
+            self.item_hypergraph = self.item_hypergraph.to(self.device)
+        return self
+
+    def forward(self) -> EncoderOutput:
+        """Embeddings of all users and items, differentiable in every parameter."""
+        user, item = self._propagate_backbone()
+        user_view, item_view = self._user_view(self.num_user_layers), None
+        if user_view is not None:
+            user = user + F.normalize(user_view, dim=1)
+        if self.item_branch_table is not None:
+            item_view = ops.hypergraph_conv(
+                self.item_branch_table.weight,
+                self.item_hypergraph,
+                normalization="symmetric",
+                hyperedge_degree=False,
+                num_layers=self.num_item_layers,
+            )
+            item = item + F.normalize(item_view, dim=1)
+        return EncoderOutput(user, item, user_view, item_view)
+
+    def _user_view(self, num_layers: int) -> Tensor | None:
+        if self.user_branch_table is None:
+            return None
+        if num_layers == 0:
+            return self.user_branch_table.weight
+        return ops.hypergraph_conv(
+            self.user_branch_table.weight,
+            self.user_hypergraph,
+            normalization="row",
+            hyperedge_degree=False,
+            self_loops=False,
+            num_layers=num_layers,
+        )
+
+    def _propagate_backbone(self) -> tuple[Tensor, Tensor]:
+        user, item = self.user_table.weight, self.item_table.weight
+        if self.backbone == "mf":
+            return user, item
+        if self.backbone == "lightgcn":
+            return ops.bipartite_propagate(user, item, self.user_hypergraph, num_layers=self.num_layers)
+        return self._propagate_ngcf(user, item)
+
+    def _propagate_ngcf(self, user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
+        """NGCF with the mean over layers 0..L in place of their concatenation; layers > 0 are L2-normalised."""
+        x = torch.cat([user, item])
+        total = x
+        for aggregate, interact in zip(self.aggregate, self.interact, strict=True):
+            side = self._neighbour_sum(x)
+            x = self.dropout(F.leaky_relu(aggregate(side)) + F.leaky_relu(interact(x * side)))
+            total = total + F.normalize(x, dim=1)
+        user, item = (total / (self.num_layers + 1)).split([self.num_users, self.num_items])
+        return user, item
+
+    def _neighbour_sum(self, x: Tensor) -> Tensor:
+        """D^-1/2 A D^-1/2 x of the user-item graph, A = [[0, R], [R^T, 0]]."""
+        user_scale, item_scale = self.user_hypergraph.bipartite_scales(x.dtype)
+        scale = torch.cat([user_scale, item_scale]).unsqueeze(1)
+        user, item = (x * scale).split([self.num_users, self.num_items])
+        user_sum = ops.incidence_product(item, self.user_hypergraph)
+        item_sum = ops.incidence_product(user, self.user_hypergraph, transpose=True)
+        return torch.cat([user_sum, item_sum]) * scale
+
+    @torch.no_grad()
+    def embeddings(self) -> EncoderOutput:
+        """Embeddings in evaluation mode, without gradients; computed once per change of the parameters."""
+        key = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
+        if self._cached is None or self._cached[0] != key:
+            was_training = self.training
+            self.eval()
+            try:
+                self._cached = (key, self())
+            finally:
+                self.train(was_training)
+        return self._cached[1]
+
+    def scores(self, users: Tensor) -> Tensor:
+        """Scores of all items for each of `users`; higher is better.
+
+        Args:
+            users: [B] int64 rows of the user table.
+        Returns: [B, I] float32.
+        """
+        output = self.embeddings()
+        return (output.user[users.to(self.device)] @ output.item.T).float()
+
+    @torch.no_grad()
+    def fold_in_tables(self) -> FoldIn:
+        """What embeds users that have no row in the tables, from their histories alone.
+
+        A new user u with the distinct items N(u) takes part in both graphs with own embeddings of zero, and changes
+        nobody else's; d_i is the number of users of item i:
+
+            backbone = 1/(L+1) sum_{l<L} sum_{i in N(u)} e_i^(l) / sqrt(|N(u)| max(d_i, 1))        (lightgcn)
+            backbone = mean_{i in N(u)} of the backbone item embeddings                            (mf, ngcf)
+            view     = mean of uu^(l_user - 1) over the users of each i in N(u)
+            user     = backbone + normalize(view)
+        """
+        if self.backbone == "lightgcn":
+            user, source = self.user_table.weight, self.item_table.weight
+            if self.num_layers > 1:
+                _, source = ops.bipartite_propagate(user, source, self.user_hypergraph, num_layers=self.num_layers - 1)
+            item_degree = self.user_hypergraph.edge_indptr.diff().clamp(min=1)
+            source = source * (item_degree.rsqrt() * (self.num_layers / (self.num_layers + 1))).unsqueeze(1)
+            exponent = 0.5
+        else:
+            source, exponent = self._backbone_items(), 1.0
+        view = None
+        if self.user_branch_table is not None:
+            # The sum over users points the same way as their mean, and only its direction is used.
+            neighbours = self._user_view(self.num_user_layers - 1)
+            view = ops.incidence_product(neighbours, self.user_hypergraph, transpose=True)
+        return FoldIn(source.detach(), view, exponent)
+
+    def fold_in(self, indptr: Tensor, items: Tensor) -> Tensor:
+        """Embeddings of users that have no row in the tables; see `fold_in_tables` and `FoldIn.embed`.
+
+        Args:
+            indptr: [B + 1] int64, where each history starts in `items`.
+            items: [indptr[-1]] int64 item rows; repeats within a history count once.
+        Returns: [B, D]; an empty history gives zeros.
+        Raises: ValueError, an item outside [0, num_items).
+        """
+        return self.fold_in_tables().embed(indptr, items)
+
+    def user_embedding(self, history: Sequence[int] | Tensor) -> Tensor:
+        """[D] embedding of one user with this bare history of item rows; see `fold_in`."""
+        items = torch.as_tensor(history).long().reshape(-1)
+        return self.fold_in(torch.tensor([0, items.numel()]), items)[0]
+
+    def _backbone_items(self) -> Tensor:
+        was_training = self.training
+        self.eval()
+        try:
+            return self._propagate_backbone()[1]
+        finally:
+            self.train(was_training)
+
+
+def _table(count: int, dim: int) -> nn.Embedding:
+    table = nn.Embedding(count, dim)
+    nn.init.xavier_uniform_(table.weight)
+    return table
+
+
+def _check_arguments(num_users, num_items, user_hypergraph, item_hypergraph, backbone, layers) -> None:
+    if backbone not in BACKBONES:
+        raise ValueError(f"backbone must be one of {', '.join(map(repr, BACKBONES))}, got {backbone!r}")
+    for name, value in layers.items():
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    shape = (user_hypergraph.num_vertices, user_hypergraph.num_hyperedges)
+    if shape != (num_users, num_items):
+        raise ValueError(f"user_hypergraph must have {num_users} vertices and {num_items} hyperedges, got {shape}")
+    if item_hypergraph is not None and item_hypergraph.num_vertices != num_items:
+        raise ValueError(f"item_hypergraph must have {num_items} vertices, got {item_hypergraph.num_vertices}")

@@ -1,0 +1,114 @@
+"""Checkpoints.
+
+A checkpoint is a single safetensors file: model, optimiser and generator tensors, with everything else as JSON in its
+header. One file is replaced in one step, so a kill or a full disk leaves the previous checkpoint whole, and nothing in
+it can run code when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hellm._files import atomic_path
+
+__all__ = [
+    "load_checkpoint",
+    "load_training_state",
+    "read_model",
+    "save_checkpoint",
+    "save_training_state",
+]
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
+) -> None:
+    """Write named tensors and JSON-able `state` to one file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    # An owned copy each: safetensors refuses tensors that share memory, and views would write their whole storage.
+    owned = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    with atomic_path(path) as temporary:
+        save_file(owned, temporary, metadata={"state": json.dumps(state)})
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and state of `save_checkpoint`.
+
+    Raises: FileNotFoundError; ValueError naming the file if it is not such a checkpoint.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {error}") from None
+    if "state" not in metadata:
+        raise ValueError(f"{path} must carry a training state in its header, got {sorted(metadata) or 'none'}")
+    return tensors, json.loads(metadata["state"])
+
+
+def save_training_state(
+    path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> None:
+    """Everything a run needs to go on: model, optimiser, torch's generators, and `state` (JSON-able)."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    packed = optimizer.state_dict()
+    for index, values in packed["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    tensors["generator.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        tensors["generator.cuda"] = torch.cuda.get_rng_state()
+    save_checkpoint(path, tensors, {**state, "optimizer": packed["param_groups"]})
+
+
+def load_training_state(
+    path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Restore what `save_training_state` wrote into `model`, `optimizer` and torch's generators; returns `state`."""
+    tensors, state = load_checkpoint(path)
+    _load_model(path, model, tensors)
+    packed: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            packed.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": packed, "param_groups": state.pop("optimizer")})
+    torch.set_rng_state(tensors["generator.cpu"])
+    if "generator.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["generator.cuda"])
+    return state
+
+
+def read_model(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any]:
+    """Load only the weights of a checkpoint into `model`; returns its state."""
+    tensors, state = load_checkpoint(path)
+    _load_model(path, model, tensors)
+    return state
+
+
+def _load_model(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if expected != found:
+        name = next(name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name))
+        raise ValueError(
+            f"{path} does not fit the model: {name} must be {expected.get(name, 'absent')}, "
+            f"got {found.get(name, 'absent')}"
+        )
+    model.load_state_dict(weights)

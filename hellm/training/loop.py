@@ -1,0 +1,228 @@
+"""The training loop: epochs of steps, validation, early stopping, checkpoints, interruption and resumption."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hellm.training.checkpoint import load_training_state, save_checkpoint, save_training_state
+from hellm.training.run_directory import RunDirectory
+
+__all__ = ["Interrupted", "Progress", "fit"]
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(SystemExit):
+    """Training stopped on a signal after saving its state. The exit code is 128 + the signal's number."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(128 + signum)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass
+class Progress:
+    """How far a run is; together with model, optimiser and generators all that a checkpoint holds.
+
+    Attributes:
+        epoch: the epoch that runs next, or is running; counted from 0.
+        step: steps of it that are done.
+        losses: the loss terms of those steps.
+        best: best value so far of each monitored metric.
+        best_epoch: last epoch whose validation improved; None before the first.
+        checks_without_gain: validations since then.
+        seconds: spent on the steps of the running epoch so far.
+        total_seconds: spent on training steps and validation in all epochs that ended.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    losses: list[list[float]] = field(default_factory=list)
+    best: dict[str, float] = field(default_factory=dict)
+    best_epoch: int | None = None
+    checks_without_gain: int = 0
+    seconds: float = 0.0
+    total_seconds: float = 0.0
+
+    def improve(self, metrics: Mapping[str, float], monitor: Sequence[str]) -> bool:
+        """Note a validation; whether any monitored metric beat its own best (the first check always does)."""
+        gains = [name for name in monitor if metrics[name] > self.best.get(name, -math.inf)]
+        self.best |= {name: metrics[name] for name in gains}
+        self.best_epoch = self.epoch if gains else self.best_epoch
+        self.checks_without_gain = 0 if gains else self.checks_without_gain + 1
+        return bool(gains)
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step_losses: Callable[[int, int], Mapping[str, Tensor]],
+    num_steps: int,
+    run: RunDirectory,
+    *,
+    learning_rate: Callable[[int], float],
+    max_epochs: int,
+    validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    validate_every: int = 5,
+    patience: int = 5,
+    monitor: Sequence[str] = ("recall@20", "ndcg@20"),
+    checkpoint_every: int = 5,
+    on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
+) -> Progress:
+    """Train until `max_epochs` or until more than `patience` validations in a row bring no gain.
+
+    Validation runs after every `validate_every`-th epoch and after the last. One that beats the best value so far of
+    any monitored metric is a gain, and its weights become `run.best`; without `validate` the final weights do. A
+    checkpoint in `run.last` is gone on from: the same numbers follow as without the break. SIGTERM and SIGINT let the
+    running step end, save, and raise `Interrupted`.
+
+    Args:
+        model: trained in place; holds the final weights afterwards, not the best.
+        optimizer: over the model's parameters.
+        step_losses: (epoch, step) -> named weighted loss terms, whose sum is minimised. It must depend on nothing but
+            its arguments, the model and torch's generators.
+        num_steps: steps per epoch.
+        run: where metrics and checkpoints go.
+        learning_rate: epoch -> step size.
+        validate: model -> metrics, on validation data only.
+        on_epoch: called with each record of metrics.jsonl.
+    Returns: the final progress.
+    Raises:
+        FloatingPointError: a loss term became NaN or infinite (which, in which epoch and step).
+        Interrupted: see above.
+    """
+    progress = Progress()
+    if run.last.is_file():
+        progress = Progress(**load_training_state(run.last, model, optimizer))
+        logger.info("resuming at epoch %d, step %d", progress.epoch, progress.step)
+    run.truncate_metrics(progress.epoch)
+
+    def save() -> None:
+        save_training_state(run.last, model, optimizer, dataclasses.asdict(progress))
+
+    with _caught_signals() as caught:
+        while progress.epoch < max_epochs and progress.checks_without_gain <= patience:
+            epoch = progress.epoch
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(epoch)
+            names = _train_epoch(model, optimizer, step_losses, num_steps, progress, caught)
+            if progress.step < num_steps:
+                save()
+                raise Interrupted(caught[0], f"stopped in epoch {epoch} after step {progress.step}; saved {run.last}")
+            record = _epoch_record(progress, names)
+            due = (epoch + 1) % validate_every == 0 or epoch + 1 == max_epochs
+            if validate is not None and due:
+                _validate(model, validate, monitor, progress, run, record)
+            run.append_metrics(record)
+            if on_epoch is not None:
+                on_epoch(record)
+            progress.total_seconds += record["seconds"] + record.get("valid_seconds", 0.0)
+            progress.epoch, progress.step, progress.losses, progress.seconds = epoch + 1, 0, [], 0.0
+            if due or (epoch + 1) % checkpoint_every == 0 or caught:
+                save()
+            if caught:
+                raise Interrupted(caught[0], f"stopped after epoch {epoch}; saved {run.last}")
+    if validate is None:
+        progress.best_epoch = progress.epoch - 1
+        _save_best(model, run, progress.best_epoch)
+    return progress
+
+
+def _train_epoch(model, optimizer, step_losses, num_steps, progress: Progress, caught: list[int]) -> list[str]:
+    """Run the remaining steps of the epoch, or until a signal; returns the names of the loss terms."""
+    from tqdm import tqdm
+
+    model.train()
+    started, names, values = time.perf_counter(), [], []
+    steps = range(progress.step, num_steps)
+    for step in tqdm(steps, desc=f"epoch {progress.epoch}", leave=False, disable=None):
+        terms = step_losses(progress.epoch, step)
+        optimizer.zero_grad(set_to_none=True)
+        sum(terms.values()).backward()
+        optimizer.step()
+        names = list(terms)
+        values.append(torch.stack([term.detach() for term in terms.values()]))
+        if caught:
+            break
+    # Read once per epoch: reading every step would make a GPU wait.
+    losses = torch.stack(values).tolist()
+    for step, row in enumerate(losses, start=progress.step):
+        for name, value in zip(names, row, strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} became {value} in epoch {progress.epoch}, step {step}; "
+                    "a smaller learning_rate or a larger temperature may help"
+                )
+    progress.losses += losses
+    progress.step += len(losses)
+    progress.seconds += time.perf_counter() - started
+    return names
+
+
+def _epoch_record(progress: Progress, names: list[str]) -> dict[str, Any]:
+    """Loss terms summed over the steps, as the published logs have them, and their means per step."""
+    sums = {name: math.fsum(row[index] for row in progress.losses) for index, name in enumerate(names)}
+    sums = {"loss": math.fsum(sums.values()), **sums}
+    means = {f"{name}_mean": value / len(progress.losses) for name, value in sums.items()}
+    return {"epoch": progress.epoch, **sums, **means, "seconds": progress.seconds}
+
+
+def _validate(model, validate, monitor, progress: Progress, run: RunDirectory, record: dict[str, Any]) -> None:
+    started = time.perf_counter()
+    model.eval()
+    metrics = validate(model)
+    missing = [name for name in monitor if name not in metrics]
+    if missing:
+        raise ValueError(f"monitor must name validation metrics ({', '.join(metrics)}), got {missing[0]!r}")
+    improved = progress.improve(metrics, monitor)
+    if improved:
+        _save_best(model, run, progress.epoch)
+    record |= {f"valid_{name}": value for name, value in metrics.items()}
+    record["valid_seconds"] = time.perf_counter() - started
+    shown = ", ".join(f"{name} {metrics[name]:.4f}" for name in monitor)
+    mark = " (best)" if improved else ""
+    logger.info("epoch %d: loss %.4f, validation %s%s", progress.epoch, record["loss_mean"], shown, mark)
+
+
+def _save_best(model: nn.Module, run: RunDirectory, epoch: int) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_checkpoint(run.best, tensors, {"epoch": epoch})
+
+
+@contextlib.contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying of them; a second one acts as usual. Main thread only."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    previous = {}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: object) -> None:
+        caught.append(number)
+        restore()
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        restore()

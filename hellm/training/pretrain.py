@@ -1,0 +1,344 @@
+"""Stage 1: hypergraph pre-training of the graph encoder, from data to a finished run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hellm._files import atomic_path
+from hellm.config import PretrainConfig
+from hellm.data import Dataset, load_dataset
+from hellm.hypergraph import item_hypergraph, user_hypergraph
+from hellm.losses import bpr_loss, l2_loss, synergistic_contrastive_loss
+from hellm.models import GraphEncoder
+from hellm.training.checkpoint import read_model
+from hellm.training.loop import Progress, fit
+from hellm.training.plots import plot_curves
+from hellm.training.run_directory import RunDirectory, environment, peak_memory_bytes
+from hellm.training.samplers import Triples, TripleSampler
+
+__all__ = ["build_encoder", "build_sampler", "pretrain", "pretrain_losses", "resolve_config"]
+
+logger = logging.getLogger(__name__)
+
+# Settings that do not touch the numbers of the epochs before, so a resumed run may change them.
+_MAY_CHANGE = ("max_epochs", "patience", "checkpoint_every", "device", "num_threads", "eval_batch_size", "tensorboard")
+
+
+class Evaluate(Protocol):
+    """What `pretrain` needs of `hellm.evaluate.evaluate_dataset`."""
+
+    def __call__(self, scorer: Any, dataset: Dataset, *, split: str, protocol: str, ks: tuple, batch_size: int): ...
+
+
+def pretrain(
+    config: PretrainConfig,
+    data: str | os.PathLike[str] | Dataset,
+    out: str | os.PathLike[str],
+    *,
+    evaluate: Evaluate,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train the graph encoder, choose by validation, score the test split once, and leave a run directory.
+
+    Args:
+        config: settings; see `hellm.config`.
+        data: a data set, or a path for `hellm.data.load_dataset`.
+        out: run directory, see `hellm.training.run_directory`.
+        evaluate: `hellm.evaluate.evaluate_dataset`.
+        resume: go on from the last checkpoint in `out`, or start if there is none. A finished run is returned as it is.
+        overwrite: replace a run in `out`.
+    Returns: what result.json holds.
+    Raises:
+        FileExistsError, ValueError: as `RunDirectory` and `resolve_config`.
+        FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
+    """
+    started = time.perf_counter()
+    dataset = data if isinstance(data, Dataset) else load_dataset(data)
+    config, notes = resolve_config(config, dataset)
+    run = RunDirectory(out, resume=resume, overwrite=overwrite)
+    run.check_data(dataset.fingerprint)
+    changed = run.write_config(config, may_change=_MAY_CHANGE)
+    if run.result.is_file() and not changed:
+        return run.read_result()
+    run.result.unlink(missing_ok=True)
+    for note in notes:
+        logger.warning(note)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+
+    torch.manual_seed(config.seed)
+    model = build_encoder(config, dataset).to(config.device)
+    progress = _fit(model, config, dataset, run, evaluate)
+    read_model(run.best, model)
+    result = _result(model, config, dataset, run, progress, evaluate)
+    result |= {"notes": notes, "seconds": time.perf_counter() - started}
+    _write_outputs(model, config, dataset, run, progress)
+    run.write_result(result)
+    return result
+
+
+def resolve_config(config: PretrainConfig, dataset: Dataset) -> tuple[PretrainConfig, list[str]]:
+    """Settings as they will run on this machine and data, with a note for each that had to give way.
+
+    Raises: ValueError for modalities the data lacks, a device that is not there, or no training events.
+    """
+    notes = []
+    model = config.model
+    known = list(dataset.item_features)
+    absent = [name for name in model.modalities or () if name not in known]
+    if absent:
+        raise ValueError(f"model.modalities must be among {known} (data set {dataset.name!r}), got {absent[0]!r}")
+    if not (dataset.split == 0).any():
+        raise ValueError(f"data set {dataset.name!r} must have training events, got none")
+    if model.item_hypergraph and not known:
+        notes.append(f"data set {dataset.name!r} has no item features: trained without the item hypergraph")
+        model = replace(model, item_hypergraph=False)
+    if model.item_hypergraph and model.modalities is None:
+        model = replace(model, modalities=tuple(known))
+    if model.item_hypergraph and model.knn_k > dataset.num_items:
+        notes.append(f"model.knn_k {model.knn_k} cut to the {dataset.num_items} items there are")
+        model = replace(model, knn_k=dataset.num_items)
+    if not (dataset.split == 1).any():
+        notes.append("no validation events: trained for max_epochs, the last weights are kept")
+    most = dataset.num_items
+    if max(config.ks) > most:
+        raise ValueError(f"ks must be at most the {most} items of data set {dataset.name!r}, got {max(config.ks)}")
+    return replace(config, model=model, device=_device(config.device)), notes
+
+
+def build_encoder(config: PretrainConfig, dataset: Dataset) -> GraphEncoder:
+    """The encoder of `config` over the training events and item features of `dataset`, on the CPU.
+
+    With compat="official" a contrastive weight of 0 also takes that hypergraph out of the fusion, and kNN neighbours
+    with similarity <= 0 stay, both as published.
+    """
+    settings, official = config.model, config.compat == "official"
+    users, items = dataset.pairs("train")
+    index = torch.from_numpy(np.stack([users, items]))
+    use_user = settings.user_hypergraph and not (official and config.user_contrastive_weight == 0)
+    use_item = settings.item_hypergraph and not (official and config.item_contrastive_weight == 0)
+    items_by_content = None
+    if use_item:
+        names = settings.modalities or tuple(dataset.item_features)
+        chosen = {name: dataset.item_features[name] for name in names}
+        items_by_content = item_hypergraph(
+            {name: torch.from_numpy(np.asarray(feature.values)) for name, feature in chosen.items()},
+            settings.knn_k,
+            masks={name: torch.from_numpy(np.asarray(feature.mask)) for name, feature in chosen.items()},
+            keep_nonpositive=official,
+        )
+    return GraphEncoder(
+        dataset.num_users,
+        dataset.num_items,
+        user_hypergraph=user_hypergraph(index, dataset.num_users, dataset.num_items),
+        item_hypergraph=items_by_content,
+        embedding_dim=settings.embedding_dim,
+        backbone=settings.backbone,
+        num_layers=settings.num_layers,
+        num_user_layers=settings.num_user_layers,
+        num_item_layers=settings.num_item_layers,
+        use_user_branch=use_user,
+        dropout=settings.dropout,
+    )
+
+
+def build_sampler(config: PretrainConfig, dataset: Dataset) -> TripleSampler:
+    """The sampler of `config` over the training events of `dataset`; its `num_steps` are the steps per epoch."""
+    return TripleSampler(
+        *dataset.pairs("train"),
+        dataset.num_users,
+        dataset.num_items,
+        batch_size=config.batch_size,
+        strategy=config.sampler,
+        negatives=config.negatives,
+        seed=config.seed,
+    )
+
+
+def pretrain_losses(
+    model: GraphEncoder,
+    triples: Triples,
+    *,
+    l2_weight: float,
+    user_contrastive_weight: float,
+    item_contrastive_weight: float,
+    temperature: float,
+    precision: str | None = None,
+    user_rows: Tensor | None = None,
+    item_rows: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Weighted loss terms of one step, whose sum stage 1 minimises: "bpr_loss", "l2_loss", "contrastive_loss".
+
+    A contrastive term of weight 0, or of a hypergraph the model does not use, is not computed. `user_rows` and
+    `item_rows` [M] int64 are the contrastive anchors; None is all.
+    """
+    output = model()
+    users, positives, negatives = (torch.from_numpy(ids).to(model.device) for ids in triples)
+    # F.embedding sums repeated rows of the gradient in a fixed order, plain indexing does not on CUDA.
+    user = F.embedding(users, output.user)
+    positive, negative = F.embedding(positives, output.item), F.embedding(negatives, output.item)
+    contrastive = user.new_zeros(())
+    for weight, fused, view, chosen in (
+        (user_contrastive_weight, output.user, output.user_view, user_rows),
+        (item_contrastive_weight, output.item, output.item_view, item_rows),
+    ):
+        if weight > 0 and view is not None:
+            loss = synergistic_contrastive_loss(fused, view, temperature, precision=precision, rows=chosen)
+            contrastive = contrastive + weight * loss
+    return {
+        "bpr_loss": bpr_loss(user, positive, negative),
+        "l2_loss": l2_weight * l2_loss(user, positive, negative),
+        "contrastive_loss": contrastive,
+    }
+
+
+def _fit(model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: RunDirectory, evaluate) -> Progress:
+    sampler = build_sampler(config, dataset)
+    rates = (config.learning_rate, config.learning_rate_decay, config.learning_rate_decay_epochs)
+
+    def step_losses(epoch: int, step: int) -> Mapping[str, Tensor]:
+        return pretrain_losses(
+            model,
+            sampler.sample(epoch, step),
+            l2_weight=config.l2_weight,
+            user_contrastive_weight=config.user_contrastive_weight,
+            item_contrastive_weight=config.item_contrastive_weight,
+            temperature=config.temperature,
+            precision=config.precision,
+            **_contrastive_rows(config, model, epoch, step),
+        )
+
+    def validate(scorer: GraphEncoder) -> Mapping[str, float]:
+        return _evaluate(evaluate, scorer, config, dataset, "valid").metrics
+
+    with _tensorboard(config, run) as on_epoch:
+        return fit(
+            model,
+            torch.optim.Adam(model.parameters(), lr=config.learning_rate),
+            step_losses,
+            sampler.num_steps,
+            run,
+            learning_rate=lambda epoch: rates[0] * rates[1] ** (epoch / rates[2]),
+            max_epochs=config.max_epochs,
+            validate=validate if (dataset.split == 1).any() else None,
+            validate_every=config.validate_every,
+            patience=config.patience,
+            monitor=config.monitor,
+            checkpoint_every=config.checkpoint_every,
+            on_epoch=on_epoch,
+        )
+
+
+def _contrastive_rows(config: PretrainConfig, model: GraphEncoder, epoch: int, step: int) -> dict[str, Tensor]:
+    if config.contrastive_rows is None:
+        return {}
+    # A stream of its own beside the sampler's (seed, epoch, step).
+    rng = np.random.default_rng((config.seed, epoch, step, 1))
+    counts = {"user_rows": model.num_users, "item_rows": model.num_items}
+    return {
+        name: torch.from_numpy(rng.choice(count, config.contrastive_rows, replace=False)).to(model.device)
+        for name, count in counts.items()
+        if config.contrastive_rows < count
+    }
+
+
+def _evaluate(evaluate: Evaluate, model: GraphEncoder, config: PretrainConfig, dataset: Dataset, split: str):
+    return evaluate(
+        model, dataset, split=split, protocol=config.protocol, ks=config.ks, batch_size=config.eval_batch_size
+    )
+
+
+def _result(model, config: PretrainConfig, dataset: Dataset, run: RunDirectory, progress: Progress, evaluate):
+    model.eval()
+    records = run.read_metrics()
+    best = next((record for record in records if record["epoch"] == progress.best_epoch), {})
+    valid = {name.removeprefix("valid_"): best[name] for name in best if name.startswith("valid_")}
+    valid.pop("seconds", None)
+    test = None
+    if (dataset.split == 2).any():
+        test = _evaluate(evaluate, model, config, dataset, "test").to_dict(level=0.95)
+    counts = np.bincount(dataset.split, minlength=3).tolist()
+    return {
+        "stage": "pretrain",
+        "test": test,
+        "valid": {"metrics": valid},
+        "best_epoch": progress.best_epoch,
+        "num_epochs": progress.epoch,
+        "seconds_per_epoch": float(np.median([record["seconds"] for record in records])) if records else None,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dataset": {
+            "name": dataset.name,
+            "form": dataset.form,
+            "split": dataset.split_name,
+            "num_users": dataset.num_users,
+            "num_items": dataset.num_items,
+            "num_events": dict(zip(("train", "valid", "test"), counts, strict=True)),
+            "fingerprint": dataset.fingerprint,
+        },
+        "peak_memory_bytes": peak_memory_bytes(config.device),
+        "environment": environment(config.device),
+    }
+
+
+def _write_outputs(
+    model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: RunDirectory, progress: Progress
+) -> None:
+    from safetensors.torch import save_file
+
+    names = ("user", "item", "user_hypergraph", "item_hypergraph")
+    fold_in = model.fold_in_tables()
+    output = dict(zip(names, model.embeddings(), strict=True))
+    output |= {"fold_in_source": fold_in.source, "fold_in_view": fold_in.view}
+    # An owned copy each: with "mf" two of them are the same table, and safetensors refuses shared memory.
+    tensors = {name: value.float().cpu().contiguous().clone() for name, value in output.items() if value is not None}
+    with atomic_path(run.embeddings) as temporary:
+        save_file(tensors, temporary, metadata={"fold_in_exponent": str(fold_in.exponent)})
+    run.write_ids(dataset)
+    run.write_histories(dataset)
+    with atomic_path(run.curves) as temporary:
+        title = f"{dataset.name}: pre-training"
+        records = run.read_metrics()
+        plot_curves(records, temporary, metrics=config.monitor, best_epoch=progress.best_epoch, title=title)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "auto", "cpu", "cuda" or "cuda:N", got {name!r}')
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be usable, got {name!r} where torch sees no CUDA device")
+    return name
+
+
+@contextlib.contextmanager
+def _tensorboard(config: PretrainConfig, run: RunDirectory) -> Iterator[Callable[[Mapping[str, Any]], None] | None]:
+    if not config.tensorboard:
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(run.path)) as writer:
+
+        def write(record: Mapping[str, Any]) -> None:
+            for name, value in record.items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, record["epoch"])
+
+        yield write

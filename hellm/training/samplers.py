@@ -1,0 +1,156 @@
+"""Training triples (user, positive item, negative item) for pairwise losses.
+
+Every step is a pure function of (seed, epoch, step): an interrupted run continues with the same triples, and there is
+no generator state to keep.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = ["SAMPLERS", "TripleSampler", "Triples"]
+
+SAMPLERS = ("user-uniform", "interaction-uniform")
+NEGATIVES = ("uniform", "popularity")
+# Exponent of the popularity of negatives (word2vec's noise distribution, Mikolov et al. 2013).
+_POPULARITY_POWER = 0.75
+# Rounds of rejection before a user's free items are listed: only users with nearly the whole catalogue get there.
+_MAX_REJECTIONS = 64
+
+
+class Triples(NamedTuple):
+    """One batch: three arrays [B] int64."""
+
+    users: np.ndarray
+    positives: np.ndarray
+    negatives: np.ndarray
+
+
+class TripleSampler:
+    """Batches of training triples.
+
+    "user-uniform" (published): distinct users, uniformly, then one of the user's training events, uniformly; an epoch
+    has num_events // batch_size + 1 steps. "interaction-uniform": every event once per epoch in random order; the last
+    batch may be smaller. A negative is an item that the user has no training event with ("uniform" over those, or
+    proportional to training popularity^0.75); held-out items may be drawn, as nothing in training may know them.
+
+    Args:
+        users: [num_events] int64 users of the training events.
+        items: [num_events] int64 items of the training events.
+        num_users: rows of the user table.
+        num_items: rows of the item table.
+        batch_size: users (or events) per step; fewer where there are fewer.
+        strategy: "user-uniform" or "interaction-uniform".
+        negatives: "uniform" or "popularity".
+        seed: >= 0.
+
+    Raises:
+        ValueError: an unknown strategy, batch_size < 1, differing lengths, an id out of range, or no user with both a
+            training event and a free item.
+    """
+
+    def __init__(
+        self,
+        users: np.ndarray,
+        items: np.ndarray,
+        num_users: int,
+        num_items: int,
+        *,
+        batch_size: int = 1024,
+        strategy: str = "user-uniform",
+        negatives: str = "uniform",
+        seed: int = 0,
+    ) -> None:
+        users, items = np.asarray(users, dtype=np.int64), np.asarray(items, dtype=np.int64)
+        _check(users, items, num_users, num_items, batch_size, strategy, negatives)
+        self.num_items, self.strategy, self.seed = num_items, strategy, seed
+        order = np.argsort(users, kind="stable")
+        self._users, self._items = users[order], items[order]
+        self._keys = np.unique(users * num_items + items)
+        distinct = np.bincount(self._keys // num_items, minlength=num_users)
+        eligible = (distinct > 0) & (distinct < num_items)
+        if not eligible.any():
+            raise ValueError("no user has both a training event and an item without one, so no triple can be drawn")
+        self._eligible = np.flatnonzero(eligible)
+        self._indptr = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=num_users))])
+        self._events = np.flatnonzero(eligible[self._users])
+        limit = len(self._eligible) if strategy == "user-uniform" else len(self._events)
+        self.batch_size = min(batch_size, limit)
+        self._permutation: tuple[int, np.ndarray] | None = None
+        self._cumulative = None
+        if negatives == "popularity":
+            weight = np.bincount(items, minlength=num_items) ** _POPULARITY_POWER
+            self._cumulative = np.cumsum(weight) / weight.sum()
+
+    @property
+    def num_steps(self) -> int:
+        """Steps per epoch."""
+        if self.strategy == "user-uniform":
+            return len(self._users) // self.batch_size + 1
+        return -(-len(self._events) // self.batch_size)
+
+    def sample(self, epoch: int, step: int) -> Triples:
+        """The triples of one step, B <= batch_size of them."""
+        rng = np.random.default_rng((self.seed, epoch, step))
+        if self.strategy == "user-uniform":
+            users = self._eligible[rng.choice(len(self._eligible), self.batch_size, replace=False, shuffle=False)]
+            start, stop = self._indptr[users], self._indptr[users + 1]
+            positives = self._items[rng.integers(start, stop)]
+        else:
+            events = self._epoch_order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+            users, positives = self._users[events], self._items[events]
+        return Triples(users, positives, self._sample_negatives(users, rng))
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if self._permutation is None or self._permutation[0] != epoch:
+            order = np.random.default_rng((self.seed, epoch)).permutation(self._events)
+            self._permutation = (epoch, order)
+        return self._permutation[1]
+
+    def _sample_negatives(self, users: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        negatives = self._draw_items(len(users), rng)
+        open_rows = np.arange(len(users))
+        for _ in range(_MAX_REJECTIONS):
+            open_rows = open_rows[self._is_known(users[open_rows], negatives[open_rows])]
+            if not len(open_rows):
+                return negatives
+            negatives[open_rows] = self._draw_items(len(open_rows), rng)
+        for row in open_rows[self._is_known(users[open_rows], negatives[open_rows])]:
+            negatives[row] = self._draw_free_item(users[row], rng)
+        return negatives
+
+    def _draw_items(self, size: int, rng: np.random.Generator) -> np.ndarray:
+        if self._cumulative is None:
+            return rng.integers(self.num_items, size=size)
+        return np.searchsorted(self._cumulative, rng.random(size), side="right").clip(max=self.num_items - 1)
+
+    def _draw_free_item(self, user: int, rng: np.random.Generator) -> int:
+        known = self._items[self._indptr[user] : self._indptr[user + 1]]
+        free = np.setdiff1d(np.arange(self.num_items), known)
+        weight = None
+        if self._cumulative is not None:
+            weight = np.diff(self._cumulative, prepend=0.0)[free]
+            # Free items nobody has: popularity says nothing, so all count the same.
+            weight = weight / weight.sum() if weight.sum() > 0 else None
+        return rng.choice(free, p=weight)
+
+    def _is_known(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        keys = users * self.num_items + items
+        place = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        return self._keys[place] == keys
+
+
+def _check(users, items, num_users, num_items, batch_size, strategy, negatives) -> None:
+    if strategy not in SAMPLERS:
+        raise ValueError(f"strategy must be one of {', '.join(map(repr, SAMPLERS))}, got {strategy!r}")
+    if negatives not in NEGATIVES:
+        raise ValueError(f"negatives must be one of {', '.join(map(repr, NEGATIVES))}, got {negatives!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    if users.shape != items.shape or users.ndim != 1:
+        raise ValueError(f"users and items must be [num_events] alike, got {users.shape} and {items.shape}")
+    for name, ids, size in (("users", users, num_users), ("items", items, num_items)):
+        if len(ids) and (ids.min() < 0 or ids.max() >= size):
+            raise ValueError(f"{name} must be in [0, {size}), got {ids[(ids < 0) | (ids >= size)][0]}")

@@ -1,0 +1,44 @@
+"""Small data sets that the tests share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hellm.data import Dataset, IdMap, ItemFeatures
+from hellm.data.splits import leave_two_out
+
+# user -> items in time order; user "c" is short, item "q" (index 5) is never sold
+HISTORIES = {"a": [0, 1, 2, 3], "b": [1, 3, 4], "c": [2, 0], "d": [4, 0, 1, 2, 3]}
+ITEMS = ["k", "l", "m", "n", "o", "q"]
+
+
+def make_dataset(
+    *, numbered: bool = False, timestamps: bool = True, given: bool = False, features: bool = True
+) -> Dataset:
+    users = np.repeat(np.arange(4), [len(items) for items in HISTORIES.values()])
+    items = np.concatenate([np.array(one) for one in HISTORIES.values()])
+    split = np.array([0, 0, 1, 2, 0, 2, 0, 0, 0, 1, 0, 0, 0, 2], np.int8) if given else leave_two_out(users)
+    values = np.arange(12, dtype=np.float32).reshape(6, 2) + 1
+    values[4] = 0
+    return Dataset(
+        name="toy",
+        num_users=4,
+        num_items=6,
+        users=users,
+        items=items,
+        timestamps=np.arange(100, 100 + len(users)) if timestamps else None,
+        split=split,
+        user_ids=IdMap.range(4) if numbered else IdMap(HISTORIES),
+        item_ids=IdMap.range(6) if numbered else IdMap(ITEMS),
+        item_features={"image": ItemFeatures.from_values(values)} if features else {},
+        item_titles=["Kite", "Lamp", "", "Net", "Owl, small", "Quilt"],
+        split_name="given" if given else "leave-two-out",
+        item_fields={"brand": ["x", "", "y", "", "", "z"]},
+    )
+
+
+def triples(dataset: Dataset) -> list[tuple[str, str, int]]:
+    """(user id, item id, split) of every event, sorted by user and then in the order of the data set."""
+    events = zip(dataset.users.tolist(), dataset.items.tolist(), dataset.split.tolist(), strict=True)
+    named = [(dataset.user_ids.ids[user], dataset.item_ids.ids[item], split) for user, item, split in events]
+    return sorted(named, key=lambda event: event[0])

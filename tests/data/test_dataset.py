@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from builders import make_dataset
+
+from hellm.data import DataError, IdMap, ItemFeatures
+
+
+def test_id_map_appends_and_never_moves():
+    ids = IdMap(["x", "y"])
+    assert ids.add(["y", "z", "x", "w"]).tolist() == [1, 2, 0, 3]
+    assert ids.ids == ["x", "y", "z", "w"]
+    assert ids.index("w") == 3
+    assert ids.indices(["z", "x"]).tolist() == [2, 0]
+    assert "y" in ids
+    assert "v" not in ids
+
+
+def test_id_map_copy_is_independent():
+    ids = IdMap(["x"])
+    ids.copy().add(["y"])
+    assert ids.ids == ["x"]
+
+
+def test_id_map_errors():
+    with pytest.raises(DataError, match="id 'nobody' is not one of the 2 known ids"):
+        IdMap(["x", "y"]).index("nobody")
+    with pytest.raises(DataError, match="distinct, got 'x' twice"):
+        IdMap(["x", "y", "x"])
+
+
+def test_features_mask_follows_zero_rows():
+    features = ItemFeatures.from_values(np.array([[1, 0], [0, 0]]))
+    assert features.values.dtype == np.float32
+    assert features.mask.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("values", "mask", "message"),
+    [
+        (np.zeros(3), np.ones(3, bool), r"values must be \[num_items, dim\], got shape \[3\]"),
+        (np.zeros((3, 2)), np.ones(2, bool), r"mask must be \[3\] bool, got \[2\] bool"),
+        (np.zeros((2, 2)), np.ones(2), r"mask must be \[2\] bool, got \[2\] float64"),
+        (np.array([[0.0], [np.nan]]), np.ones(2, bool), "values must be finite, got NaN or infinity in row 1"),
+    ],
+)
+def test_features_errors(values, mask, message):
+    with pytest.raises(ValueError, match=message):
+        ItemFeatures(values, mask)
+
+
+def test_pairs_and_histories():
+    dataset = make_dataset()
+    users, items = dataset.pairs("test")
+    assert users.tolist() == [0, 1, 3]
+    assert items.tolist() == [3, 4, 3]
+    indptr, items = dataset.histories("train", "valid")
+    assert indptr.tolist() == [0, 3, 5, 7, 11]
+    assert items.tolist() == [0, 1, 2, 1, 3, 2, 0, 4, 0, 1, 2]
+    indptr, items = dataset.histories()
+    assert indptr.tolist() == [0, 4, 7, 9, 14]
+    assert indptr.dtype == items.dtype == np.int64
+    assert dataset.split_counts() == {"train": 8, "valid": 3, "test": 3}
+
+
+def test_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="split must be one of train, valid, test, got 'dev'"):
+        make_dataset().pairs("dev")
+
+
+def test_fingerprint_sees_events_split_and_features_but_not_names():
+    dataset = make_dataset()
+    assert dataset.fingerprint == make_dataset().fingerprint
+    assert dataset.fingerprint == replace(dataset, name="other", item_titles=None).fingerprint
+    changed = dataset.items.copy()
+    changed[0] = 5
+    values = dataset.item_features["image"].values + np.float32(0.5)
+    others = [
+        replace(dataset, items=changed),
+        replace(dataset, split=np.zeros_like(dataset.split)),
+        replace(dataset, timestamps=None),
+        replace(dataset, item_features={}),
+        replace(dataset, item_features={"image": ItemFeatures(values, dataset.item_features["image"].mask)}),
+    ]
+    assert len({one.fingerprint for one in others} | {dataset.fingerprint}) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_users": 5}, r"must hold num_users \(5\) and num_items \(6\) ids, got 4 and 6"),
+        ({"items": np.zeros(3, np.int64)}, r"items must be \[14\], got \[3\]"),
+        ({"items": np.full(14, 6)}, r"items must lie in 0\.\.5, got 6\.\.6"),
+        ({"split": np.full(14, 3, np.int8)}, r"split must lie in 0\.\.2, got 3\.\.3"),
+        ({"users": np.arange(14)[::-1] % 4}, "users must be grouped and ascending"),
+        (
+            {"item_features": {"text": ItemFeatures.from_values(np.ones((2, 1)))}},
+            r"item_features\['text'\] must have 6 rows",
+        ),
+    ],
+)
+def test_dataset_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(make_dataset(), **change)
