@@ -5,7 +5,7 @@ V = vertices, M = hyperedges, nnz = incidences. Nothing of size V x V, V x M or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -80,7 +80,7 @@ class Hypergraph:
     @property
     def hyperedge_index(self) -> Tensor:
         """[2, nnz] int64 in order of vertex, then hyperedge."""
-        return torch.stack([_rows(self.vertex_indptr), self.vertex_edges.long()])
+        return torch.stack([_rows(self.vertex_indptr, self.num_incidences), self.vertex_edges.long()])
 
     @property
     def hyperedge_degree(self) -> Tensor:
@@ -141,20 +141,32 @@ class Hypergraph:
         if normalization not in NORMALIZATIONS:
             raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
         weight = self.hyperedge_weight
-        if weight is not None and weight.requires_grad:
-            return self._compute_scales(normalization, hyperedge_degree, self_loops, dtype)
-        key = (normalization, hyperedge_degree, self_loops, dtype, None if weight is None else weight._version)
-        if key not in self._cache:
-            self._cache[key] = self._compute_scales(normalization, hyperedge_degree, self_loops, dtype)
-        return self._cache[key]
+        arguments = (normalization, hyperedge_degree, self_loops, dtype)
+        if weight is None:
+            return self._cached(arguments, 0, lambda: self._compute_scales(*arguments))
+        if weight.requires_grad or torch.compiler.is_compiling() or weight.is_inference():
+            return self._compute_scales(*arguments)
+        return self._cached(arguments, weight._version, lambda: self._compute_scales(*arguments))
+
+    def _cached(self, key: tuple, version: int, compute: Callable[[], tuple]) -> tuple:
+        """One entry per key, replaced when the version of what it was computed from has changed."""
+        if key not in self._cache or self._cache[key][0] != version:
+            if torch.compiler.is_compiling():
+                self._cache[key] = version, compute()
+                return self._cache[key][1]
+            # A tensor made in inference mode could never be used in training afterwards.
+            with torch.inference_mode(False):
+                self._cache[key] = version, compute()
+        return self._cache[key][1]
 
     def bipartite_scales(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """D^-1/2 of the vertices [V] and of the hyperedges [M] as the two sides of a bipartite graph."""
-        key = ("bipartite", dtype)
-        if key not in self._cache:
-            degrees = self.vertex_degree, self.hyperedge_degree
-            self._cache[key] = tuple(_power(degree, -0.5).to(dtype) for degree in degrees)
-        return self._cache[key]
+
+        def compute() -> tuple[Tensor, Tensor]:
+            user, item = (_power(degree, -0.5).to(dtype) for degree in (self.vertex_degree, self.hyperedge_degree))
+            return user, item
+
+        return self._cached(("bipartite", dtype), 0, compute)
 
     def _compute_scales(self, normalization: str, divide: bool, self_loops: bool, dtype: torch.dtype) -> Scales:
         size = self.hyperedge_degree
@@ -163,8 +175,10 @@ class Hypergraph:
             weight = weight * _power(size, -1.0)
         edge_scale = None if self.hyperedge_weight is None and not divide else weight
 
-        vertex, edge = _rows(self.vertex_indptr), self.vertex_edges.long()
-        value = torch.ones_like(edge, dtype=torch.float64) if self.vertex_values is None else self.vertex_values.double()
+        vertex, edge = _rows(self.vertex_indptr, self.num_incidences), self.vertex_edges.long()
+        value = (
+            torch.ones_like(edge, dtype=torch.float64) if self.vertex_values is None else self.vertex_values.double()
+        )
         diagonal = None
         contribution = (weight * size)[edge] * value
         if not self_loops:
@@ -335,15 +349,16 @@ def _csr(
     return indptr, column[order].to(torch.int32), None if value is None else value.detach()[order].float()
 
 
-def _rows(indptr: Tensor) -> Tensor:
-    """Row of each stored entry, [nnz] int64."""
-    return torch.repeat_interleave(torch.arange(indptr.numel() - 1, device=indptr.device), indptr.diff())
+def _rows(indptr: Tensor, nnz: int) -> Tensor:
+    """Row of each stored entry, [nnz] int64; nothing here has a shape that depends on values."""
+    rows = torch.arange(indptr.numel() - 1, device=indptr.device)
+    return torch.repeat_interleave(rows, indptr.diff(), output_size=nnz)
 
 
 def _degree(indptr: Tensor, values: Tensor | None) -> Tensor:
     if values is None:
         return indptr.diff().double()
-    return _segment_sum(values.double(), _rows(indptr), indptr.numel() - 1)
+    return _segment_sum(values.double(), _rows(indptr, values.numel()), indptr.numel() - 1)
 
 
 def _segment_sum(value: Tensor, segment: Tensor, num_segments: int) -> Tensor:
@@ -351,9 +366,11 @@ def _segment_sum(value: Tensor, segment: Tensor, num_segments: int) -> Tensor:
 
 
 def _pair_sum(vertex: Tensor, edge: Tensor, value: Tensor, num_hyperedges: int) -> Tensor:
-    """For each entry, the sum of the values of all entries of its (vertex, hyperedge) pair."""
-    _, pair = torch.unique_consecutive(vertex * max(num_hyperedges, 1) + edge, return_inverse=True)
-    return _segment_sum(value, pair, int(pair[-1]) + 1 if pair.numel() else 0)[pair]
+    """For each entry, the sum of the values of all entries of its (vertex, hyperedge) pair; entries are sorted."""
+    key = vertex * max(num_hyperedges, 1) + edge
+    starts = torch.cat([torch.zeros_like(key[:1]), (key[1:] != key[:-1]).long()])
+    pair = starts.cumsum(0)
+    return _segment_sum(value, pair, value.numel())[pair]
 
 
 def _power(degree: Tensor, exponent: float) -> Tensor:

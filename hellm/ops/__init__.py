@@ -1,8 +1,8 @@
 """Fused operators for hypergraph convolution, contrastive loss and exact nearest neighbours.
 
 They need torch and nothing else of this package. Each runs as a compiled kernel where there is one and as plain torch
-elsewhere, works under autograd, autocast and `torch.compile(fullgraph=True)`, and gives the same bits on every run and
-for every number of threads.
+elsewhere, and works under autograd, autocast and `torch.compile(fullgraph=True)`. The compiled kernels give the same
+bits on every run and for every number of threads.
 
 V = vertices, M = hyperedges, N = rows, R = chosen rows, D = columns.
 """
@@ -168,12 +168,12 @@ def info_nce(
     _check_same("positive", positive, "anchor", anchor)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
-    precision = torch.get_float32_matmul_precision() if precision is None else precision
+    precision = _default_precision() if precision is None else precision
     if precision not in _PRECISIONS:
         raise ValueError(f"precision must be None or one of {_PRECISIONS}, got {precision!r}")
-    if anchor.shape[0] == 0 and reduction == "mean":
-        raise ValueError("anchor must have at least one row for the mean, got 0")
     rows = _checked_row_choice(rows, anchor)
+    if reduction == "mean" and (anchor if rows is None else rows).shape[0] == 0:
+        raise ValueError(f"{'anchor' if rows is None else 'rows'} must have at least one row for the mean, got 0")
     temperature = _checked_temperature(temperature, anchor)
     compute_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (anchor, positive, temperature))
     return torch.ops.hellm.info_nce(
@@ -205,9 +205,14 @@ def knn(x: Tensor, k: int, *, metric: str = "cosine") -> tuple[Tensor, Tensor]:
     if not 1 <= k <= x.shape[0]:
         raise ValueError(f"k must be between 1 and the number of rows {x.shape[0]}, got {k}")
     finite = torch.isfinite(x).all(1)
-    if not bool(finite.all()):
+    if not torch.compiler.is_compiling() and not bool(finite.all()):
         raise ValueError(f"x must be finite, got NaN or infinity first in row {int((~finite).nonzero()[0])}")
     return torch.ops.hellm.knn(x.detach(), k)
+
+
+@torch.compiler.assume_constant_result
+def _default_precision() -> str:
+    return torch.get_float32_matmul_precision()
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -246,6 +251,8 @@ def _check_at_least(name: str, value: int, low: int) -> None:
 def _checked_row_choice(rows: Tensor | None, anchor: Tensor) -> Tensor | None:
     if rows is None:
         return None
+    if not isinstance(rows, Tensor):
+        raise ValueError(f"rows must be a tensor, got {type(rows).__name__}")
     if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"rows must be [R] int32 or int64, got {tuple(rows.shape)} {rows.dtype}")
     _check_device("rows", rows.device, anchor, "anchor")
@@ -260,6 +267,8 @@ def _checked_temperature(temperature: float | Tensor, anchor: Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
         if temperature.ndim != 0:
             raise ValueError(f"temperature must be a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
+        if not temperature.is_floating_point():
+            raise ValueError(f"temperature must be floating point, got {temperature.dtype}")
         _check_device("temperature", temperature.device, anchor, "anchor")
         return temperature
     if not temperature > 0:

@@ -240,7 +240,7 @@ def _info_nce_setup(ctx, inputs, output):
 
 def _info_nce_backward(ctx, grad, *_):
     anchor, positive, temperature, rows, *computed = ctx.saved_tensors
-    intra_view_negatives, reduction, precision, compute_grad = ctx.settings
+    intra_view_negatives, reduction, precision = ctx.settings[:3]
     if grad is None:
         return (None,) * 8
     if torch.is_grad_enabled():

@@ -109,6 +109,12 @@ def info_nce(
     num_keys, dim = anchor.shape
     num_rows = num_keys if rows is None else rows.numel()
     dtype = _compute_dtype(anchor)
+    if num_rows == 0:
+        # Empty tensors have no address, and a missing address means that no gradient is wanted.
+        grads = [
+            torch.zeros_like(t) if row_grad is not None else t.new_empty(0) for t in (anchor, positive, temperature)
+        ]
+        return anchor.new_empty(0, dtype=dtype), *grads
     row_loss = anchor.new_empty(num_rows, dtype=dtype)
     # d loss / d (1 / temperature) of each row, already times row_grad.
     row_slope = anchor.new_empty(num_rows if row_grad is not None else 0, dtype=dtype)

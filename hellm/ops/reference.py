@@ -38,6 +38,8 @@ def hypergraph_conv(
     num_layers: int,
 ) -> Tensor:
     """num_layers times x <- out_scale * (H (edge_scale * H^T (in_scale * x)) - diagonal * in_scale * x)."""
+    if num_layers == 0:
+        return x.clone()  # the output of an operator must not share memory with its input
     for _ in range(num_layers):
         scaled = _scale(x, in_scale)
         edge = _scale(incidence_product(scaled, edge_indptr, edge_vertices, edge_values), edge_scale)
@@ -81,7 +83,7 @@ def info_nce(
     The positive stands outside the sum and the diagonal is masked, so nothing cancels. A row with no negatives has
     loss 0. Stores the [R, 2N] similarities.
     """
-    u, v = F.normalize(anchor, dim=1), F.normalize(positive, dim=1)
+    u, v = _unit(anchor), _unit(positive)
     index = torch.arange(u.shape[0], device=u.device) if rows is None else rows.long()
     query = u[index]
     keys = torch.cat([v, u]) if intra_view_negatives else v
@@ -100,13 +102,19 @@ def knn(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     where fewer than k rows remain.
     """
     present = (x != 0).any(1)
-    u = F.normalize(x, dim=1)
+    u = _unit(x)
     similarity = (u @ u.T).masked_fill(~present, float("-inf"))
     similarity[~present] = float("-inf")
     value, index = similarity.sort(dim=1, descending=True, stable=True)
     value, index = value[:, :k], index[:, :k]
     absent = value == float("-inf")
     return index.masked_fill(absent, -1), value.masked_fill(absent, 0.0)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows over their lengths; a row that is all zero stays zero and has gradient 0."""
+    norm = x.norm(dim=1, keepdim=True)
+    return x / norm.masked_fill(norm == 0, float("inf"))
 
 
 def _scale(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -130,7 +138,8 @@ def info_nce_with_gradients(
     compute = torch.float64 if anchor.dtype == torch.float64 else torch.float32
     z1, z2 = anchor.to(compute), positive.to(compute)
     inverse_t = 1.0 / float(temperature)
-    norms = [z.norm(dim=1, keepdim=True).clamp_min(1e-12) for z in (z1, z2)]
+    norms = [z.norm(dim=1, keepdim=True) for z in (z1, z2)]
+    norms = [norm.masked_fill(norm == 0, float("inf")) for norm in norms]
     u, v = z1 / norms[0], z2 / norms[1]
     index = torch.arange(u.shape[0], device=u.device) if rows is None else rows.long()
     keys = torch.cat([v, u]) if intra_view_negatives else v
@@ -162,5 +171,5 @@ def info_nce_with_gradients(
     grads = []
     for grad, unit, norm, z in ((grad_u, u, norms[0], anchor), (grad_v, v, norms[1], positive)):
         tangent = (grad - (grad * unit).sum(1, keepdim=True) * unit) * (inverse_t / norm)
-        grads.append(torch.where((z != 0).any(1, keepdim=True), tangent, 0.0).to(z.dtype))
+        grads.append(tangent.to(z.dtype))
     return row_loss, *grads, (slope * -(inverse_t**2)).to(temperature.dtype)

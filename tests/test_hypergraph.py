@@ -1,0 +1,238 @@
+"""Hypergraph: both directions, degrees, scales, the two builders, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hellm import Hypergraph, item_hypergraph, ops, user_hypergraph
+
+#   hyperedge 0: vertices 0, 1, 2; hyperedge 1: vertices 1, 3; hyperedge 2: none; vertex 4 alone
+INDEX = torch.tensor([[2, 0, 1, 3, 1], [0, 0, 0, 1, 1]])
+
+
+@pytest.fixture
+def graph():
+    return Hypergraph(INDEX, num_vertices=5, num_hyperedges=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_both_directions_are_stored_in_order(dtype):
+    graph = Hypergraph(INDEX.to(dtype), num_vertices=5, num_hyperedges=3)
+    assert graph.vertex_indptr.tolist() == [0, 1, 3, 4, 5, 5]
+    assert graph.vertex_edges.tolist() == [0, 0, 1, 0, 1]
+    assert graph.edge_indptr.tolist() == [0, 3, 5, 5]
+    assert graph.edge_vertices.tolist() == [0, 1, 2, 1, 3]
+    assert graph.vertex_indptr.dtype == graph.edge_indptr.dtype == torch.int64
+    assert graph.vertex_edges.dtype == graph.edge_vertices.dtype == torch.int32
+    assert graph.vertex_values is graph.edge_values is None
+    assert graph.hyperedge_index.tolist() == [[0, 1, 1, 2, 3], [0, 0, 1, 0, 1]]
+    assert (graph.num_vertices, graph.num_hyperedges, graph.num_incidences) == (5, 3, 5)
+    assert repr(graph) == "Hypergraph(num_vertices=5, num_hyperedges=3, num_incidences=5)"
+
+
+def test_sizes_default_to_the_largest_index():
+    graph = Hypergraph(INDEX)
+    assert (graph.num_vertices, graph.num_hyperedges) == (4, 2)
+    nothing = Hypergraph(torch.zeros(2, 0, dtype=torch.int64))
+    assert (nothing.num_vertices, nothing.num_hyperedges, nothing.num_incidences) == (0, 0, 0)
+
+
+def test_degrees(graph):
+    assert graph.vertex_degree.tolist() == [1, 2, 1, 1, 0]
+    assert graph.hyperedge_degree.tolist() == [3, 2, 0]
+    valued = Hypergraph(INDEX, num_vertices=5, incidence_weight=torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0]))
+    assert valued.vertex_degree.tolist() == [1.0, 10.0, 0.5, 4.0, 0.0]
+    assert valued.hyperedge_degree.tolist() == [3.5, 12.0]
+    assert valued.vertex_values.tolist() == [1.0, 2.0, 8.0, 0.5, 4.0]
+    assert valued.edge_values.tolist() == [1.0, 2.0, 0.5, 8.0, 4.0]
+
+
+def test_repeated_incidence_counts_each_time():
+    repeated = Hypergraph(torch.tensor([[0, 0, 1], [0, 0, 0]]))
+    valued = Hypergraph(torch.tensor([[0, 1], [0, 0]]), incidence_weight=torch.tensor([2.0, 1.0]))
+    assert repeated.vertex_degree.tolist() == [2, 1]
+    x = torch.randn(2, 3)
+    for settings in ({}, {"self_loops": False}, {"normalization": "row", "hyperedge_degree": False}):
+        torch.testing.assert_close(
+            ops.hypergraph_conv(x, repeated, **settings), ops.hypergraph_conv(x, valued, **settings)
+        )
+
+
+def test_scales_by_hand(graph):
+    """A = H diag(1/d_e) H^T: vertex 1 is in a hyperedge of 3 and one of 2; all row sums are numbers of hyperedges."""
+    scales = graph.scales("symmetric", dtype=torch.float64)
+    torch.testing.assert_close(scales.in_scale, torch.tensor([1, 2**-0.5, 1, 1, 0], dtype=torch.float64))
+    torch.testing.assert_close(scales.edge_scale, torch.tensor([1 / 3, 1 / 2, 0], dtype=torch.float64))
+    assert scales.out_scale is scales.in_scale
+    assert scales.diagonal is None
+    row = graph.scales("row", hyperedge_degree=False, self_loops=False)
+    assert row.in_scale is row.edge_scale is None
+    assert row.diagonal.tolist() == [1, 2, 1, 1, 0]
+    torch.testing.assert_close(row.out_scale, torch.tensor([1 / 2, 1 / 3, 1 / 2, 1, 0]))
+    assert graph.scales("none", hyperedge_degree=False) == (None, None, None, None)
+    user, item = graph.bipartite_scales()
+    torch.testing.assert_close(user, torch.tensor([1, 2**-0.5, 1, 1, 0]))
+    torch.testing.assert_close(item, torch.tensor([3**-0.5, 2**-0.5, 0]))
+
+
+def test_scales_are_cached_until_the_weight_changes(graph):
+    assert graph.scales() is graph.scales()
+    assert graph.scales() is not graph.scales("row")
+    weight = torch.ones(3)
+    weighted = graph.with_weight(weight)
+    before = weighted.scales("row")
+    assert weighted.scales("row") is before
+    weight[0] = 5.0
+    after = weighted.scales("row")
+    assert after.edge_scale.tolist() == pytest.approx([5 / 3, 1 / 2, 0])
+    assert len(weighted._cache) == 1
+    learned = graph.with_weight(torch.ones(3, requires_grad=True))
+    assert learned.scales().edge_scale.requires_grad
+    assert learned.scales() is not learned.scales()
+
+
+def test_scales_accept_a_weight_made_in_inference_mode(graph):
+    with torch.inference_mode():
+        weight = torch.ones(3)
+        assert graph.with_weight(weight).scales("row").out_scale.tolist() == [1, 0.5, 1, 1, 0]
+
+
+def test_with_weight_and_to_share_the_incidence(graph):
+    weighted = graph.with_weight(torch.tensor([1.0, 2.0, 3.0]))
+    assert weighted.vertex_edges is graph.vertex_edges
+    assert graph.hyperedge_weight is None
+    assert weighted.with_weight(None).hyperedge_weight is None
+    assert graph.to("cpu") is graph
+    moved = weighted.to("meta")
+    assert moved.device == moved.hyperedge_weight.device == torch.device("meta")
+    assert weighted.device == torch.device("cpu")
+
+
+def test_user_hypergraph_joins_users_by_items():
+    events = torch.tensor([[0, 2, 0, 2, 2], [1, 1, 1, 0, 1]])
+    graph = user_hypergraph(events, 4, 3)
+    assert graph.hyperedge_index.tolist() == [[0, 2, 2], [1, 0, 1]]
+    assert (graph.num_vertices, graph.num_hyperedges) == (4, 3)
+    assert user_hypergraph(events.int(), 4, 3).hyperedge_index.tolist() == [[0, 2, 2], [1, 0, 1]]
+    assert user_hypergraph(torch.zeros(2, 0, dtype=torch.int64), 2, 0).num_incidences == 0
+
+
+def published_item_incidence(features, k):
+    """H of one modality: row i holds the k most similar items of item i, entries <= 0 dropped."""
+    unit = torch.nn.functional.normalize(features.double())
+    similarity = unit @ unit.T
+    value, index = similarity.topk(k)
+    return torch.zeros_like(similarity).scatter_(1, index, (value > 0).double())
+
+
+def test_item_hypergraph_is_the_published_item_branch():
+    """D^-1/2 H H^T D^-1/2 with H = [H_image | H_text], D its row sums."""
+    generator = torch.Generator().manual_seed(0)
+    features = {"image": torch.randn(30, 12, generator=generator), "text": torch.randn(30, 3, generator=generator)}
+    graph = item_hypergraph(features, k=7)
+    h = torch.cat([published_item_incidence(x, 7) for x in features.values()], 1)
+    assert (graph.num_vertices, graph.num_hyperedges) == (30, 60)
+    dense = torch.zeros(30, 60, dtype=torch.float64)
+    dense[tuple(graph.hyperedge_index)] = 1.0
+    assert torch.equal(dense, h)
+    a = h @ h.T
+    root = a.sum(1).pow(-0.5)
+    x = torch.randn(30, 8, generator=generator)
+    found = ops.hypergraph_conv(x, graph, hyperedge_degree=False, num_layers=2)
+    operator = root[:, None] * a * root
+    torch.testing.assert_close(found.double(), operator @ (operator @ x.double()), rtol=1e-5, atol=1e-5)
+
+
+def test_item_hypergraph_leaves_out_items_without_the_modality():
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [0.0, 0.0]])
+    mask = torch.tensor([True, False, True, True])
+    graph = item_hypergraph({"image": x, "text": x}, k=2, masks={"image": mask})
+    members = [
+        graph.edge_vertices[a:b].tolist() for a, b in zip(graph.edge_indptr[:-1], graph.edge_indptr[1:], strict=True)
+    ]
+    # The zero row 3 has no features either; in "text" items 0 and 2 list 1, and 1 lists 2.
+    assert members[:4] == [[0, 2], [], [0, 2], []]
+    assert members[4:] == [[0], [0, 1, 2], [1, 2], []]
+
+
+def test_item_hypergraph_drops_or_keeps_nonpositive_similarities():
+    x = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
+    assert item_hypergraph({"image": x}, k=2).hyperedge_index.tolist() == [[0, 1], [0, 1]]
+    kept = item_hypergraph({"image": x}, k=2, keep_nonpositive=True)
+    assert kept.hyperedge_index.tolist() == [[0, 0, 1, 1], [0, 1, 0, 1]]
+    torch.testing.assert_close(kept.vertex_values, torch.tensor([1.0, -(2**-0.5), -(2**-0.5), 1.0]))
+    positive = item_hypergraph({"image": x.abs()}, k=2, keep_nonpositive=True)
+    assert positive.vertex_values is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hyperedge_index": [[0], [0]]}, "hyperedge_index must be a tensor, got list"),
+        ({"hyperedge_index": INDEX.T}, r"hyperedge_index must be \[2, nnz\], got shape \(5, 2\)"),
+        ({"hyperedge_index": INDEX.float()}, "hyperedge_index must be int32 or int64, got torch.float32"),
+        ({"hyperedge_index": torch.tensor([[0, -1], [0, 0]])}, r"hyperedge_index\[0, 1\] must be >= 0, got -1"),
+        ({"hyperedge_index": torch.tensor([[0, 1], [-3, 0]])}, r"hyperedge_index\[1, 0\] must be >= 0, got -3"),
+        ({"num_vertices": 3}, r"hyperedge_index\[0, 3\] must be < num_vertices = 3, got 3"),
+        ({"num_hyperedges": 1}, r"hyperedge_index\[1, 3\] must be < num_hyperedges = 1, got 1"),
+        ({"num_vertices": -1}, "num_vertices must be >= 0, got -1"),
+        ({"hyperedge_weight": torch.ones(3)}, r"hyperedge_weight must be \[2\], got shape \(3,\)"),
+        ({"hyperedge_weight": torch.ones(2).int()}, "hyperedge_weight must be floating point, got torch.int32"),
+        (
+            {"hyperedge_weight": torch.ones(2, device="meta")},
+            "hyperedge_weight must be on cpu like the incidence, got meta",
+        ),
+        ({"incidence_weight": torch.ones(2)}, r"incidence_weight must be \[5\], got shape \(2,\)"),
+        ({"incidence_weight": torch.ones(5).long()}, "incidence_weight must be floating point, got torch.int64"),
+    ],
+)
+def test_hypergraph_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        Hypergraph(**{"hyperedge_index": INDEX, **change})
+
+
+def test_methods_refuse(graph):
+    with pytest.raises(ValueError, match=r"hyperedge_weight must be \[3\], got shape \(2,\)"):
+        graph.with_weight(torch.ones(2))
+    with pytest.raises(ValueError, match=r"normalization must be one of .*, got 'rw'"):
+        graph.scales("rw")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, 4, 2), "user_item_index must be a tensor, got NoneType"),
+        ((torch.zeros(3, 1).long(), 4, 2), r"user_item_index must be \[2, nnz\], got shape \(3, 1\)"),
+        ((torch.zeros(2, 1), 4, 2), "user_item_index must be int32 or int64, got torch.float32"),
+        ((INDEX, 3, 2), r"user_item_index\[0, 3\] must be < num_users = 3, got 3"),
+        ((INDEX, 4, 1), r"user_item_index\[1, 3\] must be < num_items = 1, got 1"),
+    ],
+)
+def test_user_hypergraph_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        user_hypergraph(*arguments)
+
+
+X = torch.ones(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "message"),
+    [
+        ({}, {}, "features must hold at least one modality, got none"),
+        ({"image": X}, {"masks": {"audio": X[:, 0] > 0}}, r"masks names modalities that features lacks: \['audio'\]"),
+        ({"image": X[0]}, {}, r"features\['image'\] must be \[num_items, dim\], got shape \(2,\)"),
+        ({"image": X, "text": X[:2]}, {}, r"features\['text'\] must have 3 rows, got 2"),
+        (
+            {"image": X},
+            {"masks": {"image": torch.ones(3)}},
+            r"masks\['image'\] must be \[3\] bool, got \(3,\) torch.float32",
+        ),
+        ({"image": X}, {"k": 4}, r"features\['image'\]: k must be between 1 and the number of rows 3, got 4"),
+        ({"text": X / 0}, {}, r"features\['text'\]: x must be finite, got NaN or infinity first in row 0"),
+    ],
+)
+def test_item_hypergraph_refuses(features, options, message):
+    with pytest.raises(ValueError, match=message):
+        item_hypergraph(features, **{"k": 2, **options})
