@@ -1,0 +1,240 @@
+"""Time the registered cases and write one JSON file: python -m benchmarks.measure [--only NAME ...] [--out FILE].
+
+hellm, its peers and the machine's limit run in turns, round by round, in one process; nothing is timed before all of
+them have agreed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import memory
+from benchmarks.cases import CASES
+from benchmarks.environment import ROOT, environment, write_json
+from benchmarks.spec import LIMIT, Case, Entry, Target, Workload
+from hellm.ops import _backends
+
+SCHEMA = 1
+# Rounds by the duration of the warm-up run: (at most this many seconds, rounds).
+_ROUNDS = ((0.02, 31), (0.2, 15), (2.0, 7), (float("inf"), 3))
+_QUICK_ROUNDS = ((2.0, 3), (float("inf"), 1))
+
+
+class Disagreement(Exception):
+    """An implementation computed something else than hellm, so its case has no numbers."""
+
+
+def check(workload: Workload) -> tuple[dict[str, float], dict[str, float]]:
+    """Run every entry once and compare it with the first; this is the warm-up as well.
+
+    Returns:
+        Error of each entry that is no limit, and seconds of every entry.
+
+    Raises:
+        Disagreement: an error above the entry's tolerance.
+    """
+    expected, errors, seconds = None, {}, {}
+    for entry in workload.entries:
+        started = time.perf_counter()
+        found = entry.run()
+        seconds[entry.label] = time.perf_counter() - started
+        if entry.role == LIMIT:
+            continue
+        expected = found if expected is None else expected
+        errors[entry.label] = workload.verify(found, expected)
+        if not errors[entry.label] <= entry.tolerance:
+            raise Disagreement(f"{entry.label}: error {errors[entry.label]:.2e} > {entry.tolerance:.0e}")
+    return errors, seconds
+
+
+def time_in_turns(entries: Sequence[Entry], rounds: dict[str, int]) -> dict[str, list[float]]:
+    """Seconds of each run: A B C, A B C, ...; an entry drops out when it has had its rounds."""
+    samples: dict[str, list[float]] = {entry.label: [] for entry in entries}
+    for turn in range(max(rounds.values())):
+        for entry in entries:
+            if turn < rounds[entry.label]:
+                started = time.perf_counter()
+                entry.run()
+                samples[entry.label].append(time.perf_counter() - started)
+    return samples
+
+
+def summary(samples: Sequence[float]) -> dict[str, float]:
+    """Median, minimum, 20th and 80th percentile in seconds, and the number of rounds."""
+    ordered = sorted(samples)
+    low, high = ordered[0], ordered[-1]
+    if len(ordered) > 1:
+        low, *_, high = statistics.quantiles(ordered, n=5, method="inclusive")
+    return {"median": statistics.median(ordered), "min": ordered[0], "p20": low, "p80": high, "rounds": len(ordered)}
+
+
+def judge(target: Target, medians: dict[str, float], rates: dict[str, float], limits: Sequence[str]) -> dict[str, Any]:
+    """Value of a target: a speed-up over the fastest peer named, or the share of the limit's rate."""
+    if target.versus == LIMIT:
+        value, versus = rates[target.entry] / rates[limits[0]], limits[0]
+    else:
+        versus = min((label for label in target.versus if label in medians), key=medians.__getitem__)
+        value = medians[versus] / medians[target.entry]
+    return {
+        "entry": target.entry,
+        "versus": versus,
+        "kind": LIMIT if target.versus == LIMIT else "speed-up",
+        "at_least": target.at_least,
+        "value": value,
+        "met": value >= target.at_least,
+    }
+
+
+def measure_case(case: Case, *, quick: bool = False, tiny: bool = False, with_compile: bool = False) -> dict[str, Any]:
+    """Record of one case, ready for JSON. Without agreement it holds "failure" and no numbers."""
+    record: dict[str, Any] = {"name": case.name, "group": case.group, "title": case.title}
+    workload = case.build(tiny=tiny, with_compile=with_compile)
+    record |= {"parameters": workload.parameters, "skipped": workload.skipped}
+    try:
+        errors, warm_up = check(workload)
+    except Disagreement as failure:
+        return record | {"failure": str(failure)}
+    steps = _QUICK_ROUNDS if quick else _ROUNDS
+    rounds = {label: next(count for limit, count in steps if seconds <= limit) for label, seconds in warm_up.items()}
+    samples = time_in_turns(workload.entries, rounds)
+
+    seconds = {label: summary(values) for label, values in samples.items()}
+    medians = {label: values["median"] for label, values in seconds.items()}
+    rates = {entry.label: (entry.work or workload.work) / medians[entry.label] for entry in workload.entries}
+    entries = [
+        {
+            "label": entry.label,
+            "role": entry.role,
+            "note": entry.note,
+            "seconds": seconds[entry.label],
+            "rate": rates[entry.label],
+            "error": errors.get(entry.label),
+            "tolerance": None if entry.role == LIMIT else entry.tolerance,
+        }
+        for entry in workload.entries
+    ]
+    limits = [entry.label for entry in workload.entries if entry.role == LIMIT]
+    return record | {
+        "work": workload.work,
+        "unit": workload.unit,
+        "repeats": workload.repeats,
+        "entries": entries,
+        "targets": [judge(target, medians, rates, limits) for target in workload.targets],
+        "failure": None,
+    }
+
+
+def measure_all(
+    names: Sequence[str],
+    *,
+    budget_seconds: float = float("inf"),
+    say: Callable[[str], None] = lambda text: None,
+    **settings: bool,
+) -> dict[str, Any]:
+    """Records of the named cases and memory cases; what the budget leaves no time for is listed in "not_run"."""
+    started = time.perf_counter()
+    run: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": "cases",
+        "environment": environment(),
+        "settings": settings,
+        "cases": [],
+        "memory": [],
+        "not_run": {},
+    }
+    for name in names:
+        if time.perf_counter() - started > budget_seconds:
+            run["not_run"][name] = f"the budget of {budget_seconds / 60:g} minutes was spent"
+        elif name in CASES:
+            record = _guarded(CASES[name], settings)
+            run["cases"].append(record)
+            say(table(record))
+        else:
+            record = memory.measure(name, tiny=settings.get("tiny", False))
+            run["memory"].append(record)
+            say(memory.line(record))
+        gc.collect()
+    run["seconds"] = time.perf_counter() - started
+    return run
+
+
+def _guarded(case: Case, settings: dict[str, bool]) -> dict[str, Any]:
+    """A case that cannot run is a failure of its own and does not take the others with it."""
+    try:
+        return measure_case(case, **settings)
+    except Exception as error:
+        traceback.print_exc()
+        description = {"name": case.name, "group": case.group, "title": case.title, "parameters": {}, "skipped": {}}
+        return description | {"failure": f"{type(error).__name__}: {error}"}
+
+
+def table(record: dict[str, Any]) -> str:
+    """One case as text."""
+    lines = [f"\n{record['name']}: {record['title']}"]
+    if record["failure"]:
+        return "\n".join([*lines, f"  FAILED, no numbers: {record['failure']}"])
+    ours = record["entries"][0]["seconds"]["median"]
+    for entry in record["entries"]:
+        median = entry["seconds"]["median"]
+        lines.append(
+            f"  {entry['label']:<36} {median * 1e3:11.3f} ms   {entry['rate'] / 1e9:9.3f} G{record['unit']}/s"
+            + ("" if entry["role"] == LIMIT else f"   {median / ours:7.2f}x hellm's time")
+        )
+    for target in record["targets"]:
+        verdict = "met" if target["met"] else "MISSED"
+        lines.append(
+            f"  target: {target['entry']} >= {target['at_least']:g} of {target['versus']}: "
+            f"{target['value']:.2f} {verdict}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    known = [*CASES, *memory.MEMORY_CASES]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.measure", description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=known, help="cases: " + ", ".join(known))
+    parser.add_argument("--quick", action="store_true", help="a few rounds only")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes: does it run at all")
+    parser.add_argument("--compile", action="store_true", help="torch.compile peers as well")
+    parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="start no case after this")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    parser.add_argument("--out", type=Path, help="default: results/cpu.json; a partial or quick run is only printed")
+    options = parser.parse_args(arguments)
+    if not options.tiny and (reason := _backends.unusable("native", "cpu")):
+        parser.error(f"numbers must be those of the compiled kernels, but {reason}")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", message="Sparse")
+    run = measure_all(
+        options.only or known,
+        budget_seconds=60 * options.budget_minutes,
+        say=lambda text: print(text, flush=True),
+        quick=options.quick,
+        tiny=options.tiny,
+        with_compile=options.compile,
+    )
+    out = options.out
+    if out is None and not (options.only or options.quick or options.tiny):
+        out = ROOT / "benchmarks" / "results" / "cpu.json"
+    if out is not None:
+        write_json(out, run)
+    failed = [record["name"] for record in run["cases"] + run["memory"] if record["failure"]]
+    print(f"\n{run['seconds'] / 60:.1f} minutes" + (f" -> {out}" if out else ""))
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""One step of stage-1 training, as `hellm` takes it and as the published code does, from the same weights.
+
+The published form here builds its graphs sparsely (the original builds them dense first, once); each step is its own:
+COO products over the clique expansions, the contrastive loss over all users and items in eager torch, BPR, L2, Adam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import peers
+from hellm.config import PretrainConfig
+from hellm.data import Dataset
+from hellm.training.pretrain import build_encoder, pretrain_losses
+from hellm.training.samplers import Triples
+
+
+class HellmStep:
+    """Forward, losses, backward and Adam with `hellm`; each call takes the next of `triples`, round and round."""
+
+    def __init__(
+        self, config: PretrainConfig, dataset: Dataset, triples: Sequence[Triples], precision: str | None = "highest"
+    ) -> None:
+        torch.manual_seed(config.seed)
+        self.model = build_encoder(config, dataset)
+        self.config, self.precision = config, precision
+        self.tables = list(self.model.parameters())
+        self.optimizer = torch.optim.Adam(self.tables, lr=config.learning_rate)
+        self.next_triples = _cycle(triples)
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """The loss terms [3], then the gradient of each table."""
+        config = self.config
+        terms = pretrain_losses(
+            self.model,
+            self.next_triples(),
+            l2_weight=config.l2_weight,
+            user_contrastive_weight=config.user_contrastive_weight,
+            item_contrastive_weight=config.item_contrastive_weight,
+            temperature=config.temperature,
+            precision=self.precision,
+        )
+        return _finish(list(terms.values()), self.tables, self.optimizer)
+
+
+class PublishedStep:
+    """The same step in the published form, starting from the weights of `like`."""
+
+    def __init__(self, config: PretrainConfig, dataset: Dataset, triples: Sequence[Triples], like: HellmStep) -> None:
+        self.config = config
+        model = like.model
+        users, items = dataset.pairs("train")
+        self.counts = (dataset.num_users, dataset.num_items)
+        interacted = peers.incidence(np.unique(np.stack([users, items]), axis=1), self.counts)
+        graph = model.item_hypergraph
+        values = None if graph.vertex_values is None else graph.vertex_values.double().numpy()
+        shape = (graph.num_vertices, graph.num_hyperedges)
+        neighbours = peers.incidence(graph.hyperedge_index.numpy(), shape, values)
+        self.bipartite = peers.coo_tensor(peers.bipartite(interacted))
+        self.user_clique = peers.coo_tensor(peers.clique_row(interacted))
+        self.item_clique = peers.coo_tensor(peers.clique_symmetric(neighbours))
+        self.tables = [table.detach().clone().requires_grad_() for table in like.tables]
+        self.optimizer = torch.optim.Adam(self.tables, lr=config.learning_rate)
+        self.next_triples = _cycle(triples)
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """The loss terms [3], then the gradient of each table."""
+        config = self.config
+        users, positives, negatives = (torch.from_numpy(ids) for ids in self.next_triples())
+        user_table, item_table, user_view, item_view = self.tables
+        for _ in range(config.model.num_item_layers):
+            item_view = torch.sparse.mm(self.item_clique, item_view)
+        for _ in range(config.model.num_user_layers):
+            user_view = torch.sparse.mm(self.user_clique, user_view)
+        user, item = peers.light_gcn(self.bipartite, user_table, item_table, config.model.num_layers)
+        user, item = user + F.normalize(user_view), item + F.normalize(item_view)
+        u, p, n = user[users], item[positives], item[negatives]
+        bpr = -F.logsigmoid((u * p).sum(1) - (u * n).sum(1)).mean()
+        l2 = config.l2_weight * 0.5 * (u.square().sum() + p.square().sum() + n.square().sum()) / len(users)
+        contrastive = config.user_contrastive_weight * peers.info_nce_published(user, user_view, config.temperature)
+        contrastive = contrastive + config.item_contrastive_weight * peers.info_nce_published(
+            item, item_view, config.temperature
+        )
+        return _finish([bpr, l2, contrastive], self.tables, self.optimizer)
+
+
+def _finish(terms: list[Tensor], tables: list[Tensor], optimizer: torch.optim.Optimizer) -> tuple[Tensor, ...]:
+    optimizer.zero_grad(set_to_none=True)
+    sum(terms).backward()
+    optimizer.step()
+    return torch.stack([term.detach() for term in terms]), *(table.grad for table in tables)
+
+
+def _cycle(triples: Sequence[Triples]) -> Callable[[], Triples]:
+    place = -1
+
+    def following() -> Triples:
+        nonlocal place
+        place = (place + 1) % len(triples)
+        return triples[place]
+
+    return following

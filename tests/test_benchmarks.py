@@ -1,0 +1,370 @@
+"""The benchmark registry at toy sizes, the way it measures, and the report made from it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+pytest.importorskip("scipy", reason='the peers need scipy: pip install "hellm[dev]"')
+
+from benchmarks import inputs, measure, memory, peers, report, scale  # noqa: E402
+from benchmarks.cases import CASES  # noqa: E402
+from benchmarks.spec import (  # noqa: E402
+    Case,
+    Entry,
+    Target,
+    Workload,
+    matrix_product_limit,
+    worst_relative_error,
+)
+from hellm.ops import _backends  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------------- registry
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case_runs_and_every_implementation_agrees(name):
+    record = measure.measure_case(CASES[name], quick=True, tiny=True)
+    assert record["failure"] is None
+    assert record["entries"][0]["label"] == "hellm"
+    roles = [entry["role"] for entry in record["entries"]]
+    assert roles.count("peer") >= 1
+    for entry in record["entries"]:
+        seconds = entry["seconds"]
+        assert 0 < seconds["min"] <= seconds["p20"] <= seconds["median"] <= seconds["p80"]
+        assert entry["role"] == "limit" or entry["error"] <= entry["tolerance"]
+    json.dumps(record, allow_nan=False)
+
+
+def test_registry_holds_the_promises():
+    promises = {
+        (name, target.entry, target.at_least, target.versus if target.versus == "limit" else "peer")
+        for name in CASES
+        for target in CASES[name].build(tiny=True).targets
+    }
+    assert promises == {
+        ("info_nce-users", "hellm", 6.0, "peer"),
+        ("info_nce-users", "hellm", 0.65, "limit"),
+        ("info_nce-users", "hellm, medium", 10.0, "peer"),
+        ("conv-forward", "hellm", 2.5, "peer"),
+        ("conv-backward", "hellm", 100.0, "peer"),
+        ("sampler-tiktok", "hellm", 20.0, "peer"),
+        ("sampler-sports", "hellm", 20.0, "peer"),
+        ("step-tiktok", "hellm", 5.0, "peer"),
+    }
+    assert memory.MEMORY_CASES["memory-hellm-36000"].at_most == 64
+    assert memory.MEMORY_CASES["memory-hellm-36000"].num_rows == 36_000
+    assert scale.SIZES[-1] == (1_000_000, 500_000, 20_000_000)
+    assert scale.MAX_PEAK_BYTES == 8e9
+
+
+# ---------------------------------------------------------------------------------------------------------- peers
+
+
+def test_published_loss_by_hand():
+    # Orthogonal unit rows, identical views, t = 1: e / (sum of (e, 1) twice - e) = e / (e + 2).
+    eye = torch.eye(2, dtype=torch.float64)
+    expected = -np.log(np.e / (np.e + 2))
+    for chunk in (1, 2):
+        assert peers.info_nce_published(eye, eye, 1.0, chunk=chunk).item() == pytest.approx(expected)
+    assert peers.info_nce_unbatched(eye, eye, 1.0).item() == pytest.approx(expected)
+
+
+def test_strip_gradients_equal_autograd():
+    anchor, positive = (view.detach().double().requires_grad_() for view in inputs.views(23, 5))
+    expected = torch.autograd.grad(peers.info_nce_published(anchor, positive, 0.3), (anchor, positive))
+    found = torch.autograd.grad(peers.info_nce_strip(anchor, positive, 0.3, strip=7), (anchor, positive))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_clique_matrices_by_hand():
+    # Users 0, 1 share item 0; users 1, 2 share item 1; user 3 has nobody.
+    h = peers.incidence(np.array([[0, 1, 1, 2, 3], [0, 0, 1, 1, 2]]), (4, 3))
+    expected = np.array([[0, 1, 0, 0], [0.5, 0, 0.5, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_allclose(peers.clique_row(h).toarray(), expected)
+    x = torch.eye(4)
+    for operator in (peers.TwoProducts(h), peers.TwoProducts(h, product=peers.reduce_product)):
+        np.testing.assert_allclose(operator(x), expected, atol=1e-7)
+        np.testing.assert_allclose(operator.backward(x), expected.T, atol=1e-7)
+    np.testing.assert_allclose(peers.ScipyTwoProducts(h)(x), expected, atol=1e-7)
+    square = h.toarray() @ h.toarray().T
+    root = np.sqrt(square.sum(1))
+    np.testing.assert_allclose(peers.clique_symmetric(h).toarray(), square / root[:, None] / root)
+
+
+def test_interactions_are_distinct_and_as_many_as_asked():
+    size = inputs.Size(50, 30, 400)
+    pairs = inputs.interactions(size, seed=3)
+    assert pairs.shape == (2, 400)
+    assert pairs.dtype == np.int64
+    assert len({*map(tuple, pairs.T.tolist())}) == 400
+    assert (pairs.max(1) < [50, 30]).all() and pairs.min() >= 0
+    np.testing.assert_array_equal(pairs, inputs.interactions(size, seed=3))
+    assert (pairs.shape != inputs.interactions(size, seed=4).shape) or (
+        pairs != inputs.interactions(size, seed=4)
+    ).any()
+
+
+def test_interactions_refuse_more_than_half_of_all_pairs():
+    with pytest.raises(ValueError, match=r"num_interactions must be <= 6, got 7"):
+        inputs.interactions(inputs.Size(4, 3, 7))
+
+
+# ------------------------------------------------------------------------------------------------------ measuring
+
+
+def _workload(*peers_found: float, tolerance: float = 1e-4) -> Workload:
+    """hellm finds 1.0, each peer what is given."""
+    found = [("hellm", 1.0), *((f"peer {place}", value) for place, value in enumerate(peers_found))]
+    entries = [
+        Entry(
+            label,
+            lambda value=value: (torch.tensor([value]),),
+            "hellm" if label == "hellm" else "peer",
+            None,
+            tolerance,
+        )
+        for label, value in found
+    ]
+    return Workload([*entries, matrix_product_limit(tiny=True)], {"N": 1}, work=1.0, unit="FLOP")
+
+
+def test_no_numbers_without_agreement():
+    case = Case("wrong", "group", "title", lambda **_: _workload(1.0, 1.1))
+    record = measure.measure_case(case, quick=True)
+    assert record["failure"] == "peer 1: error 1.00e-01 > 1e-04"
+    assert "entries" not in record and "targets" not in record
+
+
+def test_check_refuses_nan_and_other_shapes():
+    with pytest.raises(measure.Disagreement, match="peer 0: error inf > 1e-04"):
+        measure.check(_workload(float("nan")))
+    assert worst_relative_error([torch.ones(2)], [torch.ones(3)]) == float("inf")
+    assert worst_relative_error([torch.ones(2)], []) == float("inf")
+    assert worst_relative_error([torch.tensor([1.0, 4.5])], [torch.tensor([1.0, 5.0])]) == pytest.approx(0.1)
+
+
+def test_entries_take_turns_and_leave_after_their_rounds():
+    calls: list[str] = []
+    entries = [Entry(label, lambda label=label: calls.append(label)) for label in "AB"]
+    samples = measure.time_in_turns(entries, {"A": 3, "B": 1})
+    assert calls == ["A", "B", "A", "A"]
+    assert {label: len(times) for label, times in samples.items()} == {"A": 3, "B": 1}
+
+
+def test_summary_by_hand():
+    found = measure.summary([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
+    assert found == {"median": 3.5, "min": 1.0, "p20": 2.0, "p80": 5.0, "rounds": 6}
+    assert measure.summary([2.0]) == {"median": 2.0, "min": 2.0, "p20": 2.0, "p80": 2.0, "rounds": 1}
+
+
+def test_judge_takes_the_fastest_peer_and_the_limit():
+    medians = {"hellm": 1.0, "a": 4.0, "b": 3.0}
+    faster = measure.judge(Target("hellm", ("a", "b", "absent"), 3.5), medians, {}, [])
+    assert (faster["versus"], faster["value"], faster["met"]) == ("b", 3.0, False)
+    share = measure.judge(Target("hellm", "limit", 0.5), medians, {"hellm": 6.0, "copy": 10.0}, ["copy"])
+    assert (share["kind"], share["value"], share["met"]) == ("limit", 0.6, True)
+
+
+def test_a_case_that_raises_leaves_the_others_and_a_spent_budget_is_told(monkeypatch, capsys):
+    def broken(**_):
+        raise RuntimeError("no such luck")
+
+    cases = {"broken": Case("broken", "g", "t", broken), "good": Case("good", "g", "t", lambda **_: _workload(1.0))}
+    monkeypatch.setattr(measure, "CASES", cases)
+    run = measure.measure_all(["broken", "good"], quick=True)
+    assert [record["failure"] for record in run["cases"]] == ["RuntimeError: no such luck", None]
+    assert "no such luck" in capsys.readouterr().err
+    run = measure.measure_all(["good"], budget_seconds=-60)
+    assert run["not_run"] == {"good": "the budget of -1 minutes was spent"}
+    assert report.render([{**run, "file": "x.json"}]).count("the budget of -1 minutes was spent") == 1
+
+
+def test_partial_run_writes_only_where_told(tmp_path, capsys):
+    out = tmp_path / "sub" / "one.json"
+    before = sorted((ROOT / "benchmarks" / "results").glob("*"))
+    assert measure.main(["--tiny", "--quick", "--only", "sampler-tiktok"]) == 0
+    assert sorted((ROOT / "benchmarks" / "results").glob("*")) == before
+    assert measure.main(["--tiny", "--quick", "--only", "sampler-tiktok", "--out", str(out)]) == 0
+    run = json.loads(out.read_text())
+    assert [record["name"] for record in run["cases"]] == ["sampler-tiktok"]
+    assert run["environment"]["versions"]["torch"] == torch.__version__
+    assert [path.name for path in out.parent.iterdir()] == ["one.json"]
+    assert "Python loop, published draws" in capsys.readouterr().out
+
+
+def test_unknown_case_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        measure.main(["--only", "nothing"])
+    assert "invalid choice: 'nothing'" in capsys.readouterr().err
+
+
+def test_numbers_of_the_fallback_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(_backends, "native", lambda: ImportError("no such file"))
+    with pytest.raises(SystemExit):
+        measure.main(["--only", "sampler-tiktok"])
+    assert "must be those of the compiled kernels, but" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc/self/status")
+def test_memory_counts_what_a_call_keeps(monkeypatch):
+    published = memory.measure("memory-published-9308", tiny=True)
+    assert published["failure"] is None
+    # Autograd keeps two [1000, 1000] float32 blocks of exponentials.
+    assert published["extra_mib"] > 2 * 1000**2 * 4 / 2**20
+    monkeypatch.setitem(memory.MEMORY_CASES, "wrong", memory.MemoryCase("wrong", "no such form", 10))
+    assert memory.measure("wrong")["failure"] == "KeyError: 'no such form'"
+
+
+# ------------------------------------------------------------------------------------------------- scale and report
+
+
+@pytest.fixture(scope="module")
+def scale_run():
+    sizes = (inputs.Size(100, 50, 500), inputs.Size(200, 100, 1000))
+    return scale.measure(sizes, rounds=1, say=lambda text: None)
+
+
+def test_scale_runs_each_size_in_its_own_process(scale_run):
+    assert [record["failure"] for record in scale_run["sizes"]] == [None, None]
+    assert [record["num_incidences"] for record in scale_run["sizes"]] == [500, 1000]
+    assert all(record["peak_bytes"] > 50e6 for record in scale_run["sizes"])
+    assert set(scale_run["growth"]) == {"build_seconds", "forward_seconds", "backward_seconds"}
+
+
+def test_growth_of_a_square_is_two():
+    records = [{"num_interactions": n, "cost": 3.0 * n**2} for n in (10, 100, 1000)]
+    assert scale.growth(records, "cost") == pytest.approx(2.0)
+
+
+def test_scale_refuses_a_limit_below_all_sizes(capsys):
+    with pytest.raises(SystemExit):
+        scale.main(["--largest", "10"])
+    assert "--largest must be >= 200000, got 10" in capsys.readouterr().err
+
+
+@pytest.fixture
+def folder(tmp_path, scale_run):
+    """A benchmarks folder with one run of cases by hand and one scale run."""
+    seconds = {"median": 0.002, "min": 0.0015, "p20": 0.0018, "p80": 0.0025, "rounds": 7}
+    slow = {name: value * 8 if name != "rounds" else 3 for name, value in seconds.items()}
+    entry = {"role": "hellm", "note": "", "error": 0.0, "tolerance": 1e-4}
+    limit = {"role": "limit", "note": "", "error": None, "tolerance": None}
+    case = {
+        "name": "one",
+        "group": "Group",
+        "title": "Title",
+        "parameters": {"N": 12345, "t": 0.5},
+        "skipped": {"absent": "not installed: no such module"},
+        "work": 1e9,
+        "unit": "FLOP",
+        "repeats": ["epoch", 59],
+        "entries": [
+            {**entry, "label": "hellm", "seconds": seconds, "rate": 5e11},
+            {**entry, "label": "pe|er", "role": "peer", "seconds": slow, "rate": 6.25e10, "error": 2e-6},
+            {**limit, "label": "product", "seconds": seconds, "rate": 1e12},
+        ],
+        "targets": [
+            {"entry": "hellm", "versus": "pe|er", "kind": "speed-up", "at_least": 6.0, "value": 8.0, "met": True},
+            {"entry": "hellm", "versus": "product", "kind": "limit", "at_least": 0.65, "value": 0.5, "met": False},
+        ],
+        "failure": None,
+    }
+    failed = {**case, "name": "two", "failure": "peer: error 1 > 0", "targets": []}
+    memories = [
+        {"name": "m", "title": "loss", "num_rows": 36000, "at_most_mib": 64.0, "extra_mib": 41.24, "met": True}
+        | {"failure": None}
+    ]
+    run = {"schema": 1, "kind": "cases", "environment": scale_run["environment"], "settings": {}, "not_run": {}}
+    run |= {"cases": [case, failed], "memory": memories, "seconds": 1.0}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "cpu.json").write_text(json.dumps(run))
+    (tmp_path / "results" / "scale.json").write_text(json.dumps(scale_run))
+    (tmp_path / "notes.md").write_text("## Notes\n\nWritten by hand.\n")
+    return tmp_path
+
+
+def test_report_of_a_small_run(folder):
+    assert report.main(["--folder", str(folder)]) == 0
+    page = (folder / "README.md").read_text()
+    assert "| one | hellm | pe\\|er | 6x | 8x | met |" in page
+    assert "| one | hellm | product | 65% | 50% | **missed** |" in page
+    assert "| m | loss, N 36,000 |  | 64 MiB | 41.2 MiB | met |" in page
+    assert "N 12,345, t 0.5" in page
+    row = "| hellm | 2 ms | 118 ms | 1.8 ms - 2.5 ms | 7 | 500 GFLOP/s | 50% | 1.00 | 0e+00 (1e-04) |  |"
+    assert row in page
+    assert "| pe\\|er | 16 ms | 944 ms |" in page
+    assert "Left out: absent (not installed: no such module)" in page
+    assert "**No numbers: peer: error 1 > 0**" in page
+    assert "| 1,000 | 200 | 100 |" in page
+    assert page.endswith("## Notes\n\nWritten by hand.\n")
+    from PIL import Image
+
+    with Image.open(folder / "figures" / "scale.png") as image:
+        assert image.size == (1200, 480)
+        assert len(image.convert("RGB").getcolors(maxcolors=10**6)) > 10
+    assert "](figures/scale.png)" in page
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_report_follows_the_numbers(folder):
+    before = report.generate(folder)
+    path = folder / "results" / "cpu.json"
+    run = json.loads(path.read_text())
+    changed = copy.deepcopy(run)
+    changed["cases"][0]["entries"][0]["seconds"]["median"] = 0.004
+    path.write_text(json.dumps(changed))
+    assert report.generate(folder) != before
+    path.write_text(json.dumps(run))
+    assert report.generate(folder) == before
+
+
+def test_report_names_a_bad_file(folder):
+    (folder / "results" / "cpu.json").write_text('{"kind": \n 1,}')
+    with pytest.raises(ValueError, match=r"cpu\.json: line 2, column \d+: not JSON"):
+        report.generate(folder)
+    (folder / "results" / "cpu.json").write_text('{"kind": "other"}')
+    with pytest.raises(ValueError, match=r'cpu\.json: kind must be "cases" or "scale"'):
+        report.generate(folder)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(2.5, "2.5 s"), (123.4, "123 s"), (0.0312, "31.2 ms"), (0.00025, "250 us")]
+)
+def test_durations(seconds, shown):
+    assert report.duration(seconds) == shown
+
+
+def test_rates():
+    assert report.rate(1.466e11, "FLOP") == "147 GFLOP/s"
+    assert report.rate(3.1e10, "byte") == "31 GB/s"
+    assert report.rate(2.5e6, "triple") == "2500 k/s"
+
+
+def test_committed_page_is_what_the_report_generates():
+    assert (ROOT / "benchmarks" / "README.md").read_text() == report.generate()
+
+
+def test_pytest_benchmark_runs_the_registry(tmp_path):
+    pytest.importorskip("pytest_benchmark", reason='needs pytest-benchmark: pip install "hellm[dev]"')
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-k", "sampler-tiktok", "-q"]
+    command += [f"--benchmark-json={out}", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "HELLM_BENCHMARK_TINY": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())["benchmarks"]
+    assert {one["group"] for one in found} == {"sampler-tiktok"}
+    assert [one["extra_info"]["role"] for one in found] == ["hellm", "peer", "peer"]
