@@ -1,0 +1,131 @@
+"""The command line: `hellm VERB ...`, the same as `python -m hellm VERB ...`.
+
+Each verb is a module here with `run(argv) -> exit code`; it is imported when it is called, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+
+__all__ = ["main"]
+
+VERBS = {
+    "data": ("hellm.cli.data", "check, build, convert or make up a data set"),
+    "pretrain": ("hellm.cli.pretrain", "train the graph encoder (stage 1) into a run directory"),
+    "evaluate": ("hellm.cli.evaluate", "compare runs and baselines in one table"),
+    "recommend": ("hellm.cli.recommend", "recommend to users, to bare histories, or items like an item"),
+    "info": ("hellm.cli.info", "what is installed and usable here; --selftest checks the operators"),
+    "demo": ("hellm.cli.demo", "the whole path on a made-up shop, in a minute or two"),
+}
+_HELP = """usage: hellm VERB [options]      hellm VERB --help for the options of a verb
+
+{verbs}
+
+options:
+  -h, --help     show this help
+  --version      show the version
+  --debug        with any verb: show the traceback of an error
+
+Start with: hellm demo --out demo
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program name; None takes those of the process.
+    Returns: Exit code: 0, 1 (the command ran and the answer is bad, or an error inside hellm), 2 (wrong arguments or
+        data), 130 (interrupted), 128 + n (training stopped by signal n after saving its state).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [one for one in arguments if one != "--debug"]
+    with _messages_on_stderr():
+        try:
+            return _dispatch(arguments)
+        except SystemExit as stop:
+            # An interrupted training says what it saved; argparse's own exits (--help) have nothing to add.
+            if getattr(stop, "message", None):
+                _say(str(stop))
+            return stop.code if isinstance(stop.code, int) else 0
+        except KeyboardInterrupt:
+            _say("interrupted")
+            return 130
+        except BrokenPipeError:
+            # The reader of our output (head, less) has gone; Python must not complain again at exit.
+            sys.stdout = None
+            return 0
+        except Exception as error:
+            if debug:
+                raise
+            return _report(error)
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_HELP.format(verbs="\n".join(f"  {verb:<12} {text}" for verb, (_, text) in VERBS.items())), end="")
+        return 0
+    if argv[0] in ("--version", "-V"):
+        from hellm import __version__
+
+        print(f"hellm {__version__}")
+        return 0
+    if argv[0] not in VERBS:
+        nearest = difflib.get_close_matches(argv[0], VERBS, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"verb must be one of {', '.join(VERBS)}, got {argv[0]!r}{hint}")
+    return importlib.import_module(VERBS[argv[0]][0]).run(argv[1:])
+
+
+def _report(error: Exception) -> int:
+    """One line on stderr, and the exit code."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        text = f"{error.filename}: no such file or folder"
+    # Library messages name the Python argument.
+    text = text.replace("overwrite=True", "--overwrite")
+    missing_extra = isinstance(error, ImportError) and 'pip install "hellm[' in text
+    if isinstance(error, (ValueError, OSError)) or missing_extra:
+        _say(f"error: {text}")
+        return 2
+    if isinstance(error, ArithmeticError):
+        _say(f"error: {text}")
+        return 1
+    _say(f"error: internal: {type(error).__name__}: {text} (--debug shows where)")
+    return 1
+
+
+def _say(text: str) -> None:
+    print(f"hellm: {text}", file=sys.stderr)
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to whatever `sys.stderr` is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        _say(f"{level}{record.getMessage()}")
+
+
+@contextlib.contextmanager
+def _messages_on_stderr() -> Iterator[None]:
+    """Warnings always, progress only where somebody watches."""
+    logger, handler = logging.getLogger("hellm"), _StderrHandler()
+    before = logger.level, logger.propagate
+    logger.setLevel(logging.INFO if sys.stderr is not None and sys.stderr.isatty() else logging.WARNING)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *rest, **named: _say(f"warning: {message}")
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before

@@ -1,0 +1,66 @@
+"""The picture of the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["plot_planted_structure"]
+
+
+def plot_planted_structure(
+    path: Path, items: np.ndarray, group: np.ndarray, names: Sequence[str], shares: Mapping[str, float]
+) -> None:
+    """Similarity of all items, shuffled and sorted by planted group, and how well the lists keep to the groups.
+
+    Args:
+        path: PNG file.
+        items: [num_items, D] learned embeddings.
+        group: [num_items] planted group of each item.
+        names: What each group is called.
+        shares: "model", "popularity" and "chance": share of recommendations in the groups a user likes.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    unit = items / np.linalg.norm(items, axis=1, keepdims=True).clip(min=1e-12)
+    cosine = unit @ unit.T
+    figure = Figure(figsize=(15, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 0.85))
+    shuffled = np.random.default_rng(0).permutation(len(group))
+    order = np.argsort(group, kind="stable")
+    for axes, rows in ((left, shuffled), (middle, order)):
+        image = axes.imshow(cosine[np.ix_(rows, rows)], cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    left.set(title="products in random order", xlabel="product", ylabel="product", xticks=[], yticks=[])
+    borders = np.cumsum(np.bincount(group))
+    middle.set(title="the same, sorted by planted group", xticks=[])
+    middle.set_yticks(borders - np.bincount(group) / 2 - 0.5, names, fontsize=9)
+    middle.tick_params(length=0)
+    for border in borders[:-1] - 0.5:
+        middle.axhline(border, color="black", linewidth=0.4)
+        middle.axvline(border, color="black", linewidth=0.4)
+    figure.colorbar(
+        image,
+        ax=[left, middle],
+        location="bottom",
+        shrink=0.4,
+        aspect=40,
+        label="cosine similarity of the learned product embeddings",
+    )
+    labels = ("hellm", "popularity", "chance")
+    values = [100 * shares[name] for name in ("model", "popularity", "chance")]
+    bars = right.bar(labels, values, color=("#b2182b", "#6b7f99", "#c4c9d0"), width=0.6)
+    right.bar_label(bars, fmt="%.0f%%", padding=3)
+    right.set(title="first 10 recommendations", ylabel="% in groups the user likes", ylim=(0, 108))
+    right.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"Planted structure found: {shares['model']:.0%} of the recommendations are in the groups a user likes "
+        f"(chance: {shares['chance']:.0%})",
+        fontsize=14,
+    )
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    temporary.replace(path)

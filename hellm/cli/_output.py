@@ -1,0 +1,46 @@
+"""How results look in a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["count", "duration", "print_json", "table", "title"]
+
+
+def print_json(value: Any) -> None:
+    """One line, the last of the command."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, indent: int = 2) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    cells = [list(map(str, row)) for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = []
+    for row in cells:
+        first, *others = (
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append((" " * indent + "  ".join([first, *others])).rstrip())
+    lines.insert(1, " " * indent + "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    return "\n".join(lines)
+
+
+def title(item: str, text: str | None) -> str:
+    """How an item is called."""
+    return f"{text} ({item})" if text else item
+
+
+def count(number: int) -> str:
+    return f"{number:,}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "42 s", "3 min 5 s" or "2 h 10 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

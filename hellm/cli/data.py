@@ -1,0 +1,220 @@
+"""`hellm data check | build | convert | sample`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from hellm.cli._output import count, print_json
+from hellm.cli._parser import new_parser, parse
+
+__all__ = ["add_reading_options", "describe", "print_report", "reading_options", "run", "summary"]
+
+_ACTIONS = {
+    "check": "what is in a data set, and what in it is likely to bite",
+    "build": "read any known form and write it in hellm's own, features included, for fast loading",
+    "convert": "read any known form and write another",
+    "sample": "write a made-up shop: events.csv, items.csv and pictures",
+}
+_HELP = """usage: hellm data ACTION ...      hellm data ACTION --help for its options
+
+{actions}
+
+Forms that are recognised: {forms}
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        from hellm.data import form_names
+
+        lines = "\n".join(f"  {name:<10} {text}" for name, text in _ACTIONS.items())
+        print(_HELP.format(actions=lines, forms=", ".join(form_names())), end="")
+        return 0
+    actions = {"check": _check, "build": _build, "convert": _convert, "sample": _sample}
+    if argv[0] not in actions:
+        nearest = difflib.get_close_matches(argv[0], actions, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"data action must be one of {', '.join(actions)}, got {argv[0]!r}{hint}")
+    return actions[argv[0]](argv[1:])
+
+
+def add_reading_options(parser, *, split_option: str = "--split") -> None:
+    """Options of `load_dataset` that every verb reading data has."""
+    parser.add_argument(
+        split_option,
+        metavar="NAME",
+        help="given, leave-two-out, ratio, time or item-cold; default: the label in the data, else leave-two-out",
+    )
+    parser.add_argument("--form", metavar="NAME", help="read the data as this form instead of recognising it")
+    parser.add_argument(
+        "--features",
+        default="auto",
+        metavar="HOW",
+        help="auto, simple (built-in text and picture features where the data bring none) or none",
+    )
+    parser.add_argument(
+        "--event-types", nargs="+", type=str, metavar="TYPE", help="only events of these types (form shop)"
+    )
+    parser.add_argument(
+        "--missing-items", metavar="HOW", help="events on items that the item table lacks: error, keep or drop"
+    )
+
+
+def reading_options(args) -> dict[str, Any]:
+    """Arguments of `load_dataset` that were given."""
+    names = ("split", "form", "features", "event_types", "missing_items")
+    return {name: args[name] for name in names if args.get(name) is not None}
+
+
+def _check(argv: Sequence[str]) -> int:
+    parser = new_parser("data check", "DATA [options]", f"Report {_ACTIONS['check']}; nothing is changed.")
+    parser.add_argument("data", metavar="DATA", help="folder or file of any known form")
+    add_reading_options(parser)
+    parser.add_argument("--json", action="store_true", help="print the report as one line of JSON")
+    args = parse(parser, argv)
+    from hellm.data import check_dataset
+
+    report = check_dataset(args.data, **reading_options(args))
+    if args.json:
+        print_json(report)
+    else:
+        print_report(report)
+    return 0
+
+
+def _build(argv: Sequence[str]) -> int:
+    return _write("build", argv)
+
+
+def _convert(argv: Sequence[str]) -> int:
+    return _write("convert", argv)
+
+
+def _write(action: str, argv: Sequence[str]) -> int:
+    converts = action == "convert"
+    usage = "SOURCE OUT --to FORM [options]" if converts else "SOURCE OUT [options]"
+    parser = new_parser(f"data {action}", usage, f"{_ACTIONS[action][0].upper()}{_ACTIONS[action][1:]}.")
+    parser.add_argument("source", metavar="SOURCE", help="folder or file of any known form")
+    parser.add_argument("out", metavar="OUT", help="folder to make")
+    if converts:
+        from hellm.data import form_names
+
+        writable = ", ".join(form_names(writable=True))
+        parser.add_argument("--to", required=True, metavar="FORM", help=f"form to write: {writable}")
+    add_reading_options(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    parser.add_argument("--json", action="store_true", help="print what was written as one line of JSON")
+    args = parse(parser, argv)
+    from hellm.data import load_dataset, save_dataset
+
+    form = args.to if converts else "hellm"
+    dataset = load_dataset(args.source, **reading_options(args))
+    save_dataset(dataset, args.out, form=form, overwrite=args.overwrite)
+    if args.json:
+        print_json({"out": str(args.out), "form": form} | describe(dataset))
+        return 0
+    print(f"{args.out} (form {form}): {summary(dataset)}")
+    for note in dataset.notes:
+        print(f"  note: {note}")
+    return 0
+
+
+def _sample(argv: Sequence[str]) -> int:
+    parser = new_parser("data sample", "OUT [options]", f"{_ACTIONS['sample'][0].upper()}{_ACTIONS['sample'][1:]}.")
+    parser.add_argument("out", metavar="OUT", help="folder to make")
+    parser.add_argument("--num-users", type=int, default=600, metavar="N")
+    parser.add_argument("--num-items", type=int, default=240, metavar="N")
+    parser.add_argument("--num-groups", type=int, default=8, metavar="N", help="groups of items that belong together")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same files")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    args = parse(parser, argv)
+    from hellm.data import write_sample_shop
+
+    write_sample_shop(
+        args.out,
+        num_users=args.num_users,
+        num_items=args.num_items,
+        num_groups=args.num_groups,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+    print(f"{args.out}: {count(args.num_users)} users, {count(args.num_items)} items in {args.num_groups} groups")
+    return 0
+
+
+def describe(dataset) -> dict[str, Any]:
+    """Counts of a data set as plain values."""
+    return {
+        "name": dataset.name,
+        "form": dataset.form,
+        "split": dataset.split_name,
+        "num_users": dataset.num_users,
+        "num_items": dataset.num_items,
+        "num_events": dataset.split_counts(),
+        "features": {name: list(one.values.shape) for name, one in dataset.item_features.items()},
+        "fingerprint": dataset.fingerprint,
+    }
+
+
+def summary(dataset) -> str:
+    """Counts of a data set in one line."""
+    parts = ", ".join(f"{name} {count(number)}" for name, number in dataset.split_counts().items())
+    return (
+        f"{count(dataset.num_users)} users, {count(dataset.num_items)} items, {count(dataset.num_events)} events "
+        f"({dataset.split_name} split: {parts})"
+    )
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report of `check_dataset` for people: counts, then whatever deserves a look."""
+    events, lengths = report["events"], report["history_length"]
+    print(f"{report['name']} (form {report['form']}, split {report['split']})")
+    parts = ", ".join(f"{name} {count(events[name])}" for name in ("train", "valid", "test"))
+    rows = [
+        ["users", count(report["users"])],
+        ["items", count(report["items"])],
+        ["events", f"{count(events['total'])} ({parts})"],
+        ["density", f"{report['density']:.3%} of all user-item pairs"],
+        ["history", f"{lengths['p0']:.0f} to {lengths['p100']:.0f} events per user, median {lengths['p50']:.0f}"],
+    ]
+    for name, feature in report["features"].items():
+        without = f"{count(feature['missing'])} items without"
+        rows.append([f"{name} features", f"{feature['dim']} numbers per item, {without}"])
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"  {name:<{width}}  {text}" for name, text in rows))
+    remarks = _remarks(report)
+    print("Worth a look:" if remarks else "Nothing stands out.")
+    print("".join(f"  - {remark}\n" for remark in remarks), end="")
+
+
+def _remarks(report: dict[str, Any]) -> list[str]:
+    leaked, missing = sum(report["leakage"].values()), report["items_missing_from_table"] or {"count": 0}
+    inversions = report["order"]["inversions"]
+    tied, cold = report["time"]["tied_share"], report["cold"]
+    titles = (report["titles"] or {"missing": 0})["missing"]
+    found = [
+        (leaked, f"{count(leaked)} user-item pairs stand in two splits, so a held-out item may be known already"),
+        (
+            report["duplicates"]["repeats"],
+            f"{count(report['duplicates']['repeats'])} events repeat an earlier user-item pair",
+        ),
+        (inversions, f"{count(inversions or 0)} held-out events are older than a training event of their user"),
+        (tied, f"{tied or 0:.1%} of the events have the same time as another of their user; the source order decides"),
+        (
+            cold["test"]["events"],
+            f"{count(cold['test']['events'])} test events ask for an item without training events",
+        ),
+        (cold["test"]["users"], f"{count(cold['test']['users'])} test users have no training events"),
+        (report["without_events"]["users"], f"{count(report['without_events']['users'])} users have no events"),
+        (report["without_events"]["items"], f"{count(report['without_events']['items'])} items have no events"),
+        (report["short_histories"], f"{count(report['short_histories'])} users have fewer than 3 events"),
+        (
+            missing["count"],
+            f"{count(missing['count'])} items have events but no line in the item table"
+            + (f", e.g. {', '.join(map(str, missing.get('first', [])[:3]))}" if missing["count"] else ""),
+        ),
+        (titles, f"{count(titles)} items have no title"),
+    ]
+    return [text for number, text in found if number] + list(report["notes"])

@@ -1,0 +1,193 @@
+"""`hellm evaluate`: runs and baselines side by side."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hellm.cli._output import count, print_json, table
+from hellm.cli._parser import new_parser, parse
+from hellm.cli.data import add_reading_options, reading_options
+
+__all__ = ["compare", "print_comparison", "run"]
+
+_BASELINES = ("popularity", "itemknn", "bpr", "als")
+
+
+def run(argv: Sequence[str]) -> int:
+    parser = new_parser(
+        "evaluate",
+        "RUN_OR_BASELINE ... --data DIR [options]",
+        "Score run directories and baselines on the same users of the same split, in one table with confidence "
+        f"intervals and paired differences to the best. Baselines: {', '.join(_BASELINES)} (all but popularity need "
+        'pip install "hellm[baselines]"). Runs with model.backbone=lightgcn or mf and no hypergraphs serve as those.',
+    )
+    parser.add_argument("models", nargs="+", type=str, metavar="RUN_OR_BASELINE", help="run directory or baseline name")
+    parser.add_argument("--data", required=True, metavar="DIR", help="data set, the one that the runs were trained on")
+    parser.add_argument("--split", default="test", metavar="NAME", help="held-out events to score: test or valid")
+    parser.add_argument(
+        "--protocol", default="standard", metavar="NAME", help="standard, official, mmrec, ... (see README.md)"
+    )
+    parser.add_argument("--ks", nargs="+", type=int, default=[10, 20], metavar="K", help="list lengths")
+    parser.add_argument("--metrics", nargs="+", type=str, default=["recall", "ndcg"], metavar="NAME", help="to show")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the baselines and the bootstrap")
+    parser.add_argument("--json", action="store_true", help="print everything as one line of JSON")
+    add_reading_options(parser, split_option="--data-split")
+    args = parse(parser, argv)
+    if args.split not in ("test", "valid"):
+        raise ValueError(f"--split must be test or valid, got {args.split!r}")
+    from hellm.data import load_dataset
+
+    for name in args.models:
+        _kind(name)
+    # Here --split names the held-out events; how the data are split is --data-split, or as the runs have it.
+    split = args.data_split or _split_of_runs(args.models)
+    dataset = load_dataset(args.data, **reading_options(args) | {"split": split})
+    comparison = compare(
+        args.models, dataset, split=args.split, protocol=args.protocol, ks=args.ks, metrics=args.metrics, seed=args.seed
+    )
+    if args.json:
+        print_json(comparison)
+    else:
+        print_comparison(comparison)
+    return 0
+
+
+def compare(
+    models: Sequence[str],
+    dataset,
+    *,
+    split: str = "test",
+    protocol: str = "standard",
+    ks: Sequence[int] = (10, 20),
+    metrics: Sequence[str] = ("recall", "ndcg"),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Evaluate run directories and named baselines alike.
+
+    The last of `ks` of the first of `metrics` decides which is the best; each other one is compared with it on the
+    same users by paired bootstrap.
+
+    Returns: plain values: data, split, protocol, best, compared (the deciding metric), and per model its metrics,
+        intervals, users_per_second and difference_to_best.
+    Raises: ValueError, an unknown baseline or metric, or a run of other data.
+    """
+    from hellm.evaluate import evaluate_dataset, paired_bootstrap
+
+    models = list(dict.fromkeys(models))
+    kinds = {name: _kind(name) for name in models}
+    results, speeds = {}, {}
+    for name in models:
+        scorer = _run_scorer(name, dataset) if kinds[name] == "run" else _baseline(name, dataset, seed)
+        started = time.perf_counter()
+        results[name] = evaluate_dataset(scorer, dataset, split=split, protocol=protocol, ks=ks)
+        speeds[name] = results[name].num_users / (time.perf_counter() - started)
+    shown = [f"{metric}@{k}" for k in sorted(set(ks)) for metric in metrics]
+    first = results[models[0]]
+    for name in shown:
+        if name not in first.per_user:
+            known = dict.fromkeys(one.partition("@")[0] for one in first.per_user)
+            raise ValueError(f"--metrics must be among {', '.join(known)}, got {name.partition('@')[0]!r}")
+    decisive = f"{metrics[0]}@{max(ks)}"
+    best = max(models, key=lambda name: results[name].metrics[decisive])
+    rows = []
+    for name in models:
+        row = {"name": name, "kind": kinds[name], **results[name].to_dict(level=0.95, seed=seed)}
+        row |= {"users_per_second": speeds[name], "difference_to_best": None}
+        if name != best:
+            row["difference_to_best"] = vars(paired_bootstrap(results[name], results[best], decisive, seed=seed))
+        rows.append(row)
+    return {
+        "data": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "split": split,
+        "protocol": first.protocol.name,
+        "protocol_description": first.protocol.description,
+        "num_users": first.num_users,
+        "num_items": first.num_items,
+        "shown": shown,
+        "compared": decisive,
+        "best": best,
+        "models": rows,
+    }
+
+
+def print_comparison(comparison: dict[str, Any]) -> None:
+    """The table for people."""
+    users, items = count(comparison["num_users"]), count(comparison["num_items"])
+    print(f"{comparison['data']}, {comparison['split']} split: {users} users, all {items} items ranked")
+    print(f"protocol {comparison['protocol']}: {comparison['protocol_description']}")
+    shown, decisive = comparison["shown"], comparison["compared"]
+    rows = []
+    for model in comparison["models"]:
+        cells = []
+        for name in shown:
+            low, high = model["confidence_intervals"][name]
+            cells.append(f"{model['metrics'][name]:.4f} ±{(high - low) / 2:.4f}")
+        rows.append([model["name"], *cells, _difference(model), f"{model['users_per_second']:,.0f}"])
+    print(table(("model", *shown, f"{decisive} - best", "users/s"), rows))
+    print("± is half the 95% bootstrap interval over users; differences to the best are paired, user by user.")
+
+
+def _difference(model: dict[str, Any]) -> str:
+    difference = model["difference_to_best"]
+    if difference is None:
+        return "best"
+    low, high = difference["low"], difference["high"]
+    verdict = "" if low > 0 or high < 0 else " (tie)"
+    return f"{difference['difference']:+.4f} [{low:+.4f}, {high:+.4f}]{verdict}"
+
+
+def _kind(name: str) -> str:
+    if name in _BASELINES:
+        return "baseline"
+    if Path(name).is_dir():
+        return "run"
+    nearest = difflib.get_close_matches(name, _BASELINES, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"RUN_OR_BASELINE must be a run directory or one of {', '.join(_BASELINES)}, got {name!r}{hint}")
+
+
+def _baseline(name: str, dataset, seed: int):
+    from hellm.baselines import fit_baseline
+
+    return fit_baseline(name, dataset, seed=seed)
+
+
+def _run_scorer(path: str, dataset):
+    """The run's scorer, if it is of this data: another split may have shown it the held-out events."""
+    from hellm.recommend import Recommender
+
+    recommender = Recommender.load(path)
+    for kind, of_run, of_data in (
+        ("user", recommender.user_ids, dataset.user_ids),
+        ("item", recommender.item_ids, dataset.item_ids),
+    ):
+        if of_run != of_data:
+            raise ValueError(
+                f"{path} must be a run of data set {dataset.name!r}, but its {len(of_run)} {kind} ids are not the "
+                f"{len(of_data)} of the data"
+            )
+    if not recommender.has_training_events(*dataset.pairs("train")):
+        raise ValueError(
+            f"{path} was trained on another split of {dataset.name!r}, so its numbers would not be comparable; "
+            "give --data-split as in its training"
+        )
+    return recommender
+
+
+def _split_of_runs(models: Sequence[str]) -> str | None:
+    """The split that the named runs were trained on, where they agree; None leaves it to the data."""
+    import json
+
+    found = set()
+    for name in models:
+        result = Path(name) / "result.json"
+        if name not in _BASELINES and result.is_file():
+            found.add(json.loads(result.read_text(encoding="utf-8"))["dataset"]["split"])
+    if len(found) > 1:
+        raise ValueError(f"the runs were trained on different splits ({', '.join(sorted(found))}); evaluate them apart")
+    return found.pop() if found else None

