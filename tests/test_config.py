@@ -38,13 +38,12 @@ def test_preset_has_the_published_numbers(name):
     assert (model.embedding_dim, model.backbone, config.batch_size) == (64, "lightgcn", 1024)
     assert (config.learning_rate, config.learning_rate_decay, config.learning_rate_decay_epochs) == (1e-4, 0.96, 50)
     assert (config.validate_every, config.patience, config.max_epochs, config.seed) == (5, 5, 1000, 2024)
-    assert (config.compat, config.protocol, config.sampler) == ("official", "official", "user-uniform")
+    assert (config.protocol, config.sampler) == ("official", "user-uniform")
 
 
-def test_general_presets_are_not_in_compatibility_mode():
+def test_compatibility_is_asked_for_and_never_a_preset():
     assert set(PRESETS[PretrainConfig]) == {"default", "demo", *PUBLISHED}
-    for name in ("default", "demo"):
-        assert load_config(PretrainConfig, name).compat is None
+    assert all(preset.compat is None for preset in PRESETS[PretrainConfig].values())
 
 
 @pytest.mark.parametrize("name", PRESETS[PretrainConfig])
@@ -133,7 +132,7 @@ def test_wrong_override_says_what_was_expected(override, message):
 
 def test_official_mode_refuses_sampled_anchors():
     with pytest.raises(ValueError, match=r'contrastive_rows must be null with compat="official".*got 512'):
-        load_config(PretrainConfig, "mmhcl-tiktok", ["contrastive_rows=512"])
+        load_config(PretrainConfig, "mmhcl-tiktok", ["compat=official", "contrastive_rows=512"])
 
 
 def test_unknown_preset_names_the_nearest():

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kPrefetch = 12;  // neighbours ahead
 constexpr int kChunksAThread = 8;
+constexpr double kGrain = 5e5;  // operations a thread and gather
 
 // out_r = out_scale_r * sum_c value_rc in_scale_c x_c + (self_scale_r or self_constant) * self_r. Null scales are ones;
 // there is no self term where `self` is null.
@@ -114,10 +115,15 @@ void gather(const Csr& matrix, int64_t rows, int64_t dim, const X* x, const Self
   }
 }
 
+inline int gather_threads(int requested, const Csr& matrix, int64_t rows, int64_t dim) {
+  return useful_threads(requested, 2.0 * double(matrix.indptr[rows] + rows) * double(dim), kGrain);
+}
+
 template <typename A, typename S>
 void run_product(const IncidenceProductArguments& a) {
   const Factors<A> plain{static_cast<const A*>(a.matrix.values), nullptr, nullptr, nullptr, A(0)};
-#pragma omp parallel num_threads(a.num_threads)
+  const int threads = gather_threads(a.num_threads, a.matrix, a.rows, a.dim);
+#pragma omp parallel num_threads(threads)
   gather(a.matrix, a.rows, a.dim, static_cast<const S*>(a.x), static_cast<const S*>(nullptr), static_cast<S*>(a.out),
          plain);
 }
@@ -140,7 +146,8 @@ void run_conv(const HypergraphConvArguments& a) {
   A* const layer = edges + m * a.dim;  // each row of it is replaced only after its own old value was read
   const auto self = [&](auto* rows) { return diagonal ? rows : nullptr; };
   const A* const none = nullptr;
-#pragma omp parallel num_threads(a.num_threads)
+  const int threads = gather_threads(a.num_threads, a.vertex, n, a.dim);
+#pragma omp parallel num_threads(threads)
   for (int l = 0; l < a.num_layers; ++l) {
     const bool first = l == 0, last = l + 1 == a.num_layers;
     const A* const from = layer;
@@ -167,7 +174,8 @@ void run_propagate(const BipartitePropagateArguments& a) {
   Buffer<A> last_scale(nu + ni);
   for (int64_t u = 0; u < nu; ++u) last_scale[u] = user_scale[u] * mean;
   for (int64_t i = 0; i < ni; ++i) last_scale[nu + i] = item_scale[i] * mean;
-#pragma omp parallel num_threads(a.num_threads)
+  const int threads = gather_threads(a.num_threads, a.user, nu, a.dim);
+#pragma omp parallel num_threads(threads)
   for (int l = 0; l < a.num_layers; ++l) {
     const bool first = l == 0, last = l + 1 == a.num_layers;
     const Factors<A> to_user{nullptr, item_scale, last ? last_scale : user_scale, nullptr, last ? mean : A(1)};

@@ -18,6 +18,7 @@ namespace hellm::cpu::HELLM_ISA {
 namespace {
 
 constexpr int64_t kBlock = 240;  // keys a block: a multiple of the tile height, its E stays in the second-level cache
+constexpr double kGrain = 2e7;  // operations a thread: three waits a strip are cheap only beside that much
 constexpr int64_t kTriangleGroups = 16;
 constexpr int64_t kTriangleStrips = 4;  // strips of keys whose W u is summed in place, by one thread
 constexpr int64_t kGroup = 12;   // keys whose E is computed while it is in the first-level cache
@@ -408,7 +409,9 @@ void run(const InfoNceArguments& a) {
   const S* const views[2] = {static_cast<const S*>(a.anchor), static_cast<const S*>(a.positive)};
   S* const outputs[2] = {static_cast<S*>(a.grad_anchor), static_cast<S*>(a.grad_positive)};
 
-#pragma omp parallel num_threads(a.num_threads)
+  const double operations = 12.0 * double(a.num_rows) * double(n) * double(a.dim);
+  const int threads = useful_threads(a.num_threads, operations, kGrain);
+#pragma omp parallel num_threads(threads)
   {
     for (int view = 0; view < 2; ++view) {
 #pragma omp for schedule(static)

@@ -9,6 +9,7 @@
 namespace hellm::cpu::HELLM_ISA {
 namespace {
 
+constexpr double kGrain = 1e6;  // operations a thread
 constexpr int64_t kStrip = 96;
 constexpr int64_t kBlock = 240;
 
@@ -56,7 +57,8 @@ void run(const KnnArguments& a) {
   const int64_t n = a.num_rows, stride = (a.dim + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   constexpr T kNone = T(-1e30);
   Buffer<T> unit(n * stride), norm(n);
-#pragma omp parallel num_threads(a.num_threads)
+  const int threads = useful_threads(a.num_threads, 2.0 * double(n) * double(n) * double(a.dim), kGrain);
+#pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < n; ++row) {

@@ -250,6 +250,12 @@ inline void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, i
   }
 }
 
+// Threads worth starting: each should have `grain` operations at least, or waking it costs more than it brings.
+inline int useful_threads(int requested, double operations, double grain) {
+  const double most = operations / grain;
+  return most >= requested ? requested : most < 1 ? 1 : int(most);
+}
+
 // Uninitialised scratch on a cache-line boundary.
 template <typename T>
 class Buffer {

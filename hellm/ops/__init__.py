@@ -143,7 +143,7 @@ def info_nce(
     Args:
         anchor: [N, D] float32, float16, bfloat16 or float64.
         positive: [N, D], same dtype and device as `anchor`.
-        temperature: t, >= 0.01; smaller is sharper. A 0-d tensor may require a gradient.
+        temperature: t, > 0; smaller is sharper, accurate down to 0.01. A 0-d tensor may require a gradient.
         intra_view_negatives: GRACE's denominator (both views); False is SimCLR's one-directional cross-view form.
         reduction: "mean", "sum" or "none".
         precision: "highest" (float32 products), "high" or "medium" (16-bit products, float32 accumulation);
