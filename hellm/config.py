@@ -193,7 +193,7 @@ PRESETS: dict[type, dict[str, Any]] = {
         "mmhcl-sports": _published((2, 2, 2), user=0.3, item=0.7, k=5, temperature=0.5, l2=1e-5),
     }
 }
-"""Named settings per config class. The six published runs score by the published protocol; `compat="official"` adds its quirks."""
+"""Named settings per config class. The six published runs score by the published protocol; compat stays a choice."""
 
 
 def load_config(cls: type[ConfigT], source: str | os.PathLike[str], overrides: Iterable[str] = ()) -> ConfigT:
