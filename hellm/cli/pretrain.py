@@ -109,20 +109,11 @@ def _config(args) -> PretrainConfig:
 
 def _plan(config: PretrainConfig, dataset) -> dict[str, Any]:
     """What a run would do, without building graphs or touching the disk."""
-    from hellm.training.pretrain import resolve_config
-    from hellm.training.samplers import TripleSampler
+    from hellm.training.pretrain import build_sampler, resolve_config
 
     config, notes = resolve_config(config, dataset)
     model = config.model
-    sampler = TripleSampler(
-        *dataset.pairs("train"),
-        dataset.num_users,
-        dataset.num_items,
-        batch_size=config.batch_size,
-        strategy=config.sampler,
-        negatives=config.negatives,
-        seed=config.seed,
-    )
+    sampler = build_sampler(config, dataset)
     rows = (1 + model.user_hypergraph) * dataset.num_users + (1 + model.item_hypergraph) * dataset.num_items
     return {
         "dataset": describe(dataset),
