@@ -8,7 +8,7 @@
 namespace hellm::cpu::HELLM_ISA {
 namespace {
 
-constexpr int64_t kPrefetch = 12;  // neighbours ahead
+constexpr int64_t kPrefetch = 16;  // neighbours ahead
 constexpr int kChunksAThread = 8;
 constexpr double kGrain = 5e5;  // operations a thread and gather
 
@@ -28,6 +28,7 @@ struct Row {
   const int32_t* index;  // [count]
   const A* values;       // [count] or null
   int64_t count, dim;
+  int64_t ahead;  // last entry that may be prefetched, of this row or a later one; counted from `index`
   const A* in_scale;
   const X* x;
   const Self* self;  // or null
@@ -42,8 +43,8 @@ inline __attribute__((always_inline)) void gather_panel(const Row<A, X, Self, Ou
   constexpr int kWidth = kLanes<A>;
   Vector<A> sum[kVectors] = {};
   for (int64_t n = 0; n < row.count; ++n) {
-    // The last neighbours prefetch themselves again: cheaper than a branch.
-    const X* ahead = row.x + row.index[n + kPrefetch < row.count ? n + kPrefetch : n] * row.dim + column;
+    // Past the end of the row too: rows are short, and the next one's neighbours are wanted soon.
+    const X* ahead = row.x + row.index[n + kPrefetch < row.ahead ? n + kPrefetch : row.ahead] * row.dim + column;
 #pragma GCC unroll 8
     for (int line = 0; line < kVectors * kWidth * int(sizeof(X)); line += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(ahead) + line);
@@ -104,10 +105,11 @@ void gather(const Csr& matrix, int64_t rows, int64_t dim, const X* x, const Self
 #pragma omp for schedule(dynamic, 1)
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t end = chunk_begin(matrix.indptr, rows, chunk + 1, chunks);
+    const int64_t last = matrix.indptr[end] - 1;
     for (int64_t r = chunk_begin(matrix.indptr, rows, chunk, chunks); r < end; ++r) {
       const int64_t first = matrix.indptr[r];
       const Row<A, X, Self, Out> row{matrix.indices + first, f.values ? f.values + first : nullptr,
-                                     matrix.indptr[r + 1] - first, dim, f.in_scale, x, self ? self + r * dim : nullptr,
+                                     matrix.indptr[r + 1] - first, dim, last - first, f.in_scale, x, self ? self + r * dim : nullptr,
                                      out + r * dim, f.scale(r), f.own(r)};
       if (f.values || f.in_scale) gather_row<true>(row);
       else gather_row<false>(row);

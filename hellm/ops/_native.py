@@ -5,6 +5,8 @@ Every function mirrors one of `hellm.ops.reference` and runs on the CPU with `to
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,25 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _like(values: Tensor | None, x: Tensor) -> Tensor | None:
     """Scales and values in the accumulation dtype of x, contiguous."""
     return None if values is None else values.to(_compute_dtype(x)).contiguous()
+
+
+_kept = threading.local()
+_KEPT_BYTES = 32 * 2**20
+
+
+def _workspace(rows: int, like: Tensor) -> Tensor:
+    """Uninitialised [rows, columns of `like`] in its accumulation dtype, until this thread asks for the next.
+
+    Up to 32 MiB stay with the thread: faulting in fresh pages takes about as long as a convolution in cache.
+    """
+    dtype = _compute_dtype(like)
+    size = rows * like.shape[1] * dtype.itemsize
+    if size > _KEPT_BYTES:
+        return like.new_empty(rows, like.shape[1], dtype=dtype)
+    kept = getattr(_kept, "bytes", None)
+    if kept is None or len(kept) < size:
+        kept = _kept.bytes = torch.empty(size, dtype=torch.uint8)
+    return kept[:size].view(dtype).view(rows, like.shape[1])
 
 
 def incidence_product(x: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None) -> Tensor:
@@ -56,7 +77,7 @@ def hypergraph_conv(
     factors = [_like(t, x) for t in (vertex_values, edge_values, in_scale, edge_scale, out_scale, diagonal)]
     num_hyperedges = edge_indptr.numel() - 1
     out = torch.empty_like(x)
-    workspace = x.new_empty(num_hyperedges + (x.shape[0] if num_layers > 1 else 0), x.shape[1], dtype=_compute_dtype(x))
+    workspace = _workspace(num_hyperedges + (x.shape[0] if num_layers > 1 else 0), x)
     native().hypergraph_conv(
         _address(x), _address(vertex_indptr), _address(vertex_edges), _address(edge_indptr), _address(edge_vertices),
         *map(_address, factors), _address(out), _address(workspace),
@@ -81,9 +102,8 @@ def bipartite_propagate(
         return user_x.clone(), item_x.clone()
     scales = [_like(t, user_x) for t in (user_scale, item_scale)]
     user_out, item_out = torch.empty_like(user_x), torch.empty_like(item_x)
-    num_rows = user_x.shape[0] + item_x.shape[0]
-    # The running layer twice (read, written) and the running sum.
-    workspace = user_x.new_empty(3 * num_rows, user_x.shape[1], dtype=_compute_dtype(user_x))
+    # The layer that is read and the one that is written.
+    workspace = _workspace(2 * (user_x.shape[0] + item_x.shape[0]), user_x)
     native().bipartite_propagate(
         _address(user_x), _address(item_x), _address(vertex_indptr), _address(vertex_edges), _address(edge_indptr),
         _address(edge_vertices), *map(_address, scales), _address(user_out), _address(item_out), _address(workspace),
