@@ -81,7 +81,7 @@ def compare(
     kinds = {name: _kind(name) for name in models}
     results, speeds = {}, {}
     for name in models:
-        scorer = _run_scorer(name, dataset) if kinds[name] == "run" else _baseline(name, dataset, seed)
+        scorer = _run_scorer(name, dataset, split) if kinds[name] == "run" else _baseline(name, dataset, seed)
         started = time.perf_counter()
         results[name] = evaluate_dataset(scorer, dataset, split=split, protocol=protocol, ks=ks)
         speeds[name] = results[name].num_users / (time.perf_counter() - started)
@@ -157,7 +157,7 @@ def _baseline(name: str, dataset, seed: int):
     return fit_baseline(name, dataset, seed=seed)
 
 
-def _run_scorer(path: str, dataset):
+def _run_scorer(path: str, dataset, split: str):
     """The run's scorer, if it is of this data: another split may have shown it the held-out events."""
     from hellm.recommend import Recommender
 
@@ -176,7 +176,7 @@ def _run_scorer(path: str, dataset):
             f"{path} was trained on another split of {dataset.name!r}, so its numbers would not be comparable; "
             "give --data-split as in its training"
         )
-    return recommender
+    return recommender.scorer(split)
 
 
 def _split_of_runs(models: Sequence[str]) -> str | None:

@@ -15,8 +15,8 @@ def run(argv: Sequence[str]) -> int:
     parser = new_parser(
         "recommend",
         "RUN (--users ID ... | --history ITEM ... | --similar-to ITEM) [options]",
-        "Recommend from a finished run directory alone: to known users, to a bare history of items, or items like an "
-        "item. Without any history the most popular items are given, and marked so.",
+        "Recommend from a finished run directory alone, of any stage: to known users, to a bare history of items, or "
+        "items like an item. Without any history the most popular items are given, and marked so.",
     )
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("--users", nargs="+", type=str, metavar="ID", help="ids of known users")
@@ -26,7 +26,9 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--candidates", nargs="+", type=str, metavar="ITEM", help="choose from these items only")
     parser.add_argument("--candidates-file", metavar="FILE", help="the same, one item id per line (what is in stock)")
     parser.add_argument("--include-seen", action="store_true", help="also recommend items of the history")
-    parser.add_argument("--explain", action="store_true", help="name the history items that each item is close to")
+    parser.add_argument(
+        "--explain", action="store_true", help="name the history items that each item hangs together with, and by what"
+    )
     parser.add_argument("--json", action="store_true", help="print the lists as one line of JSON")
     args = parse(parser, argv)
     given = [name for name in ("users", "history", "similar_to") if args[name] is not None]
@@ -45,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
         values = [one.to_dict() for one in lists]
         for value, of_list in zip(values, reasons or [], strict=False):
             for item, why in zip(value["items"], of_list, strict=True):
-                item["because"] = [vars(reason) for reason in why]
+                item["because"] = [reason.to_dict() for reason in why]
         print_json(values)
     else:
         print_lists(lists, reasons)
@@ -63,12 +65,32 @@ def print_lists(lists, reasons=None) -> None:
         width = max((len(row[1]) for row in rows), default=0)
         for place, (rank, name, score) in enumerate(rows):
             print(f"  {rank:>3}. {name:<{width}}  {score}")
-            for reason in reasons[number][place] if reasons else []:
-                shared = f"{reason.shared_users} users have both"
-                alike = f", looks or reads alike {reason.content_similarity:.2f}" if reason.content_similarity else ""
-                print(f"         near {title(reason.item, reason.title)}: {shared}{alike}")
+            for line in _because(reasons[number][place]) if reasons else []:
+                print(f"         {line}")
         if not rows:
             print("       nothing is left to recommend")
+
+
+def _because(reasons) -> list[str]:
+    """One line for each hyperedge kind that ties an item to one of the history: shared users, then each modality."""
+    lines = []
+    for reason in reasons:
+        if reason.shared_users or reason.content is None:
+            users = f"{reason.shared_users} users have both"
+            lines.append(f"near {title(reason.item, reason.title)}: {users}")
+    linked = [(name, reason, link) for reason in reasons for name, link in (reason.content or {}).items()]
+    for name in dict.fromkeys(name for name, _, _ in linked):
+        own = [(reason, link) for other, reason, link in linked if other == name]
+        # Where no neighbourhood is shared, the most alike item is still worth a line.
+        most = max(own, key=lambda one: one[1].similarity)
+        for reason, link in own:
+            if link.shared_hyperedges or ((reason, link) == most and link.similarity > 0):
+                number = link.shared_hyperedges
+                shared = f", {number} nearest item{'s' if number > 1 else ''} in common" if number else ""
+                lines.append(
+                    f"alike in {name}: {title(reason.item, reason.title)}, cosine {link.similarity:.2f}{shared}"
+                )
+    return lines
 
 
 def _similar(recommender, args) -> int:

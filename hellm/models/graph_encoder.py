@@ -118,13 +118,7 @@ class GraphEncoder(nn.Module):
         if user_view is not None:
             user = user + F.normalize(user_view, dim=1)
         if self.item_branch_table is not None:
-            item_view = ops.hypergraph_conv(
-                self.item_branch_table.weight,
-                self.item_hypergraph,
-                normalization="symmetric",
-                hyperedge_degree=False,
-                num_layers=self.num_item_layers,
-            )
+            item_view = self._item_view(self.num_item_layers)
             item = item + F.normalize(item_view, dim=1)
         return EncoderOutput(user, item, user_view, item_view)
 
@@ -139,6 +133,17 @@ class GraphEncoder(nn.Module):
             normalization="row",
             hyperedge_degree=False,
             self_loops=False,
+            num_layers=num_layers,
+        )
+
+    def _item_view(self, num_layers: int) -> Tensor:
+        if num_layers == 0:
+            return self.item_branch_table.weight
+        return ops.hypergraph_conv(
+            self.item_branch_table.weight,
+            self.item_hypergraph,
+            normalization="symmetric",
+            hyperedge_degree=False,
             num_layers=num_layers,
         )
 
@@ -220,6 +225,14 @@ class GraphEncoder(nn.Module):
             neighbours = self._user_view(self.num_user_layers - 1)
             view = ops.incidence_product(neighbours, self.user_hypergraph, transpose=True)
         return FoldIn(source.detach(), view, exponent)
+
+    @torch.no_grad()
+    def item_view_source(self) -> Tensor | None:
+        """[I, D] input of the last layer of the item branch, from which a new item's view follows; None without one.
+
+        See `hellm.models.item_content.ItemContent.convolve`.
+        """
+        return None if self.item_branch_table is None else self._item_view(self.num_item_layers - 1)
 
     def fold_in(self, indptr: Tensor, items: Tensor) -> Tensor:
         """Embeddings of users that have no row in the tables; see `fold_in_tables` and `FoldIn.embed`.

@@ -21,10 +21,16 @@ from hellm._files import atomic_path
 __all__ = [
     "load_checkpoint",
     "load_training_state",
+    "model_weights",
     "read_model",
     "save_checkpoint",
     "save_training_state",
 ]
+
+
+def model_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps of a model: all of it, or what is trained where the model tells that apart."""
+    return model.trainable_state_dict() if hasattr(model, "trainable_state_dict") else model.state_dict()
 
 
 def save_checkpoint(
@@ -66,7 +72,7 @@ def save_training_state(
     path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> None:
     """Everything a run needs to go on: model, optimiser, torch's generators, and `state` (JSON-able)."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors = {f"model.{name}": tensor for name, tensor in model_weights(model).items()}
     packed = optimizer.state_dict()
     for index, values in packed["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
@@ -103,7 +109,7 @@ def read_model(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any]
 
 def _load_model(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    expected = {name: tuple(value.shape) for name, value in model_weights(model).items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if expected != found:
         name = next(name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name))
@@ -111,4 +117,4 @@ def _load_model(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping
             f"{path} does not fit the model: {name} must be {expected.get(name, 'absent')}, "
             f"got {found.get(name, 'absent')}"
         )
-    model.load_state_dict(weights)
+    getattr(model, "load_trainable_state_dict", model.load_state_dict)(weights)

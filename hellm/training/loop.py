@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hellm.training.checkpoint import load_training_state, save_checkpoint, save_training_state
+from hellm.training.checkpoint import load_training_state, model_weights, save_checkpoint, save_training_state
 from hellm.training.run_directory import RunDirectory
 
 __all__ = ["Interrupted", "Progress", "fit"]
@@ -75,8 +75,10 @@ def fit(
     num_steps: int,
     run: RunDirectory,
     *,
-    learning_rate: Callable[[int], float],
+    learning_rate: Callable[[int, int], float],
     max_epochs: int,
+    accumulate: int = 1,
+    max_grad_norm: float | None = None,
     validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     validate_every: int = 5,
     patience: int = 5,
@@ -98,7 +100,9 @@ def fit(
             its arguments, the model and torch's generators.
         num_steps: steps per epoch.
         run: where metrics and checkpoints go.
-        learning_rate: epoch -> step size.
+        learning_rate: (epoch, step) -> step size.
+        accumulate: steps whose mean gradient makes one update; the last update of an epoch may have fewer.
+        max_grad_norm: gradients longer than this are scaled down to it; None leaves them.
         validate: model -> metrics, on validation data only.
         on_epoch: called with each record of metrics.jsonl.
     Returns: the final progress.
@@ -112,15 +116,21 @@ def fit(
         logger.info("resuming at epoch %d, step %d", progress.epoch, progress.step)
     run.truncate_metrics(progress.epoch)
 
+    def update(epoch: int, step: int) -> None:
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(epoch, step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
     def save() -> None:
         save_training_state(run.last, model, optimizer, dataclasses.asdict(progress))
 
     with _caught_signals() as caught:
         while progress.epoch < max_epochs and progress.checks_without_gain <= patience:
             epoch = progress.epoch
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(epoch)
-            names = _train_epoch(model, optimizer, step_losses, num_steps, progress, caught)
+            names = _train_epoch(model, step_losses, num_steps, accumulate, update, progress, caught)
             if progress.step < num_steps:
                 save()
                 raise Interrupted(caught[0], f"stopped in epoch {epoch} after step {progress.step}; saved {run.last}")
@@ -143,8 +153,8 @@ def fit(
     return progress
 
 
-def _train_epoch(model, optimizer, step_losses, num_steps, progress: Progress, caught: list[int]) -> list[str]:
-    """Run the remaining steps of the epoch, or until a signal; returns the names of the loss terms."""
+def _train_epoch(model, step_losses, num_steps, accumulate, update, progress: Progress, caught: list[int]) -> list[str]:
+    """Run the remaining steps of the epoch, or to the first update after a signal; returns the names of the terms."""
     from tqdm import tqdm
 
     model.train()
@@ -152,13 +162,14 @@ def _train_epoch(model, optimizer, step_losses, num_steps, progress: Progress, c
     steps = range(progress.step, num_steps)
     for step in tqdm(steps, desc=f"epoch {progress.epoch}", leave=False, disable=None):
         terms = step_losses(progress.epoch, step)
-        optimizer.zero_grad(set_to_none=True)
-        sum(terms.values()).backward()
-        optimizer.step()
+        first = step - step % accumulate
+        (sum(terms.values()) / (min(first + accumulate, num_steps) - first)).backward()
         names = list(terms)
         values.append(torch.stack([term.detach() for term in terms.values()]))
-        if caught:
-            break
+        if (step + 1) % accumulate == 0 or step + 1 == num_steps:
+            update(progress.epoch, step)
+            if caught:
+                break
     # Read once per epoch: reading every step would make a GPU wait.
     losses = torch.stack(values).tolist()
     for step, row in enumerate(losses, start=progress.step):
@@ -200,7 +211,7 @@ def _validate(model, validate, monitor, progress: Progress, run: RunDirectory, r
 
 
 def _save_best(model: nn.Module, run: RunDirectory, epoch: int) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors = {f"model.{name}": tensor for name, tensor in model_weights(model).items()}
     save_checkpoint(run.best, tensors, {"epoch": epoch})
 
 

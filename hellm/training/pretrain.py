@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,22 +22,13 @@ from hellm.losses import bpr_loss, l2_loss, synergistic_contrastive_loss
 from hellm.models import GraphEncoder
 from hellm.training.checkpoint import read_model
 from hellm.training.loop import Progress, fit
-from hellm.training.plots import plot_curves
-from hellm.training.run_directory import RunDirectory, environment, peak_memory_bytes
+from hellm.training.run_directory import RunDirectory
 from hellm.training.samplers import Triples, TripleSampler
+from hellm.training.stage import MAY_CHANGE, Evaluate, common_result, resolve_device, tensorboard, write_curves
 
 __all__ = ["build_encoder", "build_sampler", "pretrain", "pretrain_losses", "resolve_config"]
 
 logger = logging.getLogger(__name__)
-
-# Settings that do not touch the numbers of the epochs before, so a resumed run may change them.
-_MAY_CHANGE = ("max_epochs", "patience", "checkpoint_every", "device", "num_threads", "eval_batch_size", "tensorboard")
-
-
-class Evaluate(Protocol):
-    """What `pretrain` needs of `hellm.evaluate.evaluate_dataset`."""
-
-    def __call__(self, scorer: Any, dataset: Dataset, *, split: str, protocol: str, ks: tuple, batch_size: int): ...
 
 
 def pretrain(
@@ -69,7 +59,7 @@ def pretrain(
     config, notes = resolve_config(config, dataset)
     run = RunDirectory(out, resume=resume, overwrite=overwrite)
     run.check_data(dataset.fingerprint)
-    changed = run.write_config(config, may_change=_MAY_CHANGE)
+    changed = run.write_config(config, may_change=MAY_CHANGE)
     if run.result.is_file() and not changed:
         return run.read_result()
     run.result.unlink(missing_ok=True)
@@ -115,7 +105,7 @@ def resolve_config(config: PretrainConfig, dataset: Dataset) -> tuple[PretrainCo
     most = dataset.num_items
     if max(config.ks) > most:
         raise ValueError(f"ks must be at most the {most} items of data set {dataset.name!r}, got {max(config.ks)}")
-    return replace(config, model=model, device=_device(config.device)), notes
+    return replace(config, model=model, device=resolve_device(config.device)), notes
 
 
 def build_encoder(config: PretrainConfig, dataset: Dataset) -> GraphEncoder:
@@ -223,14 +213,14 @@ def _fit(model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: Run
     def validate(scorer: GraphEncoder) -> Mapping[str, float]:
         return _evaluate(evaluate, scorer, config, dataset, "valid").metrics
 
-    with _tensorboard(config, run) as on_epoch:
+    with tensorboard(config.tensorboard, run) as on_epoch:
         return fit(
             model,
             torch.optim.Adam(model.parameters(), lr=config.learning_rate),
             step_losses,
             sampler.num_steps,
             run,
-            learning_rate=lambda epoch: rates[0] * rates[1] ** (epoch / rates[2]),
+            learning_rate=lambda epoch, step: rates[0] * rates[1] ** (epoch / rates[2]),
             max_epochs=config.max_epochs,
             validate=validate if (dataset.split == 1).any() else None,
             validate_every=config.validate_every,
@@ -262,34 +252,10 @@ def _evaluate(evaluate: Evaluate, model: GraphEncoder, config: PretrainConfig, d
 
 def _result(model, config: PretrainConfig, dataset: Dataset, run: RunDirectory, progress: Progress, evaluate):
     model.eval()
-    records = run.read_metrics()
-    best = next((record for record in records if record["epoch"] == progress.best_epoch), {})
-    valid = {name.removeprefix("valid_"): best[name] for name in best if name.startswith("valid_")}
-    valid.pop("seconds", None)
     test = None
     if (dataset.split == 2).any():
         test = _evaluate(evaluate, model, config, dataset, "test").to_dict(level=0.95)
-    counts = np.bincount(dataset.split, minlength=3).tolist()
-    return {
-        "stage": "pretrain",
-        "test": test,
-        "valid": {"metrics": valid},
-        "best_epoch": progress.best_epoch,
-        "num_epochs": progress.epoch,
-        "seconds_per_epoch": float(np.median([record["seconds"] for record in records])) if records else None,
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dataset": {
-            "name": dataset.name,
-            "form": dataset.form,
-            "split": dataset.split_name,
-            "num_users": dataset.num_users,
-            "num_items": dataset.num_items,
-            "num_events": dict(zip(("train", "valid", "test"), counts, strict=True)),
-            "fingerprint": dataset.fingerprint,
-        },
-        "peak_memory_bytes": peak_memory_bytes(config.device),
-        "environment": environment(config.device),
-    }
+    return common_result("pretrain", model, dataset, run, progress, test=test, device=config.device)
 
 
 def _write_outputs(
@@ -301,44 +267,12 @@ def _write_outputs(
     fold_in = model.fold_in_tables()
     output = dict(zip(names, model.embeddings(), strict=True))
     output |= {"fold_in_source": fold_in.source, "fold_in_view": fold_in.view}
+    output["item_hypergraph_source"] = model.item_view_source()
     # An owned copy each: with "mf" two of them are the same table, and safetensors refuses shared memory.
     tensors = {name: value.float().cpu().contiguous().clone() for name, value in output.items() if value is not None}
     with atomic_path(run.embeddings) as temporary:
         save_file(tensors, temporary, metadata={"fold_in_exponent": str(fold_in.exponent)})
     run.write_ids(dataset)
     run.write_histories(dataset)
-    with atomic_path(run.curves) as temporary:
-        title = f"{dataset.name}: pre-training"
-        records = run.read_metrics()
-        plot_curves(records, temporary, metrics=config.monitor, best_epoch=progress.best_epoch, title=title)
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        kind = None
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f'device must be "auto", "cpu", "cuda" or "cuda:N", got {name!r}')
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be usable, got {name!r} where torch sees no CUDA device")
-    return name
-
-
-@contextlib.contextmanager
-def _tensorboard(config: PretrainConfig, run: RunDirectory) -> Iterator[Callable[[Mapping[str, Any]], None] | None]:
-    if not config.tensorboard:
-        yield None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(run.path)) as writer:
-
-        def write(record: Mapping[str, Any]) -> None:
-            for name, value in record.items():
-                if name != "epoch":
-                    writer.add_scalar(name, value, record["epoch"])
-
-        yield write
+    run.write_content(dataset, modalities=config.model.modalities, k=config.model.knn_k)
+    write_curves(run, metrics=config.monitor, best_epoch=progress.best_epoch, title=f"{dataset.name}: pre-training")

@@ -6,6 +6,7 @@ result.json             test metrics, protocol, counts, seconds, peak memory, ve
 embeddings.safetensors  final embeddings
 ids.parquet             which id each embedding row belongs to
 histories.parquet       the events, as embedding rows
+content.safetensors     what the items look and read like, where the data have features
 checkpoint/             last.safetensors (to go on from) and best.safetensors (what is tested)
 curves.png              losses and validation metrics over epochs
 events.out.tfevents.*   TensorBoard, if asked for
@@ -82,6 +83,10 @@ class RunDirectory:
     @property
     def histories(self) -> Path:
         return self.path / "histories.parquet"
+
+    @property
+    def content(self) -> Path:
+        return self.path / "content.safetensors"
 
     @property
     def curves(self) -> Path:
@@ -187,6 +192,16 @@ class RunDirectory:
         columns = {"user": dataset.users, "item": dataset.items, "split": dataset.split}
         with atomic_path(self.histories) as temporary:
             pl.DataFrame(columns).write_parquet(temporary)
+
+    def write_content(self, dataset: Dataset, *, modalities: Collection[str] | None = None, k: int = 10) -> None:
+        """Write content.safetensors, for reasons and new items (see `ItemContent`); nothing without item features."""
+        from hellm.models.item_content import ItemContent
+
+        features = {
+            name: one for name, one in dataset.item_features.items() if modalities is None or name in modalities
+        }
+        if features:
+            ItemContent.of(features, k).save(self.content)
 
 
 def environment(device: str) -> dict[str, str]:

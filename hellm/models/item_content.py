@@ -1,0 +1,218 @@
+"""What items look and read like: what explains a recommendation, and what places an item that came after training.
+
+I = items, n = new items, K = neighbours per item and modality, itself included.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hellm import ops
+from hellm._files import atomic_path
+from hellm.data import DataError, ItemFeatures
+
+__all__ = ["ItemContent", "Neighbours"]
+
+# Rows of the [rows, I] block of similarities.
+_BLOCK = 1024
+
+
+class Neighbours(NamedTuple):
+    """Nearest items in one modality.
+
+    Attributes:
+        rows: [n, K] int64 item rows, best first; -1 where there are fewer.
+        similarities: [n, K] float32 cosines, > 0; 0 where there are fewer.
+    """
+
+    rows: Tensor
+    similarities: Tensor
+
+
+class ItemContent:
+    """Normalised features and nearest neighbours of all items, per modality.
+
+    The neighbours are those of `hellm.item_hypergraph`: items i and h share the hyperedge of item j where both have j
+    among their nearest.
+
+    Args:
+        features: modality -> [I, dim] float, rows of length 1, or 0 for an item that lacks the modality.
+        neighbours: modality -> [I, K] int64 rows, -1 where there are fewer.
+        num_placing: The first so many items place new ones; None is all. Items added later never do, so that it does
+            not matter in how many goes items are added.
+    """
+
+    def __init__(
+        self, features: Mapping[str, Tensor], neighbours: Mapping[str, Tensor], num_placing: int | None = None
+    ) -> None:
+        self.features, self.neighbours = dict(features), dict(neighbours)
+        self.num_placing = self.num_items if num_placing is None else num_placing
+
+    @classmethod
+    def of(cls, features: Mapping[str, ItemFeatures], k: int = 10) -> ItemContent:
+        """From the features of a data set; `k` is cut to the number of items."""
+        normalised, neighbours = {}, {}
+        for modality, one in features.items():
+            x = torch.where(torch.from_numpy(one.mask).unsqueeze(1), torch.from_numpy(one.values).float(), 0.0)
+            rows, similarity = ops.knn(x, min(k, len(x)))
+            neighbours[modality] = torch.where(similarity > 0, rows.long(), -1)
+            # Half precision keeps a cosine to 1e-3 and the file small.
+            normalised[modality] = F.normalize(x, dim=1).half()
+        return cls(normalised, neighbours)
+
+    @property
+    def modalities(self) -> list[str]:
+        return list(self.features)
+
+    @property
+    def num_items(self) -> int:
+        return len(next(iter(self.features.values()))) if self.features else 0
+
+    def has(self, modality: str) -> Tensor:
+        """[I] bool: items that have the modality."""
+        return self.features[modality].any(dim=1)
+
+    def similarities(self, modality: str, row: int, rows: Tensor) -> Tensor:
+        """Cosines [len(rows)] float32 of item `row` with others; 0 where either lacks the modality."""
+        x = self.features[modality].float()
+        return x[rows] @ x[row]
+
+    def shared_hyperedges(self, modality: str, row: int, rows: Tensor) -> Tensor:
+        """[len(rows)] int64: hyperedges that hold both item `row` and the other."""
+        own = self.neighbours[modality][row]
+        return torch.isin(self.neighbours[modality][rows], own[own >= 0]).sum(dim=1)
+
+    def nearest(self, features: Mapping[str, Tensor]) -> dict[str, Neighbours]:
+        """The K - 1 items of each modality nearest to new ones, which are the K-th themselves.
+
+        Args:
+            features: modality -> [n, dim] float; a row of zeros lacks the modality.
+        Raises: ValueError, an unknown modality, another width, different numbers of rows, or a value not finite.
+        """
+        self._check(features)
+        found = {}
+        for modality, x in features.items():
+            table = self.features[modality][: self.num_placing].float()
+            k = min(max(1, self.neighbours[modality].shape[1] - 1), len(table))
+            blocks = [torch.topk(block @ table.T, k) for block in F.normalize(x.float(), dim=1).split(_BLOCK)]
+            rows = torch.cat([block.indices for block in blocks])
+            similarity = torch.cat([block.values for block in blocks])
+            near = similarity > 0
+            found[modality] = Neighbours(torch.where(near, rows, -1), torch.where(near, similarity, 0.0))
+        return found
+
+    def weights(self, nearest: Mapping[str, Neighbours], usable: Tensor) -> Tensor:
+        """Sparse [n, num_placing] float32 of shares that add up to 1 over an item's neighbours.
+
+        The share of a neighbour goes by the sum of its cosines over the modalities, among the `usable` [num_placing]
+        bool; a row without usable neighbours is empty.
+        """
+        count = len(next(iter(nearest.values())).rows)
+        found = [(rows >= 0) & usable[rows.clamp(min=0)] for rows, _ in nearest.values()]
+        index = torch.cat(
+            [
+                torch.stack([kept.nonzero()[:, 0], one.rows[kept]])
+                for kept, one in zip(found, nearest.values(), strict=True)
+            ],
+            1,
+        )
+        value = torch.cat([one.similarities[kept] for kept, one in zip(found, nearest.values(), strict=True)])
+        total = torch.zeros(count).index_add_(0, index[0], value)
+        return torch.sparse_coo_tensor(index, value / total[index[0]], (count, len(usable)), check_invariants=True).coalesce()
+
+    def convolve(self, x: Tensor, nearest: Mapping[str, Neighbours]) -> Tensor:
+        """What the item hypergraph convolution gives new vertices, up to the length of the rows.
+
+            y_v = sum_m sum_{j in N_m(v)} sum_{u: j in N_m(u)} x_u / sqrt(d_u),   d_u = sum_m sum_{j in N_m(u)} |e_mj|
+
+        It is row v of D^-1/2 H H^T D^-1/2 x times sqrt(d_v), where v has joined the hyperedges of its nearest items,
+        its own input is zero and all other rows stay as they are.
+
+        Args:
+            x: [I, D] input of the last layer.
+            nearest: Of the new items.
+        Returns: [n, D].
+        """
+        x = x[: self.num_placing]
+        edge_sums, degree, members = {}, x.new_zeros(len(x)), {}
+        for modality in self.neighbours:
+            vertex, edge = _incidence(self.neighbours[modality][: self.num_placing])
+            size = torch.bincount(edge, minlength=len(x)).to(x.dtype)
+            degree.index_add_(0, vertex, size[edge])
+            members[modality] = vertex, edge
+        scaled = x * torch.where(degree > 0, degree, 1.0).rsqrt().unsqueeze(1)
+        for modality in nearest:
+            vertex, edge = members[modality]
+            edge_sums[modality] = torch.zeros_like(x).index_add_(0, edge, scaled[vertex])
+        y = x.new_zeros(len(next(iter(nearest.values())).rows), x.shape[1])
+        for modality, (rows, _) in nearest.items():
+            vertex, edge = _incidence(rows)
+            y.index_add_(0, vertex, edge_sums[modality][edge])
+        return y
+
+    def extended(self, features: Mapping[str, Tensor], nearest: Mapping[str, Neighbours]) -> ItemContent:
+        """With new items at the end; the neighbours of the others stay. A new item is its own nearest."""
+        count = len(next(iter(nearest.values())).rows)
+        own = torch.arange(self.num_items, self.num_items + count).unsqueeze(1)
+        tables, neighbours = {}, {}
+        for modality, table in self.features.items():
+            listed = self.neighbours[modality]
+            new, rows = table.new_zeros(count, table.shape[1]), listed.new_full((count, listed.shape[1]), -1)
+            if modality in features:
+                new = F.normalize(features[modality].float(), dim=1).to(table.dtype)
+                kept = torch.cat([torch.where(new.any(1, keepdim=True), own, -1), nearest[modality].rows], 1)
+                width = min(rows.shape[1], kept.shape[1])
+                rows[:, :width] = kept[:, :width]
+            tables[modality], neighbours[modality] = torch.cat([table, new]), torch.cat([listed, rows])
+        return ItemContent(tables, neighbours, self.num_placing)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file."""
+        from safetensors.torch import save_file
+
+        tensors = {f"features.{name}": value.contiguous() for name, value in self.features.items()}
+        tensors |= {f"neighbours.{name}": value.int().contiguous() for name, value in self.neighbours.items()}
+        with atomic_path(path) as temporary:
+            metadata = {"modalities": "\n".join(self.features), "num_placing": str(self.num_placing)}
+            save_file(tensors, temporary, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ItemContent:
+        """What `save` wrote. Raises: DataError, a file that is no such thing."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                modalities, num_placing = metadata["modalities"].split("\n"), int(metadata["num_placing"])
+                features = {name: file.get_tensor(f"features.{name}") for name in modalities}
+                neighbours = {name: file.get_tensor(f"neighbours.{name}").long() for name in modalities}
+        except (SafetensorError, KeyError) as error:
+            raise DataError(f"{path}: damaged or no item content: {error}") from None
+        return cls(features, neighbours, num_placing)
+
+    def _check(self, features: Mapping[str, Tensor]) -> None:
+        if not features:
+            raise ValueError(f"features must hold at least one of {', '.join(self.modalities)}, got none")
+        count = len(next(iter(features.values())))
+        for modality, x in features.items():
+            if modality not in self.features:
+                raise ValueError(f"features must be among {', '.join(self.modalities)}, got {modality!r}")
+            width = self.features[modality].shape[1]
+            if x.ndim != 2 or tuple(x.shape) != (count, width):
+                raise ValueError(f"features[{modality!r}] must be [{count}, {width}], got {list(x.shape)}")
+            if not torch.isfinite(x).all():
+                row = int((~torch.isfinite(x).all(dim=1)).nonzero()[0])
+                raise ValueError(f"features[{modality!r}] must be finite, got NaN or infinity in row {row}")
+
+
+def _incidence(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Vertices and hyperedges, each [nnz] int64, of neighbour lists."""
+    vertex, place = (rows >= 0).nonzero(as_tuple=True)
+    return vertex, rows[vertex, place]

@@ -1,0 +1,174 @@
+"""Items as tokens of a language model.
+
+B = histories, T = items of the longest, I = items of the catalogue, F = width of all item embeddings side by side,
+W = width of the language model, S = tokens of the longest history, M = tokens of the longest title.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hellm.models.graph_prefix import RunningGraph
+
+__all__ = ["ItemTokens", "check_item_embeddings", "last_hidden", "right_align"]
+
+
+class ItemTokens(nn.Module):
+    """The item projector, the frozen tables that it reads, and the order of tokens in a history.
+
+        key_i = Linear(GELU(Linear(concat of the embeddings of item i)));  token_i = token_scale * key_i
+
+    Args:
+        tables: named float tables [I, d]; frozen, and not part of the state.
+        width: W.
+        token_scale: root mean square of item tokens at the start, where `normalise` is set.
+        running_graph: what is added to the token of each item of a history, or None.
+        titles: ids [I, M] and lengths [I] of title tokens that follow an item, or None.
+        normalise: divide each table by its root mean square, and start with keys of unit root mean square; else raw
+            tables and torch's initialisation.
+    """
+
+    def __init__(
+        self,
+        tables: Mapping[str, Tensor],
+        width: int,
+        *,
+        token_scale: float = 1.0,
+        running_graph: RunningGraph | None = None,
+        titles: tuple[Tensor, Tensor] | None = None,
+        normalise: bool = True,
+    ) -> None:
+        super().__init__()
+        self.widths = {name: table.shape[1] for name, table in tables.items()}
+        self.width, self.token_scale, self.running_graph = width, token_scale, running_graph
+        self.table_scales = {name: _rms(table) if normalise else 1.0 for name, table in tables.items()}
+        self.tables = dict(tables)
+        self.register_buffer("features", self._join(tables), persistent=False)
+        start = sum(self.widths[name] for name in list(tables)[: _place(tables, "graph")])
+        self._graph = slice(start, start + self.widths.get("graph", 0))
+        ids, lengths = titles if titles is not None else (torch.zeros(len(self.features), 0, dtype=torch.int64), None)
+        self.register_buffer("title_ids", ids, persistent=False)
+        self.register_buffer("title_lengths", lengths, persistent=False)
+        self.projector = nn.Sequential(nn.Linear(self.features.shape[1], width), nn.GELU(), nn.Linear(width, width))
+        if normalise:
+            self._scale_keys()
+
+    @property
+    def num_items(self) -> int:
+        return len(self.features)
+
+    @property
+    def max_tokens_per_item(self) -> int:
+        """1 + M."""
+        return 1 + self.title_ids.shape[1]
+
+    def graph(self, items: Tensor) -> Tensor:
+        """Graph embeddings of `items`, at the scale in which they enter the model."""
+        return self.features[items, self._graph]
+
+    def keys(self) -> Tensor:
+        """[I, W] projected items."""
+        return self.projector(self.features)
+
+    def rescale(self, table_scales: Mapping[str, float]) -> None:
+        """Divide the tables by these instead: those of the catalogue that the model was trained on."""
+        if dict(table_scales) != self.table_scales:
+            self.table_scales = dict(table_scales)
+            self.features = self._join(self.tables).to(self.features)
+
+    def append(self, tables: Mapping[str, Tensor], titles: tuple[Tensor, Tensor] | None) -> None:
+        """More items, after those there are. Raises: ValueError, tables of other names or widths."""
+        widths = check_item_embeddings(tables)
+        if widths != self.widths:
+            raise ValueError(f"item_embeddings must have the widths {self.widths}, got {widths}")
+        self.features = torch.cat([self.features, self._join(tables).to(self.features)])
+        self.tables = {name: torch.cat([table, tables[name].to(table)]) for name, table in self.tables.items()}
+        if self.title_lengths is not None:
+            ids, lengths = (x.to(self.features.device) for x in titles)
+            longest = max(ids.shape[1], self.title_ids.shape[1])
+            both = [nn.functional.pad(x, (0, longest - x.shape[1])) for x in (self.title_ids, ids)]
+            self.title_ids, self.title_lengths = torch.cat(both), torch.cat([self.title_lengths, lengths])
+
+    def forward(
+        self, items: Tensor, mask: Tensor, embed_text: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The tokens of left-aligned histories.
+
+        Args:
+            items: [B, T] int64.
+            mask: [B, T] bool, True at items.
+            embed_text: token ids to token embeddings [..., W].
+        Returns: tokens [B, S, W], left-aligned; which of them are used [B, S]; and the place [B, T] of the last token
+            of each item, None where it is the item's own place.
+        """
+        token = self.projector(self.features[items])
+        if self.running_graph is not None:
+            token = token + self.running_graph(self.graph(items))
+        token = token * self.token_scale
+        if self.max_tokens_per_item == 1:
+            return token, mask, None
+        titles = embed_text(self.title_ids[items]).to(token)
+        slots = torch.cat([token.unsqueeze(2), titles], dim=2).flatten(1, 2)
+        length = torch.where(mask, 1 + self.title_lengths[items], 0)
+        place = torch.arange(self.max_tokens_per_item, device=items.device)
+        used = (place < length.unsqueeze(2)).flatten(1)
+        # A stable sort moves the used slots to the front and keeps their order.
+        order = (~used).long().sort(dim=1, stable=True).indices
+        size = int(length.sum(1).max()) if len(length) else 0
+        slots = slots.gather(1, order[:, :size].unsqueeze(2).expand(-1, -1, self.width))
+        used = torch.arange(size, device=items.device) < length.sum(1, keepdim=True)
+        return slots, used, (length.cumsum(1) - 1).clamp(min=0)
+
+    def _join(self, tables: Mapping[str, Tensor]) -> Tensor:
+        dtype = torch.get_default_dtype()
+        return torch.cat([tables[name].detach().to(dtype) / self.table_scales[name] for name in self.widths], dim=1)
+
+    @torch.no_grad()
+    def _scale_keys(self) -> None:
+        if not self.features.is_meta and len(self.features):
+            rms = _rms(self.projector(self.features[:4096]))
+            self.projector[-1].weight.div_(rms)
+            self.projector[-1].bias.div_(rms)
+
+
+def check_item_embeddings(tables: Mapping[str, Tensor]) -> dict[str, int]:
+    """Widths of the tables. Raises: ValueError, no table, one that is not [I, d], or different numbers of rows."""
+    if not tables:
+        raise ValueError("item_embeddings must hold at least one table [items, width], got none")
+    wrong = [f"{name} {list(table.shape)}" for name, table in tables.items() if table.ndim != 2 or not table.shape[1]]
+    if wrong:
+        raise ValueError(f"item_embeddings must be tables [items, width], got {', '.join(wrong)}")
+    rows = {name: len(table) for name, table in tables.items()}
+    if len(set(rows.values())) > 1:
+        raise ValueError(f"item_embeddings must have one row per item, got {rows}")
+    return {name: table.shape[1] for name, table in tables.items()}
+
+
+def last_hidden(hidden: Tensor, mask: Tensor, empty: Tensor) -> Tensor:
+    """[B, W] of hidden [B, T, W] at the last item of each left-aligned row; `empty` [1, W] where a row has none."""
+    if hidden.shape[1] == 0:
+        return empty.expand(len(hidden), -1)
+    length = mask.sum(1)
+    rows = torch.arange(len(hidden), device=hidden.device)
+    return torch.where(length.unsqueeze(1) > 0, hidden[rows, (length - 1).clamp(min=0)], empty)
+
+
+def right_align(tokens: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """Left-aligned tokens [B, S, W] and their mask [B, S], with the padding in front instead."""
+    size = tokens.shape[1]
+    if size == 0:
+        return tokens, used
+    place = torch.arange(size, device=tokens.device) - (size - used.sum(1, keepdim=True))
+    source = place.clamp(min=0).unsqueeze(2).expand(-1, -1, tokens.shape[2])
+    return tokens.gather(1, source), place >= 0
+
+
+def _place(tables: Mapping[str, Tensor], name: str) -> int:
+    return list(tables).index(name) if name in tables else 0
+
+
+def _rms(x: Tensor) -> float:
+    return 1.0 if x.is_meta or not x.numel() else max(float(x.double().square().mean().sqrt()), 1e-12)

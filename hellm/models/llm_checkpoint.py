@@ -1,0 +1,149 @@
+"""What a `RecommenderLLM` keeps on disk: only what was trained, and what it must be put together with.
+
+config.json                settings, the language model's name and identity, the catalogue's fingerprint
+model.safetensors          trained parts (and a frozen random head, which nothing else could bring back)
+adapter_config.json        the LoRA updates in peft's own form; absent with `lora_rank=0`
+adapter_model.safetensors
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hellm.data._files import new_folder
+
+__all__ = ["catalogue", "check_same", "load_saved", "load_trained", "read_config", "save_trained", "trained_tensors"]
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_LORA = "adapter_model.safetensors"
+# Parameters of the language model are under this name.
+_LANGUAGE_MODEL = "prompted.language_model."
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that make this model other than a fresh one, by their names in the module; they share its memory."""
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or name.startswith("head.")
+    }
+
+
+def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Copy `tensors` into `trained_tensors(model)`. Raises: ValueError, other names or shapes; `what` has them."""
+    own = trained_tensors(model)
+    for kind, names in (("lacks", own.keys() - tensors.keys()), ("has unknown", tensors.keys() - own.keys())):
+        if names:
+            raise ValueError(f"{what} {kind} {', '.join(sorted(names)[:3])}: it is of a model with other settings")
+    for name, parameter in own.items():
+        if parameter.shape != tensors[name].shape:
+            raise ValueError(f"{what} must have {name} {list(parameter.shape)}, got {list(tensors[name].shape)}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def catalogue(
+    tables: Mapping[str, Tensor], titles: Sequence[str | None] | None, sequence_model: nn.Module | None
+) -> dict[str, Any]:
+    """Plain values that tell one catalogue from another: sizes, and a hash of all that the model is told of it."""
+    digest = hashlib.sha256()
+    if sequence_model is not None:
+        tables = {**tables, "(sequence model)": sequence_model.item_keys()}
+    for name, table in tables.items():
+        digest.update(f"{name}{list(table.shape)}".encode())
+        if not table.is_meta:
+            digest.update(table.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    digest.update(json.dumps(list(titles or [])).encode())
+    return {
+        "num_items": len(next(iter(tables.values()))),
+        "tables": {name: table.shape[1] for name, table in tables.items()},
+        "titles": bool(titles),
+        "fingerprint": digest.hexdigest()[:16],
+    }
+
+
+def save_trained(model: nn.Module, folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    """Write `folder`, whole or not at all, in place of one that is there."""
+    from safetensors.torch import save_file
+
+    tensors = {name: value.cpu().contiguous().clone() for name, value in trained_tensors(model).items()}
+    own = {name: value for name, value in tensors.items() if not name.startswith(_LANGUAGE_MODEL)}
+    with new_folder(Path(folder), overwrite=True) as new:
+        (new / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(own, new / _WEIGHTS, metadata={"format": "pt"})
+        if len(own) < len(tensors):
+            _save_lora(model.prompted.language_model, new, config["language_model"])
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Raises: FileNotFoundError or ValueError, naming the file, where `folder` holds no such model."""
+    path = Path(folder) / _CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: {folder} holds no saved RecommenderLLM")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict) or not {"settings", "language_model", "catalogue", "table_scales"} <= config.keys():
+        raise ValueError(f"{path} is not the config.json of a saved RecommenderLLM")
+    return config
+
+
+def load_saved(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """The trained tensors of `folder` into a model of the same settings. Raises: FileNotFoundError, ValueError."""
+    tensors = _read(Path(folder) / _WEIGHTS)
+    if hasattr(model.prompted.language_model, "peft_config"):
+        # peft leaves the name of the adapter out of its files.
+        for name, value in _read(Path(folder) / _LORA).items():
+            tensors[_LANGUAGE_MODEL + name.replace(".weight", ".default.weight")] = value
+    load_trained(model, tensors, str(folder))
+
+
+def check_same(what: str, saved: Mapping[str, Any], given: Mapping[str, Any], folder: Any) -> None:
+    """Raises: ValueError naming both, where anything but name and revision differs."""
+    skip = ("name", "revision")
+    if {k: v for k, v in saved.items() if k not in skip} != {k: v for k, v in given.items() if k not in skip}:
+        raise ValueError(f"{folder} was trained with the {what} {_text(saved)}, got {_text(given)}")
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    parts = [f"{key} {value}" for key, value in values.items() if key != "name" and value is not None]
+    return f"{values['name']} ({', '.join(parts)})" if "name" in values else ", ".join(parts)
+
+
+def _save_lora(language_model: nn.Module, folder: Path, identity: Mapping[str, Any]) -> None:
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    adapter = copy.deepcopy(language_model.peft_config["default"])
+    adapter.base_model_name_or_path, adapter.revision = identity["name"], identity["revision"]
+    adapter.inference_mode = True
+    adapter.save_pretrained(folder)
+    tensors = get_peft_model_state_dict(language_model, save_embedding_layers=False)
+    save_file(
+        {name: value.cpu().contiguous().clone() for name, value in tensors.items()},
+        folder / _LORA,
+        metadata={"format": "pt"},
+    )
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not readable: {error}") from None

@@ -1,0 +1,255 @@
+"""SASRec: self-attention over the sequence of a user's items.
+
+Kang and McAuley 2018, arXiv:1808.09781, with the blocks of BERT (post-norm, GELU).
+
+B = histories, T = longest of them in a batch, N = items in all of them, D = embedding width, I = items.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hellm._files import atomic_path
+from hellm.models.histories import check_histories, pad_histories
+
+__all__ = ["SASRec"]
+
+_FILE = "embeddings.safetensors"
+_TABLE = "item_embedding.weight"
+# Histories embedded at once: bounds the padded copies inside attention.
+_BATCH = 1024
+_INIT_STD = 0.02
+# Width of the first group of histories that share an attention block; each next one is twice as wide.
+_SHORTEST = 8
+
+
+class SASRec(nn.Module):
+    """Next-item model: the score of item i after a history is <hidden state of its last item, embedding of i>.
+
+        x = dropout(norm(item_embedding[items] + position_embedding[place]))
+        x = norm(x + dropout(causal_attention(x)))       per layer
+        x = norm(x + dropout(feedforward(x)))
+
+    All but attention runs on the N items themselves, so padding costs next to nothing.
+
+    Args:
+        num_items: I, >= 1.
+        embedding_dim: D, a multiple of `num_heads`.
+        num_layers: attention blocks, >= 1.
+        num_heads: attention heads, >= 1.
+        feedforward_dim: inner width of the feed-forward part, >= 1.
+        max_length: latest items of a history that are read, >= 1.
+        dropout: probability at the input, in attention and after each part of a block, in [0, 1).
+    Raises: ValueError, an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        *,
+        embedding_dim: int = 64,
+        num_layers: int = 2,
+        num_heads: int = 2,
+        feedforward_dim: int = 256,
+        max_length: int = 50,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.settings = {
+            "num_items": num_items,
+            "embedding_dim": embedding_dim,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "feedforward_dim": feedforward_dim,
+            "max_length": max_length,
+            "dropout": dropout,
+        }
+        for name, value in self.settings.items():
+            if name != "dropout" and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if embedding_dim % num_heads:
+            raise ValueError(f"embedding_dim must be a multiple of num_heads {num_heads}, got {embedding_dim}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.num_items, self.max_length = num_items, max_length
+        self.item_embedding = nn.Embedding(num_items, embedding_dim)
+        self.position_embedding = nn.Embedding(max_length, embedding_dim)
+        self.norm = nn.LayerNorm(embedding_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            _Block(embedding_dim, num_heads, feedforward_dim, dropout) for _ in range(num_layers)
+        )
+        self.apply(_initialise)
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.item_embedding.embedding_dim
+
+    @property
+    def device(self) -> torch.device:
+        return self.item_embedding.weight.device
+
+    @property
+    def sequence_embedding(self) -> Tensor:
+        """[I, D] float32, without gradient: the item table."""
+        return self.item_embedding.weight.detach()
+
+    def forward(self, items: Tensor, mask: Tensor) -> Tensor:
+        """Hidden state after each item, given the items up to it.
+
+        Args:
+            items: [B, T] int64 item rows, T <= max_length; what stands outside `mask` is not read.
+            mask: [B, T] bool, True at items, which are in time order. Padding may stand on either side.
+        Returns: [B, T, D] float32, zero outside `mask`.
+        Raises: ValueError, T > max_length or shapes that differ.
+        """
+        if items.ndim != 2 or items.shape != mask.shape:
+            raise ValueError(f"items and mask must be [B, T] alike, got {list(items.shape)} and {list(mask.shape)}")
+        if items.shape[1] > self.max_length:
+            raise ValueError(f"items must be at most max_length {self.max_length} wide, got {items.shape[1]}")
+        length, order = mask.sum(1).sort(stable=True)
+        row, column = mask[order].nonzero(as_tuple=True)
+        row = order[row]
+        groups = _groups(length)
+        place = torch.cat([group.place for group in groups])
+        x = self.item_embedding(items[row, column]) + self.position_embedding(place)
+        x = self.dropout(self.norm(x))
+        for block in self.blocks:
+            x = block(x, groups)
+        hidden = x.new_zeros(*items.shape, x.shape[1])
+        hidden[row, column] = x
+        return hidden
+
+    @torch.no_grad()
+    def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
+        """Queries of histories: the hidden state of the last item, in evaluation mode.
+
+        Args:
+            indptr: [B + 1] int64, where each history starts in `items`.
+            items: [indptr[-1]] int64 item rows in time order; the last `max_length` of a history count.
+        Returns: [B, D] float32; an empty history gives zeros, so every item scores 0.
+        Raises: ValueError, an item outside [0, I) or offsets that do not fit `items`.
+        """
+        indptr, items = (torch.as_tensor(values, device=self.device).long() for values in (indptr, items))
+        check_histories(indptr, items, self.num_items)
+        queries = self.item_embedding.weight.new_zeros(len(indptr) - 1, self.embedding_dim)
+        training = self.training
+        self.eval()
+        for start in range(0, len(queries), _BATCH):
+            offsets = indptr[start : start + _BATCH + 1]
+            part = items[offsets[0] : offsets[-1]]
+            padded, mask = pad_histories(offsets - offsets[0], part, max_length=self.max_length)
+            if padded.shape[1]:
+                last = (mask.sum(1) - 1).clamp(min=0)
+                hidden = self(padded, mask)
+                queries[start : start + _BATCH] = hidden[torch.arange(len(last), device=last.device), last]
+        self.train(training)
+        return queries
+
+    def item_keys(self) -> Tensor:
+        """[I, D] float32, without gradient: what queries are multiplied with."""
+        return self.sequence_embedding
+
+    def save(self, run_directory: str | os.PathLike[str]) -> None:
+        """Write embeddings.safetensors: "sequence_embedding" [I, D], every other weight, and the shape of the model."""
+        from safetensors.torch import save_file
+
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in self.state_dict().items()}
+        tensors["sequence_embedding"] = tensors.pop(_TABLE)
+        with atomic_path(Path(run_directory) / _FILE) as temporary:
+            save_file(tensors, temporary, metadata={"sasrec": json.dumps(self.settings)})
+
+    @classmethod
+    def load(cls, run_directory: str | os.PathLike[str]) -> SASRec:
+        """The model that `save` wrote, on the CPU, in evaluation mode.
+
+        Raises: FileNotFoundError, no such file. ValueError, a file that holds no such model.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(run_directory) / _FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: {run_directory} is no SASRec run, or it is not finished")
+        try:
+            with safe_open(path, framework="pt") as file:
+                settings = (file.metadata() or {}).get("sasrec")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not readable: {error}") from None
+        if settings is None or "sequence_embedding" not in tensors:
+            raise ValueError(f"{path} must hold a SASRec model, got {', '.join(sorted(tensors)[:4]) or 'nothing'}")
+        model = cls(**json.loads(settings))
+        tensors[_TABLE] = tensors.pop("sequence_embedding")
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not fit its own settings: {error}") from None
+        return model.eval()
+
+
+class _Group(NamedTuple):
+    """Histories of similar length: N of their items, in rows and places of a [B, T] block."""
+
+    row: Tensor
+    place: Tensor
+    shape: tuple[int, int]
+
+
+def _groups(length: Tensor) -> list[_Group]:
+    """Histories of ascending length [B] as groups up to 8, 16, 32, ... long, so that few short ones pad to a long one.
+
+    Every history starts in column 0, so that causality alone keeps padding out of attention.
+    """
+    lengths, groups, start, width = length.tolist(), [], 0, _SHORTEST
+    while start < len(lengths) or not groups:
+        stop = bisect.bisect_right(lengths, width)
+        if stop > start or stop == len(lengths):
+            place = torch.arange(lengths[stop - 1] if stop else 0, device=length.device)
+            row, place = (place < length[start:stop, None]).nonzero(as_tuple=True)
+            groups.append(_Group(row, place, (stop - start, lengths[stop - 1] if stop else 0)))
+        start, width = stop, 2 * width
+    return groups
+
+
+class _Block(nn.Module):
+    """Causal self-attention and a feed-forward part, each with its residual and norm, over rows [N, D]."""
+
+    def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query_key_value = nn.Linear(dim, 3 * dim)
+        self.output = nn.Linear(dim, dim)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.feedforward = nn.Sequential(nn.Linear(dim, feedforward_dim), nn.GELU(), nn.Linear(feedforward_dim, dim))
+        self.feedforward_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, groups: list[_Group]) -> Tensor:
+        query_key_value = self.query_key_value(x).split([len(group.row) for group in groups])
+        mixed = torch.cat([self._attention(*pair) for pair in zip(query_key_value, groups, strict=True)])
+        x = self.attention_norm(x + self.dropout(self.output(mixed)))
+        return self.feedforward_norm(x + self.dropout(self.feedforward(x)))
+
+    def _attention(self, query_key_value: Tensor, group: _Group) -> Tensor:
+        padded = query_key_value.new_zeros(*group.shape, query_key_value.shape[1])
+        padded[group.row, group.place] = query_key_value
+        # [3, B, heads, T, D / heads]
+        query, key, value = padded.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        return mixed.transpose(1, 2)[group.row, group.place].flatten(1)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=_INIT_STD)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

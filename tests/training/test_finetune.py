@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hellm.config import FinetuneConfig, PretrainConfig, SASRecConfig, override_config
+from hellm.data import IdMap
+from hellm.evaluate import HistoryScorer, evaluate_dataset, evaluate_histories
+from hellm.models import RecommenderLLM, SASRec
+from hellm.training import finetune as module
+from hellm.training.finetune import (
+    build_history_sampler,
+    build_optimizer,
+    build_recommender_llm,
+    finetune,
+    finetune_loss,
+    load_item_inputs,
+    plan_finetuning,
+    rate_schedule,
+)
+from hellm.training.loop import Interrupted
+from hellm.training.pretrain import pretrain
+from hellm.training.sasrec import train_sasrec
+
+QUIET = {"num_threads": 1, "device": "cpu", "tensorboard": False}
+LOOP = {"ks": (1, 5), "monitor": ("recall@5",)} | QUIET
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    """Folder of a tiny random Llama with a tokenizer of single letters."""
+    import transformers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("llm")
+    letters = {chr(code): code - 30 for code in range(32, 127)} | {"<s>": 0, "\n": 1}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=100,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(small_dataset, tmp_path_factory):
+    """Finished stage-1 and SASRec runs of the small data set, as the arguments of `finetune`."""
+    folder = tmp_path_factory.mktemp("runs")
+    stage_1 = PretrainConfig(learning_rate=0.02, batch_size=32, max_epochs=4, contrastive_rows=None, **LOOP)
+    pretrain(stage_1, small_dataset, folder / "graph", evaluate=evaluate_dataset)
+    sequence = SASRecConfig(
+        embedding_dim=8, num_layers=1, feedforward_dim=16, batch_size=64, learning_rate=0.02, max_epochs=6, **LOOP
+    )
+    train_sasrec(sequence, small_dataset, folder / "sequence", evaluate=evaluate_histories)
+    return {"graph": folder / "graph", "sequence": folder / "sequence"}
+
+
+@pytest.fixture
+def config(llm):
+    return FinetuneConfig(llm=str(llm), learning_rate=0.01, batch_tokens=48, max_epochs=3, **LOOP)
+
+
+def run(config, dataset, out, runs, **options):
+    return finetune(config, dataset, out, evaluate=evaluate_histories, **runs, **options)
+
+
+def records(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+
+
+def test_run_learns_and_leaves_a_model_with_the_same_scores(config, small_dataset, runs, tmp_path):
+    result = run(config, small_dataset, tmp_path / "run", runs)
+    losses = [record["loss_mean"] for record in records(tmp_path / "run")]
+    assert losses[-1] < 0.9 * losses[0]
+    # Users like 8 of 24 items and have seen 5 of them.
+    assert result["test"]["recall@5"] > 5 / 24 and result["test"]["recall@5"] == result["test"]["metrics"]["recall@5"]
+    assert result["stage"] == "finetune" and result["test_users_per_second"] > 0
+    assert result["num_trained_parameters"] < result["num_parameters"]
+    tables = load_item_inputs(config, small_dataset, **runs).tables
+    loaded = RecommenderLLM.from_pretrained(
+        tmp_path / "run" / "model", tables, item_titles=small_dataset.item_titles, sequence_model=None
+    )
+    again = evaluate_histories(loaded, small_dataset, ks=config.ks, protocol=config.protocol)
+    assert again.metrics["ndcg@5"] == pytest.approx(result["test"]["ndcg@5"], abs=1e-6)
+
+
+def test_resumed_run_equals_the_uninterrupted(config, small_dataset, runs, tmp_path, monkeypatch):
+    run(config, small_dataset, tmp_path / "whole", runs)
+    steps, original = [], finetune_loss
+
+    def interrupting(model, batch):
+        steps.append(batch)
+        # Two steps of the plan come first.
+        if len(steps) == 2 + 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(model, batch)
+
+    monkeypatch.setattr(module, "finetune_loss", interrupting)
+    with pytest.raises(Interrupted, match=r"saved .*last.safetensors"):
+        run(config, small_dataset, tmp_path / "cut", runs)
+    monkeypatch.setattr(module, "finetune_loss", original)
+    resumed = run(config, small_dataset, tmp_path / "cut", runs, resume=True)
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+    whole = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert resumed["test"]["metrics"] == whole["test"]["metrics"]
+
+
+def test_checkpoints_hold_only_what_is_trained(config, small_dataset, runs, tmp_path):
+    from safetensors import safe_open
+
+    result = run(replace(config, max_epochs=1), small_dataset, tmp_path / "run", runs)
+    with safe_open(tmp_path / "run" / "checkpoint" / "best.safetensors", framework="pt") as file:
+        count = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118 (not a mapping)
+    assert count == result["num_trained_parameters"]
+    assert not any("embed_tokens" in str(path) for path in (tmp_path / "run").rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.graph_context=prefix"],
+        ["model.graph_context=none", "item_inputs=[sequence]"],
+        ["model.learned_prefix=false"],
+        ["model.head=trained"],
+        ["model.head=frozen"],
+        ["model.lora_rank=0"],
+        ["model.titles=true"],
+        ["model.sequence_residual=true"],
+        ["item_inputs=[graph, text]"],
+        ["accumulate=3", "max_grad_norm=null"],
+        ["dtype=bfloat16"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_every_ablation_trains_and_scores(overrides, config, small_dataset, runs, tmp_path):
+    config = override_config(replace(config, max_epochs=1), overrides)
+    result = run(config, small_dataset, tmp_path / "run", runs)
+    assert 0 <= result["test"]["recall@5"] <= 1
+    assert np.isfinite(records(tmp_path / "run")[0]["loss"])
+
+
+def test_the_residual_starts_with_the_scores_of_the_sequence_model(config, small_dataset, runs):
+    config = override_config(config, ["model.sequence_residual=true"])
+    model = build_recommender_llm(config, small_dataset, load_item_inputs(config, small_dataset, **runs))
+    sequence = SASRec.load(runs["sequence"])
+    users = torch.arange(small_dataset.num_users)
+    expected = HistoryScorer.of(sequence, small_dataset, "test").scores(users)
+    assert torch.allclose(HistoryScorer.of(model, small_dataset, "test").scores(users), expected, atol=1e-6)
+
+
+def test_loss_of_all_positions_is_the_mean_over_single_histories(config, small_dataset, runs):
+    inputs = load_item_inputs(config, small_dataset, **runs)
+    model = build_recommender_llm(config, small_dataset, inputs).eval()
+    users, items = small_dataset.pairs("train")
+    sampler = build_history_sampler(config, small_dataset, model)
+    batch = sampler.sample(0, 0)
+    together = finetune_loss(model, batch).item()
+    keys, single = model.item_keys(), []
+    for row in range(len(batch.indptr) - 1):
+        for stop in range(batch.indptr[row] + 1, batch.indptr[row + 1] + 1):
+            history = torch.from_numpy(batch.items[batch.indptr[row] : stop])
+            scores = model.embed(torch.tensor([0, len(history)]), history) @ keys.T
+            single.append(-scores[0].log_softmax(0)[batch.targets[stop - 1]].item())
+    assert together == pytest.approx(np.mean(single), rel=1e-5)
+    assert len(users) == len(items)
+
+
+def test_plan_counts_the_work_and_changes_nothing(config, small_dataset, runs):
+    inputs = load_item_inputs(config, small_dataset, **runs)
+    torch.manual_seed(5)
+    model = build_recommender_llm(config, small_dataset, inputs)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    plan = plan_finetuning(config, model, build_history_sampler(config, small_dataset, model))
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    # 60 users of 4 training events: 3 positions each, 16 histories in 48 tokens.
+    assert (plan["histories"], plan["targets_per_epoch"], plan["tokens_per_epoch"]) == (60, 180, 180)
+    assert (plan["steps_per_epoch"], plan["max_steps"], plan["padding_share"]) == (4, 12, 0)
+    assert plan["expected_seconds"] == pytest.approx(3 * plan["seconds_of_step"] * 180 / 48)
+
+
+def test_weight_decay_spares_vectors_and_prefixes(config, small_dataset, runs):
+    model = build_recommender_llm(config, small_dataset, load_item_inputs(config, small_dataset, **runs))
+    decayed, plain = build_optimizer(config, model).param_groups
+    assert decayed["weight_decay"] == config.weight_decay and plain["weight_decay"] == 0
+    assert {parameter.ndim for parameter in decayed["params"]} == {2}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert any("prefix_key" in names[id(parameter)] for parameter in plain["params"])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(decayed["params"]) + len(plain["params"]) == len(trained)
+
+
+def test_rate_warms_up_and_follows_a_cosine():
+    config = FinetuneConfig(learning_rate=1.0, min_learning_rate=0.2, warmup_epochs=1.0, max_epochs=3)
+    rate = rate_schedule(config, num_steps=4)
+    assert [rate(0, step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert rate(1, 0) == 1.0 and rate(2, 0) == pytest.approx(0.6) and rate(3, 0) == pytest.approx(0.2)
+
+
+def test_published_rate_starts_at_zero():
+    from hellm.config import PRESETS
+
+    config = PRESETS[FinetuneConfig]["official"]
+    rate = rate_schedule(config, num_steps=100)
+    assert rate(0, 0) == 0 and rate(0, 50) == pytest.approx(1.5e-4) and rate(25, 0) == pytest.approx(5e-6)
+
+
+def test_official_histories_are_cut_before_the_split(config, small_dataset, runs):
+    overrides = [f"model.{name}={value}" for name, value in OFFICIAL_OVERRIDES.items()]
+    config = override_config(replace(config, batch_size=7), ["model.max_length=4", *overrides])
+    model = build_recommender_llm(config, small_dataset, load_item_inputs(config, small_dataset, **runs))
+    sampler = build_history_sampler(config, small_dataset, model)
+    # The last 4 of 6 events hold 2 training events: one history of one item per user.
+    assert (sampler.num_histories, sampler.num_steps) == (60, 9)
+    sizes = {len(sampler.sample(0, step).targets) for step in range(9)}
+    assert sizes == {7, 60 - 8 * 7}
+
+
+OFFICIAL_OVERRIDES = {
+    "graph_context": "prefix",
+    "prefix_gate": "false",
+    "gram_rank": "null",
+    "head": "frozen",
+    "compat": "official",
+}
+
+
+def test_missing_and_foreign_runs_are_named(config, small_dataset, runs, tmp_path):
+    def load(dataset=small_dataset, overrides=(), **changes):
+        return load_item_inputs(override_config(config, overrides), dataset, **runs | changes)
+
+    with pytest.raises(ValueError, match=r"graph must be the run directory of a finished `hellm pretrain`, got none"):
+        load(graph=None)
+    with pytest.raises(FileNotFoundError, match=r"sequence run .*empty holds no embeddings.safetensors"):
+        load(sequence=tmp_path / "empty")
+    renamed = replace(small_dataset, item_ids=IdMap(f"x{index}" for index in range(small_dataset.num_items)))
+    with pytest.raises(ValueError, match=r"run .* must be of the 24 items .* got 24 items with other ids"):
+        load(renamed)
+    other = replace(small_dataset, items=small_dataset.items[::-1].copy())
+    with pytest.raises(ValueError, match="was trained on other training events"):
+        load(other)
+    with pytest.raises(ValueError, match=r"item_inputs must be among graph, sequence, image, text .* got 'sound'"):
+        load(overrides=["item_inputs=[graph, sound]"])
+
+
+def test_titles_need_titles(config, small_dataset, runs, tmp_path):
+    config = override_config(config, ["model.titles=true"])
+    with pytest.raises(ValueError, match=r"model.titles needs item titles, and data set 'blocks' has none"):
+        run(config, replace(small_dataset, item_titles=None), tmp_path / "run", runs)
+    assert not (tmp_path / "run").exists()
+
+
+def test_exhausted_memory_says_what_to_lower(config, small_dataset, runs, tmp_path, monkeypatch):
+    def too_large(model, batch):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(module, "finetune_loss", too_large)
+    with pytest.raises(MemoryError, match=r"can't allocate memory.*; lower batch_tokens, model.max_length"):
+        run(config, small_dataset, tmp_path / "run", runs)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learning_rate=0", "learning_rate must be > 0, got 0"),
+        ("min_learning_rate=-1", "min_learning_rate must be >= 0, got -1"),
+        ("betas=[0.9]", r"betas must be two numbers in \[0, 1\), got"),
+        ("item_inputs=[]", "item_inputs must be one or more different names, got"),
+        ("batch_tokens=0", "batch_tokens must be >= 1, got 0"),
+        ("batch_size=0", "batch_size must be null or >= 1, got 0"),
+        ("accumulate=0", "accumulate must be >= 1, got 0"),
+        ("max_grad_norm=0", "max_grad_norm must be null or > 0, got 0"),
+        ("model.lora_rank=-1", "lora_rank must be >= 0, got -1"),
+    ],
+)
+def test_settings_out_of_range_are_named(override, message):
+    with pytest.raises(ValueError, match=message):
+        override_config(FinetuneConfig(), [override])
+
+
+def test_official_needs_a_batch_size():
+    with pytest.raises(ValueError, match=r"batch_size must be given with model.compat=.official."):
+        override_config(
+            replace(FinetuneConfig(), batch_size=7),
+            [*(f"model.{name}={value}" for name, value in OFFICIAL_OVERRIDES.items()), "batch_size=null"],
+        )
