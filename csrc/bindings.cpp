@@ -5,6 +5,10 @@
 #include <string>
 
 #include "cpu/dispatch.h"
+#include "cuda/plan.h"
+#if defined(HELLM_CUDA)
+#include "cuda/launch.h"
+#endif
 
 namespace py = pybind11;
 using hellm::DType;
@@ -55,11 +59,112 @@ void info_nce(Address anchor, Address positive, Address rows, Address row_grad, 
                                   temperature, intra_view_negatives, medium_precision, DType(dtype), num_threads});
 }
 
+void item_cross_entropy(Address hidden, Address item_embedding, Address target, Address bias, Address row_grad,
+                        Address row_loss, Address grad_hidden, Address grad_items, Address grad_bias, int64_t num_rows,
+                        int64_t num_items, int64_t dim, int dtype, int num_threads) {
+  hellm::cpu::kernels().item_cross_entropy({at(hidden), at(item_embedding), at<const int64_t>(target), at(bias),
+                                            at(row_grad), at(row_loss), at(grad_hidden), at(grad_items), at(grad_bias),
+                                            num_rows, num_items, dim, DType(dtype), num_threads});
+}
+
 void knn(Address x, Address index, Address similarity, int64_t num_rows, int64_t dim, int64_t k, int dtype,
          int num_threads) {
   hellm::cpu::kernels().knn(
       {at(x), at<int64_t>(index), at(similarity), num_rows, dim, k, DType(dtype), num_threads});
 }
+
+// GPUs: addresses are those of device memory. Each function gives the arguments of a launch plan.
+namespace gpu {
+
+hellm::Csr csr(Address indptr, Address indices, Address values, int64_t num_entries, int64_t longest_row) {
+  return {at<const int64_t>(indptr), at<const int32_t>(indices), at(values), num_entries, longest_row};
+}
+
+hellm::IncidenceProductArguments incidence_product(Address x, Address indptr, Address indices, Address values,
+                                                   Address out, Address hub_workspace, int64_t rows, int64_t dim,
+                                                   int64_t num_entries, int64_t longest_row, int dtype) {
+  return {at(x), csr(indptr, indices, values, num_entries, longest_row), at(out), rows, dim, DType(dtype), 0,
+          at(hub_workspace)};
+}
+
+hellm::HypergraphConvArguments hypergraph_conv(Address x, Address vertex_indptr, Address vertex_edges,
+                                               Address edge_indptr, Address edge_vertices, Address vertex_values,
+                                               Address edge_values, Address in_scale, Address edge_scale,
+                                               Address out_scale, Address diagonal, Address out, Address workspace,
+                                               Address hub_workspace, int64_t num_vertices, int64_t num_hyperedges,
+                                               int64_t dim, int64_t num_entries, int64_t longest_vertex,
+                                               int64_t longest_edge, int num_layers, int dtype) {
+  return {at(x),          csr(vertex_indptr, vertex_edges, vertex_values, num_entries, longest_vertex),
+          csr(edge_indptr, edge_vertices, edge_values, num_entries, longest_edge),
+          at(in_scale),   at(edge_scale), at(out_scale),  at(diagonal), at(out), at(workspace),
+          num_vertices,   num_hyperedges, dim,            num_layers,   DType(dtype), 0, at(hub_workspace)};
+}
+
+hellm::BipartitePropagateArguments bipartite_propagate(Address user_x, Address item_x, Address vertex_indptr,
+                                                       Address vertex_edges, Address edge_indptr, Address edge_vertices,
+                                                       Address user_scale, Address item_scale, Address user_out,
+                                                       Address item_out, Address workspace, Address hub_workspace,
+                                                       int64_t num_users, int64_t num_items, int64_t dim,
+                                                       int64_t num_entries, int64_t longest_vertex,
+                                                       int64_t longest_edge, int num_layers, int dtype) {
+  return {at(user_x), at(item_x), csr(vertex_indptr, vertex_edges, 0, num_entries, longest_vertex),
+          csr(edge_indptr, edge_vertices, 0, num_entries, longest_edge), at(user_scale), at(item_scale), at(user_out),
+          at(item_out), at(workspace), num_users, num_items, dim, num_layers, DType(dtype), 0, at(hub_workspace)};
+}
+
+hellm::InfoNceArguments info_nce(Address anchor, Address positive, Address rows, Address row_order, Address row_begin,
+                                 Address row_grad, Address row_loss, Address grad_anchor, Address grad_positive,
+                                 Address row_slope, Address workspace, int64_t num_keys, int64_t num_rows, int64_t dim,
+                                 Address temperature, bool intra_view_negatives, bool highest_precision,
+                                 int num_processors, int dtype) {
+  return {at(anchor), at(positive), at<const int64_t>(rows), at(row_grad), at(row_loss), at(grad_anchor),
+          at(grad_positive), at(row_slope), num_keys, num_rows, dim, 0.0, intra_view_negatives, false, DType(dtype), 0,
+          at<const double>(temperature), at<const int64_t>(row_order), at<const int64_t>(row_begin), at(workspace),
+          highest_precision, num_processors};
+}
+
+// plan_<name>: the launches, as (kernel, grid, threads, shared bytes, parameters). cuda_<name>, where nvcc compiled the
+// kernels: launches them; the last two arguments are the device and the stream.
+template <typename Arguments, typename... P>
+void define(py::module_& m, const std::string& name, Arguments (*arguments)(P...),
+            void (*plan)(const Arguments&, const hellm::cuda::Queue&)) {
+  m.def(("plan_" + name).c_str(), [=](P... p) {
+    py::list launches;
+    plan(arguments(p...), [&](const hellm::cuda::Launch& launch) {
+      launches.append(py::make_tuple(
+          launch.kernel, py::make_tuple(launch.grid[0], launch.grid[1], launch.grid[2]), launch.threads,
+          launch.shared_bytes, py::bytes(static_cast<const char*>(launch.parameters), launch.parameter_bytes)));
+    });
+    return launches;
+  });
+#if defined(HELLM_CUDA)
+  m.def(("cuda_" + name).c_str(), [=](P... p, int device, Address stream) {
+    const py::gil_scoped_release unlocked;
+    plan(arguments(p...), hellm::cuda::launcher(device, at(stream)));
+  });
+#endif
+}
+
+void define_all(py::module_& m) {
+  define(m, "incidence_product", &incidence_product, &hellm::cuda::incidence_product);
+  define(m, "hypergraph_conv", &hypergraph_conv, &hellm::cuda::hypergraph_conv);
+  define(m, "bipartite_propagate", &bipartite_propagate, &hellm::cuda::bipartite_propagate);
+  define(m, "info_nce", &info_nce, &hellm::cuda::info_nce);
+  m.def("info_nce_workspace", [](int64_t num_keys, int64_t num_rows, int64_t dim, bool gradients,
+                                 bool intra_view_negatives, bool highest_precision, int num_processors, int dtype) {
+    const Address wanted = gradients ? 16 : 0;  // any address that is aligned like the real ones
+    return hellm::cuda::info_nce_workspace(info_nce(0, 0, 0, 0, 0, wanted, 0, wanted, wanted, 0, 0, num_keys, num_rows,
+                                                    dim, 0, intra_view_negatives, highest_precision, num_processors,
+                                                    dtype));
+  });
+#if defined(HELLM_CUDA)
+  m.def("cuda_architectures", &hellm::cuda::architectures, "Compute capabilities of the compiled kernels.");
+#else
+  m.def("cuda_architectures", [] { return ""; }, "Compute capabilities of the compiled kernels: none.");
+#endif
+}
+
+}  // namespace gpu
 
 py::list instruction_sets() {
   py::list names;
@@ -84,7 +189,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("hypergraph_conv", &hypergraph_conv, unlocked);
   m.def("bipartite_propagate", &bipartite_propagate, unlocked);
   m.def("info_nce", &info_nce, unlocked);
+  m.def("item_cross_entropy", &item_cross_entropy, unlocked);
   m.def("knn", &knn, unlocked);
+  gpu::define_all(m);
   m.def("instruction_sets", &instruction_sets, "Names of the usable instruction sets, widest first.");
   m.def("instruction_set", [] { return hellm::cpu::kernels().name; }, "The instruction set in use.");
   m.def("use_instruction_set", &use_instruction_set, "Use the kernels compiled for one instruction set.");

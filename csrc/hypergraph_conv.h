@@ -10,6 +10,7 @@ struct Csr {
   const int64_t* indptr;   // [rows + 1]
   const int32_t* indices;  // [nnz]
   const void* values;      // A [nnz] or null
+  int64_t num_entries = 0, longest_row = 0;  // read on GPUs only
 };
 
 // out = matrix x
@@ -20,6 +21,7 @@ struct IncidenceProductArguments {
   int64_t rows, dim;
   DType dtype;
   int num_threads;
+  void* hub_workspace = nullptr;  // GPUs, for hubs: A [2 * ceil(nnz / 2048), dim], nnz the larger
 };
 
 // num_layers times x <- out_scale * (H (edge_scale * H^T (in_scale * x)) - diagonal * in_scale * x); null scales are ones.
@@ -34,6 +36,7 @@ struct HypergraphConvArguments {
   int num_layers;  // >= 1
   DType dtype;
   int num_threads;
+  void* hub_workspace = nullptr;  // GPUs, for hubs: A [2 * ceil(nnz / 2048), dim], nnz the larger
 };
 
 // Mean of layers 0..num_layers of user <- user_scale * R (item_scale * item), item <- item_scale * R^T (user_scale * user).
@@ -48,6 +51,7 @@ struct BipartitePropagateArguments {
   int num_layers;  // >= 1
   DType dtype;
   int num_threads;
+  void* hub_workspace = nullptr;  // GPUs, for hubs: A [2 * ceil(nnz / 2048), dim], nnz the larger
 };
 
 }  // namespace hellm

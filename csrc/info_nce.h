@@ -21,6 +21,13 @@ struct InfoNceArguments {
   bool intra_view_negatives, medium_precision;
   DType dtype;
   int num_threads;
+  // Read on GPUs only, where the temperature stays on the device and the precision chooses the products.
+  const double* device_temperature = nullptr;  // [1]
+  const int64_t* row_order = nullptr;          // [num_rows] stable argsort of `rows`, or null with it
+  const int64_t* row_begin = nullptr;          // [num_keys + 1] where the rows of each key begin in row_order
+  void* workspace = nullptr;                   // info_nce_workspace() bytes
+  bool highest_precision = false;
+  int num_processors = 0;
 };
 
 }  // namespace hellm

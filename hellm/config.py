@@ -21,10 +21,11 @@ from hellm._files import atomic_path
 
 __all__ = [
     "PRESETS",
-    "LLMConfig",
     "FinetuneConfig",
+    "LLMConfig",
     "ModelConfig",
     "PretrainConfig",
+    "RunConfig",
     "SASRecConfig",
     "config_from_dict",
     "config_to_dict",
@@ -93,7 +94,8 @@ class PretrainConfig:
         user_contrastive_weight: weight of the contrast between fused and hypergraph user embeddings; 0 skips it.
         item_contrastive_weight: the same for items.
         temperature: of both contrastive losses; smaller is sharper.
-        contrastive_rows: anchors per step drawn uniformly, against all keys (an unbiased estimate); null means all.
+        contrastive_rows: anchors per step drawn uniformly, against all keys (an unbiased estimate); null means all,
+            and so does compat.
         precision: of the contrastive similarities, "highest", "high" or "medium"; null follows torch.
         sampler: "user-uniform" (distinct users, then one of their items) or "interaction-uniform" (every interaction
             once per epoch).
@@ -149,11 +151,6 @@ class PretrainConfig:
         rows = self.contrastive_rows
         _require(rows is None or rows >= 1, "contrastive_rows", "null or >= 1", rows)
         _check_loop(self)
-        if self.compat == "official" and self.contrastive_rows is not None:
-            raise ValueError(
-                f'contrastive_rows must be null with compat="official" (the published loss runs over all nodes), '
-                f"got {self.contrastive_rows}"
-            )
 
 
 def _check_loop(config: Any) -> None:
@@ -207,7 +204,7 @@ class SASRecConfig:
     max_length: int = 50
     dropout: float = 0.5
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     batch_size: int = 2048
     max_epochs: int = 200
     validate_every: int = 2
@@ -311,7 +308,7 @@ class FinetuneConfig:
         llm: "smollm2-135m" (comes with the extra `smollm2`), a local folder, a .gguf file or an id on the hub.
         llm_revision: of a model on the hub; null takes the newest.
         dtype: of the language model's weights; what is trained stays float32.
-        item_inputs: tables that make the item token: "graph" (stage 1), "sequence" (SASRec), and names of item features.
+        item_inputs: tables that make the item token: "graph" (stage 1), "sequence" (SASRec), names of item features.
         learning_rate: AdamW step size after the warm-up.
         min_learning_rate: where the cosine ends, at `max_epochs`.
         warmup_epochs: epochs of linear growth from 0.
@@ -387,6 +384,40 @@ class FinetuneConfig:
         _check_loop(self)
 
 
+@dataclass(frozen=True)
+class RunConfig:
+    """The whole way from raw data to recommendations.
+
+    Args:
+        text: encoder of item texts: "minilm", a folder or hub id of a transformers encoder, "none", or "auto" (minilm
+            where the data have texts and no text features).
+        image: encoder of pictures: "efficientnet", a folder or hub id, "none", or "auto" as above.
+        language_model: go on to stage 2; false stops at stage 1 and SASRec, which cost a small part of it.
+        baselines: what to compare with: "popularity", "itemknn", "bpr", "als" and "lightgcn".
+        pretrain: stage 1; the LightGCN baseline has the same settings without hypergraphs.
+        sasrec: the sequence model.
+        finetune: stage 2.
+        protocol: evaluation protocol of the comparison, and of every stage.
+        ks: list lengths of the comparison.
+    """
+
+    text: str = "auto"
+    image: str = "auto"
+    language_model: bool = True
+    baselines: tuple[str, ...] = ("popularity", "itemknn", "bpr", "lightgcn")
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    sasrec: SASRecConfig = field(default_factory=SASRecConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    protocol: str = "standard"
+    ks: tuple[int, ...] = (5, 10, 20)
+
+    def __post_init__(self) -> None:
+        known = ("popularity", "itemknn", "bpr", "als", "lightgcn")
+        wrong = [name for name in self.baselines if name not in known]
+        _require(not wrong, "baselines", f"among {', '.join(known)}", wrong[0] if wrong else None)
+        _require(len(self.ks) > 0 and min(self.ks, default=0) >= 1, "ks", "list lengths >= 1", self.ks)
+
+
 def _finite(value: float) -> bool:
     return math.isfinite(value)
 
@@ -446,6 +477,14 @@ PRESETS: dict[type, dict[str, Any]] = {
             protocol="hellm-llm",
         ),
     },
+}
+PRESETS[RunConfig] = {
+    "default": RunConfig(),
+    "demo": RunConfig(
+        pretrain=PRESETS[PretrainConfig]["demo"],
+        sasrec=PRESETS[SASRecConfig]["demo"],
+        finetune=PRESETS[FinetuneConfig]["demo"],
+    ),
 }
 """Named settings per config class. The six published runs score by the published protocol; compat stays a choice."""
 

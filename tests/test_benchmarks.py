@@ -57,6 +57,8 @@ def test_registry_holds_the_promises():
         ("info_nce-users", "hellm", 6.0, "peer"),
         ("info_nce-users", "hellm", 0.65, "limit"),
         ("info_nce-users", "hellm, medium", 10.0, "peer"),
+        ("item_cross_entropy", "hellm", 2.0, "peer"),
+        ("item_cross_entropy", "hellm", 0.65, "limit"),
         ("conv-forward", "hellm", 2.5, "peer"),
         ("conv-backward", "hellm", 100.0, "peer"),
         ("sampler-tiktok", "hellm", 20.0, "peer"),
@@ -336,7 +338,7 @@ def test_report_names_a_bad_file(folder):
     with pytest.raises(ValueError, match=r"cpu\.json: line 2, column \d+: not JSON"):
         report.generate(folder)
     (folder / "results" / "cpu.json").write_text('{"kind": "other"}')
-    with pytest.raises(ValueError, match=r'cpu\.json: kind must be "cases" or "scale"'):
+    with pytest.raises(ValueError, match=r'cpu\.json: kind must be "cases", "scale" or "gpu"'):
         report.generate(folder)
 
 

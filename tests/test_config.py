@@ -130,11 +130,6 @@ def test_wrong_override_says_what_was_expected(override, message):
         override_config(PretrainConfig(), [override])
 
 
-def test_official_mode_refuses_sampled_anchors():
-    with pytest.raises(ValueError, match=r'contrastive_rows must be null with compat="official".*got 512'):
-        load_config(PretrainConfig, "mmhcl-tiktok", ["compat=official", "contrastive_rows=512"])
-
-
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(ValueError, match=r"unknown preset or config file 'hellm-beuty'; did you mean 'hellm-beauty'\?"):
         load_config(PretrainConfig, "hellm-beuty")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import hellm.info
 from hellm.cli import main
@@ -17,8 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_report_is_json_with_versions_and_backends(capsys):
-    import torch
-
     assert main(["info", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["versions"]["torch"] == torch.__version__
@@ -36,7 +35,14 @@ def test_text_names_instruction_sets_and_reasons(capsys):
         assert re.search(rf"kernels .*\b{name}\b", out)
     for row in hellm.info.collect()["backends"]:
         state = "usable" if row["usable"] else f"not usable: {row['reason']}"
+        state += f" ({row['note']})" if row["note"] else ""
         assert re.search(rf"^  {row['name']} +{row['device']} +{re.escape(state)}$", out, re.MULTILINE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU of this machine may have passed the self-test")
+def test_gpu_backends_are_called_untested(capsys):
+    assert main(["info"]) == 0
+    assert re.search(r"^  triton +cuda +not usable: .* \(untested on a GPU\)$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_missing_extension_is_reported_with_its_reason(capsys, monkeypatch):

@@ -9,9 +9,11 @@ import polars as pl
 import pytest
 import torch
 
-import hellm.recommend
-from hellm.data import DataError
-from hellm.recommend import RecommendedItem, Recommender
+import hellm.recommend.catalogue
+import hellm.recommend.recommender
+from hellm.data import DataError, ItemFeatures
+from hellm.models.item_content import ItemContent
+from hellm.recommend import ContentLink, RecommendedItem, Recommender, ServedGraph
 
 ITEMS = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9], [0.5, 0.5]])
 USERS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [7.0, 7.0]])
@@ -19,7 +21,7 @@ USERS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [7.0, 7.0]])
 EVENTS = [(0, 0, 0), (0, 1, 0), (0, 4, 2), (1, 2, 0), (1, 1, 0), (1, 3, 1), (2, 4, 2)]
 
 
-def make_recommender(view: torch.Tensor | None = None) -> Recommender:
+def make_recommender(view: torch.Tensor | None = None, content: ItemContent | None = None) -> Recommender:
     tensors = {"user": USERS, "item": ITEMS, "fold_in_source": ITEMS.clone()}
     if view is not None:
         tensors |= {"fold_in_view": view, "item_hypergraph": view.clone()}
@@ -32,7 +34,7 @@ def make_recommender(view: torch.Tensor | None = None) -> Recommender:
         }
     )
     histories = pl.DataFrame(EVENTS, schema=["user", "item", "split"], orient="row")
-    return Recommender(tensors, 1.0, ids, histories)
+    return Recommender(ServedGraph(tensors, 1.0), ids, histories, content)
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ class TestRecommend:
 
     def test_batches_do_not_change_the_lists(self, recommender, monkeypatch):
         together = recommender.recommend(["cleo", "anna", "bert"], k=2)
-        monkeypatch.setattr(hellm.recommend, "_BATCH", 2)
+        monkeypatch.setattr(hellm.recommend.recommender, "_BATCH", 2)
         assert recommender.recommend(["cleo", "anna", "bert"], k=2) == together
 
     def test_bare_history_is_the_mean_of_its_distinct_items(self, recommender):
@@ -99,6 +101,16 @@ class TestRecommend:
         (only,) = recommender.recommend("anna", k=3, candidates=["p0", "p3"])
         assert [one.item for one in only] == ["p3"]
 
+    def test_filter_is_asked_once_for_each_candidate(self, recommender):
+        asked = []
+        (only,) = recommender.recommend(
+            "anna", k=3, candidates=["p3", "p2", "p2"], filter=lambda item: asked.append(item) or item == "p2"
+        )
+        assert [one.item for one in only] == ["p2"] and asked == ["p2", "p3"]
+
+    def test_filter_may_leave_nothing(self, recommender):
+        assert len(recommender.recommend("anna", k=3, filter=lambda item: False)[0]) == 0
+
     def test_to_dict_is_plain(self, recommender):
         assert recommender.recommend("anna", k=1)[0].to_dict() == {
             "user": "anna",
@@ -120,8 +132,8 @@ class TestRecommend:
             recommender.recommend(histories=["p1", "p9"], k=1)
 
     def test_nearest_of_very_many_ids_share_the_beginning(self, monkeypatch):
-        monkeypatch.setattr(hellm.recommend, "_MAX_COMPARED", 2)
-        assert hellm.recommend._nearest("anna1", ["anna", "xnna1", "bert"]) == ["anna"]
+        monkeypatch.setattr(hellm.recommend.catalogue, "_MAX_COMPARED", 2)
+        assert hellm.recommend.catalogue.nearest_names("anna1", ["anna", "xnna1", "bert"]) == ["anna"]
 
     def test_users_and_histories_exclude_each_other(self, recommender):
         with pytest.raises(ValueError, match="give either users or histories, got both"):
@@ -181,6 +193,167 @@ class TestNeighbours:
         assert named(recommender.history("bert")) == [("p2", 1.0), ("p1", 0.1), ("p3", 0.9)]
 
 
+# p0 and p1 read alike, p2 and p3 too, p4 has no text; p0, p2 and p4 look alike, the others have no picture.
+TEXTS = np.array([[1, 0, 0], [0.8, 0.6, 0], [0, 0, 2], [0, 0.6, 0.8], [0, 0, 0]], dtype=np.float32)
+IMAGES = np.array([[1, 0], [0, 0], [0.6, 0.8], [0, 0], [0, 3]], dtype=np.float32)
+
+
+@pytest.fixture
+def content() -> ItemContent:
+    """Two nearest per item and modality, itself included."""
+    return ItemContent.of({"text": ItemFeatures.from_values(TEXTS), "image": ItemFeatures.from_values(IMAGES)}, k=2)
+
+
+class TestContent:
+    def test_neighbours_are_the_nearest_with_the_modality(self, content):
+        assert content.neighbours["text"].tolist() == [[0, 1], [1, 0], [2, 3], [3, 2], [-1, -1]]
+        assert content.neighbours["image"].tolist() == [[0, 2], [-1, -1], [2, 4], [-1, -1], [4, 2]]
+
+    def test_explain_names_modality_cosine_and_shared_hyperedges(self, content):
+        (reason,) = make_recommender(content=content).explain("p0", history=["p1"])
+        # Both have p0 and p1 among their two nearest by text; p1 has no picture.
+        assert reason.content == {"text": ContentLink(pytest.approx(0.8, abs=1e-3), 2)}
+        (reason,) = make_recommender(content=content).explain("p0", history=["p2"])
+        assert reason.content == {"text": ContentLink(0.0, 0), "image": ContentLink(pytest.approx(0.6, abs=1e-3), 1)}
+        assert reason.to_dict()["content"]["image"]["shared_hyperedges"] == 1
+
+    def test_explain_takes_the_best_of_each_kind_in_turn(self, content):
+        recommender = make_recommender(content=content)
+        # Anna alone bought p4, and with it p0 and p1, of which p1 has the nearer key; p2 looks most like p4.
+        found = recommender.explain("p4", history=["p0", "p1", "p2", "p3"], k=2)
+        assert [one.item for one in found] == ["p1", "p2"]
+        assert recommender.explain("p4", history=["p3"])[0].content == {}
+
+    def test_without_content_reasons_have_none(self, recommender):
+        assert recommender.explain("p0", history=["p1"])[0].content is None
+
+
+class TestNewItems:
+    FEATURES = {"text": np.array([[2.0, 0, 0], [0, 0, 0]]), "image": np.array([[0, 0], [0.6, 0.8]])}  # noqa: RUF012
+
+    @pytest.fixture
+    def recommender(self, content) -> Recommender:
+        return make_recommender(content=content)
+
+    def test_new_items_are_like_their_trained_neighbours(self, recommender):
+        recommender.add_items(self.FEATURES, ["new", "p9"], ["Beaker", None])
+        # K = 2 counts the item itself, so each has one neighbour: "new" p0 by text, "p9" p2 by image.
+        np.testing.assert_allclose(recommender.item[5:], ITEMS[[0, 2]], atol=1e-6)
+        assert recommender.item_titles[5:] == ["Beaker", None]
+
+    def test_they_rank_at_once_and_old_scores_stay(self, recommender):
+        before = recommender.scores(torch.arange(3))
+        recommender.add_items(self.FEATURES, ["new", "p9"], ["Beaker", None])
+        (only,) = recommender.recommend("anna", k=3)
+        assert named(only) == [("new", 1.0), ("p3", 0.1), ("p2", 0.0)]
+        torch.testing.assert_close(recommender.scores(torch.arange(3))[:, :5], before)
+        (history,) = recommender.recommend(histories=["new"], k=1)
+        assert named(history) == [("p0", 1.0)]
+        assert [one.item for one in recommender.similar_items("p9", 2)] == ["p2", "p3"]
+        assert recommender.recommend("cleo", k=7, candidates=["new"])[0].items[0].score == 0
+
+    def test_mean_is_weighted_by_cosine_among_trained_items(self):
+        content = ItemContent.of({"text": ItemFeatures.from_values(TEXTS)}, k=4)
+        recommender = make_recommender(content=content)
+        recommender.add_items({"text": np.array([[0, 0.6, 0.8]])}, ["new"])
+        # Cosines with p1, p2, p3: 0.36, 0.8, 1; p3 has no training event, only a validation event.
+        expected = (0.36 * ITEMS[1] + 0.8 * ITEMS[2]) / 1.16
+        torch.testing.assert_close(recommender.item[5], expected, atol=1e-3, rtol=0)
+
+    def test_content_view_is_what_the_convolution_gives_a_new_vertex(self):
+        """Against the dense formula: append the vertex, apply D^-1/2 H H^T D^-1/2 once, read its row."""
+        generator = torch.Generator().manual_seed(0)
+        features = {name: torch.rand(12, 4, generator=generator) for name in ("text", "image")}
+        content = ItemContent.of({name: ItemFeatures.from_values(x.numpy()) for name, x in features.items()}, k=4)
+        x = torch.randn(12, 3, generator=generator)
+        nearest = content.nearest({name: x[:2] + 0.01 for name, x in features.items()})
+        found = content.convolve(x, nearest)
+        for new in range(2):
+            incidence = torch.zeros(13, 24)
+            for block, name in enumerate(features):
+                for item, row in enumerate(content.neighbours[name].tolist()):
+                    incidence[item, [block * 12 + j for j in row]] = 1
+            degree = (incidence @ incidence.T).sum(1)
+            for block, name in enumerate(features):
+                incidence[12, block * 12 + nearest[name].rows[new]] = 1
+            product = (incidence @ incidence.T)[12, :12] @ (x / degree[:12].sqrt().unsqueeze(1))
+            torch.testing.assert_close(found[new], product)
+
+    def test_view_and_backbone_of_stage_one(self, content):
+        view = torch.tensor([[3.0, 0], [0, 2], [0, 4], [1, 0], [0, 1]])
+        recommender = make_recommender(view, content)
+        recommender.add_items({"text": np.array([[1.0, 0, 0]])}, ["new"])
+        # p0 alone is near. Its hyperedge holds p0, of degree 2 + 2 by text and 1 + 3 by image, and p1, of 2 + 2.
+        expected = torch.nn.functional.normalize(view[0] / 8**0.5 + view[1] / 4**0.5, dim=0)
+        torch.testing.assert_close(recommender.item[5], ITEMS[0] - torch.tensor([1.0, 0]) + expected)
+
+    def test_in_one_go_or_in_two(self, content):
+        one, two = make_recommender(content=content), make_recommender(content=content)
+        one.add_items(self.FEATURES, ["a", "b"])
+        two.add_items({name: x[:1] for name, x in self.FEATURES.items()}, ["a"])
+        two.add_items({name: x[1:] for name, x in self.FEATURES.items()}, ["b"])
+        torch.testing.assert_close(one.item, two.item)
+        assert one.item_ids == two.item_ids and one.recommend("bert", k=7) == two.recommend("bert", k=7)
+
+    def test_explained_and_saved(self, recommender, tmp_path):
+        recommender.add_items(self.FEATURES, ["new", "p9"], ["Beaker", None])
+        (reason,) = recommender.explain("new", history=["p1"])
+        assert reason.shared_users == 0
+        assert reason.content["text"] == ContentLink(pytest.approx(0.8, abs=1e-3), 1)
+        loaded = Recommender.load(recommender.save(tmp_path / "saved"))
+        assert loaded.recommend("anna", k=3) == recommender.recommend("anna", k=3)
+        assert loaded.explain("new", history=["p1"]) == [reason]
+        loaded.add_items({"text": np.array([[1.0, 0, 0]])}, ["again"])
+        torch.testing.assert_close(loaded.item[7], loaded.item[5])
+
+    def test_item_features_leave_masked_rows_out(self, recommender):
+        masked = ItemFeatures(np.ones((2, 2), np.float32), np.array([False, True]))
+        recommender.add_items({"text": TEXTS[:2], "image": masked}, ["a", "b"])
+        assert not recommender.content.has("image")[5] and recommender.content.has("image")[6]
+
+    def test_nothing_to_add(self, recommender):
+        recommender.add_items({"text": np.zeros((0, 3))}, [])
+        assert recommender.num_items == 5
+
+    @pytest.mark.parametrize(
+        ("features", "ids", "titles", "message"),
+        [
+            ({}, ["a"], None, "features must hold at least one of text, image, got none"),
+            ({"audio": np.ones((1, 2))}, ["a"], None, "features must be among text, image, got 'audio'"),
+            ({"text": np.ones((1, 2))}, ["a"], None, r"features\['text'\] must be \[1, 3\], got \[1, 2\]"),
+            ({"text": np.full((1, 3), np.nan)}, ["a"], None, r"features\['text'\] must be finite, got NaN .* in row 0"),
+            ({"text": np.ones((2, 3))}, ["a"], None, r"features\['text'\] must be of the 1 new items, got 2"),
+            ({"text": np.ones((1, 3))}, ["a"], ["A", "B"], "titles must be of the 1 new items, got 2"),
+            ({"text": np.ones((1, 3))}, ["p1"], None, "ids must be new and distinct, got 'p1' again"),
+            ({"text": np.ones((2, 3))}, ["a", "a"], None, "ids must be new and distinct, got 'a' twice"),
+            ({"text": np.zeros((1, 3))}, ["a"], None, "features must place every item, but item 'a' has none in text"),
+        ],
+    )
+    def test_errors_change_nothing(self, recommender, features, ids, titles, message):
+        with pytest.raises(ValueError, match=message):
+            recommender.add_items(features, ids, titles)
+        assert recommender.num_items == len(recommender.item) == recommender.content.num_items == 5
+
+    def test_run_without_content(self):
+        with pytest.raises(ValueError, match=r"new items need item content, and the run holds no content.safetensors"):
+            make_recommender().add_items({"text": np.ones((1, 3))}, ["a"])
+
+    def test_damaged_content(self, recommender, tmp_path):
+        path = recommender.save(tmp_path / "saved")
+        (path / "content.safetensors").write_bytes(b"garbage")
+        with pytest.raises(DataError, match=r"content.safetensors: damaged or no item content"):
+            Recommender.load(path)
+
+
+class TestScorer:
+    def test_stage_one_knows_its_users(self, recommender):
+        assert recommender.scorer("test") is recommender
+
+    def test_split_must_be_held_out(self, recommender):
+        with pytest.raises(ValueError, match="split must be 'valid' or 'test', got 'train'"):
+            recommender.scorer("train")
+
+
 class TestFiles:
     def test_saved_and_loaded_answers_are_equal(self, recommender, tmp_path):
         path = recommender.save(tmp_path / "saved")
@@ -232,7 +405,7 @@ class TestFiles:
         ids = pl.read_parquet(path / "ids.parquet")
         extra = pl.DataFrame({"side": ["user"], "index": [3], "id": ["dora"], "title": [None]}, schema=ids.schema)
         pl.concat([ids, extra]).write_parquet(path / "ids.parquet")
-        with pytest.raises(DataError, match=r"ids.parquet names 4 users, embeddings.safetensors has 3"):
+        with pytest.raises(DataError, match=r"saved: ids must name the 3 users of the model, got 4"):
             Recommender.load(path)
 
     def test_training_events_are_compared(self, recommender):

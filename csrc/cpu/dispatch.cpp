@@ -11,10 +11,12 @@ namespace hellm::cpu {
   void hypergraph_conv(const HypergraphConvArguments&);          \
   void bipartite_propagate(const BipartitePropagateArguments&);  \
   void info_nce(const InfoNceArguments&);                        \
+  void item_cross_entropy(const ItemCrossEntropyArguments&);     \
   void knn(const KnnArguments&);                                 \
   }
 #define HELLM_KERNELS(isa, supported) \
-  {#isa, supported, isa::incidence_product, isa::hypergraph_conv, isa::bipartite_propagate, isa::info_nce, isa::knn}
+  {#isa,          supported, isa::incidence_product,  isa::hypergraph_conv, isa::bipartite_propagate, \
+   isa::info_nce, isa::item_cross_entropy, isa::knn}
 
 HELLM_DECLARE_KERNELS(portable)
 #if defined(HELLM_X86)

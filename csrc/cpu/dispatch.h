@@ -3,6 +3,7 @@
 
 #include "../hypergraph_conv.h"
 #include "../info_nce.h"
+#include "../item_cross_entropy.h"
 #include "../knn.h"
 
 namespace hellm::cpu {
@@ -14,6 +15,7 @@ struct Kernels {
   void (*hypergraph_conv)(const HypergraphConvArguments&);
   void (*bipartite_propagate)(const BipartitePropagateArguments&);
   void (*info_nce)(const InfoNceArguments&);
+  void (*item_cross_entropy)(const ItemCrossEntropyArguments&);
   void (*knn)(const KnnArguments&);
 };
 

@@ -152,12 +152,13 @@ inline void store_as(S* p, Vector<A> v) {
   for (int i = 0; i < kLanes<A>; ++i) from_float(v[i], p[i]);
 }
 
-// 2^x for x <= about 0; exactly 0 below the smallest normal number. Relative error 2e-7, or 1e-4 when `kShort`.
+// 2^x for x <= about 0; exactly 0 below the smallest normal number, NaN for NaN. Relative error 2e-7, or 1e-4 when
+// `kShort`.
 template <bool kShort>
 inline Vector<float> exp2(Vector<float> x) {
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
   const Vector<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Int normal = x >= -126.0f;
+  const Int normal = ~(x < -126.0f);
   const Vector<float> rounded = x + magic;
   const Vector<float> f = x - (rounded - magic);  // in [-1/2, 1/2]; the polynomials are minimax there
   Vector<float> p;

@@ -16,11 +16,13 @@ from collections.abc import Iterator, Sequence
 __all__ = ["main"]
 
 VERBS = {
+    "run": ("hellm.cli.run", "the whole way, from raw data to recommendations"),
     "data": ("hellm.cli.data", "check, build, convert or make up a data set"),
     "features": ("hellm.cli.features", "encode item texts and pictures with pre-trained encoders"),
     "pretrain": ("hellm.cli.pretrain", "train the graph encoder (stage 1) into a run directory"),
     "sasrec": ("hellm.cli.sasrec", "train the sequence model SASRec into a run directory"),
     "finetune": ("hellm.cli.finetune", "fine-tune a language model that ranks the catalogue (stage 2)"),
+    "ablate": ("hellm.cli.ablate", "what each part of the fine-tuned language model adds, in one table"),
     "evaluate": ("hellm.cli.evaluate", "compare runs and baselines in one table"),
     "recommend": ("hellm.cli.recommend", "recommend to users, to bare histories, or items like an item"),
     "info": ("hellm.cli.info", "what is installed and usable here; --selftest checks the operators"),

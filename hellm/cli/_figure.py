@@ -1,4 +1,4 @@
-"""The picture of the demo."""
+"""Pictures of what the verbs found."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["plot_planted_structure"]
+__all__ = ["plot_ablation", "plot_planted_structure"]
 
 
 def plot_planted_structure(
@@ -63,4 +63,57 @@ def plot_planted_structure(
     )
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, dpi=110, format="png")
+    temporary.replace(path)
+
+
+def plot_ablation(
+    path: Path,
+    labels: Sequence[str],
+    values: Sequence[float],
+    intervals: Sequence[tuple[float, float]],
+    *,
+    metric: str,
+    interval: str,
+    title: str,
+) -> None:
+    """Horizontal bars with intervals, one per row, beside the value of the first row, the full model.
+
+    Args:
+        path: PNG file.
+        labels: of the rows, from the top; the first is the full model.
+        values: [rows] test metric.
+        intervals: [rows] low and high of each value.
+        metric: its name.
+        interval: what the intervals are.
+        title: of the figure.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.6 + 0.42 * len(labels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    # An interval need not hold its value: percentiles of a skewed bootstrap.
+    errors = np.abs(
+        [
+            [value - min(low, value), max(high, value) - value]
+            for value, (low, high) in zip(values, intervals, strict=True)
+        ]
+    ).T
+    colors = ["#b2182b", *["#6b7f99"] * (len(labels) - 1)]
+    axes.barh(
+        range(len(labels)), values, xerr=errors, color=colors, height=0.62, error_kw={"capsize": 3, "ecolor": "0.25"}
+    )
+    axes.axvline(values[0], color="#b2182b", linestyle="--", linewidth=1)
+    right = max(value + error for value, error in zip(values, errors[1], strict=True))
+    for place, value in enumerate(values):
+        difference = "" if place == 0 else f"  ({value - values[0]:+.4f})"
+        axes.text(1.02 * right, place, f"{value:.4f}{difference}", va="center", fontsize=9)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.get_yticklabels()[0].set_fontweight("bold")
+    axes.invert_yaxis()
+    axes.set(xlabel=f"test {metric} with {interval}", xlim=(0, 1.3 * right or 1.0), title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=120, format="png")
     temporary.replace(path)

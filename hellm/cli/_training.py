@@ -12,7 +12,7 @@ from hellm.cli._parser import add_settings, new_parser, parse
 from hellm.cli.data import add_reading_options, reading_options
 from hellm.config import PRESETS, config_from_dict, config_to_dict, load_config
 
-__all__ = ["print_result", "run_training"]
+__all__ = ["parse_settings", "print_result", "run_training", "settings_parser"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -40,15 +40,12 @@ def run_training(
         inputs: name -> help of options for runs of other stages that this one builds on.
     """
     inputs = inputs or {}
-    parser = _parser(verb, description, config_class, inputs)
-    _use_base(parser, argv, config_class)
-    args = parse(parser, argv)
-    values = args.as_dict()
-    config = config_from_dict(config_class, {field.name: values[field.name] for field in fields(config_class)})
+    parser = settings_parser(verb, description, config_class, inputs)
+    args, config = parse_settings(parser, argv, config_class)
     from hellm.data import load_dataset
 
     dataset = load_dataset(args.data, **reading_options(args))
-    runs = {name: values[name] for name in inputs}
+    runs = {name: args[name] for name in inputs}
     if args.dry_run:
         planned = plan(config, dataset, **runs)
         print_json(planned) if args.json else print_plan(planned, dataset)
@@ -63,7 +60,12 @@ def run_training(
     return 0
 
 
-def _parser(verb: str, description: str, config_class: type, inputs: Mapping[str, str]):
+def settings_parser(verb: str, description: str, config_class: type, inputs: Mapping[str, str] | None = None):
+    """The options of a verb that makes run directories, with every setting of `config_class`.
+
+    `inputs` is name -> help of options for runs of other stages.
+    """
+    inputs = inputs or {}
     presets = ", ".join(PRESETS[config_class])
     parser = new_parser(
         verb,
@@ -85,6 +87,14 @@ def _parser(verb: str, description: str, config_class: type, inputs: Mapping[str
     add_reading_options(parser)
     add_settings(parser, config_class)
     return parser
+
+
+def parse_settings(parser, argv: Sequence[str], config_class: type[ConfigT]) -> tuple[Any, ConfigT]:
+    """The options, and the settings among them: preset, config file or resumed run, with single settings on top."""
+    _use_base(parser, argv, config_class)
+    args = parse(parser, argv)
+    values = args.as_dict()
+    return args, config_from_dict(config_class, {field.name: values[field.name] for field in fields(config_class)})
 
 
 def _use_base(parser, argv: Sequence[str], config_class: type) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,26 +12,29 @@ from typing import Any
 
 import numpy as np
 
-from hellm.cli._output import duration, print_json, title
+from hellm.cli._output import duration, print_json
 from hellm.cli._parser import new_parser, parse
+from hellm.cli.run import Stages
+from hellm.config import PRESETS, RunConfig
 
 __all__ = ["run"]
 
 _NUM_GROUPS = 8
-_MADE = {"shop", "built", "run", "planted_structure.png"}
+_MADE = {"shop", "run", "planted_structure.png"}
 
 
 def run(argv: Sequence[str]) -> int:
     parser = new_parser(
         "demo",
         "--out DIR [options]",
-        "Make up a shop in which users like one or two of eight groups of products, then check, build, train, compare "
-        "and recommend, saying at each step which command does it; last, a picture of what was found.",
+        "Make up a shop in which users like one or two of eight groups of products, look at its data, and take it the "
+        "whole way of `hellm run`, saying at each step which command does it; last, a picture of what was found.",
     )
     parser.add_argument("--out", default="demo", metavar="DIR", help="folder for everything that is made")
     parser.add_argument("--num-users", type=int, default=600, metavar="N")
     parser.add_argument("--num-items", type=int, default=240, metavar="N", help="at least 160")
-    parser.add_argument("--max-epochs", type=int, metavar="N", help="fewer is faster; default: that of the preset")
+    parser.add_argument("--max-epochs", type=int, metavar="N", help="of every stage; default: those of the preset")
+    parser.add_argument("--llm", default="smollm2-135m", metavar="NAME", help="language model, or none to leave it out")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--overwrite", action="store_true", help="make the demo anew where it is already")
     parser.add_argument("--json", action="store_true", help="end with the comparison as one line of JSON")
@@ -44,10 +48,16 @@ def run(argv: Sequence[str]) -> int:
     if foreign:
         raise FileExistsError(f"{out} holds {foreign[0]!r}, which no demo made, so nothing there is overwritten")
     started = time.perf_counter()
-    dataset = _prepare(out, args)
-    _train(out, dataset, args)
-    comparison = _compare(out, dataset)
-    measured = _show_recommendations(out)
+    _make_shop(out, args)
+    stages = Stages(out / "run", _config(args), overwrite=args.overwrite)
+    stages.prepare(lambda: _load(out / "shop"))
+    with _same_threads():
+        stages.train()
+    comparison = stages.compare()
+    print("recall@10: the share of users whose held-out purchase is among the first 10 of their list.")
+    measured = _measure(stages)
+    stages.recommend(measured["shown"])
+    _say(measured["shares"])
     _picture(out, measured)
     print(f"\nDone in {duration(time.perf_counter() - started)}. Next, with your own data: put events.csv (user, item,")
     print("timestamp), items.csv (item, title, image) and images/ into a folder; start with `hellm data check FOLDER`.")
@@ -56,16 +66,12 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _step(number: int, text: str, command: str) -> None:
-    print(f"\n[{number}/6] {text}\n      $ {command}", flush=True)
+def _make_shop(out: Path, args) -> None:
+    from hellm.cli.data import print_report
+    from hellm.data import check_dataset, write_sample_shop
 
-
-def _prepare(out: Path, args):
-    from hellm.cli.data import print_report, summary
-    from hellm.data import check_dataset, load_dataset, save_dataset, write_sample_shop
-
-    shop, built = out / "shop", out / "built"
-    _step(1, "Make up a shop: purchases, titles and pictures.", f"hellm data sample {shop}")
+    shop = out / "shop"
+    print(f"\nMake up a shop: purchases, titles and pictures.\n    $ hellm data sample {shop}", flush=True)
     write_sample_shop(
         shop,
         num_users=args.num_users,
@@ -74,35 +80,31 @@ def _prepare(out: Path, args):
         seed=args.seed,
         overwrite=args.overwrite,
     )
-    dataset = load_dataset(shop)
     print(f"{args.num_users} users buy from {args.num_items} products, mostly from one or two of {_NUM_GROUPS} groups.")
     print("The groups show in titles and pictures, but nobody tells them to the model.")
-    _step(2, "Look at the data before using them.", f"hellm data check {shop}")
-    print_report(check_dataset(dataset))
-    _step(3, "Turn titles and pictures into numbers, and hold out purchases.", f"hellm data build {shop} {built}")
-    save_dataset(dataset, built, overwrite=args.overwrite)
-    print(summary(dataset))
-    print("Of each user the last purchase is kept for the test and the one before for validation.")
-    return dataset
+    print(f"\nLook at the data before using them.\n    $ hellm data check {shop}", flush=True)
+    print_report(check_dataset(_load(shop)))
 
 
-def _train(out: Path, dataset, args) -> None:
-    from hellm.cli.pretrain import print_result
-    from hellm.config import PRESETS, PretrainConfig
-    from hellm.evaluate import evaluate_dataset
-    from hellm.training.pretrain import pretrain
+def _load(shop: Path):
+    from hellm.data import load_dataset
 
-    folder = out / "run"
-    command = f"hellm pretrain --data {out / 'built'} --preset demo --seed {args.seed} --num-threads 1 --out {folder}"
-    _step(4, "Train the hypergraph recommender.", command)
-    # So few numbers are fastest on one thread, and others may be using the machine.
-    config = replace(PRESETS[PretrainConfig]["demo"], seed=args.seed, num_threads=1, tensorboard=False)
-    if args.max_epochs is not None:
-        config = replace(config, max_epochs=args.max_epochs)
-    with _same_threads():
-        result = pretrain(config, dataset, folder, evaluate=evaluate_dataset, overwrite=args.overwrite)
-    print_result(result, folder, metrics=("recall@10", "ndcg@10"))
-    print(f"Curves of the training are in {folder / 'curves.png'}.")
+    return load_dataset(shop)
+
+
+def _config(args) -> RunConfig:
+    config = PRESETS[RunConfig]["demo"]
+    stages = {}
+    for name in ("pretrain", "sasrec", "finetune"):
+        changes = {"seed": args.seed, "tensorboard": False}
+        if args.max_epochs is not None:
+            changes["max_epochs"] = args.max_epochs
+        # So few numbers are fastest on one thread, and others may be using the machine.
+        changes["num_threads"] = os.cpu_count() if name == "finetune" else 1
+        stages[name] = replace(getattr(config, name), **changes)
+    if args.llm != "none":
+        stages["finetune"] = replace(stages["finetune"], llm=args.llm)
+    return replace(config, language_model=args.llm != "none", **stages)
 
 
 @contextlib.contextmanager
@@ -116,48 +118,25 @@ def _same_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _compare(out: Path, dataset) -> dict[str, Any]:
-    import importlib.util
-
-    from hellm.cli.evaluate import compare, print_comparison
-
-    models = [str(out / "run"), "popularity"]
-    if importlib.util.find_spec("implicit") is not None:
-        models.append("itemknn")
-    command = f"hellm evaluate {' '.join(models)} --data {out / 'built'} --ks 10"
-    _step(5, "Compare it with simpler recommenders, on purchases none of them has seen.", command)
-    comparison = compare(models, dataset, ks=(10,))
-    print_comparison(comparison)
-    print("recall@10: the share of users whose held-out purchase is among the first 10 of their list.")
-    if "itemknn" not in models:
-        print('ItemKNN is left out, it needs: pip install "hellm[baselines]"')
-    return comparison
-
-
-def _show_recommendations(out: Path) -> dict[str, Any]:
+def _measure(stages: Stages) -> dict[str, Any]:
+    """What the hypergraph recommender found of the groups, and users to show: of one group and of two."""
     from hellm.recommend import Recommender
 
-    recommender = Recommender.load(out / "run")
+    recommender = Recommender.load(stages.path("stage1"))
     group = _groups(recommender)
     shares = _shares(recommender, group)
-    # The first user of one group and the first of two, so that both kinds are seen.
-    users = [next((user for user, own in shares["own"].items() if len(own) == n), None) for n in (1, 2)]
-    users = [user for user in users if user is not None]
-    _step(6, "Recommend.", f"hellm recommend {out / 'run'} --users {' '.join(users)} -k 5")
-    for one in recommender.recommend(users, k=5):
-        print(f"user {one.user} bought")
-        for item in recommender.history(one.user)[-6:]:
-            print(f"    {title(item.item, item.title)}")
-        print("  and is recommended")
-        for item in one:
-            print(f"    {title(item.item, item.title)}")
+    shown = [next((user for user, own in shares["own"].items() if len(own) == n), None) for n in (1, 2)]
     values = {name: float(shares[name]) for name in ("model", "popularity", "chance")}
+    shown = [user for user in shown if user is not None]
+    return {"recommender": recommender, "group": group, "shares": values, "shown": shown}
+
+
+def _say(shares: dict[str, float]) -> None:
     print(
-        f"Over all users, {values['model']:.0%} of the first 10 recommendations are from the groups a user likes; "
-        f"popularity reaches {values['popularity']:.0%}, chance {values['chance']:.0%}."
+        f"Over all users, {shares['model']:.0%} of the first 10 recommendations of stage 1 are from the groups a user "
+        f"likes; popularity reaches {shares['popularity']:.0%}, chance {shares['chance']:.0%}."
     )
     print("(A group counts as liked if it holds at least a quarter of the user's purchases.)")
-    return {"recommender": recommender, "group": group, "shares": values}
 
 
 def _groups(recommender) -> np.ndarray:

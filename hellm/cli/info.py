@@ -44,6 +44,7 @@ def _print(report: dict[str, Any]) -> None:
     print("\nbackends of hellm.ops")
     for backend in report["backends"]:
         state = "usable" if backend["usable"] else f"not usable: {backend['reason']}"
+        state += f" ({backend['note']})" if backend["note"] else ""
         print(f"  {backend['name']:<8} {backend['device']:<5} {state}")
     print("\nextras")
     for extra in report["extras"]:

@@ -124,7 +124,9 @@ class ItemContent:
         )
         value = torch.cat([one.similarities[kept] for kept, one in zip(found, nearest.values(), strict=True)])
         total = torch.zeros(count).index_add_(0, index[0], value)
-        return torch.sparse_coo_tensor(index, value / total[index[0]], (count, len(usable)), check_invariants=True).coalesce()
+        return torch.sparse_coo_tensor(
+            index, value / total[index[0]], (count, len(usable)), check_invariants=True
+        ).coalesce()
 
     def convolve(self, x: Tensor, nearest: Mapping[str, Neighbours]) -> Tensor:
         """What the item hypergraph convolution gives new vertices, up to the length of the rows.

@@ -1,14 +1,27 @@
-"""Which implementation of the operators runs: what is usable here, why the rest is not, and explicit choice."""
+"""Which implementation of the operators runs: what is usable here, why the rest is not, and explicit choice.
+
+Nobody chose: the first of `BACKENDS` that is usable and, on a GPU, has passed the self-test on its architecture.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
-BACKENDS = ("native", "torch")
+import torch
+
+from hellm.ops import _verified
+
+BACKENDS = ("native", "cuda", "nvrtc", "triton", "torch")
+# Those that run on GPUs and are chosen automatically only where their self-test passed.
+GPU_BACKENDS = frozenset({"cuda", "nvrtc", "triton"})
 
 _explicit: contextvars.ContextVar[str | None] = contextvars.ContextVar("hellm_backend", default=None)
 
@@ -23,35 +36,128 @@ def native() -> ModuleType | ImportError:
     return _C
 
 
-def unusable(name: str, device_type: str) -> str | None:
-    """Why backend `name` cannot run on a device type ("cpu", "cuda"); None if it can."""
+@functools.cache
+def triton() -> ModuleType | ImportError:
+    """The Triton kernels, or the error that says why they cannot be loaded."""
+    try:
+        importlib.import_module("triton")
+        return importlib.import_module("hellm.kernels")
+    except ImportError as error:
+        if getattr(error, "name", None) != "hellm.kernels":
+            return error
+    # A source checkout keeps them beside the package.
+    source = Path(__file__).resolve().parents[2] / "kernels" / "__init__.py"
+    if not source.is_file():
+        return ImportError("this installation has no hellm.kernels", name="hellm.kernels")
+    spec = importlib.util.spec_from_file_location("hellm.kernels", source)
+    module = sys.modules["hellm.kernels"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def unusable(name: str, device: torch.device | str) -> str | None:
+    """Why backend `name` cannot run on a device ("cpu", "cuda", "cuda:1"); None if it can."""
     if name == "torch":
         return None
-    if device_type != "cpu":
-        return f"the compiled extension has no {device_type} kernels"
+    return _UNUSABLE[name](torch.device(device))
+
+
+def _native_unusable(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the compiled extension has no {device.type} kernels"
     if isinstance(native(), ImportError):
         return f"the compiled extension hellm._C cannot be loaded: {native()}"
     return None
 
 
-def select(device_type: str) -> str:
-    """Backend that serves a device type: the explicit choice, else the first usable one.
+def _triton_unusable(device: torch.device) -> str | None:
+    if isinstance(triton(), ImportError):
+        return f"Triton cannot be loaded: {triton()}"
+    if device.type == "cpu" and not triton().INTERPRETED:
+        return "Triton needs a GPU; its interpreter runs on the CPU where TRITON_INTERPRET=1 was set before the start"
+    return _too_old(device)
+
+
+def _cuda_unusable(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip:
+        return "the CUDA kernels need an NVIDIA GPU"
+    if isinstance(native(), ImportError):
+        return f"the compiled extension hellm._C cannot be loaded: {native()}"
+    if not native().cuda_architectures():
+        return "the extension was built without GPU kernels; building it where nvcc is, with HELLM_CUDA=ON, adds them"
+    return _too_old(device)
+
+
+def _nvrtc_unusable(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip:
+        return "the CUDA kernels need an NVIDIA GPU"
+    if isinstance(native(), ImportError):
+        return f"the launch plans are in the compiled extension hellm._C, which cannot be loaded: {native()}"
+    if importlib.util.find_spec("cupy") is None:
+        return 'CuPy, which compiles the kernels at first use, is not installed: pip install "hellm[cuda]"'
+    return _too_old(device)
+
+
+_UNUSABLE: dict[str, Callable[[torch.device], str | None]] = {
+    "native": _native_unusable,
+    "cuda": _cuda_unusable,
+    "nvrtc": _nvrtc_unusable,
+    "triton": _triton_unusable,
+}
+
+
+def _too_old(device: torch.device) -> str | None:
+    """Why a GPU is too old for the kernels; None if it is not, or there is none to ask."""
+    found = architecture(device)
+    if found is None or torch.version.hip or int(found.removeprefix("sm_")) >= 80:
+        return None
+    return f"the kernels need compute capability sm_80 or newer, {device} has {found}"
+
+
+@functools.cache
+def architecture(device: torch.device) -> str | None:
+    """ "sm_90" for a GPU of compute capability 9.0; None for another device, or where torch sees no GPU."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def untested(name: str, device: torch.device | str) -> str | None:
+    """Why backend `name` is never chosen automatically on a device, though it may be usable; None if it may be."""
+    if name not in GPU_BACKENDS:
+        return None
+    device = torch.device(device)
+    if device.type == "cpu":
+        return "on the CPU it serves tests"
+    found = architecture(device)
+    if found is None:
+        return "untested on a GPU"
+    if _verified.passed(name, found):
+        return None
+    return f"untested on {found}: used when asked for by name, or once `hellm info --selftest` has passed here"
+
+
+def select(device: torch.device | str) -> str:
+    """Backend that serves a device: the explicit choice, else the first usable one that may be chosen.
 
     Raises:
         RuntimeError: the explicitly chosen backend cannot run there.
     """
     chosen = _explicit.get()
     if chosen is None:
-        return next(name for name in BACKENDS if unusable(name, device_type) is None)
-    reason = unusable(chosen, device_type)
+        return next(name for name in BACKENDS if untested(name, device) is None and unusable(name, device) is None)
+    reason = unusable(chosen, device)
     if reason is not None:
-        raise RuntimeError(f"backend {chosen!r} cannot run on {device_type}: {reason}; see `hellm info`")
+        raise RuntimeError(f"backend {chosen!r} cannot run on {device}: {reason}; see `hellm info`")
     return chosen
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Use one backend inside the block: "native" (compiled) or "torch" (the reference in plain torch).
+    """Use one backend inside the block: a name of `BACKENDS`.
+
+    "native" is compiled for the CPU; "cuda" (compiled by nvcc), "nvrtc" (the same text, compiled by CuPy at first use)
+    and "triton" run on GPUs; "torch" is the definition in plain torch.
 
     Raises:
         ValueError: an unknown name.

@@ -6,25 +6,47 @@ Arguments are checked in `hellm.ops`; nothing is checked twice here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hellm.ops import _backends, _native, reference
+from hellm.ops import _backends, _gpu, _native, _nvrtc, _triton, reference
 
 _library = torch.library.Library("hellm", "DEF")
 _AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 
 
-def _define(schema: str, native: Callable, plain: Callable, fake: Callable, autocast: torch.dtype | None) -> None:
-    """Define one operator; `autocast` is the dtype it runs in under autocast, None the one autocast is set to."""
+# Backend -> its implementation of every operator, under the same names with the same arguments.
+_IMPLEMENTATIONS: dict[str, Any] = {
+    "native": _native,
+    "cuda": _gpu.Gpu(_gpu.launch_compiled),
+    "nvrtc": _gpu.Gpu(_nvrtc.launch),
+    "triton": _triton,
+    "torch": SimpleNamespace(
+        incidence_product=reference.incidence_product,
+        hypergraph_conv=reference.hypergraph_conv,
+        bipartite_propagate=reference.bipartite_propagate,
+        info_nce=reference.info_nce_with_gradients,
+        item_cross_entropy=reference.item_cross_entropy_with_gradients,
+        knn=lambda x, k: reference.knn(x.to(_loss_dtype(x)), k),
+    ),
+}
+
+
+def _define(schema: str, kernel_of: Callable[[Any], Callable], fake: Callable, autocast: torch.dtype | None) -> None:
+    """Define one operator from what it is in each implementation.
+
+    `autocast` is the dtype it runs in under autocast, None the one autocast is set to.
+    """
     name = schema[: schema.index("(")]
     _library.define(schema)
-    implementations = {"native": native, "torch": plain}
+    kernels = {backend: kernel_of(implementation) for backend, implementation in _IMPLEMENTATIONS.items()}
 
     def kernel(*args):
-        device_type = next(a.device.type for a in args if isinstance(a, Tensor))
-        return implementations[_backends.select(device_type)](*args)
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        return kernels[_backends.select(device)](*args)
 
     for key in ("CPU", "CUDA"):
         _library.impl(name, kernel, key)
@@ -57,8 +79,7 @@ def _incidence_product_fake(x, indptr, indices, values, *transposed):
 _define(
     "incidence_product(Tensor x, Tensor indptr, Tensor indices, Tensor? values,"
     " Tensor t_indptr, Tensor t_indices, Tensor? t_values) -> Tensor",
-    lambda x, indptr, indices, values, *_: _native.incidence_product(x, indptr, indices, values),
-    lambda x, indptr, indices, values, *_: reference.incidence_product(x, indptr, indices, values),
+    lambda ops: lambda x, indptr, indices, values, *_: ops.incidence_product(x, indptr, indices, values),
     _incidence_product_fake,
     autocast=None,
 )
@@ -81,8 +102,7 @@ _define(
     "hypergraph_conv(Tensor x, Tensor vertex_indptr, Tensor vertex_edges, Tensor? vertex_values, Tensor edge_indptr,"
     " Tensor edge_vertices, Tensor? edge_values, Tensor? in_scale, Tensor? edge_scale, Tensor? out_scale,"
     " Tensor? diagonal, int num_layers) -> Tensor",
-    _native.hypergraph_conv,
-    reference.hypergraph_conv,
+    lambda ops: ops.hypergraph_conv,
     lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     autocast=None,
 )
@@ -143,8 +163,7 @@ torch.library.register_autograd("hellm::hypergraph_conv", _conv_backward, setup_
 _define(
     "bipartite_propagate(Tensor user_x, Tensor item_x, Tensor vertex_indptr, Tensor vertex_edges, Tensor edge_indptr,"
     " Tensor edge_vertices, Tensor user_scale, Tensor item_scale, int num_layers) -> (Tensor, Tensor)",
-    _native.bipartite_propagate,
-    reference.bipartite_propagate,
+    lambda ops: ops.bipartite_propagate,
     lambda user_x, item_x, *_: (user_x.new_empty(user_x.shape), item_x.new_empty(item_x.shape)),
     autocast=None,
 )
@@ -210,8 +229,7 @@ def _info_nce_fake(anchor, positive, temperature, rows, intra_view_negatives, re
 _define(
     "info_nce(Tensor anchor, Tensor positive, Tensor temperature, Tensor? rows, bool intra_view_negatives,"
     " str reduction, str precision, bool compute_grad) -> (Tensor, Tensor, Tensor, Tensor)",
-    _info_nce_with(_native.info_nce),
-    _info_nce_with(reference.info_nce_with_gradients),
+    lambda ops: _info_nce_with(ops.info_nce),
     _info_nce_fake,
     autocast=torch.float32,
 )
@@ -224,8 +242,7 @@ def _info_nce_backward_fake(anchor, positive, temperature, *_):
 _define(
     "info_nce_backward(Tensor anchor, Tensor positive, Tensor temperature, Tensor? rows, Tensor row_grad,"
     " bool intra_view_negatives, str precision) -> (Tensor, Tensor, Tensor)",
-    lambda *args: _native.info_nce(*args)[1:],
-    lambda *args: reference.info_nce_with_gradients(*args)[1:],
+    lambda ops: lambda *args: ops.info_nce(*args)[1:],
     _info_nce_backward_fake,
     autocast=torch.float32,
 )
@@ -260,13 +277,96 @@ def _info_nce_backward(ctx, grad, *_):
 
 torch.library.register_autograd("hellm::info_nce", _info_nce_backward, setup_context=_info_nce_setup, lib=_library)
 
+# ------------------------------------------------------------------------------------------- item cross-entropy
+
+
+def _item_cross_entropy_with(implementation: Callable) -> Callable:
+    """Loss and, for a scalar reduction, the wanted gradients in the same sweep."""
+
+    def kernel(hidden, item_embedding, target, bias, reduction, hidden_grad, items_grad):
+        wanted = (hidden_grad or items_grad) and reduction != "none"
+        row_grad = _row_grad(hidden.shape[0], hidden, reduction) if wanted else None
+        row_loss, *grads = implementation(hidden, item_embedding, target, bias, row_grad, hidden_grad, items_grad)
+        return _reduce(row_loss, reduction), *grads
+
+    return kernel
+
+
+def _item_cross_entropy_gradient_shapes(hidden, item_embedding, bias, hidden_grad, items_grad):
+    grad_items = item_embedding.new_empty(item_embedding.shape if items_grad else 0)
+    if bias is None:
+        grad_bias = hidden.new_empty(0, dtype=_loss_dtype(hidden))
+    else:
+        grad_bias = bias.new_empty(bias.shape if items_grad else 0)
+    return hidden.new_empty(hidden.shape if hidden_grad else 0), grad_items, grad_bias
+
+
+def _item_cross_entropy_fake(hidden, item_embedding, target, bias, reduction, hidden_grad, items_grad):
+    none = reduction == "none"
+    loss = hidden.new_empty((hidden.shape[0],) if none else (), dtype=_loss_dtype(hidden))
+    return loss, *_item_cross_entropy_gradient_shapes(
+        hidden, item_embedding, bias, hidden_grad and not none, items_grad and not none
+    )
+
+
+_define(
+    "item_cross_entropy(Tensor hidden, Tensor item_embedding, Tensor target, Tensor? bias, str reduction,"
+    " bool hidden_grad, bool items_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda ops: _item_cross_entropy_with(ops.item_cross_entropy),
+    _item_cross_entropy_fake,
+    autocast=None,
+)
+
+_define(
+    "item_cross_entropy_backward(Tensor hidden, Tensor item_embedding, Tensor target, Tensor? bias, Tensor row_grad,"
+    " bool hidden_grad, bool items_grad) -> (Tensor, Tensor, Tensor)",
+    lambda ops: lambda *args: ops.item_cross_entropy(*args)[1:],
+    lambda hidden, items, target, bias, row_grad, *need: _item_cross_entropy_gradient_shapes(
+        hidden, items, bias, *need
+    ),
+    autocast=None,
+)
+
+
+def _item_cross_entropy_setup(ctx, inputs, output):
+    hidden, item_embedding, target, bias, ctx.reduction, *ctx.wanted = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(hidden, item_embedding, target, bias, *output[1:])
+
+
+def _item_cross_entropy_backward(ctx, grad, *_):
+    hidden, item_embedding, target, bias, *computed = ctx.saved_tensors
+    need = [ctx.needs_input_grad[place] for place in (0, 1, 3)]
+    if grad is None:
+        return (None,) * 7
+    if torch.is_grad_enabled():
+        # A second derivative is asked for; the fused sweep has none, the definition has.
+        wide = [None if t is None else t.to(_loss_dtype(hidden)) for t in (hidden, item_embedding, bias)]
+        row_loss = reference.item_cross_entropy(*wide[:2], target, wide[2])
+        needed = [t for t, wanted in zip((hidden, item_embedding, bias), need, strict=True) if wanted]
+        found = iter(torch.autograd.grad(_reduce(row_loss, ctx.reduction), needed, grad, create_graph=True))
+        grads = [next(found) if wanted else None for wanted in need]
+    elif ctx.reduction == "none":
+        grads = torch.ops.hellm.item_cross_entropy_backward(
+            hidden, item_embedding, target, bias, grad, need[0], need[1] or need[2]
+        )
+    else:
+        grads = [g * grad.to(g.dtype) for g in computed]
+    grads = [g if wanted else None for g, wanted in zip(grads, need, strict=True)]
+    return *grads[:2], None, grads[2], *[None] * 3
+
+
+torch.library.register_autograd(
+    "hellm::item_cross_entropy", _item_cross_entropy_backward, setup_context=_item_cross_entropy_setup, lib=_library
+)
+
 # ---------------------------------------------------------------------------------------------------------- kNN
 
 
 _define(
     "knn(Tensor x, int k) -> (Tensor, Tensor)",
-    _native.knn,
-    lambda x, k: reference.knn(x.to(_loss_dtype(x)), k),
+    lambda ops: ops.knn,
     lambda x, k: (
         x.new_empty((x.shape[0], k), dtype=torch.int64),
         x.new_empty((x.shape[0], k), dtype=_loss_dtype(x)),

@@ -151,6 +151,34 @@ def info_nce(
     return row_loss, *grads, slope.to(temperature.dtype)
 
 
+def item_cross_entropy(
+    hidden: Tensor,
+    item_embedding: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    row_grad: Tensor | None,
+    hidden_grad: bool,
+    items_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row losses, and the wanted gradients of sum(row_grad * row loss) if `row_grad` is given (else empty tensors)."""
+    hidden, items, target = hidden.contiguous(), item_embedding.contiguous(), target.contiguous()
+    values, row_grad = _like(bias, hidden), _like(row_grad, hidden)
+    num_rows, dim = hidden.shape
+    hidden_grad, items_grad = hidden_grad and row_grad is not None, items_grad and row_grad is not None
+    row_loss = hidden.new_empty(num_rows, dtype=_compute_dtype(hidden))
+    # Without a row nothing would write the gradients of the items.
+    allocate = torch.empty if num_rows else torch.zeros
+    grad_hidden = allocate(hidden.shape if hidden_grad else 0, dtype=hidden.dtype)
+    grad_items = allocate(items.shape if items_grad else 0, dtype=items.dtype)
+    grad_bias = allocate(items.shape[0] if items_grad and bias is not None else 0, dtype=row_loss.dtype)
+    if num_rows:
+        native().item_cross_entropy(
+            *map(_address, (hidden, items, target, values, row_grad, row_loss, grad_hidden, grad_items, grad_bias)),
+            num_rows, items.shape[0], dim, _DTYPE_CODE[hidden.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    return row_loss, grad_hidden, grad_items, grad_bias if bias is None else grad_bias.to(bias.dtype)
+
+
 def knn(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     index = x.new_empty((x.shape[0], k), dtype=torch.int64)

@@ -3,7 +3,7 @@
 Tests compare each backend with these functions in float64, benchmarks use them as a baseline, and they run where
 nothing faster can. Differentiable by autograd, any floating dtype, any device.
 
-V = vertices, M = hyperedges, N = rows, D = columns.
+V = vertices, M = hyperedges, N = rows, I = items, D = columns.
 """
 
 from __future__ import annotations
@@ -95,6 +95,11 @@ def info_nce(
     return F.softplus(torch.logsumexp(logits, 1) - aligned)
 
 
+def item_cross_entropy(hidden: Tensor, item_embedding: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Loss of each row [N]: lse_j(<h_i, e_j> + b_j) - (<h_i, e_t> + b_t), t = target_i. Stores the [N, I] logits."""
+    return F.cross_entropy(F.linear(hidden, item_embedding, bias), target, reduction="none")
+
+
 def knn(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """k nearest rows by cosine, itself included: indices [N, k] int64 and similarities [N, k], descending.
 
@@ -173,3 +178,50 @@ def info_nce_with_gradients(
         tangent = (grad - (grad * unit).sum(1, keepdim=True) * unit) * (inverse_t / norm)
         grads.append(tangent.to(z.dtype))
     return row_loss, *grads, (slope * -(inverse_t**2)).to(temperature.dtype)
+
+
+def item_cross_entropy_with_gradients(
+    hidden: Tensor,
+    item_embedding: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    row_grad: Tensor | None,
+    hidden_grad: bool,
+    items_grad: bool,
+    block_elements: int = 2**24,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`item_cross_entropy` and the gradients of sum(row_grad * loss), by blocks of rows of `block_elements` logits.
+
+    The target's logit stands outside the sum, loss = softplus(lse over the other items - target logit), so that a tiny
+    loss keeps its digits. Gradients that are not wanted are empty; 16-bit inputs are computed in float32.
+    """
+    compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    h, e, b = (None if t is None else t.to(compute) for t in (hidden, item_embedding, bias))
+    hidden_grad, items_grad = hidden_grad and row_grad is not None, items_grad and row_grad is not None
+    row_loss = h.new_empty(h.shape[0])
+    grad_h, grad_e = (t.new_zeros(t.shape if need else 0) for t, need in ((h, hidden_grad), (e, items_grad)))
+    grad_b = e.new_zeros(e.shape[0] if items_grad and b is not None else 0)
+    block = max(1, block_elements // e.shape[0])
+    for start in range(0, h.shape[0], block):
+        chosen = slice(start, start + block)
+        logits = F.linear(h[chosen], e, b)
+        own = (torch.arange(logits.shape[0], device=h.device), target[chosen])
+        aligned = logits[own]
+        logits[own] = float("-inf")
+        top = logits.amax(1).clamp_min(torch.finfo(compute).min)
+        total = logits.sub_(top.unsqueeze(1)).exp_().sum(1)
+        margin = total.log() + top - aligned
+        row_loss[chosen] = torch.logaddexp(margin, torch.zeros_like(margin))
+        if not (hidden_grad or items_grad):
+            continue
+        weight = row_grad[chosen].to(compute) * torch.sigmoid(margin)
+        share = logits.mul_((weight / total.clamp_min(torch.finfo(compute).tiny)).unsqueeze(1))
+        share[own] = -weight
+        if hidden_grad:
+            torch.mm(share, e, out=grad_h[chosen])
+        if items_grad:
+            grad_e.addmm_(share.T, h[chosen])
+            if b is not None:
+                grad_b += share.sum(0)
+    grad_b = grad_b.to(bias.dtype) if bias is not None else grad_b
+    return row_loss, grad_h.to(hidden.dtype), grad_e.to(item_embedding.dtype), grad_b

@@ -100,6 +100,9 @@ def resolve_config(config: PretrainConfig, dataset: Dataset) -> tuple[PretrainCo
     if model.item_hypergraph and model.knn_k > dataset.num_items:
         notes.append(f"model.knn_k {model.knn_k} cut to the {dataset.num_items} items there are")
         model = replace(model, knn_k=dataset.num_items)
+    if config.compat == "official" and config.contrastive_rows is not None:
+        notes.append(f"the published loss runs over all nodes: contrastive_rows {config.contrastive_rows} is not used")
+        config = replace(config, contrastive_rows=None)
     if not (dataset.split == 1).any():
         notes.append("no validation events: trained for max_epochs, the last weights are kept")
     most = dataset.num_items

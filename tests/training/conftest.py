@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tiny_llm import save_tiny_llm
 
+from hellm.config import FinetuneConfig, PretrainConfig, SASRecConfig
 from hellm.data import Dataset, IdMap, ItemFeatures
+
+LOOP = {"ks": (1, 5), "monitor": ("recall@5",), "num_threads": 1, "device": "cpu", "tensorboard": False}
 
 
 def make_dataset(num_users=60, num_items=24, num_blocks=3, seed=0):
@@ -35,3 +39,32 @@ def make_dataset(num_users=60, num_items=24, num_blocks=3, seed=0):
 @pytest.fixture(scope="session")
 def small_dataset():
     return make_dataset()
+
+
+@pytest.fixture(scope="session")
+def llm(tmp_path_factory):
+    """Folder of a tiny random Llama."""
+    return save_tiny_llm(tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture(scope="session")
+def runs(small_dataset, tmp_path_factory):
+    """Finished stage-1 and SASRec runs of the small data set, as the arguments of `finetune`."""
+    from hellm.evaluate import evaluate_dataset, evaluate_histories
+    from hellm.training.pretrain import pretrain
+    from hellm.training.sasrec import train_sasrec
+
+    folder = tmp_path_factory.mktemp("runs")
+    stage_1 = PretrainConfig(learning_rate=0.02, batch_size=32, max_epochs=4, contrastive_rows=None, **LOOP)
+    pretrain(stage_1, small_dataset, folder / "graph", evaluate=evaluate_dataset)
+    sequence = SASRecConfig(
+        embedding_dim=8, num_layers=1, feedforward_dim=16, batch_size=64, learning_rate=0.02, max_epochs=6, **LOOP
+    )
+    train_sasrec(sequence, small_dataset, folder / "sequence", evaluate=evaluate_histories)
+    return {"graph": folder / "graph", "sequence": folder / "sequence"}
+
+
+@pytest.fixture
+def config(llm):
+    """Settings of a fine-tuning of a second."""
+    return FinetuneConfig(llm=str(llm), learning_rate=0.01, batch_tokens=48, max_epochs=3, **LOOP)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from hellm.config import FinetuneConfig, PretrainConfig, SASRecConfig, override_config
+from hellm.config import FinetuneConfig, override_config
 from hellm.data import IdMap
-from hellm.evaluate import HistoryScorer, evaluate_dataset, evaluate_histories
+from hellm.evaluate import HistoryScorer, evaluate_histories
 from hellm.models import RecommenderLLM, SASRec
 from hellm.training import finetune as module
 from hellm.training.finetune import (
@@ -25,54 +25,6 @@ from hellm.training.finetune import (
     rate_schedule,
 )
 from hellm.training.loop import Interrupted
-from hellm.training.pretrain import pretrain
-from hellm.training.sasrec import train_sasrec
-
-QUIET = {"num_threads": 1, "device": "cpu", "tensorboard": False}
-LOOP = {"ks": (1, 5), "monitor": ("recall@5",)} | QUIET
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory):
-    """Folder of a tiny random Llama with a tokenizer of single letters."""
-    import transformers
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("llm")
-    letters = {chr(code): code - 30 for code in range(32, 127)} | {"<s>": 0, "\n": 1}
-    tokenizer = Tokenizer(models.WordLevel(letters, unk_token=" "))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=100,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def runs(small_dataset, tmp_path_factory):
-    """Finished stage-1 and SASRec runs of the small data set, as the arguments of `finetune`."""
-    folder = tmp_path_factory.mktemp("runs")
-    stage_1 = PretrainConfig(learning_rate=0.02, batch_size=32, max_epochs=4, contrastive_rows=None, **LOOP)
-    pretrain(stage_1, small_dataset, folder / "graph", evaluate=evaluate_dataset)
-    sequence = SASRecConfig(
-        embedding_dim=8, num_layers=1, feedforward_dim=16, batch_size=64, learning_rate=0.02, max_epochs=6, **LOOP
-    )
-    train_sasrec(sequence, small_dataset, folder / "sequence", evaluate=evaluate_histories)
-    return {"graph": folder / "graph", "sequence": folder / "sequence"}
-
-
-@pytest.fixture
-def config(llm):
-    return FinetuneConfig(llm=str(llm), learning_rate=0.01, batch_tokens=48, max_epochs=3, **LOOP)
 
 
 def run(config, dataset, out, runs, **options):

@@ -74,6 +74,7 @@ def test_run_directory_is_complete(finished):
     assert {path.name for path in folder.iterdir()} == {
         "checkpoint",
         "config.yaml",
+        "content.safetensors",
         "curves.png",
         "embeddings.safetensors",
         "histories.parquet",
@@ -127,6 +128,7 @@ def test_embeddings_are_float32_tables(finished):
         "item": (24, 8),
         "user_hypergraph": (60, 8),
         "item_hypergraph": (24, 8),
+        "item_hypergraph_source": (24, 8),
         "fold_in_source": (24, 8),
         "fold_in_view": (24, 8),
     }
@@ -190,7 +192,7 @@ def test_finished_run_can_be_prolonged(small_dataset, tmp_path):
 
 def test_run_of_other_settings_or_data_is_not_resumed(finished, small_dataset):
     folder, _, _ = finished
-    with pytest.raises(ValueError, match=r"must keep its settings; temperature was 0.5, got 0.3"):
+    with pytest.raises(ValueError, match=r"must keep its settings; temperature was 0.6, got 0.3"):
         run(changed("max_epochs=20", "temperature=0.3"), small_dataset, folder, resume=True)
     other = replace(small_dataset, items=np.roll(small_dataset.items, 6))
     with pytest.raises(ValueError, match=r"must keep its data"):
@@ -253,6 +255,12 @@ def test_absent_device_is_named(small_dataset):
 def test_large_k_is_cut_to_the_catalogue(small_dataset):
     config, notes = resolve_config(changed("model.knn_k=99"), small_dataset)
     assert config.model.knn_k == 24 and notes == ["model.knn_k 99 cut to the 24 items there are"]
+
+
+def test_official_mode_contrasts_all_nodes(small_dataset):
+    config, notes = resolve_config(changed("compat=official", "contrastive_rows=16"), small_dataset)
+    assert config.contrastive_rows is None
+    assert notes == ["the published loss runs over all nodes: contrastive_rows 16 is not used"]
 
 
 def test_encoder_is_built_from_train_events_and_chosen_features(small_dataset):

@@ -1,0 +1,67 @@
+"""Build hellm._C in the checkout with g++ and nvcc alone: no network, no cmake, kernels for the GPU at hand only."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+_CSRC = ROOT / "csrc"
+# As in CMakeLists.txt.
+_INSTRUCTION_SETS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+}
+_HOST = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp"]
+
+
+def build(capability: tuple[int, int]) -> Path:
+    """Compile everything side by side and put the module into hellm/.
+
+    Raises:
+        RuntimeError: a tool is missing, or a compiler refused (with what it said).
+    """
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        raise RuntimeError("nvcc must be in PATH or /usr/local/cuda/bin")
+    # torch carries pybind11's headers.
+    includes = [f"-I{sysconfig.get_paths()['include']}", f"-I{Path(torch.__file__).parent / 'include'}"]
+    architecture = "{}{}".format(*capability)
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = []
+        for name, flags in _INSTRUCTION_SETS.items():
+            for source in sorted((_CSRC / "cpu").glob("*.cpp")):
+                if source.name != "dispatch.cpp":
+                    jobs.append(["g++", *_HOST, "-ffp-contract=fast", "-fno-math-errno", *flags, f"-DHELLM_ISA={name}"])
+                    jobs[-1] += ["-c", str(source), "-o", f"{folder}/{name}-{source.stem}.o"]
+        for source in (_CSRC / "bindings.cpp", _CSRC / "cpu" / "dispatch.cpp", *sorted((_CSRC / "cuda").glob("*.cpp"))):
+            jobs.append(["g++", *_HOST, "-DHELLM_X86", "-DHELLM_CUDA", *includes, "-c", str(source)])
+            jobs[-1] += ["-o", f"{folder}/host-{source.stem}.o"]
+        for source in sorted((_CSRC / "cuda").glob("*.cu")):
+            target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+            jobs.append([nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", target])
+            jobs[-1] += [f'-DHELLM_CUDA_ARCHITECTURES="{architecture}"', "-c", str(source)]
+            jobs[-1] += ["-o", f"{folder}/cuda-{source.stem}.o"]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, jobs))
+        made = Path(folder) / "_C.so"
+        objects = sorted(str(path) for path in Path(folder).glob("*.o"))
+        _run([nvcc, "-shared", "-Xcompiler", "-fopenmp", "-cudart", "static", *objects, "-o", str(made)])
+        target = ROOT / "hellm" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        shutil.copy(made, target.with_suffix(".new"))
+        target.with_suffix(".new").replace(target)
+    return target
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")

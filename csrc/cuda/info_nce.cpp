@@ -1,0 +1,211 @@
+// Launch plan of InfoNCE: normalise, attention over the negatives, losses, attention with the roles swapped, gradients.
+#include "../info_nce.h"
+
+#include <algorithm>
+
+#include "parameters.cuh"
+#include "plan.h"
+
+namespace hellm::cuda {
+namespace {
+
+constexpr int kBlocksAProcessor = 2;  // of the attention kernel
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Shape {
+  int width, parts, tile_queries, tile_keys;
+  unsigned shared_bytes;
+};
+
+template <int kWidth, int kParts>
+Shape shape() {
+  using Tile = AttentionTile<kWidth, kParts>;
+  return {kWidth, kParts, Tile::kQueries, Tile::kKeys, unsigned(Tile::kSharedBytes)};
+}
+
+Shape shape_of(const InfoNceArguments& a) {
+  const bool both = a.highest_precision;
+  if (a.dim <= 64) return both ? shape<64, 2>() : shape<64, 1>();
+  if (a.dim <= 128) return both ? shape<128, 2>() : shape<128, 1>();
+  if (a.dim <= 256 && !both) return shape<256, 1>();
+  throw std::invalid_argument("dim must be at most " + std::string(both ? "128" : "256") + " on a GPU, got " +
+                              std::to_string(a.dim));
+}
+
+// Consecutive parts of the workspace, each on a boundary of 256 bytes.
+class Workspace {
+ public:
+  explicit Workspace(void* begin) : begin_(static_cast<char*>(begin)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    T* const part = reinterpret_cast<T*>(begin_ + used_);
+    used_ += ceil_div(count * int64_t(sizeof(T)), 256) * 256;
+    return part;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* begin_;
+  int64_t used_ = 0;
+};
+
+struct Plan {
+  Shape shape;
+  int64_t workspace_bytes;
+  bool gradients;
+  int blocks[2];  // of each pass
+  NormalizeParameters normalize{};
+  RowParameters row{};
+  AttentionParameters second{};
+  GradientParameters gradient{};
+};
+
+void tile(AttentionParameters& p, const Shape& shape) {
+  p.tile_queries = shape.tile_queries;
+  p.query_tiles = ceil_div(p.queries, shape.tile_queries);
+  p.key_tiles = ceil_div(p.keys, shape.tile_keys);
+}
+
+int count_blocks(const AttentionParameters& p, int num_processors) {
+  const int64_t units = p.query_tiles * p.query_views * p.key_tiles * p.key_views;
+  return int(std::min<int64_t>(units, int64_t(kBlocksAProcessor) * num_processors));
+}
+
+Plan make_plan(const InfoNceArguments& a) {
+  Plan plan{shape_of(a), 0, a.row_grad != nullptr, {0, 0}};
+  const int64_t n = a.num_keys, r = a.num_rows, width = plan.shape.width;
+  const bool both = plan.shape.parts == 2;
+  if (n >= int64_t(1) << 31) {
+    throw std::invalid_argument("info_nce takes fewer than 2^31 rows, got " + std::to_string(n));
+  }
+  using Bits = unsigned short;
+  Workspace memory(a.workspace);
+
+  NormalizeParameters& normalize = plan.normalize;
+  normalize.x[0] = a.anchor;
+  normalize.x[1] = a.positive;
+  normalize.high = memory.take<Bits>(2 * n * width);
+  normalize.low = both ? memory.take<Bits>(2 * n * width) : nullptr;
+  normalize.inverse_norm = memory.take<float>(2 * n);
+  normalize.weight_maximum = memory.take<unsigned>(1);
+  normalize.rows = n;
+  normalize.dim = a.dim;
+  normalize.width = int(width);
+  normalize.storage = int(a.dtype);
+
+  // Without the anchor's own view only the second half of the unit rows, the positives, are keys.
+  const int64_t skip = a.intra_view_negatives ? 0 : n * width;
+  const auto keys_of = [&](void* halves) { return halves ? static_cast<Bits*>(halves) + skip : nullptr; };
+  AttentionParameters first{};
+  first.query_high = normalize.high;
+  first.query_low = normalize.low;
+  first.query_rows = reinterpret_cast<const int64*>(a.rows);
+  first.key_high = keys_of(normalize.high);
+  first.key_low = keys_of(normalize.low);
+  first.temperature = a.device_temperature;
+  first.weight_maximum = normalize.weight_maximum;
+  first.queries = r;
+  first.query_stride = first.keys = n;
+  first.query_views = 1;
+  first.key_views = a.intra_view_negatives ? 2 : 1;
+  tile(first, plan.shape);
+  first.out[0] = first.out[1] = plan.gradients ? memory.take<float>(r * width) : nullptr;
+  first.maximum = memory.take<float>(r);
+  first.sum = memory.take<float>(r);
+  plan.blocks[0] = count_blocks(first, a.num_processors);
+
+  RowParameters& row = plan.row;
+  AttentionParameters& second = plan.second;
+  if (plan.gradients) {
+    row.weight = memory.take<float>(r);
+    row.key_scale = memory.take<float>(r);
+    row.key_bias = memory.take<float>(r);
+    row.key_high = memory.take<Bits>(r * width);
+    row.key_low = both ? memory.take<Bits>(r * width) : nullptr;
+    second = first;
+    second.query_high = first.key_high;
+    second.query_low = first.key_low;
+    second.query_rows = nullptr;
+    second.queries = n;
+    second.query_views = first.key_views;
+    second.key_high = row.key_high;
+    second.key_low = row.key_low;
+    second.key_rows = reinterpret_cast<const int64*>(a.rows);
+    second.key_scale = row.key_scale;
+    second.key_bias = row.key_bias;
+    second.keys = r;
+    second.key_views = 1;
+    tile(second, plan.shape);
+    plan.blocks[1] = count_blocks(second, a.num_processors);
+    // Where the gradients have the layout of the sums, the sums are put there and replaced row by row.
+    const bool in_place = a.dtype == DType::kFloat32 && a.dim == width;
+    const bool anchor_elsewhere = a.intra_view_negatives && !in_place;
+    float* const anchor = anchor_elsewhere ? memory.take<float>(n * width) : static_cast<float*>(a.grad_anchor);
+    float* const positive = in_place ? static_cast<float*>(a.grad_positive) : memory.take<float>(n * width);
+    second.out[0] = a.intra_view_negatives ? anchor : positive;
+    second.out[1] = positive;
+  }
+  const int64_t slots = 2 * int64_t(std::max(plan.blocks[0], plan.blocks[1])) * plan.shape.tile_queries;
+  first.slot_out = second.slot_out = plan.gradients ? memory.take<float>(slots * width) : nullptr;
+  first.slot_maximum = second.slot_maximum = memory.take<float>(slots);
+  first.slot_sum = second.slot_sum = memory.take<float>(slots);
+  plan.workspace_bytes = memory.used();
+
+  row.attention = first;
+  row.anchor = a.anchor;
+  row.positive = a.positive;
+  row.inverse_norm = normalize.inverse_norm;
+  row.row_grad = static_cast<const float*>(a.row_grad);
+  row.row_loss = static_cast<float*>(a.row_loss);
+  row.row_slope = static_cast<float*>(a.row_slope);
+  row.weight_maximum = normalize.weight_maximum;
+  row.num_keys = n;
+  row.rows = r;
+  row.dim = a.dim;
+  row.storage = int(a.dtype);
+  row.blocks = plan.blocks[0];
+
+  GradientParameters& gradient = plan.gradient;
+  gradient.attention = second;
+  gradient.x[0] = a.anchor;
+  gradient.x[1] = a.positive;
+  gradient.grad[0] = a.grad_anchor;
+  gradient.grad[1] = a.grad_positive;
+  gradient.inverse_norm = normalize.inverse_norm;
+  gradient.row_out = first.out[0];
+  gradient.weight = row.weight;
+  gradient.row_order = reinterpret_cast<const int64*>(a.row_order);
+  gradient.row_begin = reinterpret_cast<const int64*>(a.row_begin);
+  gradient.num_keys = n;
+  gradient.dim = a.dim;
+  gradient.storage = int(a.dtype);
+  gradient.blocks = plan.blocks[1];
+  gradient.intra_view_negatives = a.intra_view_negatives;
+  return plan;
+}
+
+}  // namespace
+
+int64_t info_nce_workspace(const InfoNceArguments& a) { return make_plan(a).workspace_bytes; }
+
+void info_nce(const InfoNceArguments& a, const Queue& queue) {
+  const Plan plan = make_plan(a);
+  const std::string width = std::to_string(plan.shape.width), tile = width + ", " + std::to_string(plan.shape.parts);
+  const int64_t warps = kRowThreads / 32;
+  const auto by_row = [&](const char* kernel, int64_t rows, int64_t views, const auto& parameters) {
+    enqueue(queue, kernel + ("<" + width + ">"), ceil_div(rows, warps), views, kRowThreads, 0, parameters);
+  };
+  const auto attend = [&](const char* flags, int pass, const AttentionParameters& parameters) {
+    enqueue(queue, "attention_kernel<" + tile + flags, plan.blocks[pass], 1, AttentionTile<64, 1>::kThreads,
+            plan.shape.shared_bytes, parameters);
+  };
+  by_row("normalize_kernel", a.num_keys, 2, plan.normalize);
+  attend(plan.gradients ? ", true, true>" : ", true, false>", 0, plan.row.attention);
+  by_row("info_nce_row_kernel", a.num_rows, 1, plan.row);
+  if (!plan.gradients) return;
+  attend(", false, true>", 1, plan.second);
+  by_row("info_nce_gradient_kernel", a.num_keys, 2, plan.gradient);
+}
+
+}  // namespace hellm::cuda

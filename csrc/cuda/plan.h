@@ -1,0 +1,47 @@
+// Launch plans: which kernels an operator runs, in which order, on which grids. Plain C++ in every build, so that the
+// same plan drives the kernels nvcc compiled, those NVRTC compiles at first use, and the tests' emulation of both.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+#include "../hypergraph_conv.h"
+#include "../info_nce.h"
+
+namespace hellm::cuda {
+
+// Errors of the arguments end the plan before its first launch.
+struct Launch {
+  std::string kernel;       // as in kernels.h
+  unsigned grid[3];
+  unsigned threads;         // of a block
+  unsigned shared_bytes;    // dynamic shared memory
+  const void* parameters;   // the kernel's only argument, by value
+  std::size_t parameter_bytes;
+};
+
+using Queue = std::function<void(const Launch&)>;
+
+template <typename Parameters>
+void enqueue(const Queue& queue, std::string kernel, int64_t grid_x, int64_t grid_y, unsigned threads,
+             unsigned shared_bytes, const Parameters& parameters) {
+  if (grid_x == 0 || grid_y == 0) return;
+  if (grid_x > 0x7fffffff || grid_y > 0xffff) {
+    throw std::invalid_argument("grid of " + std::to_string(grid_x) + " x " + std::to_string(grid_y) +
+                                " blocks is more than a GPU takes, for " + kernel);
+  }
+  queue({std::move(kernel), {unsigned(grid_x), unsigned(grid_y), 1}, threads, shared_bytes, &parameters,
+         sizeof(Parameters)});
+}
+
+void incidence_product(const IncidenceProductArguments&, const Queue&);
+void hypergraph_conv(const HypergraphConvArguments&, const Queue&);
+void bipartite_propagate(const BipartitePropagateArguments&, const Queue&);
+void info_nce(const InfoNceArguments&, const Queue&);
+
+// Bytes of InfoNceArguments::workspace.
+int64_t info_nce_workspace(const InfoNceArguments&);
+
+}  // namespace hellm::cuda

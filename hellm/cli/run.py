@@ -1,0 +1,260 @@
+"""`hellm run`: from raw data to recommendations in one command."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hellm._files import atomic_path
+from hellm.cli._output import duration, print_json, title
+from hellm.cli._training import parse_settings, settings_parser
+from hellm.cli.data import reading_options, summary
+from hellm.config import RunConfig, config_to_dict, load_config, save_config
+
+__all__ = ["Stages", "run"]
+
+_MADE = ("config.yaml", "data", "stage1", "lightgcn", "sasrec", "llm", "comparison.json", "recommendations.json")
+# Users shown at the end.
+_SHOWN = 3
+
+
+def run(argv: Sequence[str]) -> int:
+    parser = settings_parser(
+        "run",
+        "From raw data to recommendations: item features, stage 1, SASRec, the language model, a comparison with "
+        "simpler recommenders, and sample recommendations with reasons. Every stage leaves a folder in --out, and "
+        "--resume goes on where it stopped.",
+        RunConfig,
+    )
+    args, config = parse_settings(parser, argv, RunConfig)
+    if args.out is None:
+        raise ValueError("missing: --out (the folder to make)")
+    started = time.perf_counter()
+    stages = Stages(Path(args.out), config, resume=args.resume, overwrite=args.overwrite)
+    from hellm.data import load_dataset
+
+    stages.prepare(lambda: load_dataset(args.data, **reading_options(args)))
+    if args.dry_run:
+        print("Nothing was trained (--dry-run); the data with their features are in", stages.path("data"))
+        return 0
+    stages.train()
+    comparison = stages.compare()
+    stages.recommend()
+    print(f"\nDone in {duration(time.perf_counter() - started)}.")
+    if args.json:
+        print_json(comparison)
+    return 0
+
+
+class Stages:
+    """The stages of a run, each with its folder in `out`, each skipped where it is done.
+
+    Args:
+        out: folder of everything.
+        config: settings of all stages.
+        resume: go on with what is there.
+        overwrite: delete what is there.
+    Raises: FileExistsError, something is there and neither is given, or it is no such run; ValueError, both are given,
+        or a resumed run has other settings (those of a stage are checked by the stage).
+    """
+
+    def __init__(self, out: Path, config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> None:
+        if resume and overwrite:
+            raise ValueError("resume and overwrite must not both be given")
+        self.out, self.config, self.dataset, self.number = out, config, None, 0
+        present = sorted(one.name for one in out.iterdir()) if out.is_dir() else []
+        if out.exists() and not out.is_dir():
+            raise FileExistsError(f"{out} is a file; give another --out")
+        if present and not resume:
+            if not overwrite:
+                raise FileExistsError(f"{out} is not empty; resume it, overwrite it, or choose another")
+            if "config.yaml" not in present:
+                raise FileExistsError(f"{out} holds no config.yaml, so it is no run and is not overwritten")
+            _delete([out / name for name in _MADE if name in present])
+        saved = self.path("config.yaml")
+        if saved.is_file():
+            before, now = (config_to_dict(one) for one in (load_config(RunConfig, saved), config))
+            for name in ("text", "image"):
+                if before[name] != now[name]:
+                    raise ValueError(
+                        f"{saved}: a resumed run must keep its encoders; {name} was {before[name]!r}, got {now[name]!r}"
+                    )
+        out.mkdir(parents=True, exist_ok=True)
+        save_config(config, saved)
+
+    @property
+    def final(self) -> str:
+        """Folder of the model that recommends."""
+        return "llm" if self.config.language_model else "sasrec"
+
+    def path(self, name: str) -> Path:
+        return self.out / name
+
+    def prepare(self, load: Callable[[], Any]) -> None:
+        """The data set with its features, in `data/`."""
+        from hellm.data import load_dataset, save_dataset
+
+        folder = self.path("data")
+        self._step(
+            "Read the data, encode texts and pictures, and hold out events.", f"hellm features DATA --out {folder}"
+        )
+        if not folder.is_dir():
+            save_dataset(_with_features(load(), self.config), folder)
+        self.dataset = load_dataset(folder)
+        print(f"{self.dataset.name}: {summary(self.dataset)}")
+        for note in self.dataset.notes:
+            print(f"  note: {note}")
+
+    def train(self) -> None:
+        """Stage 1, the LightGCN baseline, SASRec and, if asked for, the language model."""
+        from hellm.evaluate import evaluate_dataset, evaluate_histories
+        from hellm.training.finetune import finetune
+        from hellm.training.pretrain import pretrain
+        from hellm.training.sasrec import train_sasrec
+
+        config, common = self.config, {"protocol": self.config.protocol, "ks": self._ks()}
+        stage_1 = _with_common(config.pretrain, common)
+        self._train(
+            "stage1", "Train the hypergraph recommender (stage 1).", "pretrain", pretrain, stage_1, evaluate_dataset
+        )
+        if "lightgcn" in config.baselines:
+            model = replace(stage_1.model, backbone="lightgcn", user_hypergraph=False, item_hypergraph=False)
+            baseline = replace(stage_1, model=model)
+            self._train("lightgcn", "Train LightGCN to compare with.", "pretrain", pretrain, baseline, evaluate_dataset)
+        sequence = _with_common(config.sasrec, common)
+        self._train("sasrec", "Train the sequence model SASRec.", "sasrec", train_sasrec, sequence, evaluate_histories)
+        if not config.language_model:
+            return
+        runs = {"graph": self.path("stage1"), "sequence": self.path("sasrec")}
+        self._train(
+            "llm",
+            f"Fine-tune the language model {config.finetune.llm} (stage 2).",
+            "finetune",
+            finetune,
+            _with_common(config.finetune, common),
+            evaluate_histories,
+            **runs,
+        )
+
+    def compare(self) -> dict[str, Any]:
+        """All models on the test split, in one table, and in comparison.json."""
+        from hellm.cli.evaluate import compare, print_comparison
+
+        names = [self.final, "sasrec", "stage1", *(["lightgcn"] if "lightgcn" in self.config.baselines else [])]
+        models = [str(self.path(name)) for name in dict.fromkeys(names)]
+        models += [name for name in self._available_baselines() if name != "lightgcn"]
+        ks = " ".join(map(str, self._ks()))
+        command = (
+            f"hellm evaluate {' '.join(models)} --data {self.path('data')} --protocol {self.config.protocol} --ks {ks}"
+        )
+        self._step("Compare all models on events that none of them has seen.", command)
+        comparison = compare(models, self.dataset, protocol=self.config.protocol, ks=self._ks())
+        print_comparison(comparison)
+        self._write("comparison.json", comparison)
+        return comparison
+
+    def recommend(self, users: Sequence[str] | None = None, k: int = 5) -> list[dict[str, Any]]:
+        """Lists of a few users with reasons, printed and in recommendations.json."""
+        from hellm.recommend import Recommender
+
+        recommender = Recommender.load(self.path(self.final))
+        reasons = Recommender.load(self.path("stage1"))
+        users = list(users or recommender.user_ids.ids[:_SHOWN])
+        command = f"hellm recommend {self.path(self.final)} --users {' '.join(users)} -k {k} --explain"
+        self._step("Recommend.", command)
+        answers = []
+        for one in recommender.recommend(users, k=k):
+            print(f"user {one.user} had")
+            for item in recommender.history(one.user)[-5:]:
+                print(f"    {title(item.item, item.title)}")
+            print("  and is recommended")
+            explained = []
+            for item in one:
+                why = [reason.to_dict() for reason in reasons.explain(item.item, user=one.user, k=1)]
+                print(f"    {title(item.item, item.title)}{_because(why)}")
+                explained.append({"item": item.item, "title": item.title, "score": item.score, "reasons": why})
+            answers.append({"user": one.user, "basis": one.basis, "items": explained})
+        self._write("recommendations.json", answers)
+        return answers
+
+    def _train(self, name: str, text: str, verb: str, train: Callable, config: Any, evaluate: Callable, **runs) -> None:
+        from hellm.cli._training import print_result
+
+        inputs = "".join(f" --{key} {value}" for key, value in runs.items())
+        folder = self.path(name)
+        self._step(
+            text, f"hellm {verb} --data {self.path('data')}{inputs} --config {folder / 'config.yaml'} --out {folder}"
+        )
+        result = train(config, self.dataset, folder, evaluate=evaluate, resume=True, **runs)
+        k = self._ks()[len(self._ks()) // 2]
+        print_result(result, folder, metrics=(f"recall@{k}", f"ndcg@{k}"))
+
+    def _available_baselines(self) -> list[str]:
+        import importlib.util
+
+        if importlib.util.find_spec("implicit") is not None:
+            return list(self.config.baselines)
+        left_out = [name for name in self.config.baselines if name in ("itemknn", "bpr", "als")]
+        if left_out:
+            print(f'{", ".join(left_out)} left out, they need: pip install "hellm[baselines]"')
+        return [name for name in self.config.baselines if name not in left_out]
+
+    def _ks(self) -> tuple[int, ...]:
+        return tuple(sorted(set(self.config.ks)))
+
+    def _step(self, text: str, command: str) -> None:
+        self.number += 1
+        print(f"\n[{self.number}] {text}\n    $ {command}", flush=True)
+
+    def _write(self, name: str, value: Any) -> None:
+        with atomic_path(self.path(name)) as temporary:
+            temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _with_features(dataset: Any, config: RunConfig) -> Any:
+    """The data set with the features that are asked for and not there yet."""
+    from hellm.features import add_features, choose_encoders
+    from hellm.features.cache import default_cache
+
+    encoders = {}
+    for name, encoder in (("text", config.text), ("image", config.image)):
+        kept = encoder == "none" or (encoder == "auto" and name in dataset.item_features and dataset.form != "shop")
+        encoders[name] = None if kept else encoder
+    asked = [name for name in encoders if encoders[name] is not None]
+    if not asked:
+        return dataset
+    try:
+        choose_encoders(dataset, **encoders)
+    except ValueError:
+        if any(encoders[name] != "auto" for name in asked):
+            raise
+        return dataset
+    return add_features(dataset, **encoders, cache=default_cache())
+
+
+def _with_common(config: Any, common: dict[str, Any]) -> Any:
+    """A stage's settings with the list lengths and the protocol of the comparison, what it monitors included."""
+    monitored = {int(name.partition("@")[2]) for name in config.monitor}
+    return replace(config, **common | {"ks": tuple(sorted({*common["ks"], *monitored}))})
+
+
+def _because(reasons: list[dict[str, Any]]) -> str:
+    if not reasons:
+        return ""
+    reason = reasons[0]
+    parts = [f"{reason['shared_users']} bought both"] if reason["shared_users"] else []
+    parts += [
+        f"alike in {name}" for name, link in (reason.get("content") or {}).items() if link and link.get("neighbours")
+    ]
+    return f"  (because of {title(reason['item'], reason['title'])}{': ' + ', '.join(parts) if parts else ''})"
+
+
+def _delete(paths: list[Path]) -> None:
+    import shutil
+
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,224 @@
+"""Calls of the CUDA kernels: allocate outputs and workspace, pass addresses, sizes, a dtype code.
+
+The same launch plans drive the kernels that nvcc compiled into the extension ("cuda") and those that NVRTC compiles at
+first use ("nvrtc"). Every method mirrors a function of `hellm.ops.reference`; nothing waits for the device, except
+once for each new hypergraph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from hellm.ops import reference
+from hellm.ops._backends import native
+from hellm.ops._native import _DTYPE_CODE, _address, _compute_dtype, _like
+
+# As in csrc/cuda/parameters.cuh.
+_HUB_CHUNK, _HUB_ENTRIES = 2048, 4096
+# Columns the kernels of info_nce take, by whether products have float32 accuracy.
+_MOST_COLUMNS = {True: 128, False: 256}
+
+_longest_rows: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _longest_row(indptr: Tensor) -> int:
+    """Entries of the longest row of a CSR matrix; asked of the device once for each matrix."""
+    if indptr not in _longest_rows:
+        _longest_rows[indptr] = int(indptr.diff().max()) if indptr.numel() > 1 else 0
+    return _longest_rows[indptr]
+
+
+def launch_compiled(name: str, arguments: tuple[Any, ...], device: torch.device) -> None:
+    """Run a launch plan with the kernels in the extension, on the current stream of a device."""
+    stream = torch.cuda.current_stream(device).cuda_stream
+    getattr(native(), f"cuda_{name}")(*arguments, device.index or 0, stream)
+
+
+def processors_of(device: torch.device) -> int:
+    """Streaming multiprocessors of a device: the work is dealt to two blocks for each."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Gpu:
+    """The operators through one way to run a launch plan.
+
+    Args:
+        launch: (operator, arguments of its plan, device) -> None.
+        processors: device -> streaming multiprocessors.
+    """
+
+    def __init__(
+        self,
+        launch: Callable[[str, tuple[Any, ...], torch.device], None],
+        processors: Callable[[torch.device], int] = processors_of,
+    ) -> None:
+        self._launch, self._processors = launch, processors
+
+    def incidence_product(self, x: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None) -> Tensor:
+        x, values = x.contiguous(), _like(values, x)
+        out = x.new_empty(indptr.numel() - 1, x.shape[1])
+        longest = _longest_row(indptr)
+        hubs = _hub_workspace(x, indices, longest)
+        self._launch(
+            "incidence_product",
+            (*map(_address, (x, indptr, indices, values, out, hubs)),
+             out.shape[0], x.shape[1], indices.numel(), longest, _DTYPE_CODE[x.dtype]),
+            x.device,
+        )  # fmt: skip
+        return out
+
+    def hypergraph_conv(
+        self,
+        x: Tensor,
+        vertex_indptr: Tensor,
+        vertex_edges: Tensor,
+        vertex_values: Tensor | None,
+        edge_indptr: Tensor,
+        edge_vertices: Tensor,
+        edge_values: Tensor | None,
+        in_scale: Tensor | None,
+        edge_scale: Tensor | None,
+        out_scale: Tensor | None,
+        diagonal: Tensor | None,
+        num_layers: int,
+    ) -> Tensor:
+        x = x.contiguous()
+        if num_layers == 0:
+            return x.clone()
+        factors = [_like(t, x) for t in (vertex_values, edge_values, in_scale, edge_scale, out_scale, diagonal)]
+        num_vertices, num_hyperedges, dim = x.shape[0], edge_indptr.numel() - 1, x.shape[1]
+        out = torch.empty_like(x)
+        num_rows = num_hyperedges + (num_vertices if num_layers > 1 else 0)
+        workspace = x.new_empty(num_rows, dim, dtype=_compute_dtype(x))
+        longest = [_longest_row(indptr) for indptr in (vertex_indptr, edge_indptr)]
+        hubs = _hub_workspace(x, vertex_edges, max(longest))
+        tensors = (x, vertex_indptr, vertex_edges, edge_indptr, edge_vertices, *factors, out, workspace, hubs)
+        self._launch(
+            "hypergraph_conv",
+            (*map(_address, tensors),
+             num_vertices, num_hyperedges, dim, vertex_edges.numel(), *longest, num_layers, _DTYPE_CODE[x.dtype]),
+            x.device,
+        )  # fmt: skip
+        return out
+
+    def bipartite_propagate(
+        self,
+        user_x: Tensor,
+        item_x: Tensor,
+        vertex_indptr: Tensor,
+        vertex_edges: Tensor,
+        edge_indptr: Tensor,
+        edge_vertices: Tensor,
+        user_scale: Tensor,
+        item_scale: Tensor,
+        num_layers: int,
+    ) -> tuple[Tensor, Tensor]:
+        user_x, item_x = user_x.contiguous(), item_x.contiguous()
+        if num_layers == 0:
+            return user_x.clone(), item_x.clone()
+        scales = [_like(t, user_x) for t in (user_scale, item_scale)]
+        user_out, item_out = torch.empty_like(user_x), torch.empty_like(item_x)
+        num_users, num_items, dim = user_x.shape[0], item_x.shape[0], user_x.shape[1]
+        # The running layer twice: read and written.
+        workspace = user_x.new_empty(2 * (num_users + num_items), dim, dtype=_compute_dtype(user_x))
+        longest = [_longest_row(indptr) for indptr in (vertex_indptr, edge_indptr)]
+        hubs = _hub_workspace(user_x, vertex_edges, max(longest))
+        csr = (vertex_indptr, vertex_edges, edge_indptr, edge_vertices)
+        self._launch(
+            "bipartite_propagate",
+            (*map(_address, (user_x, item_x, *csr, *scales, user_out, item_out, workspace, hubs)),
+             num_users, num_items, dim, vertex_edges.numel(), *longest, num_layers, _DTYPE_CODE[user_x.dtype]),
+            user_x.device,
+        )  # fmt: skip
+        return user_out, item_out
+
+    def info_nce(
+        self,
+        anchor: Tensor,
+        positive: Tensor,
+        temperature: Tensor,
+        rows: Tensor | None,
+        row_grad: Tensor | None,
+        intra_view_negatives: bool,
+        precision: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """ "high" and "medium" multiply float16 and accumulate float32; "highest" has float32 accuracy.
+
+        float64 rows, and rows wider than 256 columns (128 for "highest"), go to plain torch by blocks.
+        """
+        num_keys, dim = anchor.shape
+        num_rows = num_keys if rows is None else rows.numel()
+        highest = precision == "highest"
+        if anchor.dtype == torch.float64 or dim > _MOST_COLUMNS[highest] or dim == 0 or num_rows == 0:
+            return reference.info_nce_with_gradients(
+                anchor, positive, temperature, rows, row_grad, intra_view_negatives, precision
+            )
+        anchor, positive = anchor.contiguous(), positive.contiguous()
+        rows = None if rows is None else rows.to(torch.int64).contiguous()
+        row_grad, gradients = _like(row_grad, anchor), row_grad is not None
+        on_device = temperature.to(torch.float64)
+        row_order = row_begin = None
+        if rows is not None and gradients:
+            row_order = torch.argsort(rows, stable=True)
+            row_begin = torch.searchsorted(rows[row_order], torch.arange(num_keys + 1, device=rows.device))
+        row_loss = anchor.new_empty(num_rows, dtype=torch.float32)
+        # d loss / d (1 / temperature) of each row, already times row_grad.
+        row_slope = anchor.new_empty(num_rows if gradients else 0, dtype=torch.float32)
+        grads = [torch.empty_like(t) if gradients else t.new_empty(0) for t in (anchor, positive)]
+        settings = (intra_view_negatives, highest, self._processors(anchor.device), _DTYPE_CODE[anchor.dtype])
+        num_bytes = native().info_nce_workspace(num_keys, num_rows, dim, gradients, *settings)
+        workspace = anchor.new_empty(num_bytes, dtype=torch.uint8)
+        tensors = (anchor, positive, rows, row_order, row_begin, row_grad, row_loss, *grads, row_slope, workspace)
+        self._launch(
+            "info_nce",
+            (*map(_address, tensors), num_keys, num_rows, dim, _address(on_device), *settings),
+            anchor.device,
+        )  # fmt: skip
+        if not gradients:
+            return row_loss, *grads, temperature.new_empty(0)
+        slope = -row_slope.sum(dtype=torch.float64) / on_device**2
+        return row_loss, *grads, slope.to(temperature.dtype)
+
+    def item_cross_entropy(self, *arguments):
+        """Matrix products of torch over blocks of rows, as there is no kernel of its own yet."""
+        return reference.item_cross_entropy_with_gradients(*arguments)
+
+    def knn(self, x: Tensor, k: int, *, panel_bytes: int = 2**28) -> tuple[Tensor, Tensor]:
+        """Panels of similarities by torch, as there is no kernel of its own yet; of equals the lower index first.
+
+        Exact to what `torch.get_float32_matmul_precision()` says of products.
+        """
+        present = (x != 0).any(1)
+        unit = reference._unit(x.to(_compute_dtype(x)))
+        panel = max(1, panel_bytes // (max(x.shape[0], 1) * unit.element_size()))
+        found = [
+            _nearest(unit, present, start, min(start + panel, len(unit)), k) for start in range(0, len(unit), panel)
+        ]
+        index, value = (torch.cat(part) for part in zip(*found, strict=True))
+        absent = value == float("-inf")
+        return index.masked_fill(absent, -1), value.masked_fill(absent, 0.0)
+
+
+def _nearest(unit: Tensor, present: Tensor, start: int, stop: int, k: int) -> tuple[Tensor, Tensor]:
+    """The k best columns of some rows of unit unit^T; of equals the first ones, which topk does not promise."""
+    similarity = (unit[start:stop] @ unit.T).masked_fill_(~present, float("-inf"))
+    similarity[~present[start:stop]] = float("-inf")
+    least = similarity.topk(k, dim=1).values[:, -1:]
+    better, equal = similarity > least, similarity == least
+    room = k - better.sum(1, keepdim=True)
+    column = (better | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, k)
+    value, order = similarity.gather(1, column).sort(dim=1, descending=True, stable=True)
+    return column.gather(1, order), value
+
+
+def _hub_workspace(x: Tensor, indices: Tensor, longest_row: int) -> Tensor | None:
+    """Partial sums of rows that the whole grid sums, where there are any."""
+    if longest_row <= _HUB_ENTRIES:
+        return None
+    chunks = -(-indices.numel() // _HUB_CHUNK)
+    return x.new_empty(2 * chunks, x.shape[1], dtype=_compute_dtype(x))

@@ -1,0 +1,60 @@
+"""Ids, rows and histories: what is between the names a caller uses and the rows of the tables."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hellm.data import DataError, IdMap
+
+if TYPE_CHECKING:
+    import polars as pl
+
+__all__ = ["history_lists", "nearest_names", "rows_of", "side_of", "take_rows"]
+
+# Above this many ids the nearest names are looked for among those with the same beginning only.
+_MAX_COMPARED = 20_000
+
+
+def side_of(ids: pl.DataFrame, side: str) -> tuple[IdMap, list[str | None]]:
+    """Ids and titles of one side ("user" or "item") of ids.parquet."""
+    rows = ids.filter(ids["side"] == side).sort("index")
+    return IdMap(rows["id"].to_list()), [title or None for title in rows["title"].to_list()]
+
+
+def rows_of(ids: IdMap, names: Iterable[str], kind: str) -> np.ndarray:
+    """Rows [n] int64 of ids. Raises: DataError, an unknown one, naming the nearest."""
+    names = [str(one) for one in names]
+    for name in names:
+        if name not in ids:
+            nearest = nearest_names(name, ids.ids)
+            hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
+            raise DataError(f"unknown {kind} {name!r} among the {len(ids)} {kind}s of the run{hint}")
+    return ids.indices(names)
+
+
+def nearest_names(name: str, known: Sequence[str]) -> list[str]:
+    """Up to three known names that look like `name`."""
+    if len(known) > _MAX_COMPARED:
+        known = [one for one in known if one[:2] == name[:2]][:_MAX_COMPARED]
+    return difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+
+
+def history_lists(histories: Sequence[str] | Sequence[Sequence[str]]) -> list[list[str]]:
+    """One list of item ids or several, as several. Raises: ValueError, a text."""
+    if isinstance(histories, str):
+        raise ValueError(f"histories must be a list of item ids or of such lists, got the text {histories!r}")
+    lists = list(histories)
+    is_single = not lists or not isinstance(lists[0], (list, tuple, np.ndarray))
+    return [[str(one) for one in history] for history in ([lists] if is_single else lists)]
+
+
+def take_rows(indptr: np.ndarray, items: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The CSR of some rows of a CSR."""
+    count = indptr[rows + 1] - indptr[rows]
+    new = np.concatenate([[0], np.cumsum(count, dtype=np.int64)])
+    place = np.arange(new[-1]) + np.repeat(indptr[rows] - new[:-1], count)
+    return new, items[place]

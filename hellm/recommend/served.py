@@ -1,0 +1,230 @@
+"""The models that a recommender can stand on: each embeds histories, has item keys, takes new items, and saves itself.
+
+U = users, I = items, n = new items, B = histories, D = embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hellm._files import atomic_path
+from hellm.data import DataError
+from hellm.models import FoldIn, SASRec
+from hellm.models.item_content import ItemContent, Neighbours
+
+__all__ = ["NewItems", "ServedGraph", "ServedLLM", "ServedModel", "ServedSASRec", "load_served"]
+
+FILE = "embeddings.safetensors"
+
+
+class NewItems(NamedTuple):
+    """Items that came after training, and where they stand among the others.
+
+    Attributes:
+        features: modality -> [n, dim] float32, as they came.
+        titles: [n].
+        content: Of the items there are.
+        nearest: modality -> their neighbours among those.
+        weights: Of `ItemContent.weights`, over the neighbours that have training events.
+    """
+
+    features: dict[str, Tensor]
+    titles: list[str | None]
+    content: ItemContent
+    nearest: dict[str, Neighbours]
+    weights: Tensor
+
+    def mean(self, table: Tensor) -> Tensor:
+        """[n, D] weighted means of the neighbours' rows of [I, D]."""
+        return (self.weights @ table[: self.weights.shape[1]].float()).to(table)
+
+
+class ServedModel(Protocol):
+    """The score of item i for a history is <query of the history, key of i>.
+
+    Attributes:
+        user: [U, D] trained queries of known users; None for a model that knows histories only.
+        graph_view: [I, D] what the item hypergraph made of the items; None for a model without.
+    """
+
+    user: Tensor | None
+    graph_view: Tensor | None
+
+    def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
+        """Queries [B, D] float32 of histories in time order, given as CSR."""
+        ...
+
+    def item_keys(self) -> Tensor:
+        """[I, D] float32."""
+        ...
+
+    def add(self, new: NewItems) -> None:
+        """Append items. Raises: ValueError, before anything changed, for a model that cannot."""
+        ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+class ServedGraph:
+    """Stage 1. New users are folded in (`hellm.models.FoldIn`), new items take part in the item hypergraph:
+
+        item_v = sum_u w_u (item_u - normalize(view_u)) + normalize(view_v)
+
+    w are the shares of the nearest items by content, so the collaborative part is that of an average neighbour, and
+    view_v is what the trained convolution gives a vertex that has joined its neighbours' hyperedges
+    (`ItemContent.convolve`). Nothing of the other items changes.
+
+    Args:
+        tensors: As in embeddings.safetensors: "user" [U, D], "item" [I, D], "fold_in_source" [I, D], and where the run
+            has them "fold_in_view", "item_hypergraph" and "item_hypergraph_source" [I, D].
+        fold_in_exponent: See `hellm.models.FoldIn`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], fold_in_exponent: float) -> None:
+        self.tensors, self.exponent = dict(tensors), fold_in_exponent
+        self.user = self.tensors["user"]
+
+    @property
+    def graph_view(self) -> Tensor | None:
+        return self.tensors.get("item_hypergraph")
+
+    def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
+        tensors = self.tensors
+        return FoldIn(tensors["fold_in_source"], tensors.get("fold_in_view"), self.exponent).embed(indptr, items)
+
+    def item_keys(self) -> Tensor:
+        return self.tensors["item"]
+
+    def add(self, new: NewItems) -> None:
+        rows, view = {}, self.graph_view
+        for name in ("fold_in_source", "fold_in_view"):
+            if name in self.tensors:
+                rows[name] = new.mean(self.tensors[name])
+        item = self.tensors["item"]
+        if view is None:
+            rows["item"] = new.mean(item)
+        else:
+            source = self.tensors.get("item_hypergraph_source", view)
+            rows["item_hypergraph"] = new.content.convolve(source, new.nearest)
+            rows["item"] = new.mean(item - F.normalize(view, dim=1)) + F.normalize(rows["item_hypergraph"], dim=1)
+        if "item_hypergraph_source" in self.tensors:
+            rows["item_hypergraph_source"] = torch.zeros_like(rows["item"])
+        self.tensors |= {name: torch.cat([self.tensors[name], value]) for name, value in rows.items()}
+
+    def save(self, folder: Path) -> None:
+        _save_tensors(self.tensors, folder, {"fold_in_exponent": str(self.exponent)})
+
+
+class ServedSASRec:
+    """A sequence model. It knows items by their embedding alone, so a new item gets the mean of its neighbours'."""
+
+    user = graph_view = None
+
+    def __init__(self, model: SASRec) -> None:
+        self.model = model
+
+    def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
+        return self.model.embed(indptr, items)
+
+    def item_keys(self) -> Tensor:
+        return self.model.item_keys()
+
+    def add(self, new: NewItems) -> None:
+        self.model = extended_sasrec(self.model, new)
+
+    def save(self, folder: Path) -> None:
+        self.model.save(folder)
+
+
+class ServedLLM:
+    """A language model with tied head: a new item's key is the projection of its rows in the item tables.
+
+    Tables of features take the features themselves; "graph" and "sequence" take the mean of the neighbours' rows, as
+    does a modality that was not given.
+
+    Args:
+        model: `hellm.models.RecommenderLLM`.
+        tables: Its item tables [I, d], in its order.
+    """
+
+    user = graph_view = None
+
+    def __init__(self, model: Any, tables: Mapping[str, Tensor]) -> None:
+        self.model, self.tables = model, dict(tables)
+
+    def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
+        return self.model.embed(indptr, items).cpu()
+
+    def item_keys(self) -> Tensor:
+        return self.model.item_keys().cpu()
+
+    def add(self, new: NewItems) -> None:
+        rows = {name: new.features[name] if name in new.features else new.mean(x) for name, x in self.tables.items()}
+        widths = {name: (x.shape[1], rows[name].shape[1]) for name, x in self.tables.items()}
+        for name, (width, given) in widths.items():
+            if width != given:
+                raise ValueError(f"features[{name!r}] must be {width} wide like the item table, got {given}")
+        sequence = self.model.sequence_model
+        sequence = None if sequence is None else extended_sasrec(sequence, new)
+        self.model.add_items(rows, new.titles, sequence_model=sequence)
+        self.tables = {name: torch.cat([self.tables[name], rows[name]]) for name in self.tables}
+
+    def save(self, folder: Path) -> None:
+        _save_tensors(self.tables, folder, {"order": ",".join(self.tables)})
+        if self.model.sequence_model is not None:
+            (folder / "sequence_model").mkdir()
+            self.model.sequence_model.save(folder / "sequence_model")
+        self.model.save_pretrained(folder / "model")
+
+
+def load_served(folder: Path, titles: list[str | None]) -> ServedModel:
+    """The model of a run directory, or of what `Recommender.save` wrote, whichever of the three it is.
+
+    Raises: DataError, a file of none of them. SafetensorError, a damaged one.
+    """
+    from safetensors import safe_open
+
+    with safe_open(folder / FILE, framework="pt") as file:
+        metadata = file.metadata() or {}
+        # A copy is aligned, so that sums come out to the last bit as before.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    if "sasrec" in metadata:
+        return ServedSASRec(SASRec.load(folder))
+    if "fold_in_exponent" in metadata:
+        return ServedGraph(tensors, float(metadata["fold_in_exponent"]))
+    if not (folder / "model").is_dir():
+        raise DataError(f"{folder / FILE}: must be of a stage-1, SASRec or fine-tuning run, got {', '.join(tensors)}")
+    return _load_llm(folder, tensors, metadata, titles)
+
+
+def _load_llm(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str], titles: list) -> ServedLLM:
+    from hellm.models import RecommenderLLM
+
+    tables = {name: tensors[name] for name in metadata["order"].split(",")}
+    sequence = SASRec.load(folder / "sequence_model") if (folder / "sequence_model").is_dir() else None
+    model = RecommenderLLM.from_pretrained(
+        folder / "model", item_embeddings=tables, item_titles=titles, sequence_model=sequence
+    )
+    return ServedLLM(model, tables)
+
+
+def extended_sasrec(model: SASRec, new: NewItems) -> SASRec:
+    """A copy with more items."""
+    table = model.item_embedding.weight.detach()
+    table = torch.cat([table, new.mean(table)])
+    other = SASRec(**(model.settings | {"num_items": len(table)}))
+    other.load_state_dict(model.state_dict() | {"item_embedding.weight": table})
+    return other.to(model.device).eval()
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], folder: Path, metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    with atomic_path(folder / FILE) as temporary:
+        save_file({name: one.contiguous().clone() for name, one in tensors.items()}, temporary, metadata=metadata)

@@ -1,0 +1,17 @@
+"""Triton kernels of hellm.ops. They need torch and triton and nothing else of the package.
+
+Launchers take contiguous tensors of one device, in the order of the C++ launchers (csrc/<op>.h), without the sizes and
+the dtype code that tensors carry. They run on torch's current stream, do not synchronise and check nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+
+from . import hypergraph_conv, info_nce, item_cross_entropy
+from .softmax_passes import WIDEST
+
+__all__ = ["INTERPRETED", "WIDEST", "hypergraph_conv", "info_nce", "item_cross_entropy"]
+
+# Under TRITON_INTERPRET=1, set before Triton is imported, kernels run on the CPU: for tests.
+INTERPRETED = not isinstance(hypergraph_conv.gather_kernel, triton.JITFunction)

@@ -1,0 +1,110 @@
+"""Compiling the device code without a GPU: by nvcc, and by the host compiler for the emulated GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from hellm.ops import _backends, _gpu
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+CUDA = CSRC / "cuda"
+ARCHITECTURES = ("80", "90a", "120")
+SOURCES = ("hypergraph_conv.cu", "info_nce.cu", "launch.cu")
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def _cached(name: str, suffix: str, text: list[Path], command: list[str]) -> tuple[Path, str]:
+    """What a compiler made of some files, and what it said; kept in the temporary folder until the text changes."""
+    digest = hashlib.sha256(repr(command).encode())
+    for path in text:
+        digest.update(path.read_bytes())
+    folder = Path(tempfile.gettempdir()) / "hellm-test-builds"
+    folder.mkdir(exist_ok=True)
+    made = folder / f"{name}-{digest.hexdigest()[:16]}{suffix}"
+    said = made.with_suffix(".log")
+    if not (made.is_file() and said.is_file()):
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            output = Path(temporary) / made.name
+            done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True, cwd=HERE)
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-4000:]}"
+            said.write_text(done.stdout + done.stderr, encoding="utf-8")
+            output.replace(made)
+    return made, said.read_text(encoding="utf-8")
+
+
+def compile_cuda(source: str) -> tuple[Path, str]:
+    """Object of one .cu for all architectures, warnings being errors, and the report of the assembler."""
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    command = [NVCC, "-std=c++17", "-O3", "--threads", "3", "-Werror", "all-warnings", "-Xptxas", "-v", *targets]
+    command += ['-DHELLM_CUDA_ARCHITECTURES="tests"', "-c", str(CUDA / source)]
+    text = [*sorted(CUDA.glob("*.cu*")), *sorted(CUDA.glob("*.h")), *sorted(CSRC.glob("*.h"))]
+    return _cached(Path(source).stem, ".o", text, command)
+
+
+def disassembler() -> str | None:
+    """cuobjdump of the CUDA toolkit or of Triton."""
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None:
+        candidate = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(candidate) if candidate.is_file() else None
+    return found
+
+
+def resources(report: str) -> dict[tuple[str, str], dict[str, int]]:
+    """(kernel, architecture) -> registers, stack bytes, spill bytes, from `ptxas -v`."""
+    found, key = {}, None
+    for line in report.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
+            key = match.groups()
+            found[key] = {}
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            if key is not None:
+                found[key] |= {"stack": int(match[1]), "spills": int(match[2]) + int(match[3])}
+        elif key is not None and (match := re.search(r"Used (\d+) registers", line)):
+            found[key]["registers"] = int(match[1])
+    return found
+
+
+def instructions(object_file: Path) -> dict[tuple[str, str], str]:
+    """(kernel, architecture) -> disassembly."""
+    done = subprocess.run([disassembler(), "-sass", str(object_file)], capture_output=True, text=True, check=True)
+    found: dict[tuple[str, str], str] = {}
+    architecture = ""
+    for part in re.split(r"(?=^\s*Function : |^arch = )", done.stdout, flags=re.MULTILINE):
+        if match := re.match(r"arch = sm_(\w+)", part):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function : (\w+)", part):
+            found[match[1], architecture] = part
+    return found
+
+
+def emulated_gpu() -> _gpu.Gpu:
+    """The kernels' own text on CPU tensors, driven by the extension's launch plans, as a GPU of two processors."""
+    extension = _backends.native()
+    if isinstance(extension, ImportError) or not hasattr(extension, "plan_info_nce"):
+        pytest.skip(f"needs the launch plans of the compiled extension: {extension}")
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler, found neither g++ nor c++")
+    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-include", "emulated_gpu.h", "emulated_gpu.cpp"]
+    text = [HERE / "emulated_gpu.h", HERE / "emulated_gpu.cpp", *sorted(CUDA.glob("*.cu*")), CUDA / "kernels.h"]
+    library = ctypes.CDLL(str(_cached("emulated", ".so", text, command)[0]))
+
+    def launch(name, arguments, device):
+        for kernel, grid, threads, shared_bytes, parameters in getattr(extension, f"plan_{name}")(*arguments):
+            assert grid[2] == 1
+            status = library.launch(kernel.encode(), grid[0], grid[1], threads, shared_bytes, parameters)
+            assert status == 0, f"no kernel {kernel}"
+
+    return _gpu.Gpu(launch, lambda device: 2)

@@ -1,0 +1,178 @@
+"""The device code without a GPU: it compiles for every architecture, keeps to registers, uses wide instructions."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+from pathlib import Path
+
+import cuda_build
+import pytest
+import torch
+
+from hellm.ops import _backends, _gpu, _nvrtc
+
+needs_nvcc = pytest.mark.skipif(cuda_build.NVCC is None, reason="needs nvcc, which is not in PATH")
+HOT = re.compile(r"attention_kernel|gather_kernel|hub_partial_kernel|info_nce_\w+_kernel|normalize_kernel")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", cuda_build.SOURCES)
+def test_compiles_without_warnings_spills_or_stack(source):
+    report = cuda_build.resources(cuda_build.compile_cuda(source)[1])
+    assert report or source == "launch.cu"
+    for (kernel, architecture), used in report.items():
+        assert HOT.search(kernel) or "hub_store_kernel" in kernel
+        assert used["spills"] == 0, f"{kernel} spills on sm_{architecture}"
+        assert used["stack"] == 0, f"{kernel} has a stack frame on sm_{architecture}"
+        # 128 threads of at most 255 registers: two blocks a processor, as the plan counts on.
+        assert used["registers"] <= 255
+
+
+@needs_nvcc
+@pytest.mark.skipif(cuda_build.disassembler() is None, reason="needs cuobjdump, of the CUDA toolkit or of Triton")
+def test_hot_kernels_use_tensor_cores_and_wide_loads():
+    attention = {
+        key: text
+        for key, text in cuda_build.instructions(cuda_build.compile_cuda("info_nce.cu")[0]).items()
+        if "attention_kernel" in key[0]
+    }
+    assert {architecture for _, architecture in attention} == set(cuda_build.ARCHITECTURES)
+    for key, text in attention.items():
+        assert "HMMA.16816.F32" in text, f"no tensor-core product in {key}"
+        assert "LDSM.16.M88.4" in text or "LDSM.16.MT88.4" in text, f"no matrix load in {key}"
+        assert re.search(r"LDGSTS\.E\.(BYPASS\.)?(LTC\w+\.)?128", text), f"no 16-byte copy to shared memory in {key}"
+        assert not re.search(r"\b(LDL|STL)\b", text), f"local memory in {key}"
+    gathers = cuda_build.instructions(cuda_build.compile_cuda("hypergraph_conv.cu")[0])
+    wide = {key: text for key, text in gathers.items() if re.search(r"13gather_kernel\w+Li[248]E", key[0])}
+    assert len(wide) == 4 * len(cuda_build.ARCHITECTURES)
+    for key, text in wide.items():
+        # A batch of four rows is on its way at once.
+        assert len(re.findall(r"LDG\.E\.(LTC\w+\.)?128", text)) >= 4, f"too few 16-byte loads in {key}"
+
+
+@pytest.mark.parametrize("path", sorted(cuda_build.CUDA.glob("*.cuh")), ids=lambda path: path.name)
+def test_device_code_needs_no_host_header(path: Path):
+    text = path.read_text(encoding="utf-8")
+    assert re.findall(r"^\s*#\s*include\s*(.*)$", text, re.MULTILINE) == re.findall(
+        r'^#include ("\w+\.cuh")$', text, re.M
+    )
+    assert not re.search(r"\bstd::|\bINFINITY\b|\bNAN\b|\bu?int\d+_t\b|\bsize_t\b|\bprintf\b", text)
+
+
+@pytest.mark.parametrize("file", sorted(set(_nvrtc.SOURCES.values())))
+def test_the_source_for_nvrtc_is_whole(file):
+    text = _nvrtc.source(file)
+    assert "#include" not in text and "#pragma once" not in text
+    for name in ("struct GatherParameters", "multiply_16x8x16(", "warp_sum("):
+        assert text.count(name) == 1
+
+
+def kernel_names() -> dict[str, list[str]]:
+    """The kernels nvcc compiles, by file of device code."""
+    return {
+        f"{stem}.cuh": re.findall(r"HELLM_KERNEL\((.*)\)", (cuda_build.CUDA / f"{stem}.cu").read_text(encoding="utf-8"))
+        for stem in ("hypergraph_conv", "info_nce")
+    }
+
+
+NVRTC = importlib.util.find_spec("nvidia.cuda_nvrtc") if importlib.util.find_spec("nvidia") else None
+
+
+@pytest.mark.skipif(NVRTC is None, reason="needs the package nvidia-cuda-nvrtc")
+@pytest.mark.parametrize("file", sorted(set(_nvrtc.SOURCES.values())))
+def test_nvrtc_compiles_the_device_code(file):
+    library = ctypes.CDLL(str(next(Path(NVRTC.submodule_search_locations[0]).glob("lib/libnvrtc.so.*"))))
+    program = ctypes.c_void_p()
+    assert library.nvrtcCreateProgram(ctypes.byref(program), _nvrtc.source(file).encode(), b"a.cu", 0, None, None) == 0
+    for name in kernel_names()[file][:2]:
+        assert library.nvrtcAddNameExpression(program, name.encode()) == 0
+    options = (ctypes.c_char_p * 2)(b"--std=c++17", b"--gpu-architecture=sm_80")
+    assert library.nvrtcCompileProgram(program, 2, options) == 0
+
+
+def test_constants_of_the_adapter_are_those_of_the_kernels():
+    text = (cuda_build.CUDA / "parameters.cuh").read_text(encoding="utf-8")
+    constants = {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", text)}
+    assert (constants["kHubChunk"], constants["kHubEntries"]) == (_gpu._HUB_CHUNK, _gpu._HUB_ENTRIES)
+    assert constants["kHubEntries"] >= 2 * constants["kHubChunk"]
+
+
+# Read on GPUs only; everything else comes in the order of the CPU functions, which is that of the Triton launchers.
+GPU_ONLY = {
+    "row_order",
+    "row_begin",
+    "workspace",
+    "hub_workspace",
+    "num_entries",
+    "highest_precision",
+    "num_processors",
+}
+GPU_ONLY |= {"longest_row", "longest_vertex", "longest_edge"}
+
+
+@pytest.mark.parametrize("name", ["incidence_product", "hypergraph_conv", "bipartite_propagate", "info_nce"])
+def test_plans_take_their_arguments_in_the_order_of_the_cpu_functions(name):
+    text = (cuda_build.CSRC / "bindings.cpp").read_text(encoding="utf-8")
+    found = re.findall(rf"^[\w:]+ {name}\((Address[^)]*)\)", text, re.MULTILINE)
+    cpu, gpu = ([part.split()[-1] for part in parameters.split(",")] for parameters in found)
+    assert cpu[-2:] == ["dtype", "num_threads"] and gpu[-1] == "dtype"
+    ours = [parameter for parameter in gpu if parameter not in GPU_ONLY]
+    # A GPU chooses products by "highest", the CPU by "medium".
+    assert ours == [parameter for parameter in cpu if parameter not in GPU_ONLY | {"num_threads", "medium_precision"}]
+
+
+def needs_plans() -> None:
+    extension = _backends.native()
+    if isinstance(extension, ImportError):
+        pytest.skip(f"needs the compiled extension: {extension}")
+
+
+def test_plans_refuse_what_no_gpu_takes():
+    needs_plans()
+    extension = _backends.native()
+    with pytest.raises(ValueError, match="dim must be at most 128 on a GPU, got 200"):
+        extension.info_nce_workspace(10, 10, 200, True, True, True, 132, 0)
+    with pytest.raises(ValueError, match="fewer than 2\\^31 rows, got 2147483648"):
+        extension.info_nce_workspace(2**31, 10, 64, True, True, False, 132, 0)
+    with pytest.raises(ValueError, match="more than a GPU takes, for gather_kernel"):
+        extension.plan_incidence_product(0, 0, 0, 0, 0, 0, 2**40, 4, 0, 0, 0)
+
+
+# What the loss may take besides its inputs and gradients.
+@pytest.mark.parametrize("num_rows", [35_598, 100_000])
+def test_workspace_of_info_nce_is_linear_in_the_rows(num_rows):
+    needs_plans()
+    extra = _backends.native().info_nce_workspace(num_rows, num_rows, 64, True, True, False, 132, 0)
+    assert extra <= 6 * num_rows * 64 * 4
+
+
+def test_offsets_beyond_32_bits_are_kept():
+    needs_plans()
+    ((kernel, grid, threads, shared, parameters),) = _backends.native().plan_incidence_product(
+        16, 32, 48, 0, 64, 0, 2**33, 64, 2**34, 5, 0
+    )
+    assert kernel == "gather_kernel<float, float, 4>"
+    assert grid == (2**33 // 16, 1, 1) and threads == 256 and shared == 0
+    assert (2**33).to_bytes(8, "little") in parameters and (2**34).to_bytes(8, "little") in parameters
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_launch_without_a_driver_says_so():
+    needs_plans()
+    extension = _backends.native()
+    if not extension.cuda_architectures():
+        pytest.skip("needs an extension built with HELLM_CUDA=ON")
+    with pytest.raises(RuntimeError, match=r"CUDA error \d+ at cudaSetDevice.*needs an NVIDIA driver"):
+        extension.cuda_incidence_product(16, 32, 48, 0, 64, 0, 1, 4, 1, 1, 0, 0, 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("name", ["cuda", "nvrtc"])
+def test_the_backends_say_why_they_cannot_run(name):
+    assert "need an NVIDIA GPU" in _backends.unusable(name, "cpu")
+    from hellm import ops
+
+    with ops.backend(name), pytest.raises(RuntimeError, match=f"backend '{name}' cannot run on cpu"):
+        ops.info_nce(torch.ones(3, 4), torch.ones(3, 4))

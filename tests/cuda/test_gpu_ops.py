@@ -1,0 +1,166 @@
+"""Every usable backend on a GPU against float64: outputs, gradients, bits, large sizes, bad devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import DTYPES, GRAPH_CASES, GraphCase, assert_same_bits, assert_within_budget, outputs_and_gradients, rows
+
+from hellm import Hypergraph, ops
+from hellm.ops import _backends
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none"),
+]
+
+BACKENDS = [name for name in _backends.BACKENDS if name != "native"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest):
+    """Asked for by name, as what was never verified is not chosen automatically."""
+    reason = _backends.unusable(request.param, "cuda")
+    if reason is not None:
+        pytest.skip(reason)
+    with ops.backend(request.param):
+        yield request.param
+
+
+def check(function, inputs, *, factor=4.0, slack=0.0):
+    """On the device against float64 on the CPU, with what plain torch loses in the same dtype as the budget."""
+
+    def run(device, dtype, name):
+        leaves = [x.to(device=device, dtype=dtype or x.dtype) for x in inputs]
+        with ops.backend(name):
+            return [t.cpu() for t in outputs_and_gradients(lambda *given: function(device, *given), leaves)]
+
+    explicit = _backends._explicit.get()
+    truth, baseline = run("cpu", torch.float64, "torch"), run("cpu", None, "torch")
+    found, again = run("cuda", None, explicit), run("cuda", None, explicit)
+    if explicit != "torch":
+        assert_same_bits(found, again)
+    if slack:
+        for true, value in zip(truth, found, strict=True):
+            assert float((true - value.double()).abs().max()) <= slack * float(true.abs().max())
+    else:
+        assert_within_budget(truth, baseline, found, factor=factor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", GRAPH_CASES)
+def test_sparse_products(backend, case: GraphCase, dtype):
+    graphs = {device: case.build().to(device) for device in ("cpu", "cuda")}
+    x = rows(graphs["cpu"].num_vertices, case.dim, dtype=dtype)
+    y = rows(graphs["cpu"].num_hyperedges, case.dim, dtype=dtype, seed=1)
+    check(lambda device, y: ops.incidence_product(y, graphs[device]), [y])
+    for layers in (1, 3):
+        check(lambda device, x, n=layers: ops.hypergraph_conv(x, graphs[device], self_loops=False, num_layers=n), [x])
+    if graphs["cpu"].vertex_values is None:
+        check(lambda device, x, y: ops.bipartite_propagate(x, y, graphs[device], num_layers=2), [x, y])
+
+
+def test_hubs(backend):
+    vertex = torch.cat([torch.arange(60_000), torch.arange(500), torch.randint(60_000, (5000,))])
+    edge = torch.cat([torch.zeros(60_000), torch.ones(500), torch.randint(2, 900, (5000,)).float()]).long()
+    graph = Hypergraph(torch.stack([vertex, edge]), num_vertices=60_000, num_hyperedges=900)
+    graphs = {"cpu": graph, "cuda": graph.to("cuda")}
+    # A sum of 60,000 terms in another order.
+    check(lambda device, x: ops.hypergraph_conv(x, graphs[device]), [rows(60_000, 64)], factor=16.0)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("intra", [True, False], ids=["both-views", "one-view"])
+@pytest.mark.parametrize(
+    ("num_rows", "dim", "temperature"), [(1, 3, 0.2), (63, 64, 0.05), (257, 67, 0.2), (1000, 128, 0.5), (300, 200, 0.2)]
+)
+def test_info_nce(backend, precision, reduction, intra, num_rows, dim, temperature):
+    anchor = rows(num_rows, dim)
+    positive = anchor + rows(num_rows, dim, seed=1)
+    t = torch.tensor(temperature)
+    tolerance = {"highest": 0.0, "high": 2**-9 / temperature, "medium": 2**-6 / temperature}[precision]
+    check(
+        lambda device, a, p, t: ops.info_nce(
+            a, p, t, intra_view_negatives=intra, reduction=reduction, precision=precision
+        ),
+        [anchor, positive, t],
+        factor=8.0,
+        slack=0.0 if num_rows == 1 else tolerance,
+    )
+
+
+def test_info_nce_of_chosen_rows_that_repeat(backend):
+    chosen = torch.tensor([5, 1, 5, 80, 99, 5, 0])
+    anchor = rows(100, 64)
+    check(
+        lambda device, a, p: ops.info_nce(a, p, rows=chosen.to(device), precision="highest"),
+        [anchor, rows(100, 64, seed=1)],
+        factor=8.0,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_item_cross_entropy(backend, dtype):
+    hidden, items = rows(130, 64, dtype=dtype), rows(257, 64, dtype=dtype, seed=1)
+    target = torch.randint(257, (130,), generator=torch.Generator().manual_seed(0))
+    check(
+        lambda device, h, e: ops.item_cross_entropy(h, e, target.to(device)),
+        [hidden, items],
+        slack={torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype],
+    )
+
+
+def test_knn(backend):
+    x = rows(400, 33)
+    x[[3, 90]] = x[7].clone()
+    found, expected = ops.knn(x.cuda(), 5), None
+    with ops.backend("torch"):
+        expected = ops.knn(x.double(), 5)
+    assert torch.allclose(found[1].cpu().double(), expected[1], atol=1e-5)
+
+
+def test_offsets_beyond_32_bits(backend):
+    """2^31 elements and more: the last rows must be those that were meant."""
+    dim, num_vertices = 64, 2**31 // 64 + 1000
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GiB of device memory")
+    if backend == "torch":
+        pytest.skip("the definition gathers into more memory than there is")
+    vertex = torch.tensor([0, num_vertices - 1, num_vertices - 3])
+    graph = Hypergraph(torch.stack([vertex, torch.zeros(3, dtype=torch.int64)]), num_vertices=num_vertices)
+    x = torch.zeros(num_vertices, dim, device="cuda")
+    x[vertex.cuda()] = rows(3, dim).cuda()
+    out = ops.hypergraph_conv(x, graph.to("cuda"), normalization="none", hyperedge_degree=False)
+    assert torch.allclose(out[vertex.cuda()].cpu(), rows(3, dim).sum(0).expand(3, dim), atol=1e-5)
+    assert int((out != 0).any(1).sum()) == 3
+
+
+def test_another_stream_and_a_graph(backend):
+    if backend == "torch":
+        pytest.skip("the definition is not meant for capture")
+    anchor, positive = rows(300, 64).cuda(), rows(300, 64, seed=1).cuda()
+    expected = ops.info_nce(anchor, positive, precision="high")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert torch.equal(ops.info_nce(anchor, positive, precision="high"), expected)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.info_nce(anchor, positive, precision="high")
+    graph.replay()
+    assert torch.equal(captured, expected)
+
+
+def test_devices_may_not_be_mixed(backend):
+    graph = GraphCase(torch.tensor([[0, 1], [0, 0]]), 2, 1, 4).build()
+    with pytest.raises(ValueError, match="hypergraph must be on cuda:0 like x, got cpu"):
+        ops.hypergraph_conv(rows(2, 4).cuda(), graph)
+    with pytest.raises(ValueError, match="positive must be on cuda:0 like anchor, got cpu"):
+        ops.info_nce(rows(2, 4).cuda(), rows(2, 4))
+
+
+def test_what_was_not_verified_here_is_not_chosen_automatically():
+    chosen = _backends.select("cuda")
+    assert chosen == "torch" or _backends.untested(chosen, "cuda") is None
