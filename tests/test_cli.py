@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_llm import save_tiny_llm
 
 from hellm.cli import VERBS, main
 from hellm.cli._output import duration, table
@@ -125,8 +126,7 @@ class TestFrame:
         done = subprocess.run([sys.executable, "-m", "hellm", "pretrian"], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == (
-            "hellm: error: verb must be one of data, pretrain, evaluate, recommend, info, demo, got 'pretrian'; "
-            "did you mean 'pretrain'?\n"
+            f"hellm: error: verb must be one of {', '.join(VERBS)}, got 'pretrian'; did you mean 'pretrain'?\n"
         )
 
     def test_debug_shows_the_traceback(self):
@@ -428,18 +428,59 @@ class TestDemo:
     def test_demo_makes_everything_and_finds_the_structure(self, call, fails, tmp_path):
         out = tmp_path / "demo"
         sizes = ["--num-users", "120", "--num-items", "160", "--max-epochs", "6"]
-        code, text, err = call("demo", "--out", out, *sizes, "--json")
-        assert (code, err) == (0, "")
-        assert all(f"[{step}/6]" in text for step in range(1, 7))
+        code, text, err = call("demo", "--out", out, *sizes, "--llm", save_tiny_llm(tmp_path / "llm"), "--json")
+        assert code == 0, err
+        assert all(f"[{step}]" in text for step in range(1, 8))
         assert (out / "planted_structure.png").read_bytes().startswith(b"\x89PNG")
-        planted = last_json(text)["planted"]
-        assert planted["model"] > 0.6 > 2 * planted["chance"]
-        assert "is recommended" in text and "recall@10" in text
+        result = last_json(text)
+        assert result["planted"]["model"] > 0.6 > 2 * result["planted"]["chance"]
+        compared = [Path(model["name"]).name for model in result["models"]]
+        assert compared == ["llm", "sasrec", "stage1", "lightgcn", "popularity", "itemknn", "bpr"]
+        assert len(result["verdicts"]) == 1 and str(out / "run" / "llm") in result["verdicts"][0]
+        assert "is recommended" in text and "recall@10" in text and "because of" in text
         fails("demo", "--out", out, match="is not empty; give --overwrite or another --out")
         (tmp_path / "file").touch()
         fails("demo", "--out", tmp_path / "file", match="is a file; give another --out")
         (out / "letter.txt").touch()
         fails("demo", "--out", out, "--overwrite", match=r"holds 'letter\.txt', which no demo made")
+
+
+class TestRun:
+    FAST = (
+        *("--preset", "demo", "text=none", "image=none", "language_model=false", "baselines=[popularity]"),
+        *("pretrain.max_epochs=2", "pretrain.num_threads=1", "sasrec.max_epochs=2", "sasrec.num_threads=1"),
+    )
+
+    def test_run_goes_on_where_it_stopped(self, call, shop, tmp_path, monkeypatch):
+        from hellm.training import sasrec
+
+        argv = ["run", "--data", shop, "--out", tmp_path / "run", *self.FAST]
+        with monkeypatch.context() as broken:
+            broken.setattr(sasrec, "train_sasrec", lambda *args, **options: 1 / 0)
+            assert call(*argv)[0] == 1
+        done = (tmp_path / "run" / "stage1" / "result.json").stat().st_mtime_ns
+        code, text, _ = call(*argv, "--resume", "--json")
+        assert code == 0 and (tmp_path / "run" / "stage1" / "result.json").stat().st_mtime_ns == done
+        assert {Path(model["name"]).name for model in last_json(text)["models"]} == {"sasrec", "stage1", "popularity"}
+        answers = json.loads((tmp_path / "run" / "recommendations.json").read_text(encoding="utf-8"))
+        assert len(answers) == 3 and all(len(one["items"]) == 5 for one in answers)
+
+    def test_run_is_careful_with_what_is_there(self, fails, shop, tmp_path):
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "letter.txt").touch()
+        fails("run", "--data", shop, "--out", out, match="is not empty; resume it, overwrite it, or choose another")
+        fails("run", "--data", shop, "--out", out, "--overwrite", match=r"holds no config\.yaml, so it is no run")
+        fails("run", "--data", shop, "--out", out / "letter.txt", match="is a file; give another --out")
+        fails("run", "--data", shop, match="missing: --out")
+        fails("run", "--data", shop, "--out", out, "--resume", "--overwrite", match="must not both be given")
+        fails("run", "--data", shop, "--out", out, "baselines=[magic]", match="baselines must be among .*, got 'magic'")
+        assert [path.name for path in out.iterdir()] == ["letter.txt"]
+
+    def test_resumed_run_keeps_its_encoders(self, call, fails, shop, tmp_path):
+        argv = ["run", "--data", shop, "--out", tmp_path / "run", *self.FAST]
+        assert call(*argv, "--dry-run")[0] == 0
+        fails(*argv, "--resume", "text=minilm", match="must keep its encoders; text was 'none', got 'minilm'")
 
 
 def test_table_aligns_first_column_left():

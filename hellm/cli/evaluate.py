@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,8 +72,9 @@ def compare(
     The last of `ks` of the first of `metrics` decides which is the best; each other one is compared with it on the
     same users by paired bootstrap.
 
-    Returns: plain values: data, split, protocol, best, compared (the deciding metric), and per model its metrics,
-        intervals, users_per_second and difference_to_best.
+    Returns: plain values: data, split, protocol, best, compared (the deciding metric), per model its metrics,
+        intervals, users_per_second and difference_to_best, and a verdict on each language model: whether it beats the
+        best of the others, and at what speed.
     Raises: ValueError, an unknown baseline or metric, or a run of other data.
     """
     from hellm.evaluate import evaluate_dataset, paired_bootstrap
@@ -95,11 +97,19 @@ def compare(
     best = max(models, key=lambda name: results[name].metrics[decisive])
     rows = []
     for name in models:
-        row = {"name": name, "kind": kinds[name], **results[name].to_dict(level=0.95, seed=seed)}
+        row = {"name": name, "kind": kinds[name], "stage": _stage(name, kinds[name])}
+        row |= results[name].to_dict(level=0.95, seed=seed)
         row |= {"users_per_second": speeds[name], "difference_to_best": None}
         if name != best:
             row["difference_to_best"] = vars(paired_bootstrap(results[name], results[best], decisive, seed=seed))
         rows.append(row)
+    others = [row["name"] for row in rows if row["stage"] != "finetune"]
+    rival = max(others, key=lambda name: results[name].metrics[decisive], default=None)
+    verdicts = []
+    for row in rows if rival is not None else ():
+        if row["stage"] == "finetune":
+            difference = paired_bootstrap(results[row["name"]], results[rival], decisive, seed=seed)
+            verdicts.append(_verdict(row["name"], rival, decisive, difference, speeds))
     return {
         "data": dataset.name,
         "fingerprint": dataset.fingerprint,
@@ -112,6 +122,7 @@ def compare(
         "compared": decisive,
         "best": best,
         "models": rows,
+        "verdicts": verdicts,
     }
 
 
@@ -130,6 +141,26 @@ def print_comparison(comparison: dict[str, Any]) -> None:
         rows.append([model["name"], *cells, _difference(model), f"{model['users_per_second']:,.0f}"])
     print(table(("model", *shown, f"{decisive} - best", "users/s"), rows))
     print("± is half the 95% bootstrap interval over users; differences to the best are paired, user by user.")
+    for verdict in comparison["verdicts"]:
+        print(verdict)
+
+
+def _stage(name: str, kind: str) -> str | None:
+    """What made a run, as its result.json says; None for baselines and folders that only serve."""
+    result = Path(name) / "result.json"
+    if kind != "run" or not result.is_file():
+        return None
+    return json.loads(result.read_text(encoding="utf-8")).get("stage")
+
+
+def _verdict(name: str, rival: str, metric: str, difference, speeds: dict[str, float]) -> str:
+    """Whether a language model is worth what it costs, in words."""
+    measured = f"{metric} {difference.difference:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    cost = f"{speeds[name]:,.0f} users/s against {speeds[rival]:,.0f}"
+    if difference.low > 0:
+        return f"The language model {name} is better than {rival} ({measured}), at {cost}."
+    what = "worse than" if difference.high < 0 else "not shown to be better than"
+    return f"The language model {name} is {what} {rival} ({measured}), at {cost}: it does not pay here."
 
 
 def _difference(model: dict[str, Any]) -> str:
@@ -181,8 +212,6 @@ def _run_scorer(path: str, dataset, split: str):
 
 def _split_of_runs(models: Sequence[str]) -> str | None:
     """The split that the named runs were trained on, where they agree; None leaves it to the data."""
-    import json
-
     found = set()
     for name in models:
         result = Path(name) / "result.json"

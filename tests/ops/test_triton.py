@@ -94,7 +94,7 @@ def compiled(kernel, arch: int, pointers: dict[str, str | None], constants: dict
             signature[name] = "constexpr"
             values.setdefault(name, None)
         else:
-            signature[name] = kind if kind == "i32" else f"*{kind}"
+            signature[name] = f"*{kind}" if name in pointers else kind
             if name not in ("num_rows", "num_keys"):
                 hints[(position,)] = [["tt.divisibility", 16]]
     return triton_compile(
