@@ -203,20 +203,33 @@ def _plain(value: object) -> str:
 
 
 def _scale_section(run: dict[str, Any]) -> list[str]:
-    head = ("interactions", "users", "items", "build", "forward", "backward", "us per interaction", "peak memory")
+    head = (
+        "interactions",
+        "users",
+        "items",
+        "build",
+        "forward",
+        "backward",
+        "us per interaction",
+        "forward / gathers",
+        "peak memory",
+    )
     rows = []
     for record in run["sizes"]:
         size = [f"{record[name]:,}" for name in ("num_interactions", "num_users", "num_items")]
         if record["failure"]:
-            rows.append([*size, f"failed: {record['failure']}", "", "", "", ""])
+            rows.append([*size, f"failed: {record['failure']}", "", "", "", "", ""])
             continue
         stages = [record[f"{stage}_seconds"] for stage in ("build", "forward", "backward")]
         each = sum(stages[1:]) / record["num_interactions"]
         peak = f"{record['peak_bytes'] / 1e9:.2f} GB"
-        rows.append([*size, *map(duration, stages), f"{each * 1e6:.3f}", peak])
+        pace = f"{record['forward_seconds'] / record['gather_seconds']:.2f}"
+        rows.append([*size, *map(duration, stages), f"{each * 1e6:.3f}", pace, peak])
     text = (
         "### Scale\n\nBuild the user-item hypergraph, then LightGCN (2 layers) and the user hypergraph convolution "
-        f"(2 layers), forward and backward at width {run['dim']}. Peak memory is that of the whole process.\n\n"
+        f"(2 layers), forward and backward at width {run['dim']}. Peak memory is that of the whole process. Gathers "
+        "are the sums of the forward pass alone by torch's `embedding_bag`, on the same rows in the same process: the "
+        "pace of the machine at that size.\n\n"
     )
     text += markdown_table(head, rows)
     if run["growth"]:

@@ -17,12 +17,17 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks import inputs
 from benchmarks.environment import ROOT, environment, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hellm import Hypergraph
 
 DIM = 64
 MAX_PEAK_BYTES = 8e9
@@ -70,13 +75,32 @@ def run_size(pairs: Path, num_users: int, num_items: int, rounds: int) -> dict[s
         raise FloatingPointError("a gradient is zero or not finite")
     # ru_maxrss is in KiB on Linux.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    gathers = [_gather_seconds(graph, tables[0].detach(), tables[1].detach()) for _ in range(rounds)]
     return {
         "num_incidences": graph.num_incidences,
         "build_seconds": build,
         "forward_seconds": statistics.median(forward),
         "backward_seconds": statistics.median(backward),
+        "gather_seconds": statistics.median(gathers),
         "peak_bytes": peak,
     }
+
+
+def _gather_seconds(graph: Hypergraph, users: Tensor, items: Tensor) -> float:
+    """What torch's `embedding_bag` takes for the sums of the forward pass alone, without scales: the machine's pace.
+
+    Two layers of each operator are four sums over the users of every item, and four over the items of every user.
+    """
+    from torch.nn.functional import embedding_bag
+
+    passes = [(graph.edge_vertices, graph.edge_indptr, users), (graph.vertex_edges, graph.vertex_indptr, items)]
+    seconds = 0.0
+    for indices, indptr, table in passes:
+        offsets = indptr[:-1].to(indices.dtype)
+        started = time.perf_counter()
+        embedding_bag(indices, table, offsets, mode="sum")
+        seconds += time.perf_counter() - started
+    return 4 * seconds
 
 
 def measure_size(size: inputs.Size, rounds: int) -> dict[str, Any]:

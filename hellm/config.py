@@ -204,7 +204,7 @@ class SASRecConfig:
     max_length: int = 50
     dropout: float = 0.5
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     batch_size: int = 2048
     max_epochs: int = 200
     validate_every: int = 2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_llm import save_tiny_llm
+from saved_llm import save_tiny_llm
 
 from hellm.cli import VERBS, main
 from hellm.cli._output import duration, table
@@ -97,7 +97,7 @@ class TestFrame:
     def test_pretrain_help_comes_from_the_config_and_shows_the_preset(self, call):
         _, default, _ = call("pretrain", "--help")
         assert re.search(
-            r"--temperature X\s+of both contrastive losses; smaller is sharper\. \(default: 0\.5\)", default
+            r"--temperature X\s+of both contrastive losses; smaller is sharper\. \(default: 0\.6\)", default
         )
         assert "--model.num_layers X" in default and "--model CONFIG" not in default
         _, toys, _ = call("pretrain", "--preset", "hellm-toys", "--help")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_llm import save_tiny_llm
+from saved_llm import save_tiny_llm
 
 from hellm.cli import main
 from hellm.cli._figure import plot_ablation

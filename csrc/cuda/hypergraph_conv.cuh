@@ -106,17 +106,22 @@ __device__ __forceinline__ int64 row_of_entry(const GatherParameters& p, int64 e
 }
 
 // Grid [chunks, panels]. Slot 2 c holds what chunk c adds to the hub of its first entry, 2 c + 1 to that of its last.
+// Up to 128 registers: left to itself the compiler takes 48 and spills.
 template <typename A, typename X, int kCount>
-__global__ void __launch_bounds__(kGatherThreads) hub_partial_kernel(const GatherParameters p) {
+__global__ void __launch_bounds__(kGatherThreads, 2) hub_partial_kernel(const GatherParameters p) {
   __shared__ A shared[kGatherThreads * kCount];
   const int lanes = p.lanes, group = threadIdx.x / lanes, groups = kGatherThreads / lanes;
   const int64 column = (int64(blockIdx.y) * lanes + threadIdx.x % lanes) * kCount;
   const int64 begin = int64(blockIdx.x) * kHubChunk;
   const int64 end = begin + kHubChunk < p.num_entries ? begin + kHubChunk : p.num_entries;
-  const int64 rows[2] = {row_of_entry(p, begin), row_of_entry(p, end - 1)};
+  int64 previous = -1;
+  // Not unrolled: two copies of the sum would spill.
+#pragma unroll 1
   for (int slot = 0; slot < 2; ++slot) {
-    const int64 row = rows[slot], row_begin = p.indptr[row], row_end = p.indptr[row + 1];
-    if (row_end - row_begin <= kHubEntries || (slot == 1 && row == rows[0])) continue;
+    const int64 row = row_of_entry(p, slot == 0 ? begin : end - 1);
+    const int64 row_begin = p.indptr[row], row_end = p.indptr[row + 1];
+    if (row_end - row_begin <= kHubEntries || row == previous) continue;
+    previous = row;
     const int64 first = row_begin > begin ? row_begin : begin, last = row_end < end ? row_end : end;
     A sum[kCount] = {};
     if (column < p.dim) add_entries<A, X>(p, first + group, last, groups, column, sum);

@@ -65,7 +65,7 @@ def test_device_code_needs_no_host_header(path: Path):
 def test_the_source_for_nvrtc_is_whole(file):
     text = _nvrtc.source(file)
     assert "#include" not in text and "#pragma once" not in text
-    for name in ("struct GatherParameters", "multiply_16x8x16(", "warp_sum("):
+    for name in ("struct GatherParameters", "void multiply_16x8x16(", "float warp_sum("):
         assert text.count(name) == 1
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tiny_llm import save_tiny_llm
+from saved_llm import save_tiny_llm
 
 from hellm.config import FinetuneConfig, PretrainConfig, SASRecConfig
 from hellm.data import Dataset, IdMap, ItemFeatures
