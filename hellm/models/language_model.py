@@ -5,11 +5,14 @@ Only imported when a language model is used; transformers and peft are imported 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +65,9 @@ def load_language_model(
         _require_gguf()
         options["gguf_file"] = gguf_file
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        with _bars_on_terminals_only():
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     except OSError as error:
         raise FileNotFoundError(
             f"language model {str(name)!r} is neither a local folder or .gguf file nor reachable on the hub "
@@ -72,6 +76,16 @@ def load_language_model(
     commit = revision or getattr(model.config, "_commit_hash", None)
     model.hellm_source = {"name": str(name), "revision": commit if on_hub else None}
     return model.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Keeps the progress bars of the loaders out of logs and pipes; they have no setting for that."""
+    if sys.stderr.isatty():
+        yield
+        return
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def language_model_identity(model: nn.Module) -> dict[str, Any]:
