@@ -26,7 +26,7 @@ VERBS = {
     "evaluate": ("hellm.cli.evaluate", "compare runs and baselines in one table"),
     "recommend": ("hellm.cli.recommend", "recommend to users, to bare histories, or items like an item"),
     "info": ("hellm.cli.info", "what is installed and usable here; --selftest checks the operators"),
-    "demo": ("hellm.cli.demo", "the whole path on a made-up shop, in a minute or two"),
+    "demo": ("hellm.cli.demo", "the whole way on a made-up shop, in some minutes"),
 }
 _HELP = """usage: hellm VERB [options]      hellm VERB --help for the options of a verb
 
