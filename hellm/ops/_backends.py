@@ -64,7 +64,7 @@ def unusable(name: str, device: torch.device | str) -> str | None:
 
 def _native_unusable(device: torch.device) -> str | None:
     if device.type != "cpu":
-        return f"the compiled extension has no {device.type} kernels"
+        return f'it serves the CPU, not {device.type}; on NVIDIA GPUs the compiled kernels are "cuda" and "nvrtc"'
     if isinstance(native(), ImportError):
         return f"the compiled extension hellm._C cannot be loaded: {native()}"
     return None
