@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hellm import ops
 from hellm.hypergraph import Hypergraph
+from hellm.models.dropout import Dropout
 from hellm.models.fold_in import FoldIn
 
 __all__ = ["EncoderOutput", "GraphEncoder"]
@@ -96,7 +97,7 @@ class GraphEncoder(nn.Module):
         if backbone == "ngcf":
             self.aggregate = nn.ModuleList(nn.Linear(embedding_dim, embedding_dim) for _ in range(num_layers))
             self.interact = nn.ModuleList(nn.Linear(embedding_dim, embedding_dim) for _ in range(num_layers))
-            self.dropout = nn.Dropout(dropout)
+            self.dropout = Dropout(dropout)
         self._cached: tuple[tuple, EncoderOutput] | None = None
 
     @property

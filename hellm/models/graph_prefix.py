@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hellm.models.dropout import Dropout
+
 __all__ = ["GraphPrefix", "RunningGraph"]
 
 
@@ -130,8 +132,8 @@ def _mlp(input_width: int, output_width: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(input_width, output_width),
         nn.GELU(),
-        nn.Dropout(dropout),
+        Dropout(dropout),
         nn.Linear(output_width, output_width),
         nn.GELU(),
-        nn.Dropout(dropout),
+        Dropout(dropout),
     )

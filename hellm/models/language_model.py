@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hellm.models.dropout import Dropout
+
 __all__ = [
     "add_lora",
     "check_projections",
@@ -170,6 +172,7 @@ def run_decoder(
     position: Tensor | None = None,
     attend: Tensor | None = None,
     start: int = 0,
+    shared_context: list[tuple[Tensor, Tensor]] | None = None,
     **options: Any,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Final hidden states of `inputs` behind the keys and values `past`, with gradients into both.
@@ -179,8 +182,10 @@ def run_decoder(
         past: per layer keys and values [B, heads, P, head width]; None for none.
         position: [B, S] int64; None counts from `start`.
         attend: [B, P + S] int64, 1 where keys may be seen; None for all. Attention is causal in any case.
+        shared_context: as `hellm.models.prefix_attention` takes it, instead of `past`, `attend` and any cache.
         options: further arguments of the attention function.
-    Returns: [B, S, W] in the dtype of the model, and per layer keys and values of `past` and `inputs`.
+    Returns: [B, S, W] in the dtype of the model, and per layer keys and values of `past` and `inputs` (none with
+        `shared_context`).
     Raises: ValueError in training with gradient checkpointing.
     """
     from transformers import DynamicCache
@@ -191,9 +196,13 @@ def run_decoder(
             "gradient checkpointing must be off: it drops the key/value cache, through which prefix and instruction "
             "reach the items; lower the batch size instead"
         )
-    cache = DynamicCache()
-    for layer, (key, value) in enumerate(past or []):
-        cache.update(key, value, layer)
+    cache = None
+    if shared_context is not None:
+        options["shared_context"] = shared_context
+    else:
+        cache = DynamicCache()
+        for layer, (key, value) in enumerate(past or []):
+            cache.update(key, value, layer)
     if position is None:
         position = torch.arange(start, start + inputs.shape[1], device=inputs.device).unsqueeze(0)
     output = decoder(
@@ -201,10 +210,10 @@ def run_decoder(
         attention_mask=attend,
         position_ids=position,
         past_key_values=cache,
-        use_cache=True,
+        use_cache=cache is not None,
         **options,
     )
-    return output.last_hidden_state, [(layer.keys, layer.values) for layer in cache.layers]
+    return output.last_hidden_state, [(layer.keys, layer.values) for layer in cache.layers] if cache else []
 
 
 def token_rms(model: nn.Module) -> float:
@@ -241,7 +250,11 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float, targe
     with warnings.catch_warnings():
         # peft asks transformers for a property under its old name.
         warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    for module in adapted.modules():
+        for adapter in getattr(module, "lora_dropout", {}):
+            module.lora_dropout[adapter] = Dropout(dropout)
+    return adapted
 
 
 def _is_matrix(module: nn.Module) -> bool:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hellm.models.gated_attention import use_gated_prefix
 from hellm.models.graph_prefix import GraphPrefix
 from hellm.models.item_tokens import right_align
 from hellm.models.language_model import (
@@ -23,6 +22,7 @@ from hellm.models.language_model import (
     prefix_key_values,
     run_decoder,
 )
+from hellm.models.prefix_attention import can_share_context, use_prefix_attention
 from hellm.models.prompt import build_prompt
 
 __all__ = ["PromptedModel", "SharedContext"]
@@ -101,8 +101,9 @@ class PromptedModel(nn.Module):
                 mean=not official,
             )
             if prefix_gate:
-                use_gated_prefix(language_model)
                 self.prefix_gate = nn.Parameter(torch.zeros(config.num_hidden_layers, config.num_attention_heads, 1, 1))
+        if not official:
+            use_prefix_attention(language_model, needed=self.prefix_gate is not None)
         prompt = build_prompt(tokenizer, official=official)
         self.register_buffer("instruction", prompt.instruction, persistent=False)
         self.register_buffer("response", prompt.response, persistent=False)
@@ -140,10 +141,12 @@ class PromptedModel(nn.Module):
 
     def after_context(self, context: SharedContext, tokens: Tensor) -> Tensor:
         """Hidden states [B, S, W] at left-aligned item tokens [B, S, W] behind the shared context."""
-        rows = len(tokens)
-        past = [tuple(x.expand(rows, -1, -1, -1) for x in pair) for pair in context.past]
         # Padding is on the right, where no item before it looks: no mask is needed.
-        return self._run(tokens, past, start=past[0][0].shape[2])[0]
+        start = context.past[0][0].shape[2]
+        if can_share_context(self.base, start, tokens.shape[1]):
+            return self._run(tokens, None, start=start, shared_context=context.past)[0]
+        past = [tuple(x.expand(len(tokens), -1, -1, -1) for x in pair) for pair in context.past]
+        return self._run(tokens, past, start=start)[0]
 
     def after_response(self, gram: Tensor, tokens: Tensor, used: Tensor) -> Tensor:
         """Hidden states [B, W] at the end of [instruction][padding][items][response], each behind a prefix of its own.

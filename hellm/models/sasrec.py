@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hellm._files import atomic_path
+from hellm.models.dropout import Dropout
 from hellm.models.histories import check_histories, pad_histories
 
 __all__ = ["SASRec"]
@@ -83,7 +84,7 @@ class SASRec(nn.Module):
         self.item_embedding = nn.Embedding(num_items, embedding_dim)
         self.position_embedding = nn.Embedding(max_length, embedding_dim)
         self.norm = nn.LayerNorm(embedding_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(
             _Block(embedding_dim, num_heads, feedforward_dim, dropout) for _ in range(num_layers)
         )
@@ -230,7 +231,7 @@ class _Block(nn.Module):
         self.attention_norm = nn.LayerNorm(dim)
         self.feedforward = nn.Sequential(nn.Linear(dim, feedforward_dim), nn.GELU(), nn.Linear(feedforward_dim, dim))
         self.feedforward_norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, groups: list[_Group]) -> Tensor:
         query_key_value = self.query_key_value(x).split([len(group.row) for group in groups])
