@@ -48,6 +48,9 @@ class ServedContract(RecommenderContract):
 
     bases = ("history",)
 
+    def title(self, item: int) -> str | None:
+        return None
+
     def model(self, data: PlantedBlocks) -> ServedModel:
         raise NotImplementedError
 
@@ -55,7 +58,11 @@ class ServedContract(RecommenderContract):
         torch.manual_seed(seed)
         sides = {"user": data.num_users, "item": data.num_items}
         ids = pl.DataFrame(
-            [(side, row, f"{side[0]}{row}", None) for side, count in sides.items() for row in range(count)],
+            [
+                (side, row, f"{side[0]}{row}", self.title(row) if side == "item" else None)
+                for side, count in sides.items()
+                for row in range(count)
+            ],
             schema={"side": pl.String, "index": pl.Int64, "id": pl.String, "title": pl.String},
             orient="row",
         )
@@ -128,14 +135,18 @@ class TestServedGraph(ServedContract):
 
 class TestServedSASRec(ServedContract):
     def model(self, data):
-        model = SASRec(data.num_items, embedding_dim=8, num_layers=1, num_heads=1, feedforward_dim=8, dropout=0.0)
+        return ServedSASRec(sasrec_of_blocks(data, 80))
 
-        def loss(items, mask):
-            logits = model(items[:, :-1], mask[:, :-1])[mask[:, 1:]] @ model.item_embedding.weight.T
-            return F.cross_entropy(logits, items[:, 1:][mask[:, 1:]])
 
-        train_on_blocks(model, data, 80, loss)
-        return ServedSASRec(model)
+def sasrec_of_blocks(data: PlantedBlocks, steps: int) -> SASRec:
+    model = SASRec(data.num_items, embedding_dim=8, num_layers=1, num_heads=1, feedforward_dim=8, dropout=0.0)
+
+    def loss(items, mask):
+        logits = model(items[:, :-1], mask[:, :-1])[mask[:, 1:]] @ model.item_embedding.weight.T
+        return F.cross_entropy(logits, items[:, 1:][mask[:, 1:]])
+
+    train_on_blocks(model, data, steps, loss)
+    return model
 
 
 class TestServedLLM(ServedContract):
@@ -165,6 +176,10 @@ class TestServedLLM(ServedContract):
         fast.save_pretrained(folder)
         cls.folder = folder
 
+    def settings(self, data) -> dict:
+        """Further arguments of the model."""
+        return {}
+
     def model(self, data):
         from hellm.models import RecommenderLLM, load_language_model
 
@@ -172,7 +187,12 @@ class TestServedLLM(ServedContract):
         features = torch.from_numpy(block_features(data, data.block_of_item))
         tables = {"graph": torch.randn(data.num_items, 4, generator=draw), "text": features}
         model = RecommenderLLM(
-            *load_language_model(self.folder), tables, max_length=10, num_prefix_tokens=2, lora_rank=2, lora_dropout=0.0
+            *load_language_model(self.folder),
+            tables,
+            max_length=10,
+            num_prefix_tokens=2,
+            lora_dropout=0.0,
+            **{"lora_rank": 2} | self.settings(data),
         )
 
         def loss(items, mask):
@@ -181,6 +201,22 @@ class TestServedLLM(ServedContract):
 
         train_on_blocks(model, data, 60, loss)
         return ServedLLM(model, tables)
+
+
+class TestServedLLMWithTitles(TestServedLLM):
+    def title(self, item):
+        return "ab" if item % 2 else None
+
+    def settings(self, data):
+        titles = [self.title(item) for item in range(data.num_items)]
+        # Behind a title only attention knows of the item, and that of a random model must learn to look.
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        return {"titles": True, "item_titles": titles, "lora_rank": 4, "lora_targets": targets}
+
+
+class TestServedLLMWithResidual(TestServedLLM):
+    def settings(self, data):
+        return {"sequence_residual": True, "sequence_model": sasrec_of_blocks(data, 5)}
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sasrec"])
