@@ -163,6 +163,25 @@ class TestFrame:
         monkeypatch.setattr("hellm.cli.info.run", stopped)
         assert call("info") == (143, "", "hellm: stopped after epoch 3; saved it\n")
 
+    def test_sigterm_saves_and_resume_goes_on(self, call, shop, tmp_path):
+        settings = ["pretrain", "--data", shop, "--out", str(tmp_path / "run"), *FAST]
+        command = [sys.executable, "-m", "hellm", *settings, "--max-epochs", "100000", "--patience", "100000"]
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+            try:
+                deadline = time.monotonic() + 120
+                while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                process.terminate()
+                errors = process.communicate(timeout=60)[1]
+            finally:
+                process.kill()
+        assert process.returncode == 143
+        assert re.fullmatch(r"hellm: stopped (in|after) epoch \d+.*; saved .*last.safetensors", errors.splitlines()[-1])
+        epochs = len(metrics.read_text().splitlines())
+        assert call(*settings, "--max-epochs", epochs + 2, "--resume")[0] == 0
+        assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == list(range(epochs + 2))
+
     def test_keyboard_interrupt(self, call, monkeypatch):
         def stopped(argv):
             raise KeyboardInterrupt
