@@ -1,0 +1,122 @@
+"""Settings of stage 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Literal
+
+from hellm.config._checks import check_loop, require
+
+__all__ = ["ModelConfig", "PretrainConfig"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The stage-1 graph encoder.
+
+    Args:
+        backbone: collaborative part; "lightgcn", "ngcf" or "mf" (no propagation).
+        embedding_dim: width of every embedding table.
+        num_layers: propagation layers of the user-item graph (lightgcn, ngcf).
+        num_user_layers: layers of the user hypergraph (items are hyperedges over users).
+        num_item_layers: layers of the item hypergraph (kNN hyperedges per modality).
+        user_hypergraph: use the user hypergraph at all.
+        item_hypergraph: use the item hypergraph at all; it needs item features.
+        modalities: feature names that build the item hypergraph; null means all there are.
+        knn_k: members of each kNN hyperedge, the item itself included.
+        dropout: NGCF message dropout probability.
+    """
+
+    backbone: Literal["lightgcn", "ngcf", "mf"] = "lightgcn"
+    embedding_dim: int = 64
+    num_layers: int = 3
+    num_user_layers: int = 3
+    num_item_layers: int = 2
+    user_hypergraph: bool = True
+    item_hypergraph: bool = True
+    modalities: tuple[str, ...] | None = None
+    knn_k: int = 5
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("embedding_dim", "num_layers", "num_user_layers", "num_item_layers", "knn_k"):
+            require(getattr(self, name) >= 1, f"model.{name}", ">= 1", getattr(self, name))
+        require(0 <= self.dropout < 1, "model.dropout", "in [0, 1)", self.dropout)
+        require(self.modalities is None or len(self.modalities) > 0, "model.modalities", "null or not empty", ())
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Stage 1: hypergraph pre-training.
+
+    The defaults were chosen on the validation split of TikTok; the presets named after data sets are the published
+    settings.
+
+    Args:
+        model: the graph encoder.
+        learning_rate: Adam step size at epoch 0.
+        learning_rate_decay: factor per `learning_rate_decay_epochs` epochs, applied smoothly every epoch.
+        learning_rate_decay_epochs: epochs after which `learning_rate_decay` has been applied once.
+        batch_size: users (or interactions) per step; fewer where the data has fewer.
+        l2_weight: weight of the L2 penalty on the fused embedding rows of a batch.
+        user_contrastive_weight: weight of the contrast between fused and hypergraph user embeddings; 0 skips it.
+        item_contrastive_weight: the same for items.
+        temperature: of both contrastive losses; smaller is sharper.
+        contrastive_rows: anchors per step drawn uniformly, against all keys (an unbiased estimate); null means all,
+            and so does compat.
+        precision: of the contrastive similarities, "highest", "high" or "medium"; null follows torch.
+        sampler: "user-uniform" (distinct users, then one of their items) or "interaction-uniform" (every interaction
+            once per epoch).
+        negatives: "uniform" over the items a user has not, or by their "popularity" to the power 0.75.
+        max_epochs: upper limit of training.
+        validate_every: epochs between validations.
+        patience: non-improving validations tolerated; training stops at the next one.
+        monitor: validation metrics; a validation improves when any of them beats its own best.
+        ks: list lengths of the metrics.
+        protocol: evaluation protocol, see `hellm.evaluate`.
+        eval_batch_size: users scored at once.
+        checkpoint_every: epochs between checkpoints; every validation writes one as well.
+        seed: of initialisation and sampling.
+        compat: "official" repeats the published code, quirks included; null fixes them.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        num_threads: CPU threads of torch; null leaves torch's choice.
+        tensorboard: write TensorBoard events into the run directory.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    learning_rate: float = 1e-3
+    learning_rate_decay: float = 0.96
+    learning_rate_decay_epochs: float = 50.0
+    batch_size: int = 1024
+    l2_weight: float = 1e-3
+    user_contrastive_weight: float = 0.03
+    item_contrastive_weight: float = 0.07
+    temperature: float = 0.6
+    contrastive_rows: int | None = 512
+    precision: Literal["highest", "high", "medium"] | None = None
+    sampler: Literal["user-uniform", "interaction-uniform"] = "user-uniform"
+    negatives: Literal["uniform", "popularity"] = "uniform"
+    max_epochs: int = 1000
+    validate_every: int = 1
+    patience: int = 5
+    monitor: tuple[str, ...] = ("recall@20", "ndcg@20")
+    ks: tuple[int, ...] = (10, 20)
+    protocol: str = "standard"
+    eval_batch_size: int = 1024
+    checkpoint_every: int = 5
+    seed: int = 2024
+    compat: Literal["official"] | None = None
+    device: str = "auto"
+    num_threads: int | None = None
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "learning_rate_decay", "learning_rate_decay_epochs", "temperature"):
+            require(isfinite(getattr(self, name)) and getattr(self, name) > 0, name, "> 0", getattr(self, name))
+        for name in ("l2_weight", "user_contrastive_weight", "item_contrastive_weight"):
+            require(isfinite(getattr(self, name)) and getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
+        require(self.batch_size >= 1, "batch_size", ">= 1", self.batch_size)
+        rows = self.contrastive_rows
+        require(rows is None or rows >= 1, "contrastive_rows", "null or >= 1", rows)
+        check_loop(self)
