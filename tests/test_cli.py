@@ -167,7 +167,8 @@ class TestFrame:
         settings = ["pretrain", "--data", shop, "--out", str(tmp_path / "run"), *FAST]
         command = [sys.executable, "-m", "hellm", *settings, "--max-epochs", "100000", "--patience", "100000"]
         metrics = tmp_path / "run" / "metrics.jsonl"
-        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, cwd=ROOT, **streams) as process:
             try:
                 deadline = time.monotonic() + 120
                 while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < deadline:
