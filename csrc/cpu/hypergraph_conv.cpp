@@ -8,7 +8,7 @@
 namespace hellm::cpu::HELLM_ISA {
 namespace {
 
-constexpr int64_t kPrefetch = 16;  // neighbours ahead
+constexpr int64_t kPrefetch = 24;  // neighbours ahead
 constexpr int kChunksAThread = 8;
 constexpr double kGrain = 5e5;  // operations a thread and gather
 
