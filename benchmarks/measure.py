@@ -1,7 +1,8 @@
 """Time the registered cases and write one JSON file: python -m benchmarks.measure [--only NAME ...] [--out FILE].
 
 hellm, its peers and the machine's limit run in turns, round by round, in one process; nothing is timed before all of
-them have agreed.
+them have agreed. What is short runs twice a turn: the time of the first depends on what the one before it left in the
+caches, so the second is the time that counts and the first stands beside it as "cold".
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ SCHEMA = 1
 # Rounds by the duration of the warm-up run: (at most this many seconds, rounds).
 _ROUNDS = ((0.02, 31), (0.2, 15), (2.0, 7), (float("inf"), 3))
 _QUICK_ROUNDS = ((2.0, 3), (float("inf"), 1))
+_SHORT_SECONDS = 0.05
 
 
 class Disagreement(Exception):
@@ -58,16 +60,23 @@ def check(workload: Workload) -> tuple[dict[str, float], dict[str, float]]:
     return errors, seconds
 
 
-def time_in_turns(entries: Sequence[Entry], rounds: dict[str, int]) -> dict[str, list[float]]:
-    """Seconds of each run: A B C, A B C, ...; an entry drops out when it has had its rounds."""
+def time_in_turns(
+    entries: Sequence[Entry], rounds: dict[str, int], short: Collection[str] = ()
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of each run, A B C, A B C, ..., and of the run before it where an entry is `short`.
+
+    An entry drops out when it has had its rounds.
+    """
     samples: dict[str, list[float]] = {entry.label: [] for entry in entries}
+    cold: dict[str, list[float]] = {entry.label: [] for entry in entries}
     for turn in range(max(rounds.values())):
         for entry in entries:
             if turn < rounds[entry.label]:
-                started = time.perf_counter()
-                entry.run()
-                samples[entry.label].append(time.perf_counter() - started)
-    return samples
+                for times in (cold, samples) if entry.label in short else (samples,):
+                    started = time.perf_counter()
+                    entry.run()
+                    times[entry.label].append(time.perf_counter() - started)
+    return samples, cold
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:
@@ -107,7 +116,8 @@ def measure_case(case: Case, *, quick: bool = False, tiny: bool = False, with_co
         return record | {"failure": str(failure)}
     steps = _QUICK_ROUNDS if quick else _ROUNDS
     rounds = {label: next(count for limit, count in steps if seconds <= limit) for label, seconds in warm_up.items()}
-    samples = time_in_turns(workload.entries, rounds)
+    short = [label for label, seconds in warm_up.items() if seconds < _SHORT_SECONDS]
+    samples, cold = time_in_turns(workload.entries, rounds, short)
 
     seconds = {label: summary(values) for label, values in samples.items()}
     medians = {label: values["median"] for label, values in seconds.items()}
@@ -118,6 +128,7 @@ def measure_case(case: Case, *, quick: bool = False, tiny: bool = False, with_co
             "role": entry.role,
             "note": entry.note,
             "seconds": seconds[entry.label],
+            "cold_seconds": statistics.median(cold[entry.label]) if entry.label in short else None,
             "rate": rates[entry.label],
             "error": errors.get(entry.label),
             "tolerance": None if entry.role == LIMIT else entry.tolerance,

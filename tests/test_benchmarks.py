@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -161,9 +162,24 @@ def test_check_refuses_nan_and_other_shapes():
 def test_entries_take_turns_and_leave_after_their_rounds():
     calls: list[str] = []
     entries = [Entry(label, lambda label=label: calls.append(label)) for label in "AB"]
-    samples = measure.time_in_turns(entries, {"A": 3, "B": 1})
+    samples, cold = measure.time_in_turns(entries, {"A": 3, "B": 1})
     assert calls == ["A", "B", "A", "A"]
     assert {label: len(times) for label, times in samples.items()} == {"A": 3, "B": 1}
+    assert cold == {"A": [], "B": []}
+
+
+def test_a_short_entry_runs_twice_a_turn_and_its_second_time_counts():
+    calls: list[str] = []
+
+    def slow_at_first():
+        time.sleep(0.02 * (calls[-1:] != ["A"]))
+        calls.append("A")
+
+    entries = [Entry("A", slow_at_first), Entry("B", lambda: calls.append("B"))]
+    samples, cold = measure.time_in_turns(entries, {"A": 2, "B": 2}, ["A"])
+    assert calls == ["A", "A", "B"] * 2
+    assert len(samples["A"]) == len(cold["A"]) == len(samples["B"]) == 2
+    assert max(samples["A"]) < 0.02 <= min(cold["A"])
 
 
 def test_summary_by_hand():
@@ -262,8 +278,8 @@ def folder(tmp_path, scale_run):
     """A benchmarks folder with one run of cases by hand and one scale run."""
     seconds = {"median": 0.002, "min": 0.0015, "p20": 0.0018, "p80": 0.0025, "rounds": 7}
     slow = {name: value * 8 if name != "rounds" else 3 for name, value in seconds.items()}
-    entry = {"role": "hellm", "note": "", "error": 0.0, "tolerance": 1e-4}
-    limit = {"role": "limit", "note": "", "error": None, "tolerance": None}
+    entry = {"role": "hellm", "note": "", "error": 0.0, "tolerance": 1e-4, "cold_seconds": 0.003}
+    limit = {"role": "limit", "note": "", "error": None, "tolerance": None, "cold_seconds": None}
     case = {
         "name": "one",
         "group": "Group",
@@ -305,7 +321,7 @@ def test_report_of_a_small_run(folder):
     assert "| one | hellm | product | 65% | 50% | **missed** |" in page
     assert "| m | loss, N 36,000 |  | 64 MiB | 41.2 MiB | met |" in page
     assert "N 12,345, t 0.5" in page
-    row = "| hellm | 2 ms | 118 ms | 1.8 ms - 2.5 ms | 7 | 500 GFLOP/s | 50% | 1.00 | 0e+00 (1e-04) |  |"
+    row = "| hellm | 2 ms | 118 ms | 1.8 ms - 2.5 ms | 3 ms | 7 | 500 GFLOP/s | 50% | 1.00 | 0e+00 (1e-04) |  |"
     assert row in page
     assert "| pe\\|er | 16 ms | 944 ms |" in page
     assert "Left out: absent (not installed: no such module)" in page
