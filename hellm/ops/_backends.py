@@ -137,19 +137,24 @@ def untested(name: str, device: torch.device | str) -> str | None:
     return f"untested on {found}: used when asked for by name, or once `hellm info --selftest` has passed here"
 
 
+def chosen() -> str | None:
+    """The explicit choice in force in this thread, or None."""
+    return _explicit.get()
+
+
 def select(device: torch.device | str) -> str:
     """Backend that serves a device: the explicit choice, else the first usable one that may be chosen.
 
     Raises:
         RuntimeError: the explicitly chosen backend cannot run there.
     """
-    chosen = _explicit.get()
-    if chosen is None:
+    name = chosen()
+    if name is None:
         return next(name for name in BACKENDS if untested(name, device) is None and unusable(name, device) is None)
-    reason = unusable(chosen, device)
+    reason = unusable(name, device)
     if reason is not None:
-        raise RuntimeError(f"backend {chosen!r} cannot run on {device}: {reason}; see `hellm info`")
-    return chosen
+        raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}; see `hellm info`")
+    return name
 
 
 @contextlib.contextmanager

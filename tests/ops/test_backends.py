@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 
 import pytest
 import torch
@@ -28,6 +29,20 @@ def test_backend_is_restored_after_an_error():
     with ops.backend("torch"), pytest.raises(KeyError), ops.backend("native"):
         raise KeyError
     assert _backends.select("cpu") == ("native" if INSTRUCTION_SETS else "torch")
+
+
+@needs_native
+def test_gradients_come_from_the_backend_of_the_forward_pass(monkeypatch):
+    x = rows(9, 4).requires_grad_()
+    with ops.backend("torch"):
+        loss = ops.info_nce(x, x + 1, reduction="none").sum()
+    used, select = [], _backends.select
+    monkeypatch.setattr(_backends, "select", lambda device: used.append(select(device)) or used[-1])
+    # As autograd does it for a GPU.
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    assert used == ["torch"] and x.grad is not None
 
 
 @pytest.fixture
