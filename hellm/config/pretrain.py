@@ -81,6 +81,7 @@ class PretrainConfig:
         compat: "official" repeats the published code, quirks included; null fixes them.
         device: "auto", "cpu", "cuda" or "cuda:N".
         num_threads: CPU threads of torch; null leaves torch's choice.
+        capture: replay the training step as a CUDA graph; null does so on a GPU.
         tensorboard: write TensorBoard events into the run directory.
     """
 
@@ -109,6 +110,7 @@ class PretrainConfig:
     compat: Literal["official"] | None = None
     device: str = "auto"
     num_threads: int | None = None
+    capture: bool | None = None
     tensorboard: bool = True
 
     def __post_init__(self) -> None:

@@ -293,8 +293,10 @@ def _checked_rows(name: str, x: Tensor, *, size: int | None = None, size_name: s
 
 
 def _readable(x: Tensor) -> bool:
-    """Whether values can be looked at now: neither under torch.compile nor while a CUDA graph is captured."""
-    return not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether values can be looked at now: not under torch.compile, not while a CUDA graph is captured."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _check_same(name: str, x: Tensor, like_name: str, like: Tensor, *, same_dtype: bool = True) -> None:

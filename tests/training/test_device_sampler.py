@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
 
 from hellm.training.device_random import RandomWords, distinct_below, step_keys, uniform_below
 from hellm.training.samplers import DeviceTripleSampler, TripleSampler
+
+chisquare = pytest.importorskip("scipy.stats", reason="scipy is not installed").chisquare
 
 NUM_USERS, NUM_ITEMS = 12, 9
 # User 3 has nothing, user 4 everything, user 5 one item twice, user 6 all but one.
