@@ -77,8 +77,9 @@ def save_training_state(
     for index, values in packed["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
     tensors["generator.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        tensors["generator.cuda"] = torch.cuda.get_rng_state()
+    device = _device_of(model)
+    if device.type == "cuda":
+        tensors["generator.cuda"] = torch.cuda.get_rng_state(device)
     # The learning rate of a captured step is a tensor.
     groups = [
         {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in group.items()}
@@ -105,9 +106,14 @@ def load_training_state(
     ]
     optimizer.load_state_dict({"state": packed, "param_groups": groups})
     torch.set_rng_state(tensors["generator.cpu"])
-    if "generator.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["generator.cuda"])
+    device = _device_of(model)
+    if "generator.cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["generator.cuda"], device)
     return state
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def read_model(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any]:
