@@ -67,7 +67,8 @@ class PretrainConfig:
             and so does compat.
         precision: of the contrastive similarities, "highest", "high" or "medium"; null follows torch.
         sampler: "user-uniform" (distinct users, then one of their items) or "interaction-uniform" (every interaction
-            once per epoch).
+            once per epoch). A GPU draws "user-uniform" triples with "uniform" negatives itself: the same distribution,
+            other numbers than on the CPU.
         negatives: "uniform" over the items a user has not, or by their "popularity" to the power 0.75.
         max_epochs: upper limit of training.
         validate_every: epochs between validations.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -71,7 +72,7 @@ class CapturedStep:
                 with _side_stream():
                     return self._run_as_it_is(self._fixed)
             if self._replay is None:
-                self._replay, self._terms = _record(lambda: self._run(self._fixed))
+                self._replay, self._terms = _record(functools.partial(self._run, self._fixed))
             self._replay()
             # torch does not see that a replay writes, and caches of what follows from the weights ask it.
             for parameter in self._parameters:

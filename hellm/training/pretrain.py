@@ -36,10 +36,10 @@ from hellm.training.stage import (
 )
 
 __all__ = [
+    "build_captured_step",
     "build_encoder",
     "build_optimizer",
     "build_sampler",
-    "captured_step",
     "pretrain",
     "pretrain_losses",
     "resolve_config",
@@ -129,11 +129,14 @@ def resolve_config(config: PretrainConfig, dataset: Dataset) -> tuple[PretrainCo
     if max(config.ks) > most:
         raise ValueError(f"ks must be at most the {most} items of data set {dataset.name!r}, got {max(config.ks)}")
     device = resolve_device(config.device)
+    return replace(config, model=model, device=device, capture=_resolve_capture(config.capture, device)), notes
+
+
+def _resolve_capture(capture: bool | None, device: str) -> bool:
     on_gpu = torch.device(device).type == "cuda"
-    if config.capture and not on_gpu:
+    if capture and not on_gpu:
         raise ValueError(f"capture must be null or false without a GPU, got true with device {device!r}")
-    capture = on_gpu if config.capture is None else config.capture
-    return replace(config, model=model, device=device, capture=capture), notes
+    return on_gpu if capture is None else capture
 
 
 def build_encoder(config: PretrainConfig, dataset: Dataset) -> GraphEncoder:
@@ -230,7 +233,7 @@ def build_optimizer(config: PretrainConfig, model: GraphEncoder) -> torch.optim.
     )
 
 
-def captured_step(
+def build_captured_step(
     model: GraphEncoder, config: PretrainConfig, sampler: TripleSampler, optimizer: torch.optim.Optimizer
 ) -> CapturedStep:
     """The step of stage 1 for a GPU. Published triples and the contrastive anchors are drawn there as well."""
@@ -275,7 +278,7 @@ def _fit(model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: Run
         return fit(
             model,
             optimizer,
-            captured_step(model, config, sampler, optimizer) if model.device.type == "cuda" else step_losses,
+            build_captured_step(model, config, sampler, optimizer) if model.device.type == "cuda" else step_losses,
             sampler.num_steps,
             run,
             learning_rate=_learning_rate(config),

@@ -20,10 +20,10 @@ from hellm.training.checkpoint import load_training_state, save_training_state
 from hellm.training.loop import Interrupted, fit
 from hellm.training.pretrain import (
     _losses,
+    build_captured_step,
     build_encoder,
     build_optimizer,
     build_sampler,
-    captured_step,
     pretrain,
     resolve_config,
 )
@@ -52,9 +52,8 @@ def emulated_graph(monkeypatch):
     recorded = []
 
     def record(body):
-        step, parameters = body.__closure__[0].cell_contents, []
-        parameters = step._parameters
-        state = step._optimizer.state
+        step = body.func.__self__
+        parameters, state = step._parameters, step._optimizer.state
         before = [p.detach().clone() for p in parameters]
         kept = [{name: value.clone() for name, value in state[p].items()} for p in parameters]
         generator = torch.get_rng_state()
@@ -87,7 +86,7 @@ def train(folder, config, dataset, kind, *, stop_at=None):
     config = replace(config, capture=kind == "captured")
     model = build_encoder(config, dataset).to(config.device)
     sampler, optimizer = build_sampler(config, dataset), build_optimizer(config, model)
-    step = captured_step(model, config, sampler, optimizer)
+    step = build_captured_step(model, config, sampler, optimizer)
     calls = []
     if kind == "plain":
 
@@ -271,7 +270,7 @@ def test_captured_run_is_resumed_on_a_gpu_and_on_the_cpu(small_dataset, tmp_path
 def test_replays_do_not_wait_for_the_device(small_dataset):
     config = replace(CONFIG, device="cuda", capture=True)
     model = build_encoder(config, small_dataset).to("cuda").train()
-    step = captured_step(model, config, build_sampler(config, small_dataset), build_optimizer(config, model))
+    step = build_captured_step(model, config, build_sampler(config, small_dataset), build_optimizer(config, model))
     for number in range(5):
         step(0, number)
     torch.cuda.set_sync_debug_mode("error")
