@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hellm._arrays import as_tensor
+
 NORMALIZATIONS = ("symmetric", "row", "none")
 
 
@@ -285,7 +287,7 @@ def _checked_features(features: Mapping[str, Tensor], masks: Mapping[str, Tensor
         raise ValueError(f"masks names modalities that features lacks: {sorted(unknown)}")
     blocks: dict[str, Tensor] = {}
     for modality, value in features.items():
-        x = torch.as_tensor(value)
+        x = as_tensor(f"features[{modality!r}]", value)
         if x.ndim != 2:
             raise ValueError(f"features[{modality!r}] must be [num_items, dim], got shape {tuple(x.shape)}")
         first = next(iter(blocks.values()), x)
@@ -303,8 +305,7 @@ def _checked_features(features: Mapping[str, Tensor], masks: Mapping[str, Tensor
 
 
 def _checked_index(index: Tensor, name: str = "hyperedge_index") -> tuple[Tensor, Tensor]:
-    if not isinstance(index, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(index).__name__}")
+    index = as_tensor(name, index)
     if index.ndim != 2 or index.shape[0] != 2:
         raise ValueError(f"{name} must be [2, nnz], got shape {tuple(index.shape)}")
     if index.dtype not in (torch.int32, torch.int64):
@@ -330,6 +331,7 @@ def _checked_size(size_name: str, size: int | None, index: Tensor, *, row: int, 
 def _checked_weight(name: str, weight: Tensor | None, size: int, index: Tensor) -> Tensor | None:
     if weight is None:
         return None
+    weight = as_tensor(name, weight)
     if weight.shape != (size,):
         raise ValueError(f"{name} must be [{size}], got shape {tuple(weight.shape)}")
     if not weight.is_floating_point():

@@ -88,26 +88,16 @@ def _cpu_model() -> str:
 
 
 def _backends() -> list[dict[str, Any]]:
-    from hellm.ops._backends import BACKENDS, untested, unusable
+    from hellm.ops._backends import BACKENDS, no_cuda_reason, untested, unusable
 
     rows = []
     for device in ("cpu", "cuda"):
-        reason_for_all = None if device == "cpu" else _no_cuda()
+        reason_for_all = None if device == "cpu" else no_cuda_reason()
         for name in BACKENDS:
             reason = reason_for_all or unusable(name, device)
             note = untested(name, device) if device == "cuda" else None
             rows.append({"name": name, "device": device, "usable": reason is None, "reason": reason, "note": note})
     return rows
-
-
-def _no_cuda() -> str | None:
-    import torch
-
-    if torch.cuda.is_available():
-        return None
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    return "torch sees no CUDA device"
 
 
 def _extra(name: str, packages: tuple[str, ...]) -> dict[str, Any]:

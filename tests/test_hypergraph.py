@@ -169,7 +169,7 @@ def test_item_hypergraph_drops_or_keeps_nonpositive_similarities():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hyperedge_index": [[0], [0]]}, "hyperedge_index must be a tensor, got list"),
+        ({"hyperedge_index": [[0], [0]]}, "hyperedge_index must be a tensor or an array with __dlpack__, got list"),
         ({"hyperedge_index": INDEX.T}, r"hyperedge_index must be \[2, nnz\], got shape \(5, 2\)"),
         ({"hyperedge_index": INDEX.float()}, "hyperedge_index must be int32 or int64, got torch.float32"),
         ({"hyperedge_index": torch.tensor([[0, -1], [0, 0]])}, r"hyperedge_index\[0, 1\] must be >= 0, got -1"),
@@ -202,7 +202,7 @@ def test_methods_refuse(graph):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((None, 4, 2), "user_item_index must be a tensor, got NoneType"),
+        ((None, 4, 2), "user_item_index must be a tensor or an array with __dlpack__, got NoneType"),
         ((torch.zeros(3, 1).long(), 4, 2), r"user_item_index must be \[2, nnz\], got shape \(3, 1\)"),
         ((torch.zeros(2, 1), 4, 2), "user_item_index must be int32 or int64, got torch.float32"),
         ((INDEX, 3, 2), r"user_item_index\[0, 3\] must be < num_users = 3, got 3"),

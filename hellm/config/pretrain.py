@@ -67,7 +67,8 @@ class PretrainConfig:
             and so does compat.
         precision: of the contrastive similarities, "highest", "high" or "medium"; null follows torch.
         sampler: "user-uniform" (distinct users, then one of their items) or "interaction-uniform" (every interaction
-            once per epoch).
+            once per epoch). A GPU draws "user-uniform" triples with "uniform" negatives itself: the same distribution,
+            other numbers than on the CPU.
         negatives: "uniform" over the items a user has not, or by their "popularity" to the power 0.75.
         max_epochs: upper limit of training.
         validate_every: epochs between validations.
@@ -81,6 +82,7 @@ class PretrainConfig:
         compat: "official" repeats the published code, quirks included; null fixes them.
         device: "auto", "cpu", "cuda" or "cuda:N".
         num_threads: CPU threads of torch; null leaves torch's choice.
+        capture: replay the training step as a CUDA graph; null does so on a GPU.
         tensorboard: write TensorBoard events into the run directory.
     """
 
@@ -109,6 +111,7 @@ class PretrainConfig:
     compat: Literal["official"] | None = None
     device: str = "auto"
     num_threads: int | None = None
+    capture: bool | None = None
     tensorboard: bool = True
 
     def __post_init__(self) -> None:

@@ -199,6 +199,8 @@ def run_decoder(
     cache = None
     if shared_context is not None:
         options["shared_context"] = shared_context
+        # Not used, but a finished mask keeps transformers from looking at positions for one, which waits for a GPU.
+        attend = inputs.new_ones(1, 1, 1, 1, dtype=torch.bool)
     else:
         cache = DynamicCache()
         for layer, (key, value) in enumerate(past or []):

@@ -2,7 +2,8 @@
 
 They need torch and nothing else of this package. Each runs as a compiled kernel where there is one and as plain torch
 elsewhere, and works under autograd, autocast and `torch.compile(fullgraph=True)`. The compiled kernels give the same
-bits on every run and for every number of threads.
+bits on every run and for every number of threads. Where a tensor is wanted, an array of NumPy, CuPy or another library
+with `__dlpack__` will do: its memory is shared, nothing is copied, and tensors come back.
 
 V = vertices, M = hyperedges, N = rows, R = chosen rows, I = items, D = columns.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hellm._arrays import as_tensor
 from hellm.hypergraph import Hypergraph
 from hellm.ops import _library  # noqa: F401  (registers the operators)
 from hellm.ops._backends import backend
@@ -62,7 +64,7 @@ def hypergraph_conv(
     Raises:
         ValueError: naming the argument, what it must be, and what it was.
     """
-    _check_rows("x", x, size=hypergraph.num_vertices, size_name="hypergraph.num_vertices")
+    x = _checked_rows("x", x, size=hypergraph.num_vertices, size_name="hypergraph.num_vertices")
     _check_device("hypergraph", hypergraph.device, x)
     _check_at_least("num_layers", num_layers, 0)
     scales = hypergraph.scales(
@@ -91,7 +93,7 @@ def incidence_product(x: Tensor, hypergraph: Hypergraph, *, transpose: bool = Fa
         ValueError: naming the argument, what it must be, and what it was.
     """
     name = "num_vertices" if transpose else "num_hyperedges"
-    _check_rows("x", x, size=getattr(hypergraph, name), size_name=f"hypergraph.{name}")
+    x = _checked_rows("x", x, size=getattr(hypergraph, name), size_name=f"hypergraph.{name}")
     _check_device("hypergraph", hypergraph.device, x)
     vertex, edge = hypergraph.vertex_csr, hypergraph.edge_csr
     csr = (*edge, *vertex) if transpose else (*vertex, *edge)
@@ -115,8 +117,8 @@ def bipartite_propagate(
     Raises:
         ValueError: naming the argument, what it must be, and what it was.
     """
-    _check_rows("user_x", user_x, size=hypergraph.num_vertices, size_name="hypergraph.num_vertices")
-    _check_rows("item_x", item_x, size=hypergraph.num_hyperedges, size_name="hypergraph.num_hyperedges")
+    user_x = _checked_rows("user_x", user_x, size=hypergraph.num_vertices, size_name="hypergraph.num_vertices")
+    item_x = _checked_rows("item_x", item_x, size=hypergraph.num_hyperedges, size_name="hypergraph.num_hyperedges")
     _check_same("item_x", item_x, "user_x", user_x)
     _check_device("hypergraph", hypergraph.device, user_x)
     _check_at_least("num_layers", num_layers, 0)
@@ -169,8 +171,8 @@ def info_nce(
     Memory: O(N * D); nothing of size N * N is ever stored. For "mean" and "sum" the gradients come from the same
     sweep as the loss.
     """
-    _check_rows("anchor", anchor)
-    _check_rows("positive", positive)
+    anchor = _checked_rows("anchor", anchor)
+    positive = _checked_rows("positive", positive)
     if positive.shape != anchor.shape:
         raise ValueError(f"positive must have the shape of anchor {tuple(anchor.shape)}, got {tuple(positive.shape)}")
     _check_same("positive", positive, "anchor", anchor)
@@ -223,8 +225,8 @@ def item_cross_entropy(
     compiled kernel serves every D: twice as fast as plain torch by blocks at D = 64, even with it at 576 and a tenth
     slower from 1,024 on, where it is kept because its bits repeat.
     """
-    _check_rows("hidden", hidden)
-    _check_rows("item_embedding", item_embedding)
+    hidden = _checked_rows("hidden", hidden)
+    item_embedding = _checked_rows("item_embedding", item_embedding)
     _check_same("item_embedding", item_embedding, "hidden", hidden, same_dtype=not _autocast_to(hidden))
     if item_embedding.shape[0] == 0:
         raise ValueError("item_embedding must have at least one row, got 0")
@@ -232,9 +234,8 @@ def item_cross_entropy(
         raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
     if reduction == "mean" and hidden.shape[0] == 0:
         raise ValueError("hidden must have at least one row for the mean, got 0")
-    _check_target(target, hidden, item_embedding.shape[0])
-    if bias is not None:
-        _check_bias(bias, item_embedding)
+    target = _checked_target(target, hidden, item_embedding.shape[0])
+    bias = None if bias is None else _checked_bias(bias, item_embedding)
     grad = torch.is_grad_enabled()
     items_grad = item_embedding.requires_grad or (bias is not None and bias.requires_grad)
     return torch.ops.hellm.item_cross_entropy(
@@ -260,13 +261,13 @@ def knn(x: Tensor, k: int, *, metric: str = "cosine") -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: naming the argument, what it must be, and what it was; for x the first row that is not finite.
     """
-    _check_rows("x", x)
+    x = _checked_rows("x", x)
     if metric != "cosine":
         raise ValueError(f"metric must be 'cosine', got {metric!r}")
     if not 1 <= k <= x.shape[0]:
         raise ValueError(f"k must be between 1 and the number of rows {x.shape[0]}, got {k}")
     finite = torch.isfinite(x).all(1)
-    if not torch.compiler.is_compiling() and not bool(finite.all()):
+    if _readable(x) and not bool(finite.all()):
         raise ValueError(f"x must be finite, got NaN or infinity first in row {int((~finite).nonzero()[0])}")
     return torch.ops.hellm.knn(x.detach(), k)
 
@@ -280,15 +281,22 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _check_rows(name: str, x: Tensor, *, size: int | None = None, size_name: str = "") -> None:
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+def _checked_rows(name: str, x: Tensor, *, size: int | None = None, size_name: str = "") -> Tensor:
+    x = as_tensor(name, x)
     if x.ndim != 2:
         raise ValueError(f"{name} must be [rows, columns], got shape {tuple(x.shape)}")
     if x.dtype not in _DTYPES:
         raise ValueError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if size is not None and x.shape[0] != size:
         raise ValueError(f"{name} must have {size_name} = {size} rows, got {x.shape[0]}")
+    return x
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether values can be looked at now: not under torch.compile, not while a CUDA graph is captured."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _check_same(name: str, x: Tensor, like_name: str, like: Tensor, *, same_dtype: bool = True) -> None:
@@ -312,12 +320,11 @@ def _check_at_least(name: str, value: int, low: int) -> None:
 def _checked_row_choice(rows: Tensor | None, anchor: Tensor) -> Tensor | None:
     if rows is None:
         return None
-    if not isinstance(rows, Tensor):
-        raise ValueError(f"rows must be a tensor, got {type(rows).__name__}")
+    rows = as_tensor("rows", rows)
     if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"rows must be [R] int32 or int64, got {tuple(rows.shape)} {rows.dtype}")
     _check_device("rows", rows.device, anchor, "anchor")
-    if rows.numel() and not torch.compiler.is_compiling():
+    if rows.numel() and _readable(rows):
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= anchor.shape[0]:
             raise ValueError(f"rows must be in [0, {anchor.shape[0]}), got {low if low < 0 else high}")
@@ -325,7 +332,8 @@ def _checked_row_choice(rows: Tensor | None, anchor: Tensor) -> Tensor | None:
 
 
 def _checked_temperature(temperature: float | Tensor, anchor: Tensor) -> Tensor:
-    if isinstance(temperature, Tensor):
+    if hasattr(temperature, "__dlpack__"):
+        temperature = as_tensor("temperature", temperature)
         if temperature.ndim != 0:
             raise ValueError(f"temperature must be a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
         if not temperature.is_floating_point():
@@ -342,25 +350,24 @@ def _autocast_to(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
-def _check_target(target: Tensor, hidden: Tensor, num_items: int) -> None:
-    if not isinstance(target, Tensor):
-        raise ValueError(f"target must be a tensor, got {type(target).__name__}")
+def _checked_target(target: Tensor, hidden: Tensor, num_items: int) -> Tensor:
+    target = as_tensor("target", target)
     if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
         raise ValueError(f"target must be [{hidden.shape[0]}] int64, got {tuple(target.shape)} {target.dtype}")
     _check_device("target", target.device, hidden, "hidden")
-    if torch.compiler.is_compiling():
-        return
-    outside = (target < 0) | (target >= num_items)
-    if bool(outside.any()):
-        row = int(outside.nonzero()[0])
-        raise ValueError(f"target must be in [0, {num_items}), got {int(target[row])} first in row {row}")
+    if _readable(target):
+        outside = (target < 0) | (target >= num_items)
+        if bool(outside.any()):
+            row = int(outside.nonzero()[0])
+            raise ValueError(f"target must be in [0, {num_items}), got {int(target[row])} first in row {row}")
+    return target
 
 
-def _check_bias(bias: Tensor, item_embedding: Tensor) -> None:
-    if not isinstance(bias, Tensor):
-        raise ValueError(f"bias must be None or a tensor, got {type(bias).__name__}")
+def _checked_bias(bias: Tensor, item_embedding: Tensor) -> Tensor:
+    bias = as_tensor("bias", bias)
     if bias.shape != item_embedding.shape[:1] or not bias.is_floating_point():
         raise ValueError(
             f"bias must be [{item_embedding.shape[0]}] of a floating dtype, got {tuple(bias.shape)} {bias.dtype}"
         )
     _check_device("bias", bias.device, item_embedding, "item_embedding")
+    return bias

@@ -55,6 +55,20 @@ def triton() -> ModuleType | ImportError:
     return module
 
 
+def no_cuda_reason() -> str | None:
+    """Why torch has no GPU here: its build, no driver, a driver that is too old; None where it has one."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        # Its first sentence names the versions of a driver that is too old.
+        return f"torch sees no CUDA device: {str(error).splitlines()[0]}"
+    return "torch sees no CUDA device"
+
+
 def unusable(name: str, device: torch.device | str) -> str | None:
     """Why backend `name` cannot run on a device ("cpu", "cuda", "cuda:1"); None if it can."""
     if name == "torch":
@@ -137,19 +151,24 @@ def untested(name: str, device: torch.device | str) -> str | None:
     return f"untested on {found}: used when asked for by name, or once `hellm info --selftest` has passed here"
 
 
+def chosen() -> str | None:
+    """The explicit choice in force in this thread, or None."""
+    return _explicit.get()
+
+
 def select(device: torch.device | str) -> str:
     """Backend that serves a device: the explicit choice, else the first usable one that may be chosen.
 
     Raises:
         RuntimeError: the explicitly chosen backend cannot run there.
     """
-    chosen = _explicit.get()
-    if chosen is None:
+    name = chosen()
+    if name is None:
         return next(name for name in BACKENDS if untested(name, device) is None and unusable(name, device) is None)
-    reason = unusable(chosen, device)
+    reason = unusable(name, device)
     if reason is not None:
-        raise RuntimeError(f"backend {chosen!r} cannot run on {device}: {reason}; see `hellm info`")
-    return chosen
+        raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}; see `hellm info`")
+    return name
 
 
 @contextlib.contextmanager

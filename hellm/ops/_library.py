@@ -5,6 +5,7 @@ Arguments are checked in `hellm.ops`; nothing is checked twice here.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -63,6 +64,23 @@ def _define(schema: str, kernel_of: Callable[[Any], Callable], fake: Callable, a
         _library.impl(name, under_autocast, key.name)
 
 
+def _register_autograd(name: str, backward: Callable, setup: Callable) -> None:
+    """Gradients come from the backend that was asked for at the forward pass.
+
+    Autograd runs the backward pass of a GPU in a thread of its own, where the caller's choice is not in force.
+    """
+
+    def keep(ctx, inputs, output):
+        ctx.chosen_backend = _backends.chosen()
+        setup(ctx, inputs, output)
+
+    def run(ctx, *grads):
+        with contextlib.nullcontext() if ctx.chosen_backend is None else _backends.backend(ctx.chosen_backend):
+            return backward(ctx, *grads)
+
+    torch.library.register_autograd(f"hellm::{name}", run, setup_context=keep, lib=_library)
+
+
 def _cast_rows(argument, dtype: torch.dtype):
     """Matrices of rows follow autocast; scales, values and indices (all 1-d) keep their dtype, and so does float64."""
     matrix = isinstance(argument, Tensor) and argument.ndim == 2 and argument.is_floating_point()
@@ -94,9 +112,7 @@ def _incidence_product_backward(ctx, grad):
     return grad_x, *[None] * 6
 
 
-torch.library.register_autograd(
-    "hellm::incidence_product", _incidence_product_backward, setup_context=_incidence_product_setup, lib=_library
-)
+_register_autograd("incidence_product", _incidence_product_backward, _incidence_product_setup)
 
 _define(
     "hypergraph_conv(Tensor x, Tensor vertex_indptr, Tensor vertex_edges, Tensor? vertex_values, Tensor edge_indptr,"
@@ -158,7 +174,7 @@ def _conv_scale_gradients(ctx, grad, x, in_scale, edge_scale, out_scale, diagona
     return grads
 
 
-torch.library.register_autograd("hellm::hypergraph_conv", _conv_backward, setup_context=_conv_setup, lib=_library)
+_register_autograd("hypergraph_conv", _conv_backward, _conv_setup)
 
 _define(
     "bipartite_propagate(Tensor user_x, Tensor item_x, Tensor vertex_indptr, Tensor vertex_edges, Tensor edge_indptr,"
@@ -182,9 +198,7 @@ def _propagate_backward(ctx, grad_user, grad_item):
     return *torch.ops.hellm.bipartite_propagate(*grads, *ctx.rest), *[None] * 7
 
 
-torch.library.register_autograd(
-    "hellm::bipartite_propagate", _propagate_backward, setup_context=_propagate_setup, lib=_library
-)
+_register_autograd("bipartite_propagate", _propagate_backward, _propagate_setup)
 
 # ------------------------------------------------------------------------------------------------------ InfoNCE
 
@@ -275,7 +289,7 @@ def _info_nce_backward(ctx, grad, *_):
     return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 5
 
 
-torch.library.register_autograd("hellm::info_nce", _info_nce_backward, setup_context=_info_nce_setup, lib=_library)
+_register_autograd("info_nce", _info_nce_backward, _info_nce_setup)
 
 # ------------------------------------------------------------------------------------------- item cross-entropy
 
@@ -357,9 +371,7 @@ def _item_cross_entropy_backward(ctx, grad, *_):
     return *grads[:2], None, grads[2], *[None] * 3
 
 
-torch.library.register_autograd(
-    "hellm::item_cross_entropy", _item_cross_entropy_backward, setup_context=_item_cross_entropy_setup, lib=_library
-)
+_register_autograd("item_cross_entropy", _item_cross_entropy_backward, _item_cross_entropy_setup)
 
 # ---------------------------------------------------------------------------------------------------------- kNN
 

@@ -77,9 +77,15 @@ def save_training_state(
     for index, values in packed["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
     tensors["generator.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        tensors["generator.cuda"] = torch.cuda.get_rng_state()
-    save_checkpoint(path, tensors, {**state, "optimizer": packed["param_groups"]})
+    device = _device_of(model)
+    if device.type == "cuda":
+        tensors["generator.cuda"] = torch.cuda.get_rng_state(device)
+    # The learning rate of a captured step is a tensor.
+    groups = [
+        {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in group.items()}
+        for group in packed["param_groups"]
+    ]
+    save_checkpoint(path, tensors, {**state, "optimizer": groups})
 
 
 def load_training_state(
@@ -93,11 +99,21 @@ def load_training_state(
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
             packed.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": packed, "param_groups": state.pop("optimizer")})
+    # How the update is computed is a matter of this device, not of the one that the run was saved on.
+    groups = [
+        saved | {name: own[name] for name in ("foreach", "fused", "capturable") if name in own}
+        for saved, own in zip(state.pop("optimizer"), optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": packed, "param_groups": groups})
     torch.set_rng_state(tensors["generator.cpu"])
-    if "generator.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["generator.cuda"])
+    device = _device_of(model)
+    if "generator.cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["generator.cuda"], device)
     return state
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def read_model(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any]:

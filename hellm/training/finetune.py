@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,15 @@ from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, HistorySampler
 from hellm.training.loop import Progress, fit
 from hellm.training.run_directory import RunDirectory, peak_memory_bytes
-from hellm.training.stage import MAY_CHANGE, Evaluate, common_result, resolve_device, tensorboard, write_curves
+from hellm.training.stage import (
+    MAY_CHANGE,
+    Evaluate,
+    common_result,
+    readable_memory_errors,
+    resolve_device,
+    tensorboard,
+    write_curves,
+)
 
 __all__ = [
     "ItemInputs",
@@ -256,10 +264,15 @@ def _last_before_split(dataset: Dataset, max_length: int) -> tuple[np.ndarray, n
 
 def finetune_loss(model: RecommenderLLM, batch: HistoryBatch) -> Tensor:
     """Mean cross-entropy over the whole catalogue of the items that came next."""
-    indptr, items, targets = (torch.from_numpy(np.ascontiguousarray(one)).to(model.device) for one in batch)
+    indptr, items, targets = (torch.from_numpy(np.ascontiguousarray(one)) for one in batch)
+    # Padded on the CPU: sizes that follow from values would make a GPU wait.
     padded, mask = pad_histories(indptr, items)
+    place = mask.flatten().nonzero().squeeze(1)
+    if model.device.type == "cuda":
+        pinned = (one.pin_memory() for one in (padded, mask, place, targets))
+        padded, mask, place, targets = (one.to(model.device, non_blocking=True) for one in pinned)
     if len(targets) == len(items) and model.graph_context != "prefix":
-        query = model.all_queries(padded, mask)[mask]
+        query = model.all_queries(padded, mask).flatten(0, 1)[place]
     else:
         query = model.queries(padded, mask)
     return item_cross_entropy(query, model.item_keys_trainable(), targets)
@@ -277,7 +290,8 @@ def build_optimizer(config: FinetuneConfig, model: RecommenderLLM) -> torch.opti
         for named, decay in ((decayed, config.weight_decay), (plain, 0.0))
         if named
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas))
+    fused = True if model.device.type == "cuda" else None
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas), fused=fused)
 
 
 def rate_schedule(config: FinetuneConfig, num_steps: int) -> Callable[[int, int], float]:
@@ -394,15 +408,7 @@ def _write_outputs(model: RecommenderLLM, inputs: ItemInputs, dataset: Dataset, 
     run.write_content(dataset)
 
 
-@contextlib.contextmanager
-def _readable_memory_errors() -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text or "out of memory" in text:
-            raise MemoryError(
-                f"fine-tuning needs more memory than there is ({text.splitlines()[0]}); lower batch_tokens, "
-                "model.max_length or eval_batch_size, or choose a smaller llm"
-            ) from error
-        raise
+def _readable_memory_errors() -> contextlib.AbstractContextManager[None]:
+    return readable_memory_errors(
+        "fine-tuning", "lower batch_tokens, model.max_length or eval_batch_size, or choose a smaller llm"
+    )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hellm.training.captured_step import CapturedStep
 from hellm.training.checkpoint import load_training_state, model_weights, save_checkpoint, save_training_state
 from hellm.training.run_directory import RunDirectory
 
@@ -71,7 +72,7 @@ class Progress:
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    step_losses: Callable[[int, int], Mapping[str, Tensor]],
+    step_losses: Callable[[int, int], Mapping[str, Tensor]] | CapturedStep,
     num_steps: int,
     run: RunDirectory,
     *,
@@ -97,7 +98,8 @@ def fit(
         model: trained in place; holds the final weights afterwards, not the best.
         optimizer: over the model's parameters.
         step_losses: (epoch, step) -> named weighted loss terms, whose sum is minimised. It must depend on nothing but
-            its arguments, the model and torch's generators.
+            its arguments, the model and torch's generators. A `CapturedStep` does the backward pass and the update as
+            well; `accumulate`, `max_grad_norm` and `learning_rate` are then not used.
         num_steps: steps per epoch.
         run: where metrics and checkpoints go.
         learning_rate: (epoch, step) -> step size.
@@ -117,6 +119,8 @@ def fit(
     run.truncate_metrics(progress.epoch)
 
     def update(epoch: int, step: int) -> None:
+        if isinstance(step_losses, CapturedStep):
+            return
         if max_grad_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         for group in optimizer.param_groups:
@@ -163,7 +167,10 @@ def _train_epoch(model, step_losses, num_steps, accumulate, update, progress: Pr
     for step in tqdm(steps, desc=f"epoch {progress.epoch}", leave=False, disable=None):
         terms = step_losses(progress.epoch, step)
         first = step - step % accumulate
-        (sum(terms.values()) / (min(first + accumulate, num_steps) - first)).backward()
+        loss = sum(terms.values()) / (min(first + accumulate, num_steps) - first)
+        # A captured step has done it.
+        if loss.requires_grad:
+            loss.backward()
         names = list(terms)
         values.append(torch.stack([term.detach() for term in terms.values()]))
         if (step + 1) % accumulate == 0 or step + 1 == num_steps:

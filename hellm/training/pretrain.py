@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +20,30 @@ from hellm.data import Dataset, load_dataset
 from hellm.hypergraph import item_hypergraph, user_hypergraph
 from hellm.losses import bpr_loss, l2_loss, synergistic_contrastive_loss
 from hellm.models import GraphEncoder
+from hellm.training.captured_step import CapturedStep
 from hellm.training.checkpoint import read_model
 from hellm.training.loop import Progress, fit
 from hellm.training.run_directory import RunDirectory
-from hellm.training.samplers import Triples, TripleSampler
-from hellm.training.stage import MAY_CHANGE, Evaluate, common_result, resolve_device, tensorboard, write_curves
+from hellm.training.samplers import DeviceTripleSampler, Triples, TripleSampler
+from hellm.training.stage import (
+    MAY_CHANGE,
+    Evaluate,
+    common_result,
+    readable_memory_errors,
+    resolve_device,
+    tensorboard,
+    write_curves,
+)
 
-__all__ = ["build_encoder", "build_sampler", "pretrain", "pretrain_losses", "resolve_config"]
+__all__ = [
+    "build_captured_step",
+    "build_encoder",
+    "build_optimizer",
+    "build_sampler",
+    "pretrain",
+    "pretrain_losses",
+    "resolve_config",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +69,7 @@ def pretrain(
     Returns: what result.json holds.
     Raises:
         FileExistsError, ValueError: as `RunDirectory` and `resolve_config`.
+        MemoryError: a step needs more memory than there is; says how much it asked for and what to lower.
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
     started = time.perf_counter()
@@ -70,7 +88,8 @@ def pretrain(
 
     torch.manual_seed(config.seed)
     model = build_encoder(config, dataset).to(config.device)
-    progress = _fit(model, config, dataset, run, evaluate)
+    with readable_memory_errors("pre-training", "lower contrastive_rows, model.embedding_dim or eval_batch_size"):
+        progress = _fit(model, config, dataset, run, evaluate)
     read_model(run.best, model)
     result = _result(model, config, dataset, run, progress, evaluate)
     result |= {"notes": notes, "seconds": time.perf_counter() - started}
@@ -82,7 +101,8 @@ def pretrain(
 def resolve_config(config: PretrainConfig, dataset: Dataset) -> tuple[PretrainConfig, list[str]]:
     """Settings as they will run on this machine and data, with a note for each that had to give way.
 
-    Raises: ValueError for modalities the data lacks, a device that is not there, or no training events.
+    Raises: ValueError for modalities the data lacks, a device that is not there, a capture without a GPU, or no
+        training events.
     """
     notes = []
     model = config.model
@@ -108,7 +128,15 @@ def resolve_config(config: PretrainConfig, dataset: Dataset) -> tuple[PretrainCo
     most = dataset.num_items
     if max(config.ks) > most:
         raise ValueError(f"ks must be at most the {most} items of data set {dataset.name!r}, got {max(config.ks)}")
-    return replace(config, model=model, device=resolve_device(config.device)), notes
+    device = resolve_device(config.device)
+    return replace(config, model=model, device=device, capture=_resolve_capture(config.capture, device)), notes
+
+
+def _resolve_capture(capture: bool | None, device: str) -> bool:
+    on_gpu = torch.device(device).type == "cuda"
+    if capture and not on_gpu:
+        raise ValueError(f"capture must be null or false without a GPU, got true with device {device!r}")
+    return on_gpu if capture is None else capture
 
 
 def build_encoder(config: PretrainConfig, dataset: Dataset) -> GraphEncoder:
@@ -178,7 +206,7 @@ def pretrain_losses(
     `item_rows` [M] int64 are the contrastive anchors; None is all.
     """
     output = model()
-    users, positives, negatives = (torch.from_numpy(ids).to(model.device) for ids in triples)
+    users, positives, negatives = (torch.as_tensor(ids).to(model.device) for ids in triples)
     # F.embedding sums repeated rows of the gradient in a fixed order, plain indexing does not on CUDA.
     user = F.embedding(users, output.user)
     positive, negative = F.embedding(positives, output.item), F.embedding(negatives, output.item)
@@ -197,21 +225,51 @@ def pretrain_losses(
     }
 
 
+def build_optimizer(config: PretrainConfig, model: GraphEncoder) -> torch.optim.Adam:
+    """Adam over the tables; on a GPU in one kernel that a CUDA graph can hold."""
+    on_gpu = model.device.type == "cuda"
+    return torch.optim.Adam(
+        model.parameters(), lr=config.learning_rate, capturable=on_gpu, fused=True if on_gpu else None
+    )
+
+
+def build_captured_step(
+    model: GraphEncoder, config: PretrainConfig, sampler: TripleSampler, optimizer: torch.optim.Optimizer
+) -> CapturedStep:
+    """The step of stage 1 for a GPU. Published triples and the contrastive anchors are drawn there as well."""
+    choices = _contrastive_choices(config, model)
+
+    def losses_of(triples: Triples, rows: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        return _losses(model, config, triples, dict(zip(choices, rows, strict=True)))
+
+    if not sampler.is_published:
+
+        def inputs(epoch: int, step: int) -> list[Tensor]:
+            rows = _contrastive_rows(config, choices, epoch, step)
+            return [*map(torch.from_numpy, sampler.sample(epoch, step)), *rows.values()]
+
+        def losses(users: Tensor, positives: Tensor, negatives: Tensor, *rows: Tensor) -> Mapping[str, Tensor]:
+            return losses_of(Triples(users, positives, negatives), rows)
+
+    else:
+        on_device = DeviceTripleSampler(sampler, model.device, tuple(choices.values()))
+
+        def inputs(epoch: int, step: int) -> list[Tensor]:
+            return [on_device.keys(epoch, step)]
+
+        def losses(keys: Tensor) -> Mapping[str, Tensor]:
+            return losses_of(*on_device.draw(keys))
+
+    return CapturedStep(optimizer, inputs, losses, learning_rate=_learning_rate(config), capture=bool(config.capture))
+
+
 def _fit(model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: RunDirectory, evaluate) -> Progress:
-    sampler = build_sampler(config, dataset)
-    rates = (config.learning_rate, config.learning_rate_decay, config.learning_rate_decay_epochs)
+    sampler, optimizer = build_sampler(config, dataset), build_optimizer(config, model)
+    choices = _contrastive_choices(config, model)
 
     def step_losses(epoch: int, step: int) -> Mapping[str, Tensor]:
-        return pretrain_losses(
-            model,
-            sampler.sample(epoch, step),
-            l2_weight=config.l2_weight,
-            user_contrastive_weight=config.user_contrastive_weight,
-            item_contrastive_weight=config.item_contrastive_weight,
-            temperature=config.temperature,
-            precision=config.precision,
-            **_contrastive_rows(config, model, epoch, step),
-        )
+        rows = _contrastive_rows(config, choices, epoch, step)
+        return _losses(model, config, sampler.sample(epoch, step), rows)
 
     def validate(scorer: GraphEncoder) -> Mapping[str, float]:
         return _evaluate(evaluate, scorer, config, dataset, "valid").metrics
@@ -219,11 +277,11 @@ def _fit(model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: Run
     with tensorboard(config.tensorboard, run) as on_epoch:
         return fit(
             model,
-            torch.optim.Adam(model.parameters(), lr=config.learning_rate),
-            step_losses,
+            optimizer,
+            build_captured_step(model, config, sampler, optimizer) if model.device.type == "cuda" else step_losses,
             sampler.num_steps,
             run,
-            learning_rate=lambda epoch, step: rates[0] * rates[1] ** (epoch / rates[2]),
+            learning_rate=_learning_rate(config),
             max_epochs=config.max_epochs,
             validate=validate if (dataset.split == 1).any() else None,
             validate_every=config.validate_every,
@@ -234,17 +292,36 @@ def _fit(model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: Run
         )
 
 
-def _contrastive_rows(config: PretrainConfig, model: GraphEncoder, epoch: int, step: int) -> dict[str, Tensor]:
-    if config.contrastive_rows is None:
-        return {}
+def _losses(model: GraphEncoder, config: PretrainConfig, triples: Triples, rows: Mapping[str, Tensor]):
+    return pretrain_losses(
+        model,
+        triples,
+        l2_weight=config.l2_weight,
+        user_contrastive_weight=config.user_contrastive_weight,
+        item_contrastive_weight=config.item_contrastive_weight,
+        temperature=config.temperature,
+        precision=config.precision,
+        **rows,
+    )
+
+
+def _learning_rate(config: PretrainConfig) -> Callable[[int, int], float]:
+    rate, decay, epochs = config.learning_rate, config.learning_rate_decay, config.learning_rate_decay_epochs
+    return lambda epoch, step: rate * decay ** (epoch / epochs)
+
+
+def _contrastive_choices(config: PretrainConfig, model: GraphEncoder) -> dict[str, tuple[int, int]]:
+    """(of how many rows, how many) are drawn as anchors; empty where all are."""
+    size, counts = config.contrastive_rows, {"user_rows": model.num_users, "item_rows": model.num_items}
+    return {name: (count, size) for name, count in counts.items() if size is not None and size < count}
+
+
+def _contrastive_rows(
+    config: PretrainConfig, choices: Mapping[str, tuple[int, int]], epoch: int, step: int
+) -> dict[str, Tensor]:
     # A stream of its own beside the sampler's (seed, epoch, step).
     rng = np.random.default_rng((config.seed, epoch, step, 1))
-    counts = {"user_rows": model.num_users, "item_rows": model.num_items}
-    return {
-        name: torch.from_numpy(rng.choice(count, config.contrastive_rows, replace=False)).to(model.device)
-        for name, count in counts.items()
-        if config.contrastive_rows < count
-    }
+    return {name: torch.from_numpy(rng.choice(count, size, replace=False)) for name, (count, size) in choices.items()}
 
 
 def _evaluate(evaluate: Evaluate, model: GraphEncoder, config: PretrainConfig, dataset: Dataset, split: str):

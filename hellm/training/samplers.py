@@ -9,8 +9,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-__all__ = ["SAMPLERS", "TripleSampler", "Triples"]
+from hellm.training.device_random import RandomWords, distinct_below, step_keys, uniform_below
+
+__all__ = ["SAMPLERS", "DeviceTripleSampler", "TripleSampler", "Triples"]
 
 SAMPLERS = ("user-uniform", "interaction-uniform")
 NEGATIVES = ("uniform", "popularity")
@@ -21,11 +25,11 @@ _MAX_REJECTIONS = 64
 
 
 class Triples(NamedTuple):
-    """One batch: three arrays [B] int64."""
+    """One batch: three arrays or tensors [B] int64."""
 
-    users: np.ndarray
-    positives: np.ndarray
-    negatives: np.ndarray
+    users: np.ndarray | Tensor
+    positives: np.ndarray | Tensor
+    negatives: np.ndarray | Tensor
 
 
 class TripleSampler:
@@ -85,6 +89,11 @@ class TripleSampler:
             self._cumulative = np.cumsum(weight) / weight.sum()
 
     @property
+    def is_published(self) -> bool:
+        """Whether triples are drawn as published, which `DeviceTripleSampler` can do as well."""
+        return self.strategy == "user-uniform" and self._cumulative is None
+
+    @property
     def num_steps(self) -> int:
         """Steps per epoch."""
         if self.strategy == "user-uniform":
@@ -141,6 +150,57 @@ class TripleSampler:
         keys = users * self.num_items + items
         place = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
         return self._keys[place] == keys
+
+
+class DeviceTripleSampler:
+    """The published triples of a `TripleSampler`, drawn on the device: the same distribution, other numbers.
+
+    "user-uniform" with "uniform" negatives only. A negative is the r-th of the user's free items, r uniform, so there
+    is nothing to reject and nothing to wait for. A step is a function of (seed, epoch, step), the same on every device.
+
+    Args:
+        sampler: whose events, batch size and seed are used.
+        device: where triples are drawn.
+        choices: per further stream (of how many rows, how many of them): distinct rows drawn beside the triples.
+
+    Raises:
+        ValueError: a sampler of another strategy or other negatives.
+    """
+
+    def __init__(
+        self, sampler: TripleSampler, device: torch.device | str, choices: tuple[tuple[int, int], ...] = ()
+    ) -> None:
+        if not sampler.is_published:
+            raise ValueError('sampler must be "user-uniform" with "uniform" negatives to be drawn on the device')
+        self.batch_size, self.num_steps, self._seed = sampler.batch_size, sampler.num_steps, sampler.seed
+        self._num_items, self._sizes = sampler.num_items, [size for _, size in choices]
+        known_user, known_item = np.divmod(sampler._keys, sampler.num_items)
+        first = np.searchsorted(known_user, np.arange(len(sampler._indptr)))
+        # Free items of the user before each known one, ascending over all users as a whole.
+        free_before = sampler._keys - (np.arange(len(known_item)) - first[known_user])
+        arrays = (sampler._eligible, sampler._indptr, sampler._items, first, free_before)
+        self._eligible, self._indptr, self._items, self._first, self._free_before = (
+            torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays
+        )
+        lengths = [len(sampler._eligible), *[self.batch_size] * 4, *(count for count, _ in choices)]
+        self._words = RandomWords(lengths, device)
+        self._num_streams = len(lengths)
+
+    def keys(self, epoch: int, step: int) -> Tensor:
+        """What `draw` needs to draw one step, [S, 2] int64 on the CPU."""
+        return step_keys(self._seed, epoch, step, self._num_streams)
+
+    def draw(self, keys: Tensor) -> tuple[Triples, list[Tensor]]:
+        """The triples of `keys` (on the device), and the rows of each of `choices`."""
+        all_users, *words = self._words.draw(keys)
+        users = self._eligible[distinct_below(all_users, self.batch_size)]
+        start = self._indptr[users]
+        positives = self._items[start + uniform_below(self._indptr[users + 1] - start, *words[:2])]
+        first = self._first[users]
+        rank = uniform_below(self._num_items - (self._first[users + 1] - first), *words[2:4])
+        passed = torch.searchsorted(self._free_before, users * self._num_items + rank, right=True) - first
+        rows = [distinct_below(word, size) for word, size in zip(words[4:], self._sizes, strict=True)]
+        return Triples(users, positives, rank + passed), rows
 
 
 def _check(users, items, num_users, num_items, batch_size, strategy, negatives) -> None:

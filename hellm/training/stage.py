@@ -12,14 +12,26 @@ from torch import nn
 
 from hellm._files import atomic_path
 from hellm.data import Dataset
+from hellm.ops._backends import no_cuda_reason
 from hellm.training.loop import Progress
 from hellm.training.plots import plot_curves
 from hellm.training.run_directory import RunDirectory, environment, peak_memory_bytes
 
-__all__ = ["MAY_CHANGE", "Evaluate", "common_result", "resolve_device", "tensorboard", "write_curves"]
+__all__ = [
+    "MAY_CHANGE",
+    "Evaluate",
+    "common_result",
+    "readable_memory_errors",
+    "resolve_device",
+    "tensorboard",
+    "write_curves",
+]
 
 # Settings that do not touch the numbers of the epochs before, so a resumed run may change them.
-MAY_CHANGE = ("max_epochs", "patience", "checkpoint_every", "device", "num_threads", "eval_batch_size", "tensorboard")
+MAY_CHANGE = (
+    *("max_epochs", "patience", "checkpoint_every", "device", "num_threads", "eval_batch_size", "tensorboard"),
+    "capture",
+)
 
 
 class Evaluate(Protocol):
@@ -31,16 +43,32 @@ class Evaluate(Protocol):
 def resolve_device(name: str) -> str:
     """`name` with "auto" decided. Raises: ValueError, another device than CPU and CUDA, or one that is not there."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cpu" if no_cuda_reason() else "cuda"
     try:
         kind = torch.device(name).type
     except RuntimeError:
         kind = None
     if kind not in ("cpu", "cuda"):
         raise ValueError(f'device must be "auto", "cpu", "cuda" or "cuda:N", got {name!r}')
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be usable, got {name!r} where torch sees no CUDA device")
+    reason = no_cuda_reason() if kind == "cuda" else None
+    if reason is not None:
+        raise ValueError(f"device must be usable, got {name!r}: {reason}")
+    count, index = torch.cuda.device_count(), torch.device(name).index
+    if kind == "cuda" and index is not None and index >= count:
+        raise ValueError(f"device must be usable, got {name!r} where torch sees {count} CUDA device(s)")
     return name
+
+
+@contextlib.contextmanager
+def readable_memory_errors(what: str, advice: str) -> Iterator[None]:
+    """Raises: MemoryError in place of torch's own: what ran, how much it asked for, and what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in text:
+            raise
+        raise MemoryError(f"{what} needs more memory than there is ({text.splitlines()[0]}); {advice}") from error
 
 
 @contextlib.contextmanager

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
+import types
 
 import pytest
 import torch
 from op_cases import INSTRUCTION_SETS, needs_native, rows
 
-from hellm import ops
+from hellm import Hypergraph, ops
 from hellm.ops import _backends, _selftest
 
 
@@ -28,6 +30,20 @@ def test_backend_is_restored_after_an_error():
     with ops.backend("torch"), pytest.raises(KeyError), ops.backend("native"):
         raise KeyError
     assert _backends.select("cpu") == ("native" if INSTRUCTION_SETS else "torch")
+
+
+@needs_native
+def test_gradients_come_from_the_backend_of_the_forward_pass(monkeypatch):
+    x = rows(9, 4).requires_grad_()
+    with ops.backend("torch"):
+        loss = ops.info_nce(x, x + 1, reduction="none").sum()
+    used, select = [], _backends.select
+    monkeypatch.setattr(_backends, "select", lambda device: used.append(select(device)) or used[-1])
+    # As autograd does it for a GPU.
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    assert used == ["torch"] and x.grad is not None
 
 
 @pytest.fixture
@@ -112,3 +128,72 @@ def test_selftest_reports_an_operator_that_raises(no_extension, monkeypatch):
     records = [r for r in _selftest.selftest() if r["op"] == "knn"]
     assert records
     assert all(not r["ok"] and r["worst_error"] == float("inf") for r in records)
+
+
+@pytest.fixture
+def gpu_of(monkeypatch):
+    """Makes every CUDA device one of the given architecture, with an extension that has GPU kernels."""
+
+    def pretend(architecture: str):
+        monkeypatch.setattr(_backends, "architecture", lambda device: architecture if device.type == "cuda" else None)
+        monkeypatch.setattr(_backends, "native", lambda: types.SimpleNamespace(cuda_architectures=lambda: "80, 90"))
+
+    return pretend
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton", "nvrtc"])
+def test_gpu_that_is_too_old_says_what_is_needed_and_what_was_found(gpu_of, monkeypatch, name):
+    gpu_of("sm_75")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(_backends, "triton", lambda: types.SimpleNamespace(INTERPRETED=False))
+    reason = "the kernels need compute capability sm_80 or newer, cuda:1 has sm_75"
+    assert _backends.unusable(name, "cuda:1") == reason
+    assert _backends.select("cuda:1") == "torch"
+    with ops.backend(name), pytest.raises(RuntimeError, match=f"backend {name!r} cannot run on cuda:1: {reason}"):
+        _backends.select("cuda:1")
+
+
+def test_without_cupy_or_triton_the_next_backend_serves(gpu_of, monkeypatch):
+    gpu_of("sm_90")
+    monkeypatch.setattr(_backends, "untested", lambda name, device: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_backends, "triton", lambda: ImportError("No module named 'triton'"))
+    assert _backends.select("cuda") == "cuda"
+    monkeypatch.setattr(_backends, "native", lambda: types.SimpleNamespace(cuda_architectures=lambda: ""))
+    assert "HELLM_CUDA=ON" in _backends.unusable("cuda", "cuda")
+    assert _backends.unusable("nvrtc", "cuda").endswith('is not installed: pip install "hellm[cuda]"')
+    assert _backends.unusable("triton", "cuda") == "Triton cannot be loaded: No module named 'triton'"
+    assert _backends.select("cuda") == "torch"
+
+
+def test_devices_may_not_be_mixed():
+    x, graph = rows(4, 2), Hypergraph(torch.tensor([[0, 3], [0, 0]]))
+    elsewhere = x.to("meta")
+    for call, message in (
+        (lambda: ops.info_nce(x, elsewhere), "positive must be on cpu like anchor, got meta"),
+        (lambda: ops.info_nce(x, x, rows=elsewhere[:, 0].long()), "rows must be on cpu like anchor, got meta"),
+        (lambda: ops.info_nce(x, x, elsewhere[0, 0]), "temperature must be on cpu like anchor, got meta"),
+        (lambda: ops.hypergraph_conv(elsewhere, graph), "hypergraph must be on meta like x, got cpu"),
+        (lambda: ops.item_cross_entropy(x, x, elsewhere[:, 0].long()), "target must be on cpu like hidden, got meta"),
+        (lambda: ops.bipartite_propagate(x, elsewhere[:1], graph), "item_x must be on cpu like user_x, got meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_why_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _backends.no_cuda_reason() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _backends.no_cuda_reason() == f"torch {torch.__version__} is built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nUpdate it.")
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    reason = "torch sees no CUDA device: The NVIDIA driver on your system is too old (found version 11040)."
+    assert _backends.no_cuda_reason() == reason
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    assert _backends.no_cuda_reason() == "torch sees no CUDA device"

@@ -164,7 +164,7 @@ def test_bipartite_propagate_trains_after_inference_mode():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"user_x": 1}, "user_x must be a tensor, got int"),
+        ({"user_x": 1}, "user_x must be a tensor or an array with __dlpack__, got int"),
         ({"user_x": torch.zeros(2, 4)}, "user_x must have hypergraph.num_vertices = 3 rows, got 2"),
         ({"item_x": torch.zeros(3, 4)}, "item_x must have hypergraph.num_hyperedges = 2 rows, got 3"),
         ({"item_x": torch.zeros(2, 5)}, "item_x must have 4 columns like user_x, got 5"),

@@ -355,7 +355,7 @@ def test_hypergraph_conv_trains_after_inference_mode():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": [1.0]}, "x must be a tensor, got list"),
+        ({"x": [1.0]}, "x must be a tensor or an array with __dlpack__, got list"),
         ({"x": torch.zeros(3)}, r"x must be \[rows, columns\], got shape \(3,\)"),
         (
             {"x": torch.zeros(3, 2, dtype=torch.int64)},

@@ -352,8 +352,8 @@ def test_info_nce_reads_the_global_precision(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"anchor": None}, "anchor must be a tensor, got NoneType"),
-        ({"positive": 3}, "positive must be a tensor, got int"),
+        ({"anchor": None}, "anchor must be a tensor or an array with __dlpack__, got NoneType"),
+        ({"positive": 3}, "positive must be a tensor or an array with __dlpack__, got int"),
         ({"anchor": torch.zeros(4)}, r"anchor must be \[rows, columns\], got shape \(4,\)"),
         (
             {"positive": torch.zeros(4, 2).long()},
@@ -374,7 +374,7 @@ def test_info_nce_reads_the_global_precision(monkeypatch):
             {"anchor": torch.zeros(0, 2), "positive": torch.zeros(0, 2)},
             "anchor must have at least one row for the mean",
         ),
-        ({"rows": [0, 1]}, "rows must be a tensor, got list"),
+        ({"rows": [0, 1]}, "rows must be a tensor or an array with __dlpack__, got list"),
         ({"rows": torch.zeros(2)}, r"rows must be \[R\] int32 or int64, got \(2,\) torch.float32"),
         ({"rows": torch.zeros(1, 2).long()}, r"rows must be \[R\] int32 or int64, got \(1, 2\) torch.int64"),
         ({"rows": torch.zeros(2, device="meta").long()}, "rows must be on cpu like anchor, got meta"),

@@ -299,8 +299,8 @@ def test_item_cross_entropy_under_autocast_runs_in_its_dtype(backend):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden": None}, "hidden must be a tensor, got NoneType"),
-        ({"item_embedding": 3}, "item_embedding must be a tensor, got int"),
+        ({"hidden": None}, "hidden must be a tensor or an array with __dlpack__, got NoneType"),
+        ({"item_embedding": 3}, "item_embedding must be a tensor or an array with __dlpack__, got int"),
         ({"hidden": torch.zeros(4)}, r"hidden must be \[rows, columns\], got shape \(4,\)"),
         (
             {"item_embedding": torch.zeros(5, 2).long()},
@@ -318,13 +318,13 @@ def test_item_cross_entropy_under_autocast_runs_in_its_dtype(backend):
             {"hidden": torch.zeros(0, 2), "target": torch.zeros(0).long()},
             "hidden must have at least one row for the mean, got 0",
         ),
-        ({"target": [0, 1, 2, 3]}, "target must be a tensor, got list"),
+        ({"target": [0, 1, 2, 3]}, "target must be a tensor or an array with __dlpack__, got list"),
         ({"target": torch.zeros(3).long()}, r"target must be \[4\] int64, got \(3,\) torch.int64"),
         ({"target": torch.zeros(4).int()}, r"target must be \[4\] int64, got \(4,\) torch.int32"),
         ({"target": torch.zeros(4, device="meta").long()}, "target must be on cpu like hidden, got meta"),
         ({"target": torch.tensor([0, 4, 5, 7])}, r"target must be in \[0, 5\), got 5 first in row 2"),
         ({"target": torch.tensor([0, -1, 5, 7])}, r"target must be in \[0, 5\), got -1 first in row 1"),
-        ({"bias": 0.5}, "bias must be None or a tensor, got float"),
+        ({"bias": 0.5}, "bias must be a tensor or an array with __dlpack__, got float"),
         ({"bias": torch.zeros(4)}, r"bias must be \[5\] of a floating dtype, got \(4,\) torch.float32"),
         ({"bias": torch.zeros(5).long()}, r"bias must be \[5\] of a floating dtype, got \(5,\) torch.int64"),
         ({"bias": torch.zeros(5, device="meta")}, "bias must be on cpu like item_embedding, got meta"),

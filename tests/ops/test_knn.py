@@ -157,7 +157,7 @@ def test_knn_under_autocast_runs_in_float32(backend):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"x": 5}, "x must be a tensor, got int"),
+        ({"x": 5}, "x must be a tensor or an array with __dlpack__, got int"),
         ({"x": torch.zeros(3)}, r"x must be \[rows, columns\], got shape \(3,\)"),
         ({"x": torch.zeros(3, 2).int()}, "x must be float32, float64, bfloat16 or float16, got torch.int32"),
         ({"metric": "euclidean"}, "metric must be 'cosine', got 'euclidean'"),

@@ -247,7 +247,7 @@ def test_training_events_are_needed(small_dataset):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_absent_device_is_named(small_dataset):
-    with pytest.raises(ValueError, match=r"device must be usable, got 'cuda' where torch sees no CUDA device"):
+    with pytest.raises(ValueError, match=r"device must be usable, got 'cuda': torch .*CUDA"):
         resolve_config(changed("device=cuda"), small_dataset)
     assert resolve_config(changed("device=auto"), small_dataset)[0].device == "cpu"
 
@@ -335,12 +335,30 @@ def test_sampled_anchors_estimate_the_whole_contrast(small_dataset):
     weights = {"l2_weight": 0.0, "user_contrastive_weight": 1.0, "item_contrastive_weight": 1.0, "temperature": 0.4}
     whole = pretrain_losses(model, triples, **weights)["contrastive_loss"].item()
     config, sampled = changed("contrastive_rows=12"), []
+    choices = module._contrastive_choices(config, model)
     for step in range(200):
-        rows = module._contrastive_rows(config, model, 0, step)
+        rows = module._contrastive_rows(config, choices, 0, step)
         assert {name: len(set(chosen.tolist())) for name, chosen in rows.items()} == {"user_rows": 12, "item_rows": 12}
         sampled.append(pretrain_losses(model, triples, **weights, **rows)["contrastive_loss"].item())
     assert np.std(sampled) > 0
     assert np.mean(sampled) == pytest.approx(whole, abs=4 * np.std(sampled) / 200**0.5)
+
+
+def test_too_little_memory_says_how_much_was_asked_for(small_dataset, tmp_path, monkeypatch):
+    def losses(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.\nmore")
+
+    monkeypatch.setattr(module, "pretrain_losses", losses)
+    message = r"pre-training needs more memory than there is \(.*Tried to allocate 3.00 GiB.\); lower contrastive_rows"
+    with pytest.raises(MemoryError, match=message):
+        run(CONFIG, small_dataset, tmp_path / "run")
+
+
+def test_gpu_number_that_is_not_there(small_dataset, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"got 'cuda:1' where torch sees 1 CUDA device"):
+        resolve_config(changed("device=cuda:1"), small_dataset)
 
 
 @pytest.mark.slow

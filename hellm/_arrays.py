@@ -1,0 +1,37 @@
+"""Arrays of other libraries as torch tensors over the same memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["as_tensor"]
+
+
+def as_tensor(name: str, value: Any) -> Tensor:
+    """`value` itself if it is a tensor, else a tensor over the memory of an array: nothing is copied.
+
+    Takes what has `__dlpack__` (NumPy, CuPy, JAX) or `__cuda_array_interface__` (Numba). A read-only array is taken as
+    well; the operators never write into their inputs.
+
+    Raises:
+        ValueError: naming `name`, for anything else and for an array that torch cannot share memory with.
+    """
+    if isinstance(value, Tensor):
+        return value
+    shared = hasattr(value, "__dlpack__")
+    if not shared and not hasattr(value, "__cuda_array_interface__"):
+        raise ValueError(f"{name} must be a tensor or an array with __dlpack__, got {type(value).__name__}")
+    # torch ends the whole process on a negative stride.
+    strides = getattr(value, "strides", None) or ()
+    if isinstance(strides, tuple) and any(stride < 0 for stride in strides):
+        raise ValueError(f"{name} must have no negative strides, got {strides} bytes; pass a copy")
+    try:
+        tensor = torch.from_dlpack(value) if shared else torch.as_tensor(value, device="cuda")
+    except (AssertionError, BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array that torch can share memory with: {error}") from error
+    if tensor.data_ptr() % tensor.element_size():
+        raise ValueError(f"{name} must be aligned to its {tensor.dtype} elements, got address {tensor.data_ptr()}")
+    return tensor
