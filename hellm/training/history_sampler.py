@@ -25,6 +25,16 @@ class HistoryBatch(NamedTuple):
     items: np.ndarray
     targets: np.ndarray
 
+    def share(self, index: int, count: int) -> HistoryBatch:
+        """The histories of one of `count` processes; all shares together are the batch, and some may be empty."""
+        num_histories = len(self.indptr) - 1
+        rows = slice(num_histories * index // count, num_histories * (index + 1) // count)
+        places = slice(self.indptr[rows.start], self.indptr[rows.stop])
+        indptr = self.indptr[rows.start : rows.stop + 1] - self.indptr[rows.start]
+        return HistoryBatch(
+            indptr, self.items[places], self.targets[rows if len(self.targets) == num_histories else places]
+        )
+
 
 class HistorySampler:
     """Histories of similar length together, so that little of a batch is padding.

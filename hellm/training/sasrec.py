@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Mapping
@@ -15,15 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hellm.config import SASRecConfig
-from hellm.data import Dataset, load_dataset
+from hellm.data import Dataset
 from hellm.models import SASRec
 from hellm.models.histories import pad_histories
 from hellm.ops import item_cross_entropy
 from hellm.training.checkpoint import read_model
 from hellm.training.loop import Progress, fit
-from hellm.training.run_directory import RunDirectory
 from hellm.training.samplers import TripleSampler
-from hellm.training.stage import MAY_CHANGE, Evaluate, common_result, resolve_device, tensorboard, write_curves
+from hellm.training.stage import Evaluate, common_result, open_run, resolve_common, tensorboard, write_curves
 
 __all__ = [
     "SequenceBatch",
@@ -34,8 +32,6 @@ __all__ = [
     "sasrec_losses",
     "train_sasrec",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 class SequenceBatch(NamedTuple):
@@ -154,21 +150,19 @@ def train_sasrec(
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
     started = time.perf_counter()
-    dataset = data if isinstance(data, Dataset) else load_dataset(data)
-    config, notes = resolve_sasrec_config(config, dataset)
-    sampler = build_sequence_sampler(config, dataset)
-    run = RunDirectory(out, resume=resume, overwrite=overwrite)
-    run.check_data(dataset.fingerprint)
-    changed = run.write_config(config, may_change=MAY_CHANGE)
-    if run.result.is_file() and not changed:
-        return run.read_result()
-    run.result.unlink(missing_ok=True)
-    for note in notes:
-        logger.warning(note)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    opened = open_run(
+        config,
+        data,
+        out,
+        resolve_sasrec_config,
+        prepare=build_sequence_sampler,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    config, dataset, sampler, run = opened.config, opened.dataset, opened.inputs, opened.run
+    if opened.finished is not None:
+        return opened.finished
 
-    torch.manual_seed(config.seed)
     model = build_sasrec(config, dataset).to(config.device)
     progress = _fit(model, config, dataset, sampler, run, evaluate)
     read_model(run.best, model)
@@ -179,7 +173,7 @@ def train_sasrec(
     masked = None
     if result["test"] is not None and config.protocol != "standard":
         masked = _evaluate(evaluate, model, replace(config, protocol="standard"), dataset, "test").to_dict(level=0.95)
-    result |= {"test_masked": masked, "notes": notes, "seconds": time.perf_counter() - started}
+    result |= {"test_masked": masked, "notes": opened.notes, "seconds": time.perf_counter() - started}
     model.save(run.path)
     run.write_ids(dataset)
     run.write_histories(dataset)
@@ -192,20 +186,12 @@ def train_sasrec(
 def resolve_sasrec_config(config: SASRecConfig, dataset: Dataset) -> tuple[SASRecConfig, list[str]]:
     """Settings as they will run on this machine and data, with a note for each that had to give way.
 
-    Raises: ValueError for a device that is not there, list lengths beyond the catalogue, or no training events.
+    Raises: ValueError, as `resolve_common`.
     """
-    notes = []
-    if not (dataset.split == 0).any():
-        raise ValueError(f"data set {dataset.name!r} must have training events, got none")
-    if max(config.ks) > dataset.num_items:
-        raise ValueError(
-            f"ks must be at most the {dataset.num_items} items of data set {dataset.name!r}, got {max(config.ks)}"
-        )
-    if not (dataset.split == 1).any():
-        notes.append("no validation events: trained for max_epochs, the last weights are kept")
+    config, notes = resolve_common(config, dataset)
     if dataset.timestamps is None and dataset.form == "mmrec":
         notes.append("the data have no times: the order of the source is taken as the order in time")
-    return replace(config, device=resolve_device(config.device)), notes
+    return config, notes
 
 
 def build_sasrec(config: SASRecConfig, dataset: Dataset) -> SASRec:

@@ -20,10 +20,10 @@ from hellm.training.finetune import (
     build_recommender_llm,
     finetune,
     finetune_loss,
-    load_item_inputs,
     plan_finetuning,
     rate_schedule,
 )
+from hellm.training.item_inputs import load_item_inputs
 from hellm.training.loop import Interrupted
 
 
