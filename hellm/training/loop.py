@@ -177,7 +177,7 @@ def fit(
         if on_epoch is not None:
             on_epoch(record)
 
-    with _caught_signals() as caught:
+    with _caught_signals(repeated=processes.count > 1) as caught:
         while progress.epoch < max_epochs and progress.checks_without_gain <= patience:
             epoch, start = progress.epoch, progress.step
             stop = schedule.next_pause(epoch, start)
@@ -286,8 +286,11 @@ def _save_best(model: nn.Module, run: RunDirectory, place: Mapping[str, int]) ->
 
 
 @contextlib.contextmanager
-def _caught_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them; a second one acts as usual. Main thread only."""
+def _caught_signals(*, repeated: bool) -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying of them; a second one acts as usual. Main thread only.
+
+    `repeated` collects the second as well: a launcher passes on what its processes may have got themselves.
+    """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -300,7 +303,8 @@ def _caught_signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: object) -> None:
         caught.append(number)
-        restore()
+        if not repeated:
+            restore()
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
