@@ -152,12 +152,7 @@ def fit(
     schedule = _Schedule(
         num_steps, max_epochs, accumulate, validate_every, None if validate is None else validate_steps
     )
-    progress = Progress()
-    if run.last.is_file():
-        progress = Progress(**load_training_state(run.last, model, optimizer))
-        if processes.index == 0:
-            logger.info("resuming at epoch %d, step %d", progress.epoch, progress.step)
-    processes.on_first(lambda: run.truncate_metrics(progress.epoch, progress.step))
+    progress = _read_progress(model, optimizer, run, processes)
 
     def update(epoch: int, step: int) -> None:
         processes.sum_gradients(model.parameters())
@@ -202,6 +197,17 @@ def fit(
     if validate is None:
         progress.best_epoch = progress.epoch - 1
         processes.on_first(lambda: _save_best(model, run, {"epoch": progress.best_epoch}))
+    return progress
+
+
+def _read_progress(model, optimizer, run: RunDirectory, processes: Processes) -> Progress:
+    """Restore the last checkpoint, where there is one, and forget the records after it."""
+    progress = Progress()
+    if run.last.is_file():
+        progress = Progress(**load_training_state(run.last, model, optimizer))
+        if processes.index == 0:
+            logger.info("resuming at epoch %d, step %d", progress.epoch, progress.step)
+    processes.on_first(lambda: run.truncate_metrics(progress.epoch, progress.step))
     return progress
 
 
