@@ -192,7 +192,7 @@ def _last_before_split(dataset: Dataset, max_length: int) -> tuple[np.ndarray, n
 
 def finetune_loss(model: RecommenderLLM, batch: HistoryBatch) -> Tensor:
     """Mean cross-entropy over the whole catalogue of the items that came next."""
-    indptr, items, targets = (torch.from_numpy(np.ascontiguousarray(one)).to(model.device) for one in batch)
+    indptr, items, targets = (torch.from_numpy(np.ascontiguousarray(one)).to(model.device) for one in batch[:3])
     padded, mask = pad_histories(indptr, items)
     if len(targets) == len(items) and model.graph_context != "prefix":
         query = model.all_queries(padded, mask)[mask]

@@ -6,9 +6,8 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,107 +18,17 @@ from hellm.models import SASRec
 from hellm.models.histories import pad_histories
 from hellm.ops import item_cross_entropy
 from hellm.training.checkpoint import read_model
+from hellm.training.history_sampler import HistoryBatch, SequenceSampler
 from hellm.training.loop import Progress, fit
-from hellm.training.samplers import TripleSampler
 from hellm.training.stage import Evaluate, common_result, open_run, resolve_common, tensorboard, write_curves
 
 __all__ = [
-    "SequenceBatch",
-    "SequenceSampler",
     "build_sasrec",
     "build_sequence_sampler",
     "resolve_sasrec_config",
     "sasrec_losses",
     "train_sasrec",
 ]
-
-
-class SequenceBatch(NamedTuple):
-    """Sequences of one step as CSR: B of them with N positions together.
-
-    Attributes:
-        indptr: [B + 1] int64, where each sequence starts.
-        items: [N] int64, what is known at each position.
-        targets: [N] int64, the item that came next.
-        negatives: [N] int64, an item that the user has no training event with; None if none were asked for.
-    """
-
-    indptr: np.ndarray
-    items: np.ndarray
-    targets: np.ndarray
-    negatives: np.ndarray | None
-
-
-class SequenceSampler:
-    """Batches of training sequences; every position of every sequence is a target once per epoch.
-
-    Users are shuffled per epoch and cut into steps of about equally many positions, never a part of a user. A step is a
-    pure function of (seed, epoch, step).
-
-    Args:
-        users, items: [num_events] int64 training events, grouped by user, in time order.
-        num_users, num_items: Counts.
-        max_length: positions per user, the latest; >= 1.
-        batch_size: positions per step, >= max_length; on average slightly more, all if there are fewer.
-        negatives: whether to draw a negative per position, uniformly.
-        seed: >= 0.
-    Raises: ValueError, an argument out of range, or no user with two events (and, for negatives, a free item).
-    """
-
-    def __init__(
-        self,
-        users: np.ndarray,
-        items: np.ndarray,
-        num_users: int,
-        num_items: int,
-        *,
-        max_length: int = 50,
-        batch_size: int = 2048,
-        negatives: bool = False,
-        seed: int = 0,
-    ) -> None:
-        if max_length < 1:
-            raise ValueError(f"max_length must be >= 1, got {max_length}")
-        if batch_size < max_length:
-            raise ValueError(f"batch_size must be >= max_length {max_length} positions, got {batch_size}")
-        self._items, self._seed = np.asarray(items), seed
-        count = np.bincount(users, minlength=num_users)
-        self._end = count.cumsum()
-        # One event more than positions: the first is only known, the last only a target.
-        self._positions = np.minimum(count, max_length + 1) - 1
-        eligible = self._positions > 0
-        self._triples = TripleSampler(users, items, num_users, num_items, seed=seed) if negatives else None
-        if negatives:
-            distinct = np.bincount(np.unique(users * num_items + items) // num_items, minlength=num_users)
-            eligible &= distinct < num_items
-        self._users = np.flatnonzero(eligible)
-        if not len(self._users):
-            raise ValueError("no user has two training events, so there is no next item to learn")
-        self.num_positions = int(self._positions[self._users].sum())
-        self.num_steps = max(1, self.num_positions // batch_size)
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
-
-    def sample(self, epoch: int, step: int) -> SequenceBatch:
-        """The sequences of one step."""
-        users, bounds = self._epoch_order(epoch)
-        chosen = users[bounds[step] : bounds[step + 1]]
-        length = self._positions[chosen]
-        indptr = np.concatenate([[0], length.cumsum()])
-        place = np.arange(indptr[-1]) + np.repeat(self._end[chosen] - 1 - length - indptr[:-1], length)
-        negatives = None
-        if self._triples is not None:
-            rng = np.random.default_rng((self._seed, epoch, step))
-            negatives = self._triples.sample_negatives(np.repeat(chosen, length), rng)
-        return SequenceBatch(indptr, self._items[place], self._items[place + 1], negatives)
-
-    def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        if self._epoch is None or self._epoch[0] != epoch:
-            users = np.random.default_rng((self._seed, epoch)).permutation(self._users)
-            length = self._positions[users]
-            # Steps are at least batch_size >= max_length positions wide, so a sequence starts in each of them.
-            edges = np.arange(self.num_steps + 1) * self.num_positions / self.num_steps
-            self._epoch = (epoch, users, np.searchsorted(length.cumsum() - length, edges))
-        return self._epoch[1:]
 
 
 def train_sasrec(
@@ -223,7 +132,7 @@ def build_sequence_sampler(config: SASRecConfig, dataset: Dataset) -> SequenceSa
         raise ValueError(f"data set {dataset.name!r}: {error}") from None
 
 
-def sasrec_losses(model: SASRec, batch: SequenceBatch, loss: str) -> dict[str, Tensor]:
+def sasrec_losses(model: SASRec, batch: HistoryBatch, loss: str) -> dict[str, Tensor]:
     """The loss of one step, by its name: the mean over all positions of
 
     "cross_entropy"   -log softmax(scores of all items)[target]
