@@ -396,7 +396,7 @@ def test_the_language_model_is_found_by_its_name(tmp_path, monkeypatch):
         calls.append((name, options))
         return tiny_model(), CharTokenizer()
 
-    monkeypatch.setattr("hellm.models.recommender_llm.load_language_model", load)
+    monkeypatch.setattr("hellm.models.llm_checkpoint.load_language_model", load)
     loaded = RecommenderLLM.from_pretrained(tmp_path / "model", tiny_tables())
     assert calls == [("some/model", {"dtype": torch.float32, "revision": None})]
     assert torch.equal(scores(loaded, HISTORIES), scores(model, HISTORIES))
