@@ -122,11 +122,10 @@ def fit(
 ) -> Progress:
     """Train until `max_epochs` or until more than `patience` validations in a row bring no gain.
 
-    Validation runs after every `validate_every`-th epoch, or after every `validate_steps` steps (then rounded up to a
-    whole update), and after the last. One that beats the best value so far of
-    any monitored metric is a gain, and its weights become `run.best`; without `validate` the final weights do. A
-    checkpoint in `run.last` is gone on from: the same numbers follow as without the break. SIGTERM and SIGINT let the
-    running step end, save, and raise `Interrupted`.
+    Validation runs after every `validate_every`-th epoch, or after every `validate_steps` steps (rounded up to a whole
+    update), and after the last. One that beats the best value so far of any monitored metric is a gain, and its weights
+    become `run.best`; without `validate` the final weights do. A checkpoint in `run.last` is gone on from: the same
+    numbers follow as without the break. SIGTERM and SIGINT let the running update end, save, and raise `Interrupted`.
 
     Args:
         model: trained in place; holds the final weights afterwards, not the best.
@@ -191,9 +190,9 @@ def fit(
                 progress.epoch, progress.step, progress.losses, progress.seconds = epoch + 1, 0, [], 0.0
             if processes.agree(caught) or due or (epoch + 1) % checkpoint_every == 0:
                 save()
-            if caught:
-                where = f"after epoch {epoch}" if ended else f"in epoch {epoch} after step {stop}"
-                raise Interrupted(caught[0], f"stopped {where}; saved {run.last}")
+                if processes.agree(caught):
+                    where = f"after epoch {epoch}" if ended else f"in epoch {epoch} after step {stop}"
+                    raise Interrupted(caught[0], f"stopped {where}; saved {run.last}")
     if validate is None:
         progress.best_epoch = progress.epoch - 1
         processes.on_first(lambda: _save_best(model, run, {"epoch": progress.best_epoch}))

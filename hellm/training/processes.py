@@ -80,12 +80,14 @@ class Processes:
 
     def agree(self, caught: list[int]) -> bool:
         """Whether any process caught a signal; its number is then in `caught` everywhere."""
-        if self.count > 1:
-            own = torch.tensor([caught[0] if caught else 0], device=self._accelerator.device)
-            signum = int(self._accelerator.gather(own).max())
-            if signum and not caught:
-                caught.append(signum)
-        return bool(caught)
+        if self.count == 1:
+            return bool(caught)
+        own = torch.tensor([caught[0] if caught else 0], device=self._accelerator.device)
+        signum = int(self._accelerator.gather(own).max())
+        if signum and not caught:
+            caught.append(signum)
+        # Not whether `caught` is empty: a signal may have come since, to this process alone.
+        return signum > 0
 
     def seed_step(self, epoch: int, step: int) -> None:
         """Give every process dropout of its own, the same in a resumed run."""
