@@ -351,6 +351,30 @@ class TestEvaluate:
         report = last_json(call("evaluate", run, "--data", shop, *argv)[1])
         assert (report["split"], report["protocol"], report["shown"]) == ("valid", "official", ["mrr@5"])
 
+    def test_device_is_that_of_the_scorer(self, fails, call, shop, run, monkeypatch):
+        from hellm.recommend import Recommender
+        from hellm.training import stage
+
+        report = [
+            last_json(call("evaluate", run, "--data", shop, "--device", one, "--json")[1]) for one in ("auto", "cpu")
+        ]
+        assert report[0]["models"][0]["metrics"] == report[1]["models"][0]["metrics"]
+        fails(
+            "evaluate",
+            run,
+            "--data",
+            shop,
+            "--device",
+            "tpu",
+            match=r'device must be "auto", "cpu", "cuda" or "cuda:N"',
+        )
+        fails("evaluate", run, "--data", shop, "--device", "cuda:77", match="device must be usable, got 'cuda:77'")
+        asked, original = [], Recommender.scorer
+        monkeypatch.setattr(stage, "resolve_device", lambda name: "cuda:1" if name == "cuda" else name)
+        monkeypatch.setattr(Recommender, "scorer", lambda self, *where: asked.append(where) or original(self, where[0]))
+        assert call("evaluate", run, "--data", shop, "--device", "cuda")[0] == 0
+        assert asked == [("test", "cuda:1")]
+
     def test_baselines_of_the_extra(self, call, shop):
         pytest.importorskip("implicit", reason='needs pip install "hellm[baselines]"')
         report = last_json(call("evaluate", "popularity", "itemknn", "--data", shop, "--json")[1])

@@ -13,7 +13,7 @@ from recommender_contract import PlantedBlocks, RecommenderContract
 from hellm import user_hypergraph
 from hellm.config import PretrainConfig, SASRecConfig
 from hellm.data import ItemFeatures
-from hellm.evaluate import evaluate_dataset, evaluate_histories
+from hellm.evaluate import HistoryScorer, evaluate_dataset, evaluate_histories
 from hellm.losses import bpr_loss
 from hellm.models import GraphEncoder, SASRec
 from hellm.models.histories import pad_histories
@@ -99,6 +99,29 @@ class ServedContract(RecommenderContract):
     def test_reasons_lie_in_the_block(self, data, scorer):
         (reason,) = scorer.explain("i9", history=["i0", "i1", "i2"], k=1)
         assert reason.item == "i0" and reason.shared_users > 0 and reason.content["text"].similarity > 0.9
+
+    def test_scorer_of_a_device_gives_the_same_scores(self, data, scorer):
+        users = torch.arange(data.num_users)
+        expected = scorer.scorer("test").scores(users)
+        moved = scorer.model.scorer_on("cpu")
+        if scorer.model.user is None:
+            known = torch.from_numpy(scorer._indptr), torch.from_numpy(scorer._items)
+            moved = HistoryScorer(moved, *known).scores
+        torch.testing.assert_close(moved(users), expected)
+
+    @pytest.mark.gpu
+    def test_scorer_on_the_gpu_gives_the_same_scores_there(self, data):
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        recommender, users = self.fit(data), torch.arange(data.num_users)
+        expected = recommender.scorer("test").scores(users)
+        found = recommender.scorer("test", "cuda").scores if recommender.model.user is None else None
+        found = (found or recommender.scorer("test", "cuda"))(users)
+        assert found.device.type == "cuda"
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+        # What serves stays on the CPU.
+        torch.testing.assert_close(recommender.scores(users), expected, rtol=1e-3, atol=1e-3)
+        assert recommender.recommend(["u0"], k=1)[0].items[0].item == f"i{data.best_item[0]}"
 
     def test_new_items_rank_in_their_block_and_old_scores_stay(self, data, all_scores, tmp_path):
         recommender = self.fit(data)

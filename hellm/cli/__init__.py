@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -52,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [one for one in arguments if one != "--debug"]
-    with _messages_on_stderr():
+    with _messages_on_stderr(), _one_voice():
         try:
             return _dispatch(arguments)
         except SystemExit as stop:
             # An interrupted training says what it saved; argparse's own exits (--help) have nothing to add.
-            if getattr(stop, "message", None):
+            if getattr(stop, "message", None) and _index() == 0:
                 _say(str(stop))
             return stop.code if isinstance(stop.code, int) else 0
         except KeyboardInterrupt:
@@ -86,6 +87,10 @@ def _dispatch(argv: list[str]) -> int:
         nearest = difflib.get_close_matches(argv[0], VERBS, n=1, cutoff=0.5)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"verb must be one of {', '.join(VERBS)}, got {argv[0]!r}{hint}")
+    if argv[0] != "finetune" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"only finetune runs in several processes (WORLD_SIZE {os.environ['WORLD_SIZE']}), got {argv[0]}"
+        )
     return importlib.import_module(VERBS[argv[0]][0]).run(argv[1:])
 
 
@@ -109,6 +114,22 @@ def _report(error: Exception) -> int:
 
 def _say(text: str) -> None:
     print(f"hellm: {text}", file=sys.stderr)
+
+
+def _index() -> int:
+    """Of this process among those that a launcher started; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """Lets the first of several processes print; errors come from all."""
+    if _index() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class _StderrHandler(logging.Handler):

@@ -35,6 +35,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--ks", nargs="+", type=int, default=[10, 20], metavar="K", help="list lengths")
     parser.add_argument("--metrics", nargs="+", type=str, default=["recall", "ndcg"], metavar="NAME", help="to show")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the baselines and the bootstrap")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="of runs: auto, cpu, cuda or cuda:N")
     parser.add_argument("--json", action="store_true", help="print everything as one line of JSON")
     add_reading_options(parser, split_option="--data-split")
     args = parse(parser, argv)
@@ -48,7 +49,14 @@ def run(argv: Sequence[str]) -> int:
     split = args.data_split or _split_of_runs(args.models)
     dataset = load_dataset(args.data, **reading_options(args) | {"split": split})
     comparison = compare(
-        args.models, dataset, split=args.split, protocol=args.protocol, ks=args.ks, metrics=args.metrics, seed=args.seed
+        args.models,
+        dataset,
+        split=args.split,
+        protocol=args.protocol,
+        ks=args.ks,
+        metrics=args.metrics,
+        seed=args.seed,
+        device=args.device,
     )
     if args.json:
         print_json(comparison)
@@ -66,24 +74,27 @@ def compare(
     ks: Sequence[int] = (10, 20),
     metrics: Sequence[str] = ("recall", "ndcg"),
     seed: int = 0,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Evaluate run directories and named baselines alike.
 
     The last of `ks` of the first of `metrics` decides which is the best; each other one is compared with it on the
-    same users by paired bootstrap.
+    same users by paired bootstrap. Runs are scored on `device`, baselines on the CPU.
 
     Returns: plain values: data, split, protocol, best, compared (the deciding metric), per model its metrics,
         intervals, users_per_second and difference_to_best, and a verdict on each language model: whether it beats the
         best of the others, and at what speed.
-    Raises: ValueError, an unknown baseline or metric, or a run of other data.
+    Raises: ValueError, an unknown baseline or metric, a run of other data, or a device that is not there.
     """
     from hellm.evaluate import evaluate_dataset, paired_bootstrap
+    from hellm.training.stage import resolve_device
 
+    device = resolve_device(device)
     models = list(dict.fromkeys(models))
     kinds = {name: _kind(name) for name in models}
     results, speeds = {}, {}
     for name in models:
-        scorer = _run_scorer(name, dataset, split) if kinds[name] == "run" else _baseline(name, dataset, seed)
+        scorer = _run_scorer(name, dataset, split, device) if kinds[name] == "run" else _baseline(name, dataset, seed)
         started = time.perf_counter()
         results[name] = evaluate_dataset(scorer, dataset, split=split, protocol=protocol, ks=ks)
         speeds[name] = results[name].num_users / (time.perf_counter() - started)
@@ -188,7 +199,7 @@ def _baseline(name: str, dataset, seed: int):
     return fit_baseline(name, dataset, seed=seed)
 
 
-def _run_scorer(path: str, dataset, split: str):
+def _run_scorer(path: str, dataset, split: str, device: str):
     """The run's scorer, if it is of this data: another split may have shown it the held-out events."""
     from hellm.recommend import Recommender
 
@@ -207,7 +218,7 @@ def _run_scorer(path: str, dataset, split: str):
             f"{path} was trained on another split of {dataset.name!r}, so its numbers would not be comparable; "
             "give --data-split as in its training"
         )
-    return recommender.scorer(split)
+    return recommender.scorer(split, device)
 
 
 def _split_of_runs(models: Sequence[str]) -> str | None:

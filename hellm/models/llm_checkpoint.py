@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from hellm.data._files import new_folder
+from hellm.models.item_tokens import check_item_embeddings
+from hellm.models.language_model import language_model_identity, load_language_model
 
-__all__ = ["catalogue", "check_same", "load_saved", "load_trained", "read_config", "save_trained", "trained_tensors"]
+__all__ = ["load_saved", "load_trained", "open_saved", "save_trained", "trained_tensors"]
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _LORA = "adapter_model.safetensors"
@@ -72,10 +74,17 @@ def catalogue(
     }
 
 
-def save_trained(model: nn.Module, folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """Write `folder`, whole or not at all, in place of one that is there."""
+def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write a `RecommenderLLM` into `folder`, whole or not at all, in place of one that is there."""
     from safetensors.torch import save_file
 
+    weight = model.prompted.base.get_input_embeddings().weight
+    config = {
+        "settings": model.settings,
+        "language_model": model.prompted.identity | {"dtype": str(weight.dtype).removeprefix("torch.")},
+        "catalogue": catalogue(model.items.tables, model.item_titles, model.sequence_model),
+        "table_scales": model.items.table_scales,
+    }
     tensors = {name: value.cpu().contiguous().clone() for name, value in trained_tensors(model).items()}
     own = {name: value for name, value in tensors.items() if not name.startswith(_LANGUAGE_MODEL)}
     with new_folder(Path(folder), overwrite=True) as new:
@@ -97,6 +106,32 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(config, dict) or not {"settings", "language_model", "catalogue", "table_scales"} <= config.keys():
         raise ValueError(f"{path} is not the config.json of a saved RecommenderLLM")
     return config
+
+
+def open_saved(
+    folder: str | os.PathLike[str],
+    item_embeddings: Mapping[str, Tensor],
+    *,
+    language_model: nn.Module | None,
+    tokenizer: Any,
+    item_titles: Sequence[str | None] | None,
+    sequence_model: nn.Module | None,
+) -> tuple[dict[str, Any], nn.Module, Any]:
+    """config.json, language model and tokenizer of a saved model, checked against what it was trained with.
+
+    Raises: as `RecommenderLLM.from_pretrained`.
+    """
+    config = read_config(folder)
+    settings, identity = config["settings"], dict(config["language_model"])
+    dtype = getattr(torch, identity.pop("dtype"))
+    titles = item_titles if settings["titles"] else None
+    check_item_embeddings(item_embeddings)
+    given = catalogue(item_embeddings, titles, sequence_model if settings["sequence_residual"] else None)
+    check_same("catalogue", config["catalogue"], given, folder)
+    if language_model is None:
+        language_model, tokenizer = load_language_model(identity["name"], dtype=dtype, revision=identity["revision"])
+    check_same("language model", identity, language_model_identity(language_model), folder)
+    return config, language_model, tokenizer
 
 
 def load_saved(model: nn.Module, folder: str | os.PathLike[str]) -> None:

@@ -15,18 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hellm.models.graph_prefix import RunningGraph
-from hellm.models.histories import check_histories, pad_histories
+from hellm.models.histories import batches_by_length, check_histories, pad_histories
 from hellm.models.item_tokens import ItemTokens, check_item_embeddings, last_hidden
-from hellm.models.language_model import language_model_identity, load_language_model, token_rms
-from hellm.models.llm_checkpoint import (
-    catalogue,
-    check_same,
-    load_saved,
-    load_trained,
-    read_config,
-    save_trained,
-    trained_tensors,
-)
+from hellm.models.language_model import token_rms
+from hellm.models.llm_checkpoint import load_saved, load_trained, open_saved, save_trained, trained_tensors
 from hellm.models.llm_settings import SETTINGS, check_settings
 from hellm.models.prompt import title_tokens
 from hellm.models.prompted_model import PromptedModel, SharedContext
@@ -112,7 +104,7 @@ class RecommenderLLM(nn.Module):
         check_settings(self.settings, widths, language_model.config.model_type)
         self.graph_context, self.max_length, self.compat = graph_context, max_length, compat
         self.tokenizer = tokenizer
-        self._titles = list(item_titles) if titles and item_titles is not None else None
+        self.item_titles = list(item_titles) if titles and item_titles is not None else None
         self.prompted = PromptedModel(
             language_model,
             tokenizer,
@@ -270,8 +262,12 @@ class RecommenderLLM(nn.Module):
         try:
             context = None if self.graph_context == "prefix" else self.prompted.shared_context()
             output = None
-            for rows in _batches(
-                lengths, self._tokens_around(), self.items.max_tokens_per_item, same=self.compat is not None
+            for rows in batches_by_length(
+                lengths,
+                EMBED_TOKENS,
+                tokens_around=self._tokens_around(),
+                tokens_per_item=self.items.max_tokens_per_item,
+                same_length=self.compat is not None,
             ):
                 longest = int(lengths[rows].max())
                 batch = (padded[rows, :longest].to(self.device), mask[rows, :longest].to(self.device))
@@ -305,7 +301,7 @@ class RecommenderLLM(nn.Module):
         self._check_sequence_model(sequence_model, self.num_items + added)
         self.items.append(item_embeddings, tokens)
         if tokens is not None:
-            self._titles = [*self._titles, *item_titles]
+            self.item_titles = [*self.item_titles, *item_titles]
         if self.sequence_model is not None:
             self.sequence_model = sequence_model.requires_grad_(False).eval()
 
@@ -321,14 +317,7 @@ class RecommenderLLM(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write what was trained into `folder`, in place of what is there; see `hellm.models.llm_checkpoint`."""
-        weight = self.prompted.base.get_input_embeddings().weight
-        config = {
-            "settings": self.settings,
-            "language_model": self.prompted.identity | {"dtype": str(weight.dtype).removeprefix("torch.")},
-            "catalogue": catalogue(self.items.tables, self._titles, self.sequence_model),
-            "table_scales": self.items.table_scales,
-        }
-        save_trained(self, folder, config)
+        save_trained(self, folder)
 
     @classmethod
     def from_pretrained(
@@ -353,26 +342,16 @@ class RecommenderLLM(nn.Module):
         Raises: FileNotFoundError, ValueError: no such model, or one of another catalogue or language model (both are
             named); and what `load_language_model` raises.
         """
-        config = read_config(folder)
-        settings, identity = config["settings"], dict(config["language_model"])
-        dtype = getattr(torch, identity.pop("dtype"))
-        titles = item_titles if settings["titles"] else None
-        check_item_embeddings(item_embeddings)
-        given = catalogue(item_embeddings, titles, sequence_model if settings["sequence_residual"] else None)
-        check_same("catalogue", config["catalogue"], given, folder)
-        if language_model is None:
-            language_model, tokenizer = load_language_model(
-                identity["name"], dtype=dtype, revision=identity["revision"]
-            )
-        check_same("language model", identity, language_model_identity(language_model), folder)
-        model = cls(
-            language_model,
-            tokenizer,
+        config, language_model, tokenizer = open_saved(
+            folder,
             item_embeddings,
+            language_model=language_model,
+            tokenizer=tokenizer,
             item_titles=item_titles,
             sequence_model=sequence_model,
-            **settings,
         )
+        extra = {"item_titles": item_titles, "sequence_model": sequence_model}
+        model = cls(language_model, tokenizer, item_embeddings, **extra, **config["settings"])
         model.items.rescale(config["table_scales"])
         load_saved(model, folder)
         return model.eval()
@@ -430,18 +409,3 @@ class RecommenderLLM(nn.Module):
         tokens, used, last = self.items(items, mask, self.prompted.embed_text)
         self.prompted.check_context(tokens.shape[1], f"a history of {items.shape[1]} items")
         return tokens, used, last
-
-
-def _batches(lengths: Tensor, around: int, per_item: int, *, same: bool) -> list[Tensor]:
-    """Rows sorted by length, in batches of about `EMBED_TOKENS` tokens; with `same`, of one length each."""
-    batches, start = [], 0
-    order = lengths.argsort(descending=True, stable=True)
-    sizes = lengths[order].tolist()
-    while start < len(sizes):
-        stop = start + max(1, EMBED_TOKENS // max(1, around + sizes[start] * per_item))
-        rows = order[start:stop]
-        if same:
-            rows = rows[lengths[rows] == sizes[start]]
-        batches.append(rows)
-        start += len(rows)
-    return batches

@@ -67,7 +67,7 @@ class Recommender:
         self._is_trained = np.bincount(self._users[self._split == 0], minlength=self.num_users) > 0
         trained = self._items[self._split == 0]
         self.popularity = torch.from_numpy(np.bincount(trained, minlength=self.num_items)).float()
-        self._scorers: dict[str, Any] = {}
+        self._scorers: dict[tuple[str, str], Any] = {}
 
     @property
     def num_users(self) -> int:
@@ -125,7 +125,7 @@ class Recommender:
                 self.content.save(new / _CONTENT)
         return path
 
-    def scorer(self, split: str) -> Any:
+    def scorer(self, split: str, device: str = "cpu") -> Any:
         """The scorer that `hellm.evaluate` takes, for finding events of `split`: "valid" or "test".
 
         With a model of histories, users are known by their events before that split; else by their trained embedding.
@@ -134,14 +134,17 @@ class Recommender:
         """
         if split not in _KNOWN:
             raise ValueError(f"split must be 'valid' or 'test', got {split!r}")
+        on_cpu = torch.device(device).type == "cpu"
         if self.model.user is not None:
-            return self
-        if split not in self._scorers:
+            return self if on_cpu else self.model.scorer_on(device)
+        key = (split, device)
+        if key not in self._scorers:
             known = np.isin(self._split, _KNOWN[split])
             indptr = np.concatenate([[0], np.bincount(self._users[known], minlength=self.num_users).cumsum()])
             items = torch.from_numpy(self._items[known])
-            self._scorers[split] = HistoryScorer(self.model, torch.from_numpy(indptr), items)
-        return self._scorers[split]
+            model = self.model if on_cpu else self.model.scorer_on(device)
+            self._scorers[key] = HistoryScorer(model, torch.from_numpy(indptr), items)
+        return self._scorers[key]
 
     def scores(self, users: Tensor) -> Tensor:
         """[B] int64 rows of the users -> [B, I] float32, by what the model knows of them from training events."""

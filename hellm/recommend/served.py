@@ -46,7 +46,7 @@ class NewItems(NamedTuple):
 
 
 class ServedModel(Protocol):
-    """The score of item i for a history is <query of the history, key of i>.
+    """The score of item i for a history is <query of the history, key of i>. All it gives is on the CPU.
 
     Attributes:
         user: [U, D] trained queries of known users; None for a model that knows histories only.
@@ -69,6 +69,10 @@ class ServedModel(Protocol):
         ...
 
     def save(self, folder: Path) -> None: ...
+
+    def scorer_on(self, device: str) -> Any:
+        """The same model on `device`, where it then computes, and gives queries and keys (or scores of users) there."""
+        ...
 
 
 class ServedGraph:
@@ -120,6 +124,10 @@ class ServedGraph:
     def save(self, folder: Path) -> None:
         _save_tensors(self.tensors, folder, {"fold_in_exponent": str(self.exponent)})
 
+    def scorer_on(self, device: str) -> Any:
+        user, item = self.user.to(device), self.item_keys().to(device)
+        return lambda users: user[users.to(device)] @ item.T
+
 
 class ServedSASRec:
     """A sequence model. It knows items by their embedding alone, so a new item gets the mean of its neighbours'."""
@@ -130,16 +138,19 @@ class ServedSASRec:
         self.model = model
 
     def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
-        return self.model.embed(indptr, items)
+        return self.model.embed(indptr, items).cpu()
 
     def item_keys(self) -> Tensor:
-        return self.model.item_keys()
+        return self.model.item_keys().cpu()
 
     def add(self, new: NewItems) -> None:
         self.model = extended_sasrec(self.model, new)
 
     def save(self, folder: Path) -> None:
         self.model.save(folder)
+
+    def scorer_on(self, device: str) -> SASRec:
+        return self.model.to(device)
 
 
 class ServedLLM:
@@ -181,6 +192,9 @@ class ServedLLM:
             (folder / "sequence_model").mkdir()
             self.model.sequence_model.save(folder / "sequence_model")
         self.model.save_pretrained(folder / "model")
+
+    def scorer_on(self, device: str) -> Any:
+        return self.model.to(device)
 
 
 def load_served(folder: Path, titles: list[str | None]) -> ServedModel:

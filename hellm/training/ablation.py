@@ -193,7 +193,7 @@ def run_ablations(
         valid and test metrics, intervals, training seconds, users scored per second and number of trained parameters.
     Raises: as `plan_ablations`, `load_item_inputs` and `finetune`; ValueError without test events.
     """
-    from hellm.training.finetune import load_item_inputs
+    from hellm.training.item_inputs import load_item_inputs
 
     if not (dataset.split == 2).any():
         raise ValueError(f"data set {dataset.name!r} must have test events to compare by, got none")
@@ -288,7 +288,7 @@ def _seconds(run: Path) -> float:
     from hellm.training.run_directory import RunDirectory
 
     records = RunDirectory(run, resume=True).read_metrics()
-    return sum(record["seconds"] + record.get("valid_seconds", 0.0) for record in records)
+    return sum(record.get("seconds", 0.0) + record.get("valid_seconds", 0.0) for record in records)
 
 
 def _write_test_users(folder: Path, result: Any) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,54 +16,41 @@ from torch import Tensor
 
 from hellm._files import atomic_path
 from hellm.config import FinetuneConfig
-from hellm.data import Dataset, load_dataset
-from hellm.models import SASRec
+from hellm.data import Dataset
 from hellm.models.histories import pad_histories
 from hellm.models.language_model import load_language_model
 from hellm.models.recommender_llm import RecommenderLLM
 from hellm.ops import item_cross_entropy
 from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, HistorySampler
+from hellm.training.item_inputs import ItemInputs, load_item_inputs
 from hellm.training.loop import Progress, fit
+from hellm.training.processes import Processes, launched_processes
 from hellm.training.run_directory import RunDirectory, peak_memory_bytes
 from hellm.training.stage import (
-    MAY_CHANGE,
     Evaluate,
     common_result,
+    open_run,
     readable_memory_errors,
+    resolve_common,
     resolve_device,
     tensorboard,
     write_curves,
 )
 
 __all__ = [
-    "ItemInputs",
     "build_history_sampler",
     "build_optimizer",
     "build_recommender_llm",
     "finetune",
     "finetune_loss",
-    "load_item_inputs",
     "plan_finetuning",
     "rate_schedule",
+    "resolve_finetune_config",
 ]
-
-logger = logging.getLogger(__name__)
 
 Path_ = str | os.PathLike[str]
 _SEQUENCE_MODEL = "sequence_model"
-
-
-class ItemInputs(NamedTuple):
-    """What a language model is told of the items.
-
-    Attributes:
-        tables: name -> [num_items, d] float32, in the order of `FinetuneConfig.item_inputs`.
-        sequence_model: the SASRec whose scores are the start, for `model.sequence_residual`; None otherwise.
-    """
-
-    tables: dict[str, Tensor]
-    sequence_model: SASRec | None
 
 
 def finetune(
@@ -83,7 +68,8 @@ def finetune(
     """Fine-tune, choose by validation, score the test split once, and leave a run directory.
 
     Beside what `train_sasrec` leaves, the run holds the item tables (embeddings.safetensors) and what was trained
-    (`model/`); the language model itself is referenced, not copied.
+    (`model/`); the language model itself is referenced, not copied. Started by `accelerate launch` or torchrun, several
+    processes share the histories of every step, which changes nothing but the dropout, and the first does the rest.
 
     Args:
         config: settings; see `hellm.config`.
@@ -98,122 +84,65 @@ def finetune(
 
     Returns: what result.json holds, with the metrics directly in "test" as well.
     Raises:
-        FileExistsError, ValueError: as `RunDirectory`, `load_item_inputs` and `RecommenderLLM`.
+        FileExistsError, ValueError: as `RunDirectory`, `load_item_inputs` and `RecommenderLLM`; and for
+            compat="official" in several processes.
         MemoryError: a step needs more memory than there is; says what to lower.
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
     started = time.perf_counter()
-    dataset = data if isinstance(data, Dataset) else load_dataset(data)
-    config, notes = resolve_finetune_config(config, dataset)
-    inputs = load_item_inputs(config, dataset, graph=graph, sequence=sequence)
-    run = RunDirectory(out, resume=resume, overwrite=overwrite)
-    run.check_data(dataset.fingerprint)
-    changed = run.write_config(config, may_change=MAY_CHANGE)
-    if run.result.is_file() and not changed:
-        return run.read_result()
-    run.result.unlink(missing_ok=True)
-    for note in notes:
-        logger.warning(note)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    processes = launched_processes(resolve_device(config.device), seed=config.seed)
+    if processes.count > 1 and config.model.compat == "official":
+        raise ValueError(
+            "model.compat must be null in several processes, got 'official': the published Gram matrix of a history "
+            "depends on all histories of its step"
+        )
+    opened = open_run(
+        config,
+        data,
+        out,
+        resolve_finetune_config,
+        prepare=lambda config, dataset: load_item_inputs(config, dataset, graph=graph, sequence=sequence),
+        resume=resume,
+        overwrite=overwrite,
+        processes=processes,
+    )
+    config, dataset, inputs, run = opened.config, opened.dataset, opened.inputs, opened.run
+    if opened.finished is not None:
+        return opened.finished
 
-    torch.manual_seed(config.seed)
     model = build_recommender_llm(config, dataset, inputs).to(config.device)
     sampler = build_history_sampler(config, dataset, model)
     with _readable_memory_errors():
-        plan = plan_finetuning(config, model, sampler)
-        if on_plan is not None:
+        plan = plan_finetuning(config, model, sampler, processes)
+        if on_plan is not None and processes.index == 0:
             on_plan(plan)
-        progress = _fit(model, config, dataset, sampler, run, evaluate)
-    read_model(run.best, model)
-    model.eval()
-    test, speed = _test(model, config, dataset, evaluate)
-    result = common_result("finetune", model, dataset, run, progress, test=test, device=config.device)
-    result |= {"num_trained_parameters": plan["num_trained_parameters"], "plan": plan, "notes": notes}
-    result |= {"test_users_per_second": speed, "seconds": time.perf_counter() - started}
-    _write_outputs(model, inputs, dataset, run)
-    write_curves(run, metrics=config.monitor, best_epoch=progress.best_epoch, title=f"{dataset.name}: fine-tuning")
-    run.write_result(result)
-    return result
+        progress = _fit(model, config, dataset, sampler, run, evaluate, processes)
+
+    def finish() -> dict[str, Any]:
+        read_model(run.best, model)
+        model.eval()
+        test, speed = _test(model, config, dataset, evaluate)
+        result = common_result("finetune", model, dataset, run, progress, test=test, device=config.device)
+        result |= {"num_trained_parameters": plan["num_trained_parameters"], "plan": plan, "notes": opened.notes}
+        result |= {"num_processes": processes.count}
+        result |= {"test_users_per_second": speed, "seconds": time.perf_counter() - started}
+        _write_outputs(model, inputs, dataset, run)
+        write_curves(run, metrics=config.monitor, best_epoch=progress.best_epoch, title=f"{dataset.name}: fine-tuning")
+        run.write_result(result)
+        return result
+
+    return processes.on_first(finish)
 
 
 def resolve_finetune_config(config: FinetuneConfig, dataset: Dataset) -> tuple[FinetuneConfig, list[str]]:
     """Settings as they will run on this machine and data, with a note for each that had to give way.
 
-    Raises: ValueError for a device that is not there, list lengths beyond the catalogue, or no training events.
+    Raises: ValueError for titles that the data have not, and as `resolve_common`.
     """
-    if not (dataset.split == 0).any():
-        raise ValueError(f"data set {dataset.name!r} must have training events, got none")
-    if max(config.ks) > dataset.num_items:
-        raise ValueError(
-            f"ks must be at most the {dataset.num_items} items of data set {dataset.name!r}, got {max(config.ks)}"
-        )
+    config, notes = resolve_common(config, dataset)
     if config.model.titles and not dataset.item_titles:
         raise ValueError(f"model.titles needs item titles, and data set {dataset.name!r} has none")
-    notes = []
-    if not (dataset.split == 1).any():
-        notes.append("no validation events: trained for max_epochs, the last weights are kept")
-    return replace(config, device=resolve_device(config.device)), notes
-
-
-def load_item_inputs(
-    config: FinetuneConfig, dataset: Dataset, *, graph: Path_ | None = None, sequence: Path_ | None = None
-) -> ItemInputs:
-    """The item tables that `config.item_inputs` names, from the runs and the features of the data set.
-
-    Raises: FileNotFoundError, ValueError: a run that is missing, unfinished, or of other items or training events; a
-        feature that the data set has not.
-    """
-    tables: dict[str, Tensor] = {}
-    residual = config.model.sequence_residual
-    model = None
-    if "sequence" in config.item_inputs or residual:
-        model = SASRec.load(_checked_run(sequence, "sequence", "hellm sasrec", dataset))
-    for name in config.item_inputs:
-        if name == "graph":
-            tables[name] = _read_table(_checked_run(graph, "graph", "hellm pretrain", dataset), "item")
-        elif name == "sequence":
-            tables[name] = model.sequence_embedding
-        elif name in dataset.item_features:
-            tables[name] = torch.from_numpy(dataset.item_features[name].values)
-        else:
-            known = ", ".join(["graph", "sequence", *dataset.item_features])
-            raise ValueError(f"item_inputs must be among {known} for data set {dataset.name!r}, got {name!r}")
-    return ItemInputs(tables, model if residual else None)
-
-
-def _checked_run(path: Path_ | None, name: str, verb: str, dataset: Dataset) -> Path:
-    """A finished run of the items and training events of `dataset`."""
-    import polars as pl
-
-    if path is None:
-        raise ValueError(f"{name} must be the run directory of a finished `{verb}`, got none")
-    run = Path(path)
-    for file in ("embeddings.safetensors", "ids.parquet", "histories.parquet"):
-        if not (run / file).is_file():
-            raise FileNotFoundError(f"{name} run {run} holds no {file}: it is no run of `{verb}`, or not finished")
-    ids = pl.read_parquet(run / "ids.parquet").filter(pl.col("side") == "item").sort("index")["id"].to_list()
-    if ids != dataset.item_ids.ids:
-        raise ValueError(
-            f"{name} run {run} must be of the {dataset.num_items} items of data set {dataset.name!r}, "
-            f"got {len(ids)} items{' with other ids' if len(ids) == dataset.num_items else ''}"
-        )
-    events = pl.read_parquet(run / "histories.parquet").filter(pl.col("split") == 0)
-    own = (events["user"].to_numpy(), events["item"].to_numpy())
-    if not all(np.array_equal(*pair) for pair in zip(own, dataset.pairs("train"), strict=True)):
-        raise ValueError(f"{name} run {run} was trained on other training events than those of {dataset.name!r}")
-    return run
-
-
-def _read_table(run: Path, name: str) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(run / "embeddings.safetensors", framework="pt") as file:
-        if name not in file.keys():  # noqa: SIM118 (not a mapping)
-            raise ValueError(
-                f"{run / 'embeddings.safetensors'} must hold a table {name!r}, got {', '.join(file.keys())}"
-            )
-        return file.get_tensor(name)
+    return config, notes
 
 
 def build_recommender_llm(config: FinetuneConfig, dataset: Dataset, inputs: ItemInputs) -> RecommenderLLM:
@@ -264,7 +193,7 @@ def _last_before_split(dataset: Dataset, max_length: int) -> tuple[np.ndarray, n
 
 def finetune_loss(model: RecommenderLLM, batch: HistoryBatch) -> Tensor:
     """Mean cross-entropy over the whole catalogue of the items that came next."""
-    indptr, items, targets = (torch.from_numpy(np.ascontiguousarray(one)) for one in batch)
+    indptr, items, targets = (torch.from_numpy(np.ascontiguousarray(one)) for one in batch[:3])
     # Padded on the CPU: sizes that follow from values would make a GPU wait.
     padded, mask = pad_histories(indptr, items)
     place = mask.flatten().nonzero().squeeze(1)
@@ -313,15 +242,21 @@ def rate_schedule(config: FinetuneConfig, num_steps: int) -> Callable[[int, int]
     return rate
 
 
-def plan_finetuning(config: FinetuneConfig, model: RecommenderLLM, sampler: HistorySampler) -> dict[str, Any]:
+def plan_finetuning(
+    config: FinetuneConfig, model: RecommenderLLM, sampler: HistorySampler, processes: Processes | None = None
+) -> dict[str, Any]:
     """What a run comes to, from one timed step (forward and backward) of the first batch; nothing is changed by it."""
     generator = torch.get_rng_state()
     model.train()
     batch = sampler.sample(0, 0)
+    share = batch if processes is None else batch.share(0, processes.count)
+    share = share if len(share.targets) else batch
     # The first of the two touches fresh memory, which no later step does.
     for _ in range(2):
         started = time.perf_counter()
-        finetune_loss(model, batch).backward()
+        with _autocast(config):
+            loss = finetune_loss(model, share)
+        loss.backward()
         model.zero_grad(set_to_none=True)
         if config.device.startswith("cuda"):
             torch.cuda.synchronize()
@@ -349,14 +284,27 @@ def plan_finetuning(config: FinetuneConfig, model: RecommenderLLM, sampler: Hist
     }
 
 
-def _fit(model, config: FinetuneConfig, dataset: Dataset, sampler: HistorySampler, run, evaluate) -> Progress:
+def _autocast(config: FinetuneConfig) -> torch.autocast:
+    return torch.autocast(config.device.partition(":")[0], torch.bfloat16, enabled=config.mixed_precision == "bf16")
+
+
+def _fit(
+    model, config: FinetuneConfig, dataset: Dataset, sampler: HistorySampler, run, evaluate, processes: Processes
+) -> Progress:
     def step_losses(epoch: int, step: int) -> Mapping[str, Tensor]:
-        return {"cross_entropy": finetune_loss(model, sampler.sample(epoch, step))}
+        batch = sampler.sample(epoch, step)
+        share = batch.share(processes.index, processes.count)
+        if not len(share.targets):
+            return {"cross_entropy": torch.zeros((), device=model.device)}
+        with _autocast(config):
+            loss = finetune_loss(model, share)
+        # Shares have different numbers of targets; the mean of the step is over all of them.
+        return {"cross_entropy": loss * (len(share.targets) / len(batch.targets))}
 
     def validate(model: RecommenderLLM) -> Mapping[str, float]:
         return _evaluate(evaluate, model, config, dataset, "valid").metrics
 
-    with tensorboard(config.tensorboard, run) as on_epoch:
+    with tensorboard(config.tensorboard and processes.index == 0, run) as on_epoch:
         return fit(
             model,
             build_optimizer(config, model),
@@ -369,10 +317,12 @@ def _fit(model, config: FinetuneConfig, dataset: Dataset, sampler: HistorySample
             max_grad_norm=config.max_grad_norm,
             validate=validate if (dataset.split == 1).any() else None,
             validate_every=config.validate_every,
+            validate_steps=config.validate_steps,
             patience=config.patience,
             monitor=config.monitor,
             checkpoint_every=config.checkpoint_every,
             on_epoch=on_epoch,
+            processes=processes,
         )
 
 

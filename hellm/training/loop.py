@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hellm.training.captured_step import CapturedStep
 from hellm.training.checkpoint import load_training_state, model_weights, save_checkpoint, save_training_state
+from hellm.training.processes import Processes
 from hellm.training.run_directory import RunDirectory
 
 __all__ = ["Interrupted", "Progress", "fit"]
@@ -46,6 +47,7 @@ class Progress:
         losses: the loss terms of those steps.
         best: best value so far of each monitored metric.
         best_epoch: last epoch whose validation improved; None before the first.
+        best_step: steps of it that were done then; None for all.
         checks_without_gain: validations since then.
         seconds: spent on the steps of the running epoch so far.
         total_seconds: spent on training steps and validation in all epochs that ended.
@@ -56,17 +58,47 @@ class Progress:
     losses: list[list[float]] = field(default_factory=list)
     best: dict[str, float] = field(default_factory=dict)
     best_epoch: int | None = None
+    best_step: int | None = None
     checks_without_gain: int = 0
     seconds: float = 0.0
     total_seconds: float = 0.0
 
-    def improve(self, metrics: Mapping[str, float], monitor: Sequence[str]) -> bool:
+    def improve(self, metrics: Mapping[str, float], monitor: Sequence[str], *, step: int | None = None) -> bool:
         """Note a validation; whether any monitored metric beat its own best (the first check always does)."""
         gains = [name for name in monitor if metrics[name] > self.best.get(name, -math.inf)]
         self.best |= {name: metrics[name] for name in gains}
-        self.best_epoch = self.epoch if gains else self.best_epoch
+        if gains:
+            self.best_epoch, self.best_step = self.epoch, step
         self.checks_without_gain = 0 if gains else self.checks_without_gain + 1
         return bool(gains)
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """When training pauses: at the end of every epoch, and for validation; see `fit`."""
+
+    num_steps: int
+    max_epochs: int
+    accumulate: int
+    validate_every: int
+    validate_steps: int | None
+
+    def next_pause(self, epoch: int, step: int) -> int:
+        """Steps of the epoch that are done at the next pause after `step`; always a whole update."""
+        if self.validate_steps is None:
+            return self.num_steps
+        before = epoch * self.num_steps
+        due = ((before + step) // self.validate_steps + 1) * self.validate_steps - before
+        return min(self.num_steps, -(-due // self.accumulate) * self.accumulate)
+
+    def validates(self, epoch: int, start: int, stop: int) -> bool:
+        """Whether the pause at `stop`, after steps from `start` on, is one for validation."""
+        if stop == self.num_steps and epoch + 1 == self.max_epochs:
+            return True
+        if self.validate_steps is None:
+            return (epoch + 1) % self.validate_every == 0
+        before = epoch * self.num_steps
+        return (before + stop) // self.validate_steps > (before + start) // self.validate_steps
 
 
 def fit(
@@ -82,24 +114,27 @@ def fit(
     max_grad_norm: float | None = None,
     validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     validate_every: int = 5,
+    validate_steps: int | None = None,
     patience: int = 5,
     monitor: Sequence[str] = ("recall@20", "ndcg@20"),
     checkpoint_every: int = 5,
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
+    processes: Processes | None = None,
 ) -> Progress:
     """Train until `max_epochs` or until more than `patience` validations in a row bring no gain.
 
-    Validation runs after every `validate_every`-th epoch and after the last. One that beats the best value so far of
-    any monitored metric is a gain, and its weights become `run.best`; without `validate` the final weights do. A
-    checkpoint in `run.last` is gone on from: the same numbers follow as without the break. SIGTERM and SIGINT let the
-    running step end, save, and raise `Interrupted`.
+    Validation runs after every `validate_every`-th epoch, or after every `validate_steps` steps (rounded up to a whole
+    update), and after the last. One that beats the best value so far of any monitored metric is a gain, and its weights
+    become `run.best`; without `validate` the final weights do. A checkpoint in `run.last` is gone on from: the same
+    numbers follow as without the break. SIGTERM and SIGINT let the running update end, save, and raise `Interrupted`.
 
     Args:
         model: trained in place; holds the final weights afterwards, not the best.
         optimizer: over the model's parameters.
         step_losses: (epoch, step) -> named weighted loss terms, whose sum is minimised. It must depend on nothing but
-            its arguments, the model and torch's generators. A `CapturedStep` does the backward pass and the update as
-            well; `accumulate`, `max_grad_norm` and `learning_rate` are then not used.
+            its arguments, the model and torch's generators. In several processes it gives the share of each term that
+            this process has; their sum over the processes is what one process would give. A `CapturedStep` does the
+            backward pass and the update as well; `accumulate`, `max_grad_norm` and `learning_rate` are then not used.
         num_steps: steps per epoch.
         run: where metrics and checkpoints go.
         learning_rate: (epoch, step) -> step size.
@@ -107,20 +142,23 @@ def fit(
         max_grad_norm: gradients longer than this are scaled down to it; None leaves them.
         validate: model -> metrics, on validation data only.
         on_epoch: called with each record of metrics.jsonl.
+        processes: those that train together; None is this one alone. The first does all but the steps. A signal to any
+            of them stops all.
     Returns: the final progress.
     Raises:
         FloatingPointError: a loss term became NaN or infinite (which, in which epoch and step).
         Interrupted: see above.
     """
-    progress = Progress()
-    if run.last.is_file():
-        progress = Progress(**load_training_state(run.last, model, optimizer))
-        logger.info("resuming at epoch %d, step %d", progress.epoch, progress.step)
-    run.truncate_metrics(progress.epoch)
+    processes = processes or Processes()
+    schedule = _Schedule(
+        num_steps, max_epochs, accumulate, validate_every, None if validate is None else validate_steps
+    )
+    progress = _read_progress(model, optimizer, run, processes)
 
     def update(epoch: int, step: int) -> None:
         if isinstance(step_losses, CapturedStep):
             return
+        processes.sum_gradients(model.parameters())
         if max_grad_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         for group in optimizer.param_groups:
@@ -129,56 +167,79 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
 
     def save() -> None:
-        save_training_state(run.last, model, optimizer, dataclasses.asdict(progress))
+        state = dataclasses.asdict(progress)
+        processes.on_first(lambda: save_training_state(run.last, model, optimizer, state))
 
-    with _caught_signals() as caught:
+    def write(record: Mapping[str, Any]) -> None:
+        run.append_metrics(record)
+        if on_epoch is not None:
+            on_epoch(record)
+
+    with _caught_signals(repeated=processes.count > 1) as caught:
         while progress.epoch < max_epochs and progress.checks_without_gain <= patience:
-            epoch = progress.epoch
-            names = _train_epoch(model, step_losses, num_steps, accumulate, update, progress, caught)
-            if progress.step < num_steps:
+            epoch, start = progress.epoch, progress.step
+            stop = schedule.next_pause(epoch, start)
+            names = _train_epoch(model, step_losses, stop, schedule, update, progress, caught, processes)
+            if progress.step < stop:
                 save()
                 raise Interrupted(caught[0], f"stopped in epoch {epoch} after step {progress.step}; saved {run.last}")
-            record = _epoch_record(progress, names)
-            due = (epoch + 1) % validate_every == 0 or epoch + 1 == max_epochs
+            ended = stop == num_steps
+            record = _epoch_record(progress, names) if ended else _pause_record(progress, num_steps)
+            due = schedule.validates(epoch, start, stop)
             if validate is not None and due:
-                _validate(model, validate, monitor, progress, run, record)
-            run.append_metrics(record)
-            if on_epoch is not None:
-                on_epoch(record)
-            progress.total_seconds += record["seconds"] + record.get("valid_seconds", 0.0)
-            progress.epoch, progress.step, progress.losses, progress.seconds = epoch + 1, 0, [], 0.0
-            if due or (epoch + 1) % checkpoint_every == 0 or caught:
+                _validate(model, validate, monitor, progress, run, record, processes)
+            processes.on_first(lambda record=record: write(record))
+            progress.total_seconds += record.get("seconds", 0.0) + record.get("valid_seconds", 0.0)
+            if ended:
+                progress.epoch, progress.step, progress.losses, progress.seconds = epoch + 1, 0, [], 0.0
+            if processes.agree(caught) or due or (epoch + 1) % checkpoint_every == 0:
                 save()
-            if caught:
-                raise Interrupted(caught[0], f"stopped after epoch {epoch}; saved {run.last}")
+                if processes.agree(caught):
+                    where = f"after epoch {epoch}" if ended else f"in epoch {epoch} after step {stop}"
+                    raise Interrupted(caught[0], f"stopped {where}; saved {run.last}")
     if validate is None:
         progress.best_epoch = progress.epoch - 1
-        _save_best(model, run, progress.best_epoch)
+        processes.on_first(lambda: _save_best(model, run, {"epoch": progress.best_epoch}))
     return progress
 
 
-def _train_epoch(model, step_losses, num_steps, accumulate, update, progress: Progress, caught: list[int]) -> list[str]:
-    """Run the remaining steps of the epoch, or to the first update after a signal; returns the names of the terms."""
+def _read_progress(model, optimizer, run: RunDirectory, processes: Processes) -> Progress:
+    """Restore the last checkpoint, where there is one, and forget the records after it."""
+    progress = Progress()
+    if run.last.is_file():
+        progress = Progress(**load_training_state(run.last, model, optimizer))
+        if processes.index == 0:
+            logger.info("resuming at epoch %d, step %d", progress.epoch, progress.step)
+    processes.on_first(lambda: run.truncate_metrics(progress.epoch, progress.step))
+    return progress
+
+
+def _train_epoch(
+    model, step_losses, stop: int, schedule: _Schedule, update, progress: Progress, caught: list[int], processes
+) -> list[str]:
+    """Run steps of the epoch up to `stop`, or to the first update after a signal; returns the names of the terms."""
     from tqdm import tqdm
 
     model.train()
     started, names, values = time.perf_counter(), [], []
-    steps = range(progress.step, num_steps)
-    for step in tqdm(steps, desc=f"epoch {progress.epoch}", leave=False, disable=None):
+    num_steps, accumulate = schedule.num_steps, schedule.accumulate
+    shown = {"desc": f"epoch {progress.epoch}", "leave": False, "disable": True if processes.index else None}
+    for step in tqdm(range(progress.step, stop), initial=progress.step, total=num_steps, **shown):
+        processes.seed_step(progress.epoch, step)
         terms = step_losses(progress.epoch, step)
         first = step - step % accumulate
         loss = sum(terms.values()) / (min(first + accumulate, num_steps) - first)
-        # A captured step has done it.
+        # A captured step has done it, and one with fewer histories than processes leaves some without a share.
         if loss.requires_grad:
             loss.backward()
         names = list(terms)
         values.append(torch.stack([term.detach() for term in terms.values()]))
         if (step + 1) % accumulate == 0 or step + 1 == num_steps:
             update(progress.epoch, step)
-            if caught:
+            if processes.agree(caught):
                 break
-    # Read once per epoch: reading every step would make a GPU wait.
-    losses = torch.stack(values).tolist()
+    # Read once: reading every step would make a GPU wait.
+    losses = processes.sum(torch.stack(values)).tolist()
     for step, row in enumerate(losses, start=progress.step):
         for name, value in zip(names, row, strict=True):
             if not math.isfinite(value):
@@ -200,31 +261,45 @@ def _epoch_record(progress: Progress, names: list[str]) -> dict[str, Any]:
     return {"epoch": progress.epoch, **sums, **means, "seconds": progress.seconds}
 
 
-def _validate(model, validate, monitor, progress: Progress, run: RunDirectory, record: dict[str, Any]) -> None:
+def _pause_record(progress: Progress, num_steps: int) -> dict[str, Any]:
+    """Where in an epoch a validation is; the losses are in the record of the epoch."""
+    epochs_done = progress.epoch + progress.step / num_steps
+    return {"epoch": progress.epoch, "step": progress.step, "epochs_done": epochs_done}
+
+
+def _validate(
+    model, validate, monitor, progress: Progress, run: RunDirectory, record: dict[str, Any], processes: Processes
+) -> None:
     started = time.perf_counter()
     model.eval()
-    metrics = validate(model)
+    metrics = processes.on_first(lambda: validate(model))
     missing = [name for name in monitor if name not in metrics]
     if missing:
         raise ValueError(f"monitor must name validation metrics ({', '.join(metrics)}), got {missing[0]!r}")
-    improved = progress.improve(metrics, monitor)
+    improved = progress.improve(metrics, monitor, step=record.get("step"))
     if improved:
-        _save_best(model, run, progress.epoch)
+        place = {name: record[name] for name in ("epoch", "step") if name in record}
+        processes.on_first(lambda: _save_best(model, run, place))
     record |= {f"valid_{name}": value for name, value in metrics.items()}
     record["valid_seconds"] = time.perf_counter() - started
-    shown = ", ".join(f"{name} {metrics[name]:.4f}" for name in monitor)
-    mark = " (best)" if improved else ""
-    logger.info("epoch %d: loss %.4f, validation %s%s", progress.epoch, record["loss_mean"], shown, mark)
+    if processes.index == 0:
+        shown = ", ".join(f"{name} {metrics[name]:.4f}" for name in monitor)
+        mark = " (best)" if improved else ""
+        loss = math.fsum(map(math.fsum, progress.losses)) / len(progress.losses)
+        logger.info("epoch %d: loss %.4f, validation %s%s", progress.epoch, loss, shown, mark)
 
 
-def _save_best(model: nn.Module, run: RunDirectory, epoch: int) -> None:
+def _save_best(model: nn.Module, run: RunDirectory, place: Mapping[str, int]) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in model_weights(model).items()}
-    save_checkpoint(run.best, tensors, {"epoch": epoch})
+    save_checkpoint(run.best, tensors, place)
 
 
 @contextlib.contextmanager
-def _caught_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them; a second one acts as usual. Main thread only."""
+def _caught_signals(*, repeated: bool) -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying of them; a second one acts as usual. Main thread only.
+
+    `repeated` collects the second as well: a launcher passes on what its processes may have got themselves.
+    """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -237,7 +312,8 @@ def _caught_signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: object) -> None:
         caught.append(number)
-        restore()
+        if not repeated:
+            restore()
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -20,7 +20,7 @@ def plot_curves(
     """Draw mean loss terms per step and validation metrics over epochs into a PNG file.
 
     Args:
-        records: one per epoch, as in metrics.jsonl: "epoch", "*_mean" losses, "valid_*" metrics where validated.
+        records: as in metrics.jsonl: "epoch", "*_mean" losses, "valid_*" metrics where validated.
         path: PNG file.
         metrics: validation metrics to draw, e.g. "recall@20".
         best_epoch: marked with a dashed line.
@@ -51,6 +51,9 @@ def plot_curves(
     figure.savefig(path, dpi=120, format="png")
 
 
-def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    points = [(record["epoch"], record[name]) for record in records if name in record]
+def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    # The end of an epoch stands at its number, so a validation within it stands before.
+    points = [
+        (record.get("epochs_done", record["epoch"] + 1) - 1, record[name]) for record in records if name in record
+    ]
     return [epoch for epoch, _ in points], [value for _, value in points]

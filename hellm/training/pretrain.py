@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from hellm._files import atomic_path
 from hellm.config import PretrainConfig
-from hellm.data import Dataset, load_dataset
+from hellm.data import Dataset
 from hellm.hypergraph import item_hypergraph, user_hypergraph
 from hellm.losses import bpr_loss, l2_loss, synergistic_contrastive_loss
 from hellm.models import GraphEncoder
@@ -26,11 +25,11 @@ from hellm.training.loop import Progress, fit
 from hellm.training.run_directory import RunDirectory
 from hellm.training.samplers import DeviceTripleSampler, Triples, TripleSampler
 from hellm.training.stage import (
-    MAY_CHANGE,
     Evaluate,
     common_result,
+    open_run,
     readable_memory_errors,
-    resolve_device,
+    resolve_common,
     tensorboard,
     write_curves,
 )
@@ -44,8 +43,6 @@ __all__ = [
     "pretrain_losses",
     "resolve_config",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 def pretrain(
@@ -73,26 +70,17 @@ def pretrain(
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
     started = time.perf_counter()
-    dataset = data if isinstance(data, Dataset) else load_dataset(data)
-    config, notes = resolve_config(config, dataset)
-    run = RunDirectory(out, resume=resume, overwrite=overwrite)
-    run.check_data(dataset.fingerprint)
-    changed = run.write_config(config, may_change=MAY_CHANGE)
-    if run.result.is_file() and not changed:
-        return run.read_result()
-    run.result.unlink(missing_ok=True)
-    for note in notes:
-        logger.warning(note)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    opened = open_run(config, data, out, resolve_config, resume=resume, overwrite=overwrite)
+    config, dataset, run = opened.config, opened.dataset, opened.run
+    if opened.finished is not None:
+        return opened.finished
 
-    torch.manual_seed(config.seed)
     model = build_encoder(config, dataset).to(config.device)
     with readable_memory_errors("pre-training", "lower contrastive_rows, model.embedding_dim or eval_batch_size"):
         progress = _fit(model, config, dataset, run, evaluate)
     read_model(run.best, model)
     result = _result(model, config, dataset, run, progress, evaluate)
-    result |= {"notes": notes, "seconds": time.perf_counter() - started}
+    result |= {"notes": opened.notes, "seconds": time.perf_counter() - started}
     _write_outputs(model, config, dataset, run, progress)
     run.write_result(result)
     return result
@@ -101,17 +89,14 @@ def pretrain(
 def resolve_config(config: PretrainConfig, dataset: Dataset) -> tuple[PretrainConfig, list[str]]:
     """Settings as they will run on this machine and data, with a note for each that had to give way.
 
-    Raises: ValueError for modalities the data lacks, a device that is not there, a capture without a GPU, or no
-        training events.
+    Raises: ValueError for modalities that the data have not, a capture without a GPU, and as `resolve_common`.
     """
-    notes = []
+    config, notes = resolve_common(config, dataset)
     model = config.model
     known = list(dataset.item_features)
     absent = [name for name in model.modalities or () if name not in known]
     if absent:
         raise ValueError(f"model.modalities must be among {known} (data set {dataset.name!r}), got {absent[0]!r}")
-    if not (dataset.split == 0).any():
-        raise ValueError(f"data set {dataset.name!r} must have training events, got none")
     if model.item_hypergraph and not known:
         notes.append(f"data set {dataset.name!r} has no item features: trained without the item hypergraph")
         model = replace(model, item_hypergraph=False)
@@ -123,13 +108,7 @@ def resolve_config(config: PretrainConfig, dataset: Dataset) -> tuple[PretrainCo
     if config.compat == "official" and config.contrastive_rows is not None:
         notes.append(f"the published loss runs over all nodes: contrastive_rows {config.contrastive_rows} is not used")
         config = replace(config, contrastive_rows=None)
-    if not (dataset.split == 1).any():
-        notes.append("no validation events: trained for max_epochs, the last weights are kept")
-    most = dataset.num_items
-    if max(config.ks) > most:
-        raise ValueError(f"ks must be at most the {most} items of data set {dataset.name!r}, got {max(config.ks)}")
-    device = resolve_device(config.device)
-    return replace(config, model=model, device=device, capture=_resolve_capture(config.capture, device)), notes
+    return replace(config, model=model, capture=_resolve_capture(config.capture, config.device)), notes
 
 
 def _resolve_capture(capture: bool | None, device: str) -> bool:

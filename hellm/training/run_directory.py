@@ -1,7 +1,7 @@
 """The run directory: the unit that passes between stages.
 
 config.yaml             resolved settings
-metrics.jsonl           one record per epoch
+metrics.jsonl           one record per epoch, and one per validation within an epoch
 result.json             test metrics, protocol, counts, seconds, peak memory, versions; there when the run is finished
 embeddings.safetensors  final embeddings
 ids.parquet             which id each embedding row belongs to
@@ -136,12 +136,12 @@ class RunDirectory:
             temporary.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add the record of one epoch."""
+        """Add the record of one epoch or validation."""
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Records of all epochs so far; a last line cut short by a kill is left out."""
+        """All records so far; a last line cut short by a kill is left out."""
         if not self.metrics.is_file():
             return []
         records = []
@@ -152,9 +152,14 @@ class RunDirectory:
                 break
         return records
 
-    def truncate_metrics(self, num_epochs: int) -> None:
-        """Keep the records of epochs below `num_epochs`: what the checkpoint to resume from has seen."""
-        kept = [record for record in self.read_metrics() if record["epoch"] < num_epochs]
+    def truncate_metrics(self, num_epochs: int, num_steps: int = 0) -> None:
+        """Keep what a checkpoint after `num_epochs` epochs and `num_steps` steps of the next has seen."""
+
+        def seen(record: Mapping[str, Any]) -> bool:
+            in_running = record["epoch"] == num_epochs and record.get("step", num_steps + 1) <= num_steps
+            return record["epoch"] < num_epochs or in_running
+
+        kept = [record for record in self.read_metrics() if seen(record)]
         with atomic_path(self.metrics) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 

@@ -2,128 +2,33 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hellm.config import SASRecConfig
-from hellm.data import Dataset, load_dataset
+from hellm.data import Dataset
 from hellm.models import SASRec
 from hellm.models.histories import pad_histories
 from hellm.ops import item_cross_entropy
 from hellm.training.checkpoint import read_model
+from hellm.training.history_sampler import HistoryBatch, SequenceSampler
 from hellm.training.loop import Progress, fit
-from hellm.training.run_directory import RunDirectory
-from hellm.training.samplers import TripleSampler
-from hellm.training.stage import MAY_CHANGE, Evaluate, common_result, resolve_device, tensorboard, write_curves
+from hellm.training.stage import Evaluate, common_result, open_run, resolve_common, tensorboard, write_curves
 
 __all__ = [
-    "SequenceBatch",
-    "SequenceSampler",
     "build_sasrec",
     "build_sequence_sampler",
     "resolve_sasrec_config",
     "sasrec_losses",
     "train_sasrec",
 ]
-
-logger = logging.getLogger(__name__)
-
-
-class SequenceBatch(NamedTuple):
-    """Sequences of one step as CSR: B of them with N positions together.
-
-    Attributes:
-        indptr: [B + 1] int64, where each sequence starts.
-        items: [N] int64, what is known at each position.
-        targets: [N] int64, the item that came next.
-        negatives: [N] int64, an item that the user has no training event with; None if none were asked for.
-    """
-
-    indptr: np.ndarray
-    items: np.ndarray
-    targets: np.ndarray
-    negatives: np.ndarray | None
-
-
-class SequenceSampler:
-    """Batches of training sequences; every position of every sequence is a target once per epoch.
-
-    Users are shuffled per epoch and cut into steps of about equally many positions, never a part of a user. A step is a
-    pure function of (seed, epoch, step).
-
-    Args:
-        users, items: [num_events] int64 training events, grouped by user, in time order.
-        num_users, num_items: Counts.
-        max_length: positions per user, the latest; >= 1.
-        batch_size: positions per step, >= max_length; on average slightly more, all if there are fewer.
-        negatives: whether to draw a negative per position, uniformly.
-        seed: >= 0.
-    Raises: ValueError, an argument out of range, or no user with two events (and, for negatives, a free item).
-    """
-
-    def __init__(
-        self,
-        users: np.ndarray,
-        items: np.ndarray,
-        num_users: int,
-        num_items: int,
-        *,
-        max_length: int = 50,
-        batch_size: int = 2048,
-        negatives: bool = False,
-        seed: int = 0,
-    ) -> None:
-        if max_length < 1:
-            raise ValueError(f"max_length must be >= 1, got {max_length}")
-        if batch_size < max_length:
-            raise ValueError(f"batch_size must be >= max_length {max_length} positions, got {batch_size}")
-        self._items, self._seed = np.asarray(items), seed
-        count = np.bincount(users, minlength=num_users)
-        self._end = count.cumsum()
-        # One event more than positions: the first is only known, the last only a target.
-        self._positions = np.minimum(count, max_length + 1) - 1
-        eligible = self._positions > 0
-        self._triples = TripleSampler(users, items, num_users, num_items, seed=seed) if negatives else None
-        if negatives:
-            distinct = np.bincount(np.unique(users * num_items + items) // num_items, minlength=num_users)
-            eligible &= distinct < num_items
-        self._users = np.flatnonzero(eligible)
-        if not len(self._users):
-            raise ValueError("no user has two training events, so there is no next item to learn")
-        self.num_positions = int(self._positions[self._users].sum())
-        self.num_steps = max(1, self.num_positions // batch_size)
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
-
-    def sample(self, epoch: int, step: int) -> SequenceBatch:
-        """The sequences of one step."""
-        users, bounds = self._epoch_order(epoch)
-        chosen = users[bounds[step] : bounds[step + 1]]
-        length = self._positions[chosen]
-        indptr = np.concatenate([[0], length.cumsum()])
-        place = np.arange(indptr[-1]) + np.repeat(self._end[chosen] - 1 - length - indptr[:-1], length)
-        negatives = None
-        if self._triples is not None:
-            rng = np.random.default_rng((self._seed, epoch, step))
-            negatives = self._triples.sample_negatives(np.repeat(chosen, length), rng)
-        return SequenceBatch(indptr, self._items[place], self._items[place + 1], negatives)
-
-    def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        if self._epoch is None or self._epoch[0] != epoch:
-            users = np.random.default_rng((self._seed, epoch)).permutation(self._users)
-            length = self._positions[users]
-            # Steps are at least batch_size >= max_length positions wide, so a sequence starts in each of them.
-            edges = np.arange(self.num_steps + 1) * self.num_positions / self.num_steps
-            self._epoch = (epoch, users, np.searchsorted(length.cumsum() - length, edges))
-        return self._epoch[1:]
 
 
 def train_sasrec(
@@ -154,21 +59,19 @@ def train_sasrec(
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
     started = time.perf_counter()
-    dataset = data if isinstance(data, Dataset) else load_dataset(data)
-    config, notes = resolve_sasrec_config(config, dataset)
-    sampler = build_sequence_sampler(config, dataset)
-    run = RunDirectory(out, resume=resume, overwrite=overwrite)
-    run.check_data(dataset.fingerprint)
-    changed = run.write_config(config, may_change=MAY_CHANGE)
-    if run.result.is_file() and not changed:
-        return run.read_result()
-    run.result.unlink(missing_ok=True)
-    for note in notes:
-        logger.warning(note)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    opened = open_run(
+        config,
+        data,
+        out,
+        resolve_sasrec_config,
+        prepare=build_sequence_sampler,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    config, dataset, sampler, run = opened.config, opened.dataset, opened.inputs, opened.run
+    if opened.finished is not None:
+        return opened.finished
 
-    torch.manual_seed(config.seed)
     model = build_sasrec(config, dataset).to(config.device)
     progress = _fit(model, config, dataset, sampler, run, evaluate)
     read_model(run.best, model)
@@ -179,7 +82,7 @@ def train_sasrec(
     masked = None
     if result["test"] is not None and config.protocol != "standard":
         masked = _evaluate(evaluate, model, replace(config, protocol="standard"), dataset, "test").to_dict(level=0.95)
-    result |= {"test_masked": masked, "notes": notes, "seconds": time.perf_counter() - started}
+    result |= {"test_masked": masked, "notes": opened.notes, "seconds": time.perf_counter() - started}
     model.save(run.path)
     run.write_ids(dataset)
     run.write_histories(dataset)
@@ -192,20 +95,12 @@ def train_sasrec(
 def resolve_sasrec_config(config: SASRecConfig, dataset: Dataset) -> tuple[SASRecConfig, list[str]]:
     """Settings as they will run on this machine and data, with a note for each that had to give way.
 
-    Raises: ValueError for a device that is not there, list lengths beyond the catalogue, or no training events.
+    Raises: ValueError, as `resolve_common`.
     """
-    notes = []
-    if not (dataset.split == 0).any():
-        raise ValueError(f"data set {dataset.name!r} must have training events, got none")
-    if max(config.ks) > dataset.num_items:
-        raise ValueError(
-            f"ks must be at most the {dataset.num_items} items of data set {dataset.name!r}, got {max(config.ks)}"
-        )
-    if not (dataset.split == 1).any():
-        notes.append("no validation events: trained for max_epochs, the last weights are kept")
+    config, notes = resolve_common(config, dataset)
     if dataset.timestamps is None and dataset.form == "mmrec":
         notes.append("the data have no times: the order of the source is taken as the order in time")
-    return replace(config, device=resolve_device(config.device)), notes
+    return config, notes
 
 
 def build_sasrec(config: SASRecConfig, dataset: Dataset) -> SASRec:
@@ -237,7 +132,7 @@ def build_sequence_sampler(config: SASRecConfig, dataset: Dataset) -> SequenceSa
         raise ValueError(f"data set {dataset.name!r}: {error}") from None
 
 
-def sasrec_losses(model: SASRec, batch: SequenceBatch, loss: str) -> dict[str, Tensor]:
+def sasrec_losses(model: SASRec, batch: HistoryBatch, loss: str) -> dict[str, Tensor]:
     """The loss of one step, by its name: the mean over all positions of
 
     "cross_entropy"   -log softmax(scores of all items)[target]

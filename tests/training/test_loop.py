@@ -158,6 +158,68 @@ def test_last_epoch_is_validated_too(tmp_path):
     assert Task(tmp_path, [metrics(0.1)], max_epochs=3, validate_every=5).fit().best_epoch == 2
 
 
+@pytest.mark.parametrize(
+    ("validate_steps", "accumulate", "places"),
+    [
+        # (epoch, steps of it) of validations in three epochs of three steps; the last step always has one
+        (2, 1, [(0, 2), (1, 1), (1, 3), (2, 2), (2, 3)]),
+        (4, 1, [(1, 1), (2, 2), (2, 3)]),
+        (100, 1, [(2, 3)]),
+        # rounded up to whole updates: after steps 2 and 3 of an epoch
+        (1, 2, [(0, 2), (0, 3), (1, 2), (1, 3), (2, 2), (2, 3)]),
+        (4, 2, [(1, 2), (2, 2), (2, 3)]),
+    ],
+)
+def test_validation_by_steps_comes_after_whole_updates(tmp_path, validate_steps, accumulate, places):
+    script = [metrics(0.1 * check) for check in range(1, 7)]
+    task = Task(tmp_path, script, max_epochs=3, validate_steps=validate_steps, accumulate=accumulate)
+    progress = task.fit()
+    found = [(r["epoch"], r.get("step", NUM_STEPS)) for r in task.records() if "valid_recall@20" in r]
+    assert found == places and (progress.best_epoch, progress.best_step) == (2, None)
+    assert [record["epoch"] for record in task.records() if "loss" in record] == [0, 1, 2]
+    assert task.steps == [(epoch, step) for epoch in range(3) for step in range(NUM_STEPS)]
+
+
+def test_best_weights_may_be_those_within_an_epoch(tmp_path):
+    task = Task(tmp_path, [metrics(0.1), metrics(0.3), metrics(0.2), metrics(0.2)], max_epochs=2, validate_steps=2)
+    progress = task.fit()
+    assert (progress.best_epoch, progress.best_step) == (1, 1)
+    read_model(task.run.best, task.model)
+    assert task.model.weight.item() == task.checked[1]
+    assert load_checkpoint(task.run.best)[1] == {"epoch": 1, "step": 1}
+
+
+def test_patience_may_end_within_an_epoch(tmp_path):
+    task = Task(tmp_path, [metrics(0.2), metrics(0.1)], max_epochs=9, validate_steps=2, patience=0)
+    progress = task.fit()
+    assert (progress.epoch, progress.step) == (1, 1)
+    again = Task(tmp_path, [metrics(0.3)], max_epochs=9, validate_steps=2, patience=0)
+    assert again.fit() == progress and again.steps == []
+
+
+@pytest.mark.parametrize("act", [lambda: os.kill(os.getpid(), signal.SIGTERM), lambda: 1 / 0], ids=["signal", "crash"])
+@pytest.mark.parametrize("where", [(0, 1), (0, 2), (1, 0), (1, 1), (2, 2)], ids=str)
+def test_validation_by_steps_goes_on_the_same_after_an_interruption(tmp_path, where, act):
+    script = [metrics(value) for value in (0.1, 0.3, 0.2, 0.4, 0.5)]
+    settings = {"max_epochs": 3, "validate_steps": 2}
+    whole = Task(tmp_path / "whole", script, **settings)
+    whole.fit()
+    broken = Task(tmp_path / "broken", script, lambda *place: act() if place == where else None, **settings)
+    with pytest.raises((Interrupted, ZeroDivisionError)):
+        broken.fit()
+    state = load_checkpoint(broken.run.last)[1] if broken.run.last.is_file() else {"epoch": 0, "step": 0}
+    places = [(0, 2), (1, 1), (1, 3), (2, 2), (2, 3)]
+    seen = sum(place <= (state["epoch"], state["step"]) for place in places)
+    resumed = Task(tmp_path / "broken", script[seen:], **settings)
+    # Without a checkpoint the run starts anew, with the generator that it is given.
+    if broken.run.last.is_file():
+        torch.manual_seed(99)
+    resumed.fit()
+    assert resumed.records() == whole.records()
+    assert resumed.model.weight.item() == whole.model.weight.item()
+    assert load_checkpoint(resumed.run.best)[1] == load_checkpoint(whole.run.best)[1]
+
+
 def test_nan_metric_is_no_gain():
     progress = Progress()
     assert not progress.improve({"recall@20": math.nan}, ["recall@20"])

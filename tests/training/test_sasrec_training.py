@@ -16,8 +16,9 @@ from hellm.data import Dataset, IdMap
 from hellm.evaluate import evaluate_histories
 from hellm.models import SASRec
 from hellm.training import sasrec as module
+from hellm.training.history_sampler import HistoryBatch, SequenceSampler
 from hellm.training.loop import Interrupted
-from hellm.training.sasrec import SequenceBatch, SequenceSampler, build_sasrec, sasrec_losses, train_sasrec
+from hellm.training.sasrec import build_sasrec, sasrec_losses, train_sasrec
 
 NUM_USERS, NUM_ITEMS = 48, 12
 CONFIG = SASRecConfig(
@@ -159,7 +160,7 @@ def test_loss_and_gradients_are_the_formulas_at_every_position(walks, loss):
     model = build_sasrec(changed("dropout=0"), walks).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    batch = SequenceBatch(*(np.array(one) for one in ([0, 3, 4], [5, 1, 2, 7], [1, 2, 6, 0], [8, 9, 8, 3])))
+    batch = HistoryBatch(*(np.array(one) for one in ([0, 3, 4], [5, 1, 2, 7], [1, 2, 6, 0], [8, 9, 8, 3])))
     losses = sasrec_losses(model, batch, loss)
     assert list(losses) == [loss]
     terms = []

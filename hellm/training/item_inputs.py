@@ -1,0 +1,91 @@
+"""What stage 2 is told of the items, from finished stage-1 and SASRec runs and the features of the data set."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hellm.config import FinetuneConfig
+from hellm.data import Dataset
+from hellm.models import SASRec
+
+__all__ = ["ItemInputs", "load_item_inputs"]
+
+Path_ = str | os.PathLike[str]
+
+
+class ItemInputs(NamedTuple):
+    """What a language model is told of the items.
+
+    Attributes:
+        tables: name -> [num_items, d] float32, in the order of `FinetuneConfig.item_inputs`.
+        sequence_model: the SASRec whose scores are the start, for `model.sequence_residual`; None otherwise.
+    """
+
+    tables: dict[str, Tensor]
+    sequence_model: SASRec | None
+
+
+def load_item_inputs(
+    config: FinetuneConfig, dataset: Dataset, *, graph: Path_ | None = None, sequence: Path_ | None = None
+) -> ItemInputs:
+    """The item tables that `config.item_inputs` names, from the runs and the features of the data set.
+
+    Raises: FileNotFoundError, ValueError: a run that is missing, unfinished, or of other items or training events; a
+        feature that the data set has not.
+    """
+    tables: dict[str, Tensor] = {}
+    residual = config.model.sequence_residual
+    model = None
+    if "sequence" in config.item_inputs or residual:
+        model = SASRec.load(_checked_run(sequence, "sequence", "hellm sasrec", dataset))
+    for name in config.item_inputs:
+        if name == "graph":
+            tables[name] = _read_table(_checked_run(graph, "graph", "hellm pretrain", dataset), "item")
+        elif name == "sequence":
+            tables[name] = model.sequence_embedding
+        elif name in dataset.item_features:
+            tables[name] = torch.from_numpy(dataset.item_features[name].values)
+        else:
+            known = ", ".join(["graph", "sequence", *dataset.item_features])
+            raise ValueError(f"item_inputs must be among {known} for data set {dataset.name!r}, got {name!r}")
+    return ItemInputs(tables, model if residual else None)
+
+
+def _checked_run(path: Path_ | None, name: str, verb: str, dataset: Dataset) -> Path:
+    """A finished run of the items and training events of `dataset`."""
+    import polars as pl
+
+    if path is None:
+        raise ValueError(f"{name} must be the run directory of a finished `{verb}`, got none")
+    run = Path(path)
+    for file in ("embeddings.safetensors", "ids.parquet", "histories.parquet"):
+        if not (run / file).is_file():
+            raise FileNotFoundError(f"{name} run {run} holds no {file}: it is no run of `{verb}`, or not finished")
+    ids = pl.read_parquet(run / "ids.parquet").filter(pl.col("side") == "item").sort("index")["id"].to_list()
+    if ids != dataset.item_ids.ids:
+        raise ValueError(
+            f"{name} run {run} must be of the {dataset.num_items} items of data set {dataset.name!r}, "
+            f"got {len(ids)} items{' with other ids' if len(ids) == dataset.num_items else ''}"
+        )
+    events = pl.read_parquet(run / "histories.parquet").filter(pl.col("split") == 0)
+    own = (events["user"].to_numpy(), events["item"].to_numpy())
+    if not all(np.array_equal(*pair) for pair in zip(own, dataset.pairs("train"), strict=True)):
+        raise ValueError(f"{name} run {run} was trained on other training events than those of {dataset.name!r}")
+    return run
+
+
+def _read_table(run: Path, name: str) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(run / "embeddings.safetensors", framework="pt") as file:
+        if name not in file.keys():  # noqa: SIM118 (not a mapping)
+            raise ValueError(
+                f"{run / 'embeddings.safetensors'} must hold a table {name!r}, got {', '.join(file.keys())}"
+            )
+        return file.get_tensor(name)

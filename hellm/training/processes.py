@@ -1,0 +1,115 @@
+"""Several processes that train one model, each on its share of every step.
+
+`accelerate launch` or torchrun starts them, and accelerate connects them: gloo on the CPU, NCCL on CUDA.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Processes", "launched_processes"]
+
+T = TypeVar("T")
+
+
+class Processes:
+    """The processes that train one model together; without arguments this one alone.
+
+    All of them start from the same weights and get the same sums, bit for bit, so their weights stay the same.
+    Gradients are summed once per update, not by DistributedDataParallel: its hooks would send them at every accumulated
+    step and wait for parameters that a share has no use for.
+
+    Args:
+        accelerator: connects the processes; None is this process alone.
+        seed: of the dropout of all processes but the first, which goes on with torch's generator.
+    Attributes:
+        index: of this process. The first, 0, is the one that writes, prints and validates.
+        count: of all processes.
+    """
+
+    def __init__(self, accelerator: Accelerator | None = None, *, seed: int = 0) -> None:
+        self._accelerator, self._seed = accelerator, seed
+        self.index = 0 if accelerator is None else accelerator.process_index
+        self.count = 1 if accelerator is None else accelerator.num_processes
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Do `work` in the first process alone; every process waits, and returns or raises what it did."""
+        if self.count == 1:
+            return work()
+        from accelerate.utils import broadcast_object_list
+
+        outcome = [None, None]
+        if self.index == 0:
+            try:
+                outcome = [work(), None]
+            except Exception as error:
+                outcome = [None, error]
+        broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of `x` over the processes."""
+        return x if self.count == 1 else self._accelerator.reduce(x, "sum")
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum gradients (float32) over the processes, in place; one that no process has stays None."""
+        if self.count == 1:
+            return
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        # One message for all, with a count of processes per parameter that have a gradient at its end.
+        has = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        *sums, has = self.sum(torch.cat([one.flatten() for one in [*own, has]])).split(
+            [p.numel() for p in [*trained, has]]
+        )
+        for parameter, gradient, count in zip(trained, sums, has.tolist(), strict=True):
+            parameter.grad = gradient.view_as(parameter) if count else None
+
+    def agree(self, caught: list[int]) -> bool:
+        """Whether any process caught a signal; its number is then in `caught` everywhere."""
+        if self.count == 1:
+            return bool(caught)
+        own = torch.tensor([caught[0] if caught else 0], device=self._accelerator.device)
+        signum = int(self._accelerator.gather(own).max())
+        if signum and not caught:
+            caught.append(signum)
+        # Not whether `caught` is empty: a signal may have come since, to this process alone.
+        return signum > 0
+
+    def seed_step(self, epoch: int, step: int) -> None:
+        """Give every process dropout of its own, the same in a resumed run."""
+        if self.index > 0:
+            state = np.random.SeedSequence((self._seed, self.index, epoch, step)).generate_state(1)
+            torch.manual_seed(int(state[0]))
+
+
+def launched_processes(device: str, *, seed: int) -> Processes:
+    """The processes that a launcher started, each on its own GPU with "cuda"; this one alone without a launcher.
+
+    Raises: ValueError, a `device` with a number, which would be the same for all processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes()
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "auto", "cpu" or "cuda" in several processes, got {device!r}')
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # The others wait while the first validates; a process that died is the launcher's to notice.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[patience])
+    atexit.register(PartialState().destroy_process_group)
+    return Processes(accelerator, seed=seed)

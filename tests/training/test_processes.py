@@ -1,0 +1,186 @@
+"""Several processes train as one does: same losses, same weights, same interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hellm.cli import main
+from hellm.data import save_dataset
+from hellm.training.checkpoint import load_checkpoint
+from hellm.training.history_sampler import HistoryBatch
+from hellm.training.processes import Processes, launched_processes
+
+WORKER = Path(__file__).with_name("finetune_worker.py")
+ROOT = Path(__file__).parents[2]
+NO_DROPOUT = ["model.lora_dropout=0", "model.prefix_dropout=0"]
+# 180 targets make batches of 179 and of 1, of which one of two processes has no share.
+CASES = {
+    "causal": [*NO_DROPOUT, "accumulate=3", "max_grad_norm=0.5", "validate_steps=5"],
+    "prefix": [*NO_DROPOUT, "model.graph_context=prefix", "batch_size=179", "batch_tokens=99999"],
+}
+
+
+def torchrun(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
+
+
+@pytest.fixture(scope="module")
+def verb(small_dataset, runs, llm, tmp_path_factory):
+    """(out, settings) -> arguments of a fine-tuning."""
+    data = tmp_path_factory.mktemp("data") / "built"
+    save_dataset(small_dataset, data)
+    common = {"data": data, "graph": runs["graph"], "sequence": runs["sequence"], "llm": llm, "ks": "[1,5]"}
+    common |= {"monitor": "[recall@5]", "num_threads": 1, "device": "cpu", "tensorboard": "false", "max_epochs": 3}
+    common |= {"learning_rate": 0.01, "batch_tokens": 48}
+    return lambda out, *settings: ["finetune", *(f"{k}={v}" for k, v in common.items()), f"out={out}", *settings]
+
+
+@pytest.fixture(scope="module")
+def folder(verb, tmp_path_factory):
+    """Runs of two processes, and of one under "alone": the cases, and a run with dropout whole and interrupted."""
+    folder = tmp_path_factory.mktemp("processes")
+    jobs = [{"arguments": verb(folder / name, *settings)} for name, settings in CASES.items()]
+    jobs += [{"arguments": verb(folder / "whole")}, {"arguments": verb(folder / "cut"), "stop_at": 6}]
+    jobs += [{"arguments": verb(folder / "cut", "--resume")}, {"arguments": verb(folder / "cut")}]
+    jobs += [{"arguments": verb(folder / "official", "--preset", "official")}]
+    done = subprocess.run(
+        torchrun(str(WORKER), json.dumps(jobs)),
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    (folder / "output.txt").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, done.stderr
+    for name, settings in CASES.items():
+        assert main(verb(folder / "alone" / name, *settings)) == 0
+    return folder
+
+
+def records(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+
+
+def assert_same(run, other, tolerance):
+    assert [record.keys() for record in records(run)] == [record.keys() for record in records(other)]
+    for record, expected in zip(records(run), records(other), strict=True):
+        losses = {name: value for name, value in expected.items() if not name.startswith("valid")}
+        assert {name: record[name] for name in losses} == pytest.approx(losses, rel=tolerance)
+    for name in ("best", "last"):
+        tensors, _ = load_checkpoint(run / "checkpoint" / f"{name}.safetensors")
+        expected, _ = load_checkpoint(other / "checkpoint" / f"{name}.safetensors")
+        weights = [key for key in expected if key.startswith("model.")]
+        assert len(weights) > 10
+        for key in weights:
+            torch.testing.assert_close(tensors[key], expected[key], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(folder, case):
+    assert_same(folder / case, folder / "alone" / case, 1e-5)
+    result, alone = (json.loads((run / case / "result.json").read_text()) for run in (folder, folder / "alone"))
+    assert (result["num_processes"], alone["num_processes"]) == (2, 1)
+    assert result["best_epoch"] == alone["best_epoch"]
+    assert result["test"]["metrics"]["recall@5"] == pytest.approx(alone["test"]["metrics"]["recall@5"], abs=0.02)
+
+
+def test_a_signal_to_one_process_stops_both_and_the_rest_is_the_same(folder):
+    codes = [json.loads((folder / f"codes-{index}.json").read_text()) for index in range(2)]
+    stopped, in_the_way, official = 128 + signal.SIGTERM, 2, 2
+    assert codes == [[0, 0, 0, stopped, 0, in_the_way, official]] * 2
+    assert_same(folder / "cut", folder / "whole", 0)
+
+
+def test_the_first_process_alone_speaks(folder):
+    output = (folder / "output.txt").read_text()
+    finished = [line for line in output.splitlines() if "best epoch" in line]
+    assert len(finished) == 4
+    assert output.count("stopped in epoch 1 after step 3; saved") == 1
+    assert "cut is not empty; resume it" in output
+    assert "model.compat must be null in several processes, got 'official'" in output
+
+
+def test_a_signal_to_the_launcher_and_all_its_processes_still_saves(verb, tmp_path):
+    arguments = verb(tmp_path / "run", "max_epochs=500", "patience=500")
+    process = subprocess.Popen(
+        torchrun("-m", "hellm", *arguments),
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=(tmp_path / "errors.txt").open("w"),
+    )
+    try:
+        until = time.monotonic() + 120
+        while not (tmp_path / "run" / "metrics.jsonl").is_file() or not records(tmp_path / "run"):
+            assert process.poll() is None and time.monotonic() < until, (tmp_path / "errors.txt").read_text()
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=60) != 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    _, state = load_checkpoint(tmp_path / "run" / "checkpoint" / "last.safetensors")
+    assert (state["epoch"], state["step"]) >= (len(records(tmp_path / "run")), 0)
+
+
+def test_shares_are_the_whole_batch():
+    for targets in (np.arange(6) + 10, np.arange(3) + 10):
+        batch = HistoryBatch(np.array([0, 3, 4, 6]), np.arange(6), targets)
+        for count in (1, 2, 3, 5):
+            shares = [batch.share(index, count) for index in range(count)]
+            for name in ("items", "targets"):
+                together = np.concatenate([getattr(share, name) for share in shares])
+                assert together.tolist() == getattr(batch, name).tolist()
+            lengths = np.concatenate([np.diff(share.indptr) for share in shares])
+            assert lengths.tolist() == [3, 1, 2]
+
+
+def test_one_process_needs_no_accelerate(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    processes = launched_processes("cuda:1", seed=0)
+    assert (processes.index, processes.count) == (0, 1)
+    caught = []
+    assert not processes.agree(caught)
+    assert processes.on_first(lambda: 3) == 3
+
+
+def test_a_numbered_device_is_refused_in_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r'device must be "auto", "cpu" or "cuda" in several processes, got .cuda:1.'):
+        launched_processes("cuda:1", seed=0)
+
+
+def test_other_verbs_refuse_several_processes(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["pretrain", "--data", "x"]) == 2
+    assert "only finetune runs in several processes (WORLD_SIZE 2), got pretrain" in capsys.readouterr().err
+
+
+def test_every_process_draws_its_own_dropout():
+    class Second:
+        process_index, num_processes = 1, 2
+
+    def draw(processes, epoch, step):
+        torch.manual_seed(0)
+        processes.seed_step(epoch, step)
+        return torch.rand(4).tolist()
+
+    first, second = Processes(), Processes(Second(), seed=3)
+    assert draw(first, 0, 0) == draw(first, 0, 1)
+    draws = [
+        tuple(draw(processes, *place)) for processes, place in ((first, (0, 0)), (second, (0, 0)), (second, (0, 1)))
+    ]
+    assert len(set(draws)) == 3 and draw(second, 0, 1) == list(draws[2])
