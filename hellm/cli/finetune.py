@@ -18,7 +18,8 @@ def run(argv: Sequence[str]) -> int:
         argv,
         verb="finetune",
         description="Fine-tune a language model on histories whose items are tokens made of stage-1 and SASRec "
-        "embeddings; choose the best epoch by validation, score the test split once, and leave a run directory.",
+        "embeddings; choose the best epoch by validation, score the test split once, and leave a run directory. "
+        "Started by torchrun or accelerate launch, several processes share the histories of every step.",
         config_class=FinetuneConfig,
         train=_train,
         plan=_plan,
