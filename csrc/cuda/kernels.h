@@ -17,5 +17,6 @@ struct KernelTable {
 
 KernelTable hypergraph_conv_kernels();
 KernelTable info_nce_kernels();
+KernelTable item_cross_entropy_kernels();
 
 }  // namespace hellm::cuda

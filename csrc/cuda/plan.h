@@ -9,6 +9,7 @@
 
 #include "../hypergraph_conv.h"
 #include "../info_nce.h"
+#include "../item_cross_entropy.h"
 
 namespace hellm::cuda {
 
@@ -40,8 +41,10 @@ void incidence_product(const IncidenceProductArguments&, const Queue&);
 void hypergraph_conv(const HypergraphConvArguments&, const Queue&);
 void bipartite_propagate(const BipartitePropagateArguments&, const Queue&);
 void info_nce(const InfoNceArguments&, const Queue&);
+void item_cross_entropy(const ItemCrossEntropyArguments&, const Queue&);
 
-// Bytes of InfoNceArguments::workspace.
+// Bytes of the workspace among the arguments.
 int64_t info_nce_workspace(const InfoNceArguments&);
+int64_t item_cross_entropy_workspace(const ItemCrossEntropyArguments&);
 
 }  // namespace hellm::cuda

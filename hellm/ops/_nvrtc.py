@@ -23,6 +23,7 @@ SOURCES = {
     "hypergraph_conv": "hypergraph_conv.cuh",
     "bipartite_propagate": "hypergraph_conv.cuh",
     "info_nce": "info_nce.cuh",
+    "item_cross_entropy": "item_cross_entropy.cuh",
 }
 
 
