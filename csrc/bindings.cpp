@@ -135,6 +135,23 @@ hellm::ItemCrossEntropyArguments item_cross_entropy(Address hidden, Address item
           num_processors};
 }
 
+hellm::KnnArguments knn_unit(Address x, Address unit, Address inverse_norm, int64_t num_rows, int64_t dim, int dtype) {
+  return {at(x), nullptr, nullptr, num_rows, dim, 1, DType(dtype), 0, at(unit), at<double>(inverse_norm)};
+}
+
+hellm::KnnArguments knn_select(Address x, Address inverse_norm, Address panel, Address index, Address similarity,
+                               Address crowded, int64_t num_rows, int64_t dim, int64_t k, int64_t first_row,
+                               int64_t panel_rows, int dtype) {
+  return {at(x), at<int64_t>(index), at(similarity), num_rows, dim, k, DType(dtype), 0, nullptr,
+          at<double>(inverse_norm), at<int>(crowded), at<const float>(panel), first_row, panel_rows};
+}
+
+hellm::KnnArguments knn_crowded(Address x, Address inverse_norm, Address crowded, Address index, Address similarity,
+                                int64_t num_rows, int64_t dim, int64_t k, int dtype) {
+  return {at(x), at<int64_t>(index), at(similarity), num_rows, dim, k, DType(dtype), 0, nullptr,
+          at<double>(inverse_norm), at<int>(crowded)};
+}
+
 // plan_<name>: the launches, as (kernel, grid, threads, shared bytes, parameters). cuda_<name>, where nvcc compiled the
 // kernels: launches them; the last two arguments are the device and the stream.
 template <typename Arguments, typename... P>
@@ -163,6 +180,9 @@ void define_all(py::module_& m) {
   define(m, "bipartite_propagate", &bipartite_propagate, &hellm::cuda::bipartite_propagate);
   define(m, "info_nce", &info_nce, &hellm::cuda::info_nce);
   define(m, "item_cross_entropy", &item_cross_entropy, &hellm::cuda::item_cross_entropy);
+  define(m, "knn_unit", &knn_unit, &hellm::cuda::knn_unit);
+  define(m, "knn_select", &knn_select, &hellm::cuda::knn_select);
+  define(m, "knn_crowded", &knn_crowded, &hellm::cuda::knn_crowded);
   m.def("info_nce_workspace", [](int64_t num_keys, int64_t num_rows, int64_t dim, bool gradients,
                                  bool intra_view_negatives, bool highest_precision, int num_processors, int dtype) {
     const Address wanted = gradients ? 16 : 0;  // any address that is aligned like the real ones

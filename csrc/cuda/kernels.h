@@ -18,5 +18,6 @@ struct KernelTable {
 KernelTable hypergraph_conv_kernels();
 KernelTable info_nce_kernels();
 KernelTable item_cross_entropy_kernels();
+KernelTable knn_kernels();
 
 }  // namespace hellm::cuda

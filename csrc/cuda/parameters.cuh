@@ -162,6 +162,24 @@ struct ItemGradientParameters {
   int storage, blocks;
 };
 
+// Nearest neighbours: rows on the unit sphere as halves for the matrix product, its panels, and what is chosen from them.
+struct KnnParameters {
+  const void* x;              // [rows, dim]
+  void* unit;                 // Half [padded_rows, padded_dim]: NaN for a row that is all zero or padding
+  double* inverse_norm;       // [rows]; 0 for a row that is all zero
+  const float* panel;         // [panel_rows, padded_rows]: similarities of halves
+  int64* index;               // [rows, k]
+  float* similarity;          // [rows, k]
+  int* crowded;               // [rows]: whether more candidates than kMostCandidates were near the k-th
+  int64 rows, dim, padded_rows, padded_dim, first_row;
+  float slack;                // similarities of halves of two rows are wrong by less than half of it
+  int k, storage;
+};
+
+constexpr int kKnnThreads = 256;
+constexpr int kMostNeighbours = 128;   // at most a neighbour for two threads
+constexpr int kMostCandidates = 1024;
+
 // 2^15: brings weights <= 1 to the top of the range of 16-bit floats.
 constexpr float kWeightShift = 15.0f;
 

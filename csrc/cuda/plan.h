@@ -10,6 +10,7 @@
 #include "../hypergraph_conv.h"
 #include "../info_nce.h"
 #include "../item_cross_entropy.h"
+#include "../knn.h"
 
 namespace hellm::cuda {
 
@@ -42,6 +43,11 @@ void hypergraph_conv(const HypergraphConvArguments&, const Queue&);
 void bipartite_propagate(const BipartitePropagateArguments&, const Queue&);
 void info_nce(const InfoNceArguments&, const Queue&);
 void item_cross_entropy(const ItemCrossEntropyArguments&, const Queue&);
+
+// Before the panels of similarities, after each of them, and after the last.
+void knn_unit(const KnnArguments&, const Queue&);
+void knn_select(const KnnArguments&, const Queue&);
+void knn_crowded(const KnnArguments&, const Queue&);
 
 // Bytes of the workspace among the arguments.
 int64_t info_nce_workspace(const InfoNceArguments&);

@@ -20,7 +20,8 @@ from hellm.ops._native import _DTYPE_CODE, _address, _compute_dtype, _like
 
 # As in csrc/cuda/parameters.cuh.
 _HUB_CHUNK, _HUB_ENTRIES = 2048, 4096
-# Columns the kernels of info_nce take, by whether products have float32 accuracy.
+_MOST_NEIGHBOURS = 128
+# Columns the kernels of the losses take, by whether products have float32 accuracy.
 _MOST_COLUMNS = {True: 128, False: 256}
 
 _longest_rows: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -223,20 +224,49 @@ class Gpu:
         like = (hidden, items, row_loss if bias is None else bias)
         return row_loss, *(t.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True))
 
-    def knn(self, x: Tensor, k: int, *, panel_bytes: int = 2**28) -> tuple[Tensor, Tensor]:
-        """Panels of similarities by torch, as there is no kernel of its own yet; of equals the lower index first.
+    def knn(self, x: Tensor, k: int, *, panel_bytes: int = 24 * 2**20) -> tuple[Tensor, Tensor]:
+        """Panels of float16 products, small enough to stay in cache, choose candidates; sums in float64 rank them.
 
-        Exact to what `torch.get_float32_matmul_precision()` says of products.
+        float64 rows and k > 128 go to panels of torch products, exact to what its float32 matmul precision says.
         """
-        present = (x != 0).any(1)
-        unit = reference._unit(x.to(_compute_dtype(x)))
-        panel = max(1, panel_bytes // (max(x.shape[0], 1) * unit.element_size()))
-        found = [
-            _nearest(unit, present, start, min(start + panel, len(unit)), k) for start in range(0, len(unit), panel)
-        ]
-        index, value = (torch.cat(part) for part in zip(*found, strict=True))
-        absent = value == float("-inf")
-        return index.masked_fill(absent, -1), value.masked_fill(absent, 0.0)
+        (num_rows, dim), device = x.shape, x.device
+        if x.dtype == torch.float64 or k > _MOST_NEIGHBOURS or dim == 0:
+            return _nearest_by_panels(x, k)
+        x = x.contiguous()
+        padded_rows, padded_dim = (-(-size // 8) * 8 for size in (num_rows, dim))
+        unit = x.new_empty(padded_rows, padded_dim, dtype=torch.float16)
+        inverse_norm = x.new_empty(num_rows, dtype=torch.float64)
+        crowded = x.new_empty(num_rows, dtype=torch.int32)
+        index = x.new_empty(num_rows, k, dtype=torch.int64)
+        similarity = x.new_empty(num_rows, k, dtype=torch.float32)
+        sizes, code = (num_rows, dim), _DTYPE_CODE[x.dtype]
+        self._launch("knn_unit", (*map(_address, (x, unit, inverse_norm)), *sizes, code), device)
+        panel_rows = max(64, panel_bytes // (4 * padded_rows) // 64 * 64)
+        for start in range(0, num_rows, panel_rows):
+            panel = _float16_product(unit[start : min(start + panel_rows, num_rows)], unit)
+            tensors = (x, inverse_norm, panel, index, similarity, crowded)
+            self._launch("knn_select", (*map(_address, tensors), *sizes, k, start, len(panel), code), device)
+        tensors = (x, inverse_norm, crowded, index, similarity)
+        self._launch("knn_crowded", (*map(_address, tensors), *sizes, k, code), device)
+        return index, similarity
+
+
+def _float16_product(left: Tensor, right: Tensor) -> Tensor:
+    """left right^T in float32; where torch has no such product the operands are widened, which changes none of them."""
+    if left.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(left, right.T, out_dtype=torch.float32)
+    return left.float() @ right.float().T
+
+
+def _nearest_by_panels(x: Tensor, k: int, panel_bytes: int = 2**28) -> tuple[Tensor, Tensor]:
+    """The same by torch alone; of equals the lower index first."""
+    present = (x != 0).any(1)
+    unit = reference._unit(x.to(_compute_dtype(x)))
+    panel = max(1, panel_bytes // (max(x.shape[0], 1) * unit.element_size()))
+    found = [_nearest(unit, present, start, min(start + panel, len(unit)), k) for start in range(0, len(unit), panel)]
+    index, value = (torch.cat(part) for part in zip(*found, strict=True))
+    absent = value == float("-inf")
+    return index.masked_fill(absent, -1), value.masked_fill(absent, 0.0)
 
 
 def _nearest(unit: Tensor, present: Tensor, start: int, stop: int, k: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 #include "../../csrc/cuda/hypergraph_conv.cu"
 #include "../../csrc/cuda/info_nce.cu"
 #include "../../csrc/cuda/item_cross_entropy.cu"
+#include "../../csrc/cuda/knn.cu"
 
 #include <map>
 #include <string>
@@ -82,6 +83,9 @@ const std::map<std::string, Call (*)(const void*, const void*)> kCalls = {
     {"table_halves_kernel", call<hellm::TableParameters>},
     {"item_row_kernel", call<hellm::ItemRowParameters>},
     {"item_gradient_kernel", call<hellm::ItemGradientParameters>},
+    {"knn_unit_kernel", call<hellm::KnnParameters>},
+    {"knn_select_kernel", call<hellm::KnnParameters>},
+    {"knn_crowded_kernel", call<hellm::KnnParameters>},
 };
 
 }  // namespace
@@ -91,7 +95,8 @@ extern "C" int launch(const char* kernel, unsigned grid_x, unsigned grid_y, unsi
                       const void* parameters) {
   using namespace hellm::cuda;
   const std::string name(kernel);
-  for (const auto& table : {hypergraph_conv_kernels(), info_nce_kernels(), item_cross_entropy_kernels()}) {
+  for (const auto& table :
+       {hypergraph_conv_kernels(), info_nce_kernels(), item_cross_entropy_kernels(), knn_kernels()}) {
     for (int i = 0; i < table.count; ++i) {
       if (name != table.kernels[i].name) continue;
       emulated::body = kCalls.at(name.substr(0, name.find('<')))(table.kernels[i].function, parameters);
