@@ -3,7 +3,7 @@
 // kParts 2 a value is high + low, and three products give float32 accuracy.
 #pragma once
 
-#include "attention_shared.cuh"
+#include "attention_products.cuh"
 
 namespace hellm {
 
@@ -12,26 +12,21 @@ __device__ __forceinline__ int64 first_unit(int64 units, int64 block, int64 bloc
 
 // One tile of queries against tiles of keys; every warp has kQueries / 4 queries to itself.
 template <int kWidth, int kParts, Weights kWeights, bool kOutput>
-struct Attention {
-  using Tile = AttentionTile<kWidth, kParts>;
+struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKeyBiased> {
+  using Products = AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKeyBiased>;
+  using typename Products::Tile;
+  using Products::kBands, Products::kKeyBands, Products::kColumnBands;
+  using Products::lane, Products::out, Products::shared, Products::warp;
   static constexpr bool kMaximum = kWeights == kRunning || kWeights == kRunningBiased;
   static constexpr bool kKeyBias = kWeights != kRunning, kQueryBias = kWeights == kByKeyBiased;
   static constexpr bool kSum = kWeights != kByKey;
-  static constexpr int kBands = Tile::kQueries / 64;  // of 16 queries a warp
-  static constexpr int kKeyBands = Tile::kKeys / 8, kColumnBands = kWidth / 8, kDepth = kWidth / 16;
-  static constexpr bool kHoldQueries = kWidth <= 64 && kParts == 1;
 
   const AttentionParameters& p;
-  const AttentionShared<kWidth, kParts> shared;
-  int warp, lane;
   int64 query_view, first_query;
   float temperature_scale, bias_shift;
-  float out[kBands][kOutput ? kColumnBands : 1][4];
   float maximum[kBands][2], sum[kBands][2];
-  unsigned held[kHoldQueries ? kBands : 1][kHoldQueries ? kDepth : 1][4];
 
-  __device__ __forceinline__ Attention(const AttentionParameters& parameters)
-      : p(parameters), shared{ptx::dynamic_shared()}, warp(threadIdx.x / 32), lane(threadIdx.x % 32) {
+  __device__ __forceinline__ Attention(const AttentionParameters& parameters) : p(parameters) {
     temperature_scale = kLog2E / float(*p.temperature);
     bias_shift = kWeightShift;
     if (!kMaximum) {
@@ -81,70 +76,6 @@ struct Attention {
       shared.bias(stage)[i] = !present ? -infinity() : kMaximum ? bias * kLog2E : bias + bias_shift;
     }
     ptx::commit_copies();
-  }
-
-  // Rows of a band as the left operand: 16 queries, 16 columns.
-  __device__ __forceinline__ void query_operand(unsigned (&a)[4], int band, int part, int depth) {
-    const int row = (warp * kBands + band) * 16 + lane % 16;
-    ptx::load_matrices(a, shared.query(part) + row * Tile::kPitch + depth * 16 + lane / 16 * 8);
-  }
-
-  __device__ __forceinline__ void hold_queries() {
-    if constexpr (kHoldQueries) {
-#pragma unroll
-      for (int b = 0; b < kBands; ++b) {
-#pragma unroll
-        for (int k = 0; k < kDepth; ++k) query_operand(held[b][k], b, 0, k);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void similarities(int stage, float (&s)[kBands][kKeyBands][4]) {
-#pragma unroll
-    for (int b = 0; b < kBands; ++b) {
-#pragma unroll
-      for (int j = 0; j < kKeyBands; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[b][j][i] = 0;
-      }
-    }
-    const int key_row = lane % 8 + lane / 16 * 8, key_column = lane / 8 % 2 * 8;
-#pragma unroll
-    for (int k = 0; k < kDepth; ++k) {
-      unsigned a[kParts][kBands][4];
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-        for (int b = 0; b < kBands; ++b) {
-          if constexpr (!kHoldQueries) query_operand(a[part][b], b, part, k);
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kKeyBands; j += 2) {
-        unsigned keys[kParts][4];
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          ptx::load_matrices(keys[part],
-                             shared.key(stage, part) + (j * 8 + key_row) * Tile::kPitch + k * 16 + key_column);
-        }
-#pragma unroll
-        for (int b = 0; b < kBands; ++b) {
-          if constexpr (kHoldQueries) {
-            ptx::multiply_16x8x16(s[b][j], held[b][k], keys[0][0], keys[0][1]);
-            ptx::multiply_16x8x16(s[b][j + 1], held[b][k], keys[0][2], keys[0][3]);
-          } else {
-            // The small products first: low x high, high x low, high x high. With the roles of queries and keys swapped
-            // the first two are too, so that the same bits come out.
-#pragma unroll
-            for (int pair = kParts == 2 ? 2 : 0; pair >= 0; --pair) {
-              const int left = pair == (kQueryBias ? 1 : 2) ? 1 : 0, right = pair == (kQueryBias ? 2 : 1) ? 1 : 0;
-              ptx::multiply_16x8x16(s[b][j], a[left][b], keys[right][0], keys[right][1]);
-              ptx::multiply_16x8x16(s[b][j + 1], a[left][b], keys[right][2], keys[right][3]);
-            }
-          }
-        }
-      }
-    }
   }
 
   // `value` where the key is padding or has the id of the query.
@@ -307,64 +238,6 @@ struct Attention {
     }
   }
 
-  __device__ __forceinline__ void add_values(int stage, const float (&s)[kBands][kKeyBands][4]) {
-    unsigned weight[kParts][kBands][kKeyBands / 2][4];
-#pragma unroll
-    for (int b = 0; b < kBands; ++b) {
-#pragma unroll
-      for (int j = 0; j < kKeyBands; ++j) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float first = s[b][j][2 * h], second = s[b][j][2 * h + 1];
-          const unsigned high = ptx::pack_halves(first, second);
-          weight[0][b][j / 2][j % 2 * 2 + h] = high;
-          if constexpr (kParts == 2) {
-            const float first_rest = first - ptx::from_half((unsigned short)(high & 0xffff));
-            const float second_rest = second - ptx::from_half((unsigned short)(high >> 16));
-            weight[1][b][j / 2][j % 2 * 2 + h] = ptx::pack_halves(first_rest, second_rest);
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < kColumnBands; c += 2) {
-      // Tensor cores truncate when they add: for float32 accuracy a tile of keys is summed by itself.
-      float fresh[kParts == 2 ? kBands : 1][2][4] = {};
-#pragma unroll
-      for (int k = 0; k < kKeyBands / 2; ++k) {
-        unsigned value[kParts][4];
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          const int row = k * 16 + lane % 16;
-          ptx::load_matrices_transposed(value[part],
-                                        shared.key(stage, part) + row * Tile::kPitch + c * 8 + lane / 16 * 8);
-        }
-#pragma unroll
-        for (int b = 0; b < kBands; ++b) {
-#pragma unroll
-          for (int pair = kParts == 2 ? 2 : 0; pair >= 0; --pair) {
-            const int left = pair == 2 ? 1 : 0, right = pair == 1 ? 1 : 0;
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-              float(&to)[4] = kParts == 2 ? fresh[kParts == 2 ? b : 0][n] : out[b][c + n];
-              ptx::multiply_16x8x16(to, weight[left][b][k], value[right][2 * n], value[right][2 * n + 1]);
-            }
-          }
-        }
-      }
-      if constexpr (kParts == 2) {
-#pragma unroll
-        for (int b = 0; b < kBands; ++b) {
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) out[b][c + n][i] += fresh[b][n][i];
-          }
-        }
-      }
-    }
-  }
-
   // slot < 0: the tile is complete.
   __device__ __forceinline__ void store(int64 slot) {
 #pragma unroll
@@ -409,9 +282,9 @@ struct Attention {
         ptx::wait_copies<0>();
       }
       __syncthreads();
-      if (tile == begin) hold_queries();
+      if (tile == begin) this->hold_queries();
       float s[kBands][kKeyBands][4];
-      similarities(stage, s);
+      this->similarities(stage, s);
       if constexpr (kMaximum) {
         mask(tile, stage, -infinity(), s);
         weigh_running(stage, s);
@@ -420,7 +293,7 @@ struct Attention {
         mask(tile, stage, 0.0f, s);
         if constexpr (kSum) add_signed_weights(stage, s);
       }
-      if constexpr (kOutput) add_values(stage, s);
+      if constexpr (kOutput) this->add_values(stage, s);
       __syncthreads();
     }
   }
