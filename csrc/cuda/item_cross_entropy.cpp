@@ -49,6 +49,38 @@ AttentionParameters between(const TableParameters& tables, int queries, const Sh
   return p;
 }
 
+void plan_rows(const ItemCrossEntropyArguments& a, Plan& plan) {
+  ItemRowParameters& row = plan.row;
+  row.hidden = a.hidden;
+  row.items = a.item_embedding;
+  row.target = reinterpret_cast<const int64*>(a.target);
+  row.bias = static_cast<const float*>(a.bias);
+  row.row_grad = static_cast<const float*>(a.row_grad);
+  row.row_loss = static_cast<float*>(a.row_loss);
+  row.grad_hidden = a.grad_hidden;
+  row.key_high = plan.tables.high[0];
+  row.key_low = plan.tables.low[0];
+  row.size = plan.tables.size;
+  row.weight_maximum = plan.tables.weight_maximum;
+  row.rows = a.num_rows;
+  row.dim = a.dim;
+  row.storage = int(a.dtype);
+  row.blocks = plan.blocks[0];
+
+  ItemGradientParameters& gradient = plan.gradient;
+  gradient.hidden = a.hidden;
+  gradient.grad_items = a.grad_items;
+  gradient.grad_bias = static_cast<float*>(a.grad_bias);
+  gradient.weight = row.weight;
+  gradient.size = plan.tables.size;
+  gradient.row_order = reinterpret_cast<const int64*>(a.row_order);
+  gradient.row_begin = reinterpret_cast<const int64*>(a.row_begin);
+  gradient.num_items = a.num_items;
+  gradient.dim = a.dim;
+  gradient.storage = int(a.dtype);
+  gradient.blocks = plan.blocks[1];
+}
+
 Plan make_plan(const ItemCrossEntropyArguments& a) {
   Plan plan{shape_of(a.dim, a.highest_precision), 0, {0, 0}};
   if (a.num_rows >= int64_t(1) << 31 || a.num_items >= int64_t(1) << 31) {
@@ -97,34 +129,7 @@ Plan make_plan(const ItemCrossEntropyArguments& a) {
   first.slot_sum = second.slot_sum = memory.take<float>(slots);
   plan.workspace_bytes = memory.used();
 
-  row.hidden = a.hidden;
-  row.items = a.item_embedding;
-  row.target = target;
-  row.bias = bias;
-  row.row_grad = static_cast<const float*>(a.row_grad);
-  row.row_loss = static_cast<float*>(a.row_loss);
-  row.grad_hidden = a.grad_hidden;
-  row.key_high = tables.high[0];
-  row.key_low = tables.low[0];
-  row.size = tables.size;
-  row.weight_maximum = tables.weight_maximum;
-  row.rows = a.num_rows;
-  row.dim = a.dim;
-  row.storage = int(a.dtype);
-  row.blocks = plan.blocks[0];
-
-  ItemGradientParameters& gradient = plan.gradient;
-  gradient.hidden = a.hidden;
-  gradient.grad_items = a.grad_items;
-  gradient.grad_bias = static_cast<float*>(a.grad_bias);
-  gradient.weight = row.weight;
-  gradient.size = tables.size;
-  gradient.row_order = reinterpret_cast<const int64*>(a.row_order);
-  gradient.row_begin = reinterpret_cast<const int64*>(a.row_begin);
-  gradient.num_items = a.num_items;
-  gradient.dim = a.dim;
-  gradient.storage = int(a.dtype);
-  gradient.blocks = plan.blocks[1];
+  plan_rows(a, plan);
   return plan;
 }
 

@@ -12,7 +12,7 @@ constexpr int kLeastExponent = -100;
 // 2^n of -126 <= n <= 127.
 __device__ __forceinline__ float power_of_two(int n) { return __uint_as_float(unsigned(127 + n) << 23); }
 
-// Largest size of a finite entry by warp: each has every kMaximumWarps-th piece of 32. Grid [warps / 4, 2].
+// Every lane gets the largest size of the finite entries of every kMaximumWarps-th piece of 32.
 __device__ __forceinline__ float largest_entry(const void* x, int storage, int64 count, int64 first) {
   float largest = 0;
   for (int64 i = first; i < count; i += 32 * kMaximumWarps) {
