@@ -62,7 +62,8 @@ def cases(device: torch.device, smoke: bool) -> Iterator[tuple[str, Callable[[],
     yield "info_nce-100000", partial(_info_nce, device, small(100_000), DIM, 0.2)
     yield "info_nce-50000", partial(_info_nce, device, small(50_000), DIM, 0.2)
     yield "conv-large", partial(_conv_large, device, smoke)
-    yield "item_cross_entropy-sasrec", partial(_item_cross_entropy, device, smoke)
+    for num_rows, num_items in ((12_800, 12_101), (4_096, 100_000)):
+        yield f"item_cross_entropy-{num_items}", partial(_item_cross_entropy, device, small(num_rows), small(num_items))
     yield "knn-18357x4096", partial(_knn, device, small(18_357), 16 if smoke else 4096)
     yield "knn-100000x128", partial(_knn, device, small(100_000), 16 if smoke else 128)
     yield "conv-sports-bfloat16", partial(_conv, device, "tiny" if smoke else "sports", 1, 1, torch.bfloat16)
@@ -371,25 +372,41 @@ def _propagate(device: torch.device, size_name: str) -> Case:
 # ------------------------------------------------------------------------------- item cross-entropy, neighbours
 
 
-def _item_cross_entropy(device: torch.device, smoke: bool) -> Case:
-    num_rows, num_items = (40, 70) if smoke else (12_800, 12_101)
-    hidden, items = (
-        inputs.rows(n, DIM, seed).to(device).requires_grad_() for seed, n in enumerate((num_rows, num_items))
-    )
+def at_precision(precision: str, run: Run) -> Run:
+    """Under a float32 matmul precision of torch, which its products and the operators without an argument follow."""
+
+    def set_and_run() -> Sequence[Tensor]:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            return run()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return set_and_run
+
+
+def _item_cross_entropy(device: torch.device, num_rows: int, num_items: int) -> Case:
+    leaves = [inputs.rows(n, DIM, seed).to(device).requires_grad_() for seed, n in enumerate((num_rows, num_items))]
     target = torch.randint(num_items, (num_rows,), generator=torch.Generator().manual_seed(0)).to(device)
-    wide = [t.detach().double().requires_grad_() for t in (hidden, items)]
-    truth = gradients(lambda h, e: F.cross_entropy(h @ e.T, target), wide, (None,))()
-    entries = [
-        Entry(
-            f"hellm {name}",
-            gradients(on(name, lambda h, e: ops.item_cross_entropy(h, e, target)), (hidden, items), (None,)),
-            2e-3,
-            hellm=name != "torch",
-        )
-        for name in usable_backends(device)
-    ]
-    eager = gradients(lambda h, e: F.cross_entropy(h @ e.T, target), (hidden, items), (None,))
-    entries.append(Entry("F.cross_entropy(h @ e.T)", eager, 2e-3))
+
+    def eager(hidden: Tensor, items: Tensor) -> Tensor:
+        return F.cross_entropy(hidden @ items.T, target)
+
+    def fused(hidden: Tensor, items: Tensor) -> Tensor:
+        return ops.item_cross_entropy(hidden, items, target)
+
+    truth = gradients(eager, [t.detach().double().requires_grad_() for t in leaves], (None,))()
+    compiled = torch.compile(eager)
+    entries = []
+    for precision, tolerance in (("high", 2e-2), ("highest", 2e-4)):
+        for name in usable_backends(device):
+            run = at_precision(precision, gradients(on(name, fused), leaves, (None,)))
+            entries.append(Entry(f"hellm {name}, {precision}", run, tolerance, hellm=name != "torch"))
+        for label, function in (("F.cross_entropy(h @ e.T)", eager), ("the same, torch.compile", compiled)):
+            if function is eager or device.type == "cuda":  # compiling takes a minute
+                run = at_precision(precision, gradients(function, leaves, (None,)))
+                entries.append(Entry(f"{label}, {precision}", run, tolerance))
     work = 6.0 * num_rows * num_items * DIM
     return Case(entries, work, truth=[t.detach() for t in truth], parameters={"N": num_rows, "I": num_items, "D": DIM})
 
@@ -397,14 +414,21 @@ def _item_cross_entropy(device: torch.device, smoke: bool) -> Case:
 def _knn(device: torch.device, num_rows: int, dim: int, k: int = 10) -> Case:
     x = inputs.rows(num_rows, dim).to(device)
 
-    def chunked() -> Sequence[Tensor]:
-        unit = F.normalize(x)
-        return [torch.cat([(unit[i : i + 4096] @ unit.T).topk(k).values for i in range(0, num_rows, 4096)])]
+    def chunked(dtype: torch.dtype) -> Sequence[Tensor]:
+        unit = F.normalize(x).to(dtype)
+        blocks = range(0, num_rows, 4096)
+        return [torch.cat([(unit[i : i + 4096] @ unit.T).topk(k).values for i in blocks]).float()]
 
+    truth = []
+    for part in F.normalize(x.double()).split(1024) if num_rows <= _MOST_ROWS_WITH_TRUTH else ():
+        truth.append((part @ F.normalize(x.double()).T).topk(k).values)
     entries = [
         Entry(f"hellm {name}", one_output(on(name, ops.knn, x, k), 1), 1e-5, hellm=name != "torch")
         for name in usable_backends(device)
-        if name != "torch"  # its definition stores the similarities of all pairs
+        if name not in ("torch", "triton")  # they store the similarities of all pairs
     ]
-    entries.append(Entry("torch mm + topk, chunks of 4096", chunked, 1e-5))
-    return Case(entries, 2.0 * num_rows**2 * dim, parameters={"N": num_rows, "D": dim, "k": k})
+    entries.append(Entry("torch mm + topk, chunks of 4096", partial(chunked, torch.float32), 1e-5))
+    entries.append(Entry("the same in TF32", at_precision("high", partial(chunked, torch.float32)), 5e-3))
+    entries.append(Entry("the same in float16, not exact", partial(chunked, torch.float16), 5e-3))
+    parameters = {"N": num_rows, "D": dim, "k": k}
+    return Case(entries, 2.0 * num_rows**2 * dim, truth=[torch.cat(truth)] if truth else None, parameters=parameters)

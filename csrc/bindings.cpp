@@ -123,6 +123,35 @@ hellm::InfoNceArguments info_nce(Address anchor, Address positive, Address rows,
           highest_precision, num_processors};
 }
 
+hellm::ItemCrossEntropyArguments item_cross_entropy(Address hidden, Address item_embedding, Address target,
+                                                    Address row_order, Address row_begin, Address bias,
+                                                    Address row_grad, Address row_loss, Address grad_hidden,
+                                                    Address grad_items, Address grad_bias, Address workspace,
+                                                    int64_t num_rows, int64_t num_items, int64_t dim,
+                                                    bool highest_precision, int num_processors, int dtype) {
+  return {at(hidden), at(item_embedding), at<const int64_t>(target), at(bias), at(row_grad), at(row_loss),
+          at(grad_hidden), at(grad_items), at(grad_bias), num_rows, num_items, dim, DType(dtype), 0,
+          at<const int64_t>(row_order), at<const int64_t>(row_begin), at(workspace), highest_precision,
+          num_processors};
+}
+
+hellm::KnnArguments knn_unit(Address x, Address unit, Address inverse_norm, int64_t num_rows, int64_t dim, int dtype) {
+  return {at(x), nullptr, nullptr, num_rows, dim, 1, DType(dtype), 0, at(unit), at<double>(inverse_norm)};
+}
+
+hellm::KnnArguments knn_select(Address x, Address inverse_norm, Address panel, Address index, Address similarity,
+                               Address crowded, int64_t num_rows, int64_t dim, int64_t k, int64_t first_row,
+                               int64_t panel_rows, int dtype) {
+  return {at(x), at<int64_t>(index), at(similarity), num_rows, dim, k, DType(dtype), 0, nullptr,
+          at<double>(inverse_norm), at<int>(crowded), at<const float>(panel), first_row, panel_rows};
+}
+
+hellm::KnnArguments knn_crowded(Address x, Address inverse_norm, Address crowded, Address index, Address similarity,
+                                int64_t num_rows, int64_t dim, int64_t k, int dtype) {
+  return {at(x), at<int64_t>(index), at(similarity), num_rows, dim, k, DType(dtype), 0, nullptr,
+          at<double>(inverse_norm), at<int>(crowded)};
+}
+
 // plan_<name>: the launches, as (kernel, grid, threads, shared bytes, parameters). cuda_<name>, where nvcc compiled the
 // kernels: launches them; the last two arguments are the device and the stream.
 template <typename Arguments, typename... P>
@@ -150,12 +179,23 @@ void define_all(py::module_& m) {
   define(m, "hypergraph_conv", &hypergraph_conv, &hellm::cuda::hypergraph_conv);
   define(m, "bipartite_propagate", &bipartite_propagate, &hellm::cuda::bipartite_propagate);
   define(m, "info_nce", &info_nce, &hellm::cuda::info_nce);
+  define(m, "item_cross_entropy", &item_cross_entropy, &hellm::cuda::item_cross_entropy);
+  define(m, "knn_unit", &knn_unit, &hellm::cuda::knn_unit);
+  define(m, "knn_select", &knn_select, &hellm::cuda::knn_select);
+  define(m, "knn_crowded", &knn_crowded, &hellm::cuda::knn_crowded);
   m.def("info_nce_workspace", [](int64_t num_keys, int64_t num_rows, int64_t dim, bool gradients,
                                  bool intra_view_negatives, bool highest_precision, int num_processors, int dtype) {
     const Address wanted = gradients ? 16 : 0;  // any address that is aligned like the real ones
     return hellm::cuda::info_nce_workspace(info_nce(0, 0, 0, 0, 0, wanted, 0, wanted, wanted, 0, 0, num_keys, num_rows,
                                                     dim, 0, intra_view_negatives, highest_precision, num_processors,
                                                     dtype));
+  });
+  m.def("item_cross_entropy_workspace", [](int64_t num_rows, int64_t num_items, int64_t dim, bool hidden_grad,
+                                           bool items_grad, bool highest_precision, int num_processors, int dtype) {
+    const Address hidden = hidden_grad ? 16 : 0, items = items_grad ? 16 : 0;
+    return hellm::cuda::item_cross_entropy_workspace(item_cross_entropy(0, 0, 0, 0, 0, 0, 0, 0, hidden, items, 0, 0,
+                                                                        num_rows, num_items, dim, highest_precision,
+                                                                        num_processors, dtype));
   });
 #if defined(HELLM_CUDA)
   m.def("cuda_architectures", &hellm::cuda::architectures, "Compute capabilities of the compiled kernels.");

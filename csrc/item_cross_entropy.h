@@ -20,6 +20,12 @@ struct ItemCrossEntropyArguments {
   int64_t num_rows, num_items, dim;
   DType dtype;
   int num_threads;
+  // Read on GPUs only, where the precision chooses the products.
+  const int64_t* row_order = nullptr;  // [num_rows] stable argsort of `target`; with grad_items
+  const int64_t* row_begin = nullptr;  // [num_items + 1] where the rows of each target begin in row_order
+  void* workspace = nullptr;           // item_cross_entropy_workspace() bytes
+  bool highest_precision = false;
+  int num_processors = 0;
 };
 
 }  // namespace hellm

@@ -13,6 +13,12 @@ struct KnnArguments {
   int64_t num_rows, dim, k;
   DType dtype;
   int num_threads;
+  // Read on GPUs only; num_rows and dim are padded to multiples of eight.
+  void* unit = nullptr;            // Half [padded rows, padded dim]
+  double* inverse_norm = nullptr;  // [num_rows]
+  int* crowded = nullptr;          // [num_rows]
+  const float* panel = nullptr;    // [panel_rows, padded rows]: rows first_row... of unit unit^T
+  int64_t first_row = 0, panel_rows = 0;
 };
 
 }  // namespace hellm

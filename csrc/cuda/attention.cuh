@@ -1,65 +1,35 @@
-// Attention over unit rows, keys and values being the same: one tile of keys in shared memory feeds both products.
-// Half operands whatever the storage type: |x| <= 1 here, so they never overflow, cost what bfloat16 costs and keep
-// three more bits. With kParts 2 a value is high + low, and three products give float32 accuracy.
+// Attention whose values are its keys: one tile of keys in shared memory feeds both products. Half operands whatever the
+// storage type: rows come in a range where they never overflow, cost what bfloat16 costs and keep three more bits. With
+// kParts 2 a value is high + low, and three products give float32 accuracy.
 #pragma once
 
-#include "common.cuh"
+#include "attention_products.cuh"
 
 namespace hellm {
 
 // First unit of work of a block; unit = tile of queries * key tiles + tile of keys.
 __device__ __forceinline__ int64 first_unit(int64 units, int64 block, int64 blocks) { return units * block / blocks; }
 
-template <int kWidth, int kParts>
-struct AttentionShared {
-  using Tile = AttentionTile<kWidth, kParts>;
-  static constexpr int kQueryPart = Tile::kQueries * Tile::kPitch, kKeyPart = Tile::kKeys * Tile::kPitch;
-  unsigned char* memory;
-  __device__ __forceinline__ Half* query(int part) const { return reinterpret_cast<Half*>(memory) + part * kQueryPart; }
-  __device__ __forceinline__ Half* key(int stage, int part) const {
-    return reinterpret_cast<Half*>(memory) + kParts * kQueryPart + (stage * kParts + part) * kKeyPart;
-  }
-  // [kKeys] scale, then bias, then id of a stage
-  __device__ __forceinline__ float* scale(int stage) const {
-    return reinterpret_cast<float*>(key(2, 0)) + stage * 3 * Tile::kKeys;
-  }
-  __device__ __forceinline__ float* bias(int stage) const { return scale(stage) + Tile::kKeys; }
-  __device__ __forceinline__ int* id(int stage) const { return reinterpret_cast<int*>(scale(stage) + 2 * Tile::kKeys); }
-};
-
-// Copies rows of halves to shared memory in the background; row(i) is the source row or -1 for zeros.
-template <int kWidth, int kRows, int kThreads, typename Row>
-__device__ __forceinline__ void copy_rows(Half* to, const void* from, Row row) {
-  constexpr int kPieces = kWidth / 8;
-  for (int i = threadIdx.x; i < kRows * kPieces; i += kThreads) {
-    const int64 source = row(i / kPieces);
-    const Half* const piece = static_cast<const Half*>(from) + (source < 0 ? 0 : source) * kWidth + i % kPieces * 8;
-    ptx::copy_16(to + i / kPieces * (kWidth + 8) + i % kPieces * 8, piece, source >= 0);
-  }
-}
-
 // One tile of queries against tiles of keys; every warp has kQueries / 4 queries to itself.
-template <int kWidth, int kParts, bool kRunning, bool kOutput>
-struct Attention {
-  using Tile = AttentionTile<kWidth, kParts>;
-  static constexpr int kBands = Tile::kQueries / 64;  // of 16 queries a warp
-  static constexpr int kKeyBands = Tile::kKeys / 8, kColumnBands = kWidth / 8, kDepth = kWidth / 16;
-  static constexpr bool kHoldQueries = kWidth <= 64 && kParts == 1;
+template <int kWidth, int kParts, Weights kWeights, bool kOutput>
+struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKeyBiased> {
+  using Products = AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKeyBiased>;
+  using typename Products::Tile;
+  using Products::kBands, Products::kKeyBands, Products::kColumnBands;
+  using Products::lane, Products::out, Products::shared, Products::warp;
+  static constexpr bool kMaximum = kWeights == kRunning || kWeights == kRunningBiased;
+  static constexpr bool kKeyBias = kWeights != kRunning, kQueryBias = kWeights == kByKeyBiased;
+  static constexpr bool kSum = kWeights != kByKey;
 
   const AttentionParameters& p;
-  const AttentionShared<kWidth, kParts> shared;
-  int warp, lane;
   int64 query_view, first_query;
   float temperature_scale, bias_shift;
-  float out[kBands][kOutput ? kColumnBands : 1][4];
   float maximum[kBands][2], sum[kBands][2];
-  unsigned held[kHoldQueries ? kBands : 1][kHoldQueries ? kDepth : 1][4];
 
-  __device__ __forceinline__ Attention(const AttentionParameters& parameters)
-      : p(parameters), shared{ptx::dynamic_shared()}, warp(threadIdx.x / 32), lane(threadIdx.x % 32) {
+  __device__ __forceinline__ Attention(const AttentionParameters& parameters) : p(parameters) {
     temperature_scale = kLog2E / float(*p.temperature);
     bias_shift = kWeightShift;
-    if (!kRunning) {
+    if (!kMaximum) {
       const float largest = __uint_as_float(*p.weight_maximum);
       if (largest != 0) bias_shift -= log2f(largest);
     }
@@ -98,89 +68,27 @@ struct Attention {
     for (int i = threadIdx.x; i < Tile::kKeys; i += Tile::kThreads) {
       const int64 key = first + i;
       const bool present = key < p.keys;
-      shared.id(stage)[i] = !present ? -1 : int(p.key_rows ? p.key_rows[key] : key);
-      if (kRunning) continue;
-      shared.scale(stage)[i] = present ? p.key_scale[key] : 0.0f;
-      shared.bias(stage)[i] = present ? p.key_bias[key] + bias_shift : -infinity();
+      shared.id(stage)[i] = !present ? -1 : int(p.key_ids ? p.key_ids[key] : key);
+      if (!kMaximum) shared.scale(stage)[i] = present ? p.key_scale[key] : 0.0f;
+      if (kQueryBias) shared.maximum(stage)[i] = present ? p.key_maximum[key] : 0.0f;
+      if (!kKeyBias) continue;
+      const float bias = present && p.key_bias ? p.key_bias[key] : 0.0f;
+      shared.bias(stage)[i] = !present ? -infinity() : kMaximum ? bias * kLog2E : bias + bias_shift;
     }
     ptx::commit_copies();
-  }
-
-  // Rows of a band as the left operand: 16 queries, 16 columns.
-  __device__ __forceinline__ void query_operand(unsigned (&a)[4], int band, int part, int depth) {
-    const int row = (warp * kBands + band) * 16 + lane % 16;
-    ptx::load_matrices(a, shared.query(part) + row * Tile::kPitch + depth * 16 + lane / 16 * 8);
-  }
-
-  __device__ __forceinline__ void hold_queries() {
-    if constexpr (kHoldQueries) {
-#pragma unroll
-      for (int b = 0; b < kBands; ++b) {
-#pragma unroll
-        for (int k = 0; k < kDepth; ++k) query_operand(held[b][k], b, 0, k);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void similarities(int stage, float (&s)[kBands][kKeyBands][4]) {
-#pragma unroll
-    for (int b = 0; b < kBands; ++b) {
-#pragma unroll
-      for (int j = 0; j < kKeyBands; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[b][j][i] = 0;
-      }
-    }
-    const int key_row = lane % 8 + lane / 16 * 8, key_column = lane / 8 % 2 * 8;
-#pragma unroll
-    for (int k = 0; k < kDepth; ++k) {
-      unsigned a[kParts][kBands][4];
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-        for (int b = 0; b < kBands; ++b) {
-          if constexpr (!kHoldQueries) query_operand(a[part][b], b, part, k);
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kKeyBands; j += 2) {
-        unsigned keys[kParts][4];
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          ptx::load_matrices(keys[part],
-                             shared.key(stage, part) + (j * 8 + key_row) * Tile::kPitch + k * 16 + key_column);
-        }
-#pragma unroll
-        for (int b = 0; b < kBands; ++b) {
-          if constexpr (kHoldQueries) {
-            ptx::multiply_16x8x16(s[b][j], held[b][k], keys[0][0], keys[0][1]);
-            ptx::multiply_16x8x16(s[b][j + 1], held[b][k], keys[0][2], keys[0][3]);
-          } else {
-            // The small products first: low x high, high x low, high x high.
-#pragma unroll
-            for (int pair = kParts == 2 ? 2 : 0; pair >= 0; --pair) {
-              const int left = pair == 2 ? 1 : 0, right = pair == 1 ? 1 : 0;
-              ptx::multiply_16x8x16(s[b][j], a[left][b], keys[right][0], keys[right][1]);
-              ptx::multiply_16x8x16(s[b][j + 1], a[left][b], keys[right][2], keys[right][3]);
-            }
-          }
-        }
-      }
-    }
   }
 
   // `value` where the key is padding or has the id of the query.
   __device__ __forceinline__ void mask(int64 tile, int stage, float value, float (&s)[kBands][kKeyBands][4]) {
     const int64 first_key = tile % p.key_tiles * Tile::kKeys;
     const bool apart = first_key >= first_query + Tile::kQueries || first_key + Tile::kKeys <= first_query;
-    if (!p.query_rows && !p.key_rows && apart && first_key + Tile::kKeys <= p.keys) return;
     const int* const id = shared.id(stage);
+    if (first_key + Tile::kKeys <= p.keys && !(p.query_ids || p.key_ids ? meet(first_key, id) : !apart)) return;
 #pragma unroll
     for (int b = 0; b < kBands; ++b) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int64 query = query_of(b, h);
-        const int own = query >= p.queries ? -2 : int(p.query_rows ? p.query_rows[query] : query);
+        const int own = query_id(b, h);
 #pragma unroll
         for (int j = 0; j < kKeyBands; ++j) {
 #pragma unroll
@@ -193,6 +101,29 @@ struct Attention {
     }
   }
 
+  // Whether a query of this warp may have the id of a key; that of every pair is asked only then.
+  __device__ __forceinline__ bool meet(int64 first_key, const int* id) const {
+    bool any = p.query_ids && p.key_ids;
+    if (!p.key_ids) {
+#pragma unroll
+      for (int b = 0; b < kBands; ++b) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) any |= unsigned(query_id(b, h) - int(first_key)) < unsigned(Tile::kKeys);
+      }
+    } else if (!p.query_ids) {
+#pragma unroll
+      for (int j = 0; j < kKeyBands; ++j) {
+        any |= unsigned(id[j * 8 + lane / 4] - int(first_query)) < unsigned(Tile::kQueries);
+      }
+    }
+    return __any_sync(kAllLanes, any);
+  }
+
+  __device__ __forceinline__ int query_id(int band, int h) const {
+    const int64 query = query_of(band, h);
+    return query >= p.queries ? -2 : int(p.query_ids ? p.query_ids[query] : query);
+  }
+
   // Number of the query whose values this lane has in half h (0: elements 0 and 1, 1: elements 2 and 3) of a band.
   __device__ __forceinline__ int64 query_of(int band, int h) const { return first_query + local_query(band, h); }
   __device__ __forceinline__ int local_query(int band, int h) const {
@@ -200,7 +131,9 @@ struct Attention {
   }
 
   // Similarities to weights, relative to the running maximum of the row.
-  __device__ __forceinline__ void weigh_running(float (&s)[kBands][kKeyBands][4]) {
+  __device__ __forceinline__ void weigh_running(int stage, float (&s)[kBands][kKeyBands][4]) {
+    if constexpr (kKeyBias) add_key_bias(stage, s);
+    const float unit = kKeyBias ? 1.0f : temperature_scale;
 #pragma unroll
     for (int b = 0; b < kBands; ++b) {
       float scale[2];
@@ -211,7 +144,7 @@ struct Attention {
         for (int j = 0; j < kKeyBands; ++j) top = fmaxf(top, fmaxf(s[b][j][2 * h], s[b][j][2 * h + 1]));
         top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
         top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-        const float higher = fmaxf(maximum[b][h], top * temperature_scale);
+        const float higher = fmaxf(maximum[b][h], top * unit);
         const float shift = higher == -infinity() ? 0.0f : higher;
         scale[h] = ptx::exp2_fast(maximum[b][h] - shift);
         maximum[b][h] = higher;
@@ -220,7 +153,7 @@ struct Attention {
         for (int j = 0; j < kKeyBands; ++j) {
 #pragma unroll
           for (int i = 2 * h; i < 2 * h + 2; ++i) {
-            s[b][j][i] = ptx::exp2_fast(fmaf(s[b][j][i], temperature_scale, kWeightShift - shift));
+            s[b][j][i] = ptx::exp2_fast(fmaf(s[b][j][i], unit, kWeightShift - shift));
             total += s[b][j][i];
           }
         }
@@ -237,79 +170,69 @@ struct Attention {
     }
   }
 
-  // Similarities to weights with the scale and bias of each key: bounded, as every query is a negative of its keys.
-  __device__ __forceinline__ void weigh_by_key(int stage, float (&s)[kBands][kKeyBands][4]) {
-    const float *scale = shared.scale(stage), *bias = shared.bias(stage);
+  // Similarities to logits in base 2.
+  __device__ __forceinline__ void add_key_bias(int stage, float (&s)[kBands][kKeyBands][4]) {
+    const float* const bias = shared.bias(stage);
 #pragma unroll
     for (int j = 0; j < kKeyBands; ++j) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float key_scale = scale[j * 8 + lane % 4 * 2 + i], key_bias = bias[j * 8 + lane % 4 * 2 + i];
+        const float key_bias = bias[j * 8 + lane % 4 * 2 + i];
+#pragma unroll
+        for (int b = 0; b < kBands; ++b) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) s[b][j][2 * h + i] = fmaf(s[b][j][2 * h + i], temperature_scale, key_bias);
+        }
+      }
+    }
+  }
+
+  // Similarities to weights with the scale and bias of each key: bounded, as every query is a negative of its keys.
+  __device__ __forceinline__ void weigh_by_key(int stage, float (&s)[kBands][kKeyBands][4]) {
+    const float *scale = shared.scale(stage), *bias = shared.bias(stage), *top = shared.maximum(stage);
+    // Read again for each tile of keys: over all of them there are no registers left.
+    float query_bias[kBands][2];
+#pragma unroll
+    for (int b = 0; b < kBands; ++b) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int64 query = query_of(b, h);
+        query_bias[b][h] = kQueryBias && p.query_bias && query < p.queries ? p.query_bias[query] * kLog2E : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kKeyBands; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int key = j * 8 + lane % 4 * 2 + i;
+        const float key_scale = scale[key], key_bias = bias[key], key_top = kQueryBias ? top[key] : 0.0f;
 #pragma unroll
         for (int b = 0; b < kBands; ++b) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             float& value = s[b][j][2 * h + i];
-            value = ptx::exp2_fast(fmaf(value, key_scale, key_bias));
+            // Rounded as in the first pass, so that large logits cancel exactly.
+            const float logit = kQueryBias ? fmaf(value, key_scale, query_bias[b][h]) - key_top + key_bias
+                                           : fmaf(value, key_scale, key_bias);
+            value = ptx::exp2_fast(logit);
           }
         }
       }
     }
   }
 
-  __device__ __forceinline__ void add_values(int stage, const float (&s)[kBands][kKeyBands][4]) {
-    unsigned weight[kParts][kBands][kKeyBands / 2][4];
+  // A key with a negative scale is a negated row: its weight counts as negative.
+  __device__ __forceinline__ void add_signed_weights(int stage, const float (&s)[kBands][kKeyBands][4]) {
+    const float* const scale = shared.scale(stage);
 #pragma unroll
-    for (int b = 0; b < kBands; ++b) {
+    for (int j = 0; j < kKeyBands; ++j) {
 #pragma unroll
-      for (int j = 0; j < kKeyBands; ++j) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float first = s[b][j][2 * h], second = s[b][j][2 * h + 1];
-          const unsigned high = ptx::pack_halves(first, second);
-          weight[0][b][j / 2][j % 2 * 2 + h] = high;
-          if constexpr (kParts == 2) {
-            const float first_rest = first - ptx::from_half((unsigned short)(high & 0xffff));
-            const float second_rest = second - ptx::from_half((unsigned short)(high >> 16));
-            weight[1][b][j / 2][j % 2 * 2 + h] = ptx::pack_halves(first_rest, second_rest);
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < kColumnBands; c += 2) {
-      // Tensor cores truncate when they add: for float32 accuracy a tile of keys is summed by itself.
-      float fresh[kParts == 2 ? kBands : 1][2][4] = {};
-#pragma unroll
-      for (int k = 0; k < kKeyBands / 2; ++k) {
-        unsigned value[kParts][4];
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          const int row = k * 16 + lane % 16;
-          ptx::load_matrices_transposed(value[part],
-                                        shared.key(stage, part) + row * Tile::kPitch + c * 8 + lane / 16 * 8);
-        }
+      for (int i = 0; i < 2; ++i) {
+        const float key_scale = scale[j * 8 + lane % 4 * 2 + i];
 #pragma unroll
         for (int b = 0; b < kBands; ++b) {
 #pragma unroll
-          for (int pair = kParts == 2 ? 2 : 0; pair >= 0; --pair) {
-            const int left = pair == 2 ? 1 : 0, right = pair == 1 ? 1 : 0;
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-              float(&to)[4] = kParts == 2 ? fresh[kParts == 2 ? b : 0][n] : out[b][c + n];
-              ptx::multiply_16x8x16(to, weight[left][b][k], value[right][2 * n], value[right][2 * n + 1]);
-            }
-          }
-        }
-      }
-      if constexpr (kParts == 2) {
-#pragma unroll
-        for (int b = 0; b < kBands; ++b) {
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) out[b][c + n][i] += fresh[b][n][i];
-          }
+          for (int h = 0; h < 2; ++h) sum[b][h] += copysignf(s[b][j][2 * h + i], key_scale);
         }
       }
     }
@@ -323,14 +246,14 @@ struct Attention {
       for (int h = 0; h < 2; ++h) {
         const int64 query = query_of(b, h), place = slot < 0 ? query : slot * Tile::kQueries + local_query(b, h);
         float total = sum[b][h];
-        if (kRunning) {
+        if (kSum) {
           total += __shfl_xor_sync(kAllLanes, total, 1);
           total += __shfl_xor_sync(kAllLanes, total, 2);
         }
         if (query >= p.queries) continue;
-        if (kRunning && lane % 4 == 0) {
-          (slot < 0 ? p.maximum : p.slot_maximum)[place] = maximum[b][h];
-          (slot < 0 ? p.sum : p.slot_sum)[place] = total;
+        if (lane % 4 == 0) {
+          if (kMaximum) (slot < 0 ? p.maximum : p.slot_maximum)[place] = maximum[b][h];
+          if (kSum) (slot < 0 ? p.sum : p.slot_sum)[place] = total;
         }
         if constexpr (kOutput) {
           float* const base = slot >= 0 ? p.slot_out : query_view ? p.out[1] : p.out[0];
@@ -359,25 +282,26 @@ struct Attention {
         ptx::wait_copies<0>();
       }
       __syncthreads();
-      if (tile == begin) hold_queries();
+      if (tile == begin) this->hold_queries();
       float s[kBands][kKeyBands][4];
-      similarities(stage, s);
-      if constexpr (kRunning) {
+      this->similarities(stage, s);
+      if constexpr (kMaximum) {
         mask(tile, stage, -infinity(), s);
-        weigh_running(s);
+        weigh_running(stage, s);
       } else {
         weigh_by_key(stage, s);
         mask(tile, stage, 0.0f, s);
+        if constexpr (kSum) add_signed_weights(stage, s);
       }
-      if constexpr (kOutput) add_values(stage, s);
+      if constexpr (kOutput) this->add_values(stage, s);
       __syncthreads();
     }
   }
 };
 
-template <int kWidth, int kParts, bool kRunning, bool kOutput>
+template <int kWidth, int kParts, Weights kWeights, bool kOutput>
 __global__ void __launch_bounds__(128) attention_kernel(const AttentionParameters p) {
-  Attention<kWidth, kParts, kRunning, kOutput> attention(p);
+  Attention<kWidth, kParts, kWeights, kOutput> attention(p);
   const int64 tiles = p.key_tiles * p.key_views, units = p.query_tiles * p.query_views * tiles;
   const int64 end = first_unit(units, int64(blockIdx.x) + 1, gridDim.x);
   for (int64 unit = first_unit(units, blockIdx.x, gridDim.x); unit < end;) {
@@ -390,23 +314,5 @@ __global__ void __launch_bounds__(128) attention_kernel(const AttentionParameter
     unit += end_key - begin_key;
   }
 }
-
-// Where the attention kernel left a row: whole, or in pieces in the slots of the blocks first..last.
-struct RowPieces {
-  int64 first, last, local;
-
-  __device__ __forceinline__ RowPieces(const AttentionParameters& p, int blocks, int view, int64 query) {
-    const int64 tiles = p.key_tiles * p.key_views, units = p.query_tiles * p.query_views * tiles;
-    const int64 tile = view * p.query_tiles + query / p.tile_queries;
-    local = query % p.tile_queries;
-    first = ((tile * tiles + 1) * blocks - 1) / units;
-    last = ((tile + 1) * tiles * blocks - 1) / units;
-  }
-  __device__ __forceinline__ bool whole() const { return first == last; }
-  // Row of slot_out, slot_maximum and slot_sum for the piece of a block.
-  __device__ __forceinline__ int64 place(const AttentionParameters& p, int64 block) const {
-    return (2 * block + (block == first ? 1 : 0)) * p.tile_queries + local;
-  }
-};
 
 }  // namespace hellm

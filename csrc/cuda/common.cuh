@@ -105,9 +105,16 @@ __device__ __forceinline__ float load_one(const void* x, int storage, int64 offs
 }
 
 // Every lane gets the sum, added in the same order in each.
-__device__ __forceinline__ float warp_sum(float value) {
+template <typename A>
+__device__ __forceinline__ A warp_sum(A value) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+
+__device__ __forceinline__ float warp_maximum(float value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
   return value;
 }
 

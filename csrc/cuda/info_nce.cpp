@@ -1,54 +1,10 @@
 // Launch plan of InfoNCE: normalise, attention over the negatives, losses, attention with the roles swapped, gradients.
 #include "../info_nce.h"
 
-#include <algorithm>
-
-#include "parameters.cuh"
-#include "plan.h"
+#include "attention_plan.h"
 
 namespace hellm::cuda {
 namespace {
-
-constexpr int kBlocksAProcessor = 2;  // of the attention kernel
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Shape {
-  int width, parts, tile_queries, tile_keys;
-  unsigned shared_bytes;
-};
-
-template <int kWidth, int kParts>
-Shape shape() {
-  using Tile = AttentionTile<kWidth, kParts>;
-  return {kWidth, kParts, Tile::kQueries, Tile::kKeys, unsigned(Tile::kSharedBytes)};
-}
-
-Shape shape_of(const InfoNceArguments& a) {
-  const bool both = a.highest_precision;
-  if (a.dim <= 64) return both ? shape<64, 2>() : shape<64, 1>();
-  if (a.dim <= 128) return both ? shape<128, 2>() : shape<128, 1>();
-  if (a.dim <= 256 && !both) return shape<256, 1>();
-  throw std::invalid_argument("dim must be at most " + std::string(both ? "128" : "256") + " on a GPU, got " +
-                              std::to_string(a.dim));
-}
-
-// Consecutive parts of the workspace, each on a boundary of 256 bytes.
-class Workspace {
- public:
-  explicit Workspace(void* begin) : begin_(static_cast<char*>(begin)) {}
-  template <typename T>
-  T* take(int64_t count) {
-    T* const part = reinterpret_cast<T*>(begin_ + used_);
-    used_ += ceil_div(count * int64_t(sizeof(T)), 256) * 256;
-    return part;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* begin_;
-  int64_t used_ = 0;
-};
 
 struct Plan {
   Shape shape;
@@ -61,19 +17,8 @@ struct Plan {
   GradientParameters gradient{};
 };
 
-void tile(AttentionParameters& p, const Shape& shape) {
-  p.tile_queries = shape.tile_queries;
-  p.query_tiles = ceil_div(p.queries, shape.tile_queries);
-  p.key_tiles = ceil_div(p.keys, shape.tile_keys);
-}
-
-int count_blocks(const AttentionParameters& p, int num_processors) {
-  const int64_t units = p.query_tiles * p.query_views * p.key_tiles * p.key_views;
-  return int(std::min<int64_t>(units, int64_t(kBlocksAProcessor) * num_processors));
-}
-
 Plan make_plan(const InfoNceArguments& a) {
-  Plan plan{shape_of(a), 0, a.row_grad != nullptr, {0, 0}};
+  Plan plan{shape_of(a.dim, a.highest_precision), 0, a.row_grad != nullptr, {0, 0}};
   const int64_t n = a.num_keys, r = a.num_rows, width = plan.shape.width;
   const bool both = plan.shape.parts == 2;
   if (n >= int64_t(1) << 31) {
@@ -100,7 +45,7 @@ Plan make_plan(const InfoNceArguments& a) {
   AttentionParameters first{};
   first.query_high = normalize.high;
   first.query_low = normalize.low;
-  first.query_rows = reinterpret_cast<const int64*>(a.rows);
+  first.query_rows = first.query_ids = reinterpret_cast<const int64*>(a.rows);
   first.key_high = keys_of(normalize.high);
   first.key_low = keys_of(normalize.low);
   first.temperature = a.device_temperature;
@@ -126,12 +71,12 @@ Plan make_plan(const InfoNceArguments& a) {
     second = first;
     second.query_high = first.key_high;
     second.query_low = first.key_low;
-    second.query_rows = nullptr;
+    second.query_rows = second.query_ids = nullptr;
     second.queries = n;
     second.query_views = first.key_views;
     second.key_high = row.key_high;
     second.key_low = row.key_low;
-    second.key_rows = reinterpret_cast<const int64*>(a.rows);
+    second.key_ids = reinterpret_cast<const int64*>(a.rows);
     second.key_scale = row.key_scale;
     second.key_bias = row.key_bias;
     second.keys = r;
@@ -191,21 +136,12 @@ int64_t info_nce_workspace(const InfoNceArguments& a) { return make_plan(a).work
 
 void info_nce(const InfoNceArguments& a, const Queue& queue) {
   const Plan plan = make_plan(a);
-  const std::string width = std::to_string(plan.shape.width), tile = width + ", " + std::to_string(plan.shape.parts);
-  const int64_t warps = kRowThreads / 32;
-  const auto by_row = [&](const char* kernel, int64_t rows, int64_t views, const auto& parameters) {
-    enqueue(queue, kernel + ("<" + width + ">"), ceil_div(rows, warps), views, kRowThreads, 0, parameters);
-  };
-  const auto attend = [&](const char* flags, int pass, const AttentionParameters& parameters) {
-    enqueue(queue, "attention_kernel<" + tile + flags, plan.blocks[pass], 1, AttentionTile<64, 1>::kThreads,
-            plan.shape.shared_bytes, parameters);
-  };
-  by_row("normalize_kernel", a.num_keys, 2, plan.normalize);
-  attend(plan.gradients ? ", true, true>" : ", true, false>", 0, plan.row.attention);
-  by_row("info_nce_row_kernel", a.num_rows, 1, plan.row);
+  enqueue_rows(queue, "normalize_kernel", plan.shape, a.num_keys, 2, plan.normalize);
+  enqueue_attention(queue, plan.shape, "kRunning", plan.gradients, plan.blocks[0], plan.row.attention);
+  enqueue_rows(queue, "info_nce_row_kernel", plan.shape, a.num_rows, 1, plan.row);
   if (!plan.gradients) return;
-  attend(", false, true>", 1, plan.second);
-  by_row("info_nce_gradient_kernel", a.num_keys, 2, plan.gradient);
+  enqueue_attention(queue, plan.shape, "kByKey", true, plan.blocks[1], plan.second);
+  enqueue_rows(queue, "info_nce_gradient_kernel", plan.shape, a.num_keys, 2, plan.gradient);
 }
 
 }  // namespace hellm::cuda

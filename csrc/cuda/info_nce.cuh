@@ -1,43 +1,9 @@
 // InfoNCE around two passes of attention: rows to the unit sphere, losses after the first, gradients after the second.
-// A warp has one row; lane l its columns l, l + 32, ...
 #pragma once
 
-#include "attention.cuh"
+#include "attention_rows.cuh"
 
 namespace hellm {
-
-// Columns of a row, zero beyond dim.
-template <int kColumns>
-__device__ __forceinline__ void load_row(const void* x, int storage, int64 row, int64 dim, float factor,
-                                         float (&value)[kColumns]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i) {
-    value[i] = lane + 32 * i < dim ? load_one(x, storage, row * dim + lane + 32 * i) * factor : 0.0f;
-  }
-}
-
-template <int kColumns>
-__device__ __forceinline__ float dot(const float (&a)[kColumns], const float (&b)[kColumns]) {
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i) sum += a[i] * b[i];
-  return warp_sum(sum);
-}
-
-template <int kColumns>
-__device__ __forceinline__ void store_halves(void* high, void* low, int64 row, const float (&value)[kColumns]) {
-  const int64 first = row * (32 * kColumns) + threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i) {
-    Half top, rest;
-    narrow(value[i], top);
-    static_cast<Half*>(high)[first + 32 * i] = top;
-    if (!low) continue;
-    narrow(value[i] - widen<float>(top), rest);
-    static_cast<Half*>(low)[first + 32 * i] = rest;
-  }
-}
 
 // Grid [ceil(rows / warps), 2]: a view for each blockIdx.y.
 template <int kWidth>
@@ -63,46 +29,30 @@ __global__ void __launch_bounds__(kRowThreads) info_nce_row_kernel(const RowPara
   const AttentionParameters& a = p.attention;
   const int64 key = a.query_rows ? a.query_rows[r] : r;
   const int lane = threadIdx.x % 32;
-  const RowPieces pieces(a, p.blocks, 0, r);
 
-  float top = pieces.whole() ? a.maximum[r] : -infinity(), sum = pieces.whole() ? a.sum[r] : 0.0f;
-  for (int64 b = pieces.first; b <= pieces.last && !pieces.whole(); ++b) {
-    top = fmaxf(top, a.slot_maximum[pieces.place(a, b)]);
-  }
-  float mean[kColumns] = {};
-  if (pieces.whole() && p.row_grad) load_row(a.out[0], kStoreFloat32, r, kWidth, 1.0f, mean);
-  for (int64 b = pieces.first; b <= pieces.last && !pieces.whole(); ++b) {
-    const int64 place = pieces.place(a, b);
-    const float share = top == -infinity() ? 0.0f : exp2f(a.slot_maximum[place] - top);
-    sum += a.slot_sum[place] * share;
-    if (!p.row_grad) continue;
-    float piece[kColumns];
-    load_row(a.slot_out, kStoreFloat32, place, kWidth, share, piece);
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) mean[i] += piece[i];
-  }
-
+  SoftmaxRow<kColumns> row;
+  row.collect(a, p.blocks, r, p.row_grad);
   float u[kColumns], v[kColumns];
   load_row(p.anchor, p.storage, key, p.dim, p.inverse_norm[key], u);
   load_row(p.positive, p.storage, key, p.dim, p.inverse_norm[p.num_keys + key], v);
   const float aligned = dot(u, v), temperature = float(*a.temperature);
   // No negatives: the loss is 0 and so is its slope. Not a number stays one.
-  const bool none = !(sum > 0);
-  const float lse = none ? 0.0f : top + log2f(sum) - kWeightShift;
+  const bool none = !(row.sum > 0);
+  const float lse = none ? 0.0f : row.lse();
   const float margin = lse * kLn2 - aligned / temperature;
   if (lane == 0) {
-    p.row_loss[r] = none ? (sum == 0 ? 0.0f : sum) : fmaxf(margin, 0.0f) + log1pf(expf(-fabsf(margin)));
+    p.row_loss[r] = none ? (row.sum == 0 ? 0.0f : row.sum) : softplus(margin);
   }
   if (!p.row_grad) return;
 
   const float weight = none ? 0.0f : p.row_grad[r] / (1.0f + expf(-margin));
-  const float inverse = none ? 0.0f : 1.0f / sum, sign = weight < 0 ? -1.0f : 1.0f;
+  const float inverse = none ? 0.0f : 1.0f / row.sum, sign = weight < 0 ? -1.0f : 1.0f;
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) mean[i] *= inverse;
-  const float towards = dot(mean, u);
+  for (int i = 0; i < kColumns; ++i) row.mean[i] *= inverse;
+  const float towards = dot(row.mean, u);
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
-    a.out[0][r * kWidth + lane + 32 * i] = weight * (mean[i] - v[i]);
+    a.out[0][r * kWidth + lane + 32 * i] = weight * (row.mean[i] - v[i]);
     u[i] *= sign;
   }
   store_halves(p.key_high, p.key_low, r, u);
@@ -126,14 +76,7 @@ __global__ void __launch_bounds__(kRowThreads) info_nce_gradient_kernel(const Gr
   float g[kColumns] = {};
   if (view == 1 || p.intra_view_negatives) {
     const int query_view = p.intra_view_negatives ? view : 0;
-    const RowPieces pieces(a, p.blocks, query_view, key);
-    if (pieces.whole()) load_row(query_view ? a.out[1] : a.out[0], kStoreFloat32, key, kWidth, 1.0f, g);
-    for (int64 b = pieces.first; b <= pieces.last && !pieces.whole(); ++b) {
-      float piece[kColumns];
-      load_row(a.slot_out, kStoreFloat32, pieces.place(a, b), kWidth, 1.0f, piece);
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) g[i] += piece[i];
-    }
+    collect_sum(a, p.blocks, query_view, key, g);
     const float unit = __uint_as_float(*a.weight_maximum) * exp2f(-kWeightShift);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) g[i] *= unit;

@@ -17,5 +17,7 @@ struct KernelTable {
 
 KernelTable hypergraph_conv_kernels();
 KernelTable info_nce_kernels();
+KernelTable item_cross_entropy_kernels();
+KernelTable knn_kernels();
 
 }  // namespace hellm::cuda

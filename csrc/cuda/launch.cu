@@ -29,7 +29,8 @@ void check(cudaError_t status, const std::string& what) {
 const void* find(const std::string& name) {
   static const auto* const functions = [] {
     auto* const all = new std::unordered_map<std::string, const void*>;
-    for (const KernelTable& table : {hypergraph_conv_kernels(), info_nce_kernels()}) {
+    for (const KernelTable& table :
+         {hypergraph_conv_kernels(), info_nce_kernels(), item_cross_entropy_kernels(), knn_kernels()}) {
       for (int i = 0; i < table.count; ++i) (*all)[table.kernels[i].name] = table.kernels[i].function;
     }
     return all;

@@ -45,19 +45,32 @@ struct NormalizeParameters {
   int width, storage;
 };
 
+// How similarities become weights.
+enum Weights : int {
+  kRunning,        // below the running maximum of the query, over one temperature for all
+  kRunningBiased,  // the same, after the bias of each key
+  kByKey,          // with the scale and bias of each key, where no weight can be more than 1
+  kByKeyBiased,    // kRunningBiased with the roles swapped, below the maximum that it found for each key, and with the
+                   // bias of each query; sums of the weights with the sign of their key's scale are kept
+};
+
 // out_q = sum_k exp2(<query_q, key_k> scale_k + bias_k - shift_q) key_k without the keys that have the id of the query.
 // Work is dealt to the blocks in equal runs of (tile of queries, tile of keys). Where a tile of queries is cut, each
 // piece goes to a slot of its block: 2 b if it starts inside the tile, 2 b + 1 if it starts with it.
 struct AttentionParameters {
   const void *query_high, *query_low;  // Half [query_views, query_stride, width]; low or null
-  const int64* query_rows;             // [queries] row of each query (also its id), or null: its number
+  const int64* query_rows;             // [queries] row of each query, or null: its number
+  const int64* query_ids;              // [queries] or null: its number
   const void *key_high, *key_low;      // Half [key_views, keys, width]
-  const int64* key_rows;               // [keys] id of each key, or null: its number
+  const int64* key_ids;                // [keys] or null: its number
   const double* temperature;           // [1]
-  const float *key_scale, *key_bias;   // [keys], without a running maximum only
+  const float* key_scale;              // [keys], without a running maximum only
+  const float* key_bias;               // [keys]; with a running maximum natural and null for zeros, else in base 2
+  const float* key_maximum;            // [keys], with kByKeyBiased only
+  const float* query_bias;             // [queries] natural, or null: zeros
   const unsigned* weight_maximum;      // bits of a float: its log2 is subtracted from every bias
   float* out[2];                       // [queries, width] of each view of the queries
-  float *maximum, *sum;                // [queries], with a running maximum only
+  float *maximum, *sum;                // [queries], where they are kept
   float* slot_out;                     // [2 * blocks, kTileQueries, width]
   float *slot_maximum, *slot_sum;      // [2 * blocks, kTileQueries]
   int64 queries, query_stride, keys;
@@ -72,7 +85,7 @@ struct AttentionTile {
   static constexpr int kQueries = kWidth <= 128 && kParts == 1 ? 128 : 64;
   static constexpr int kKeys = kWidth <= 64 ? 64 : 32;
   static constexpr int kPitch = kWidth + 8;  // halves a row in shared memory: eight rows meet in no bank
-  static constexpr int kSharedBytes = kParts * (kQueries + 2 * kKeys) * kPitch * 2 + 2 * kKeys * 3 * 4;
+  static constexpr int kSharedBytes = kParts * (kQueries + 2 * kKeys) * kPitch * 2 + 2 * kKeys * 4 * 4;
 };
 
 // One row of the loss, from what attention over its negatives left.
@@ -102,6 +115,70 @@ struct GradientParameters {
   int64 num_keys, dim;
   int storage, blocks, intra_view_negatives;
 };
+
+// Two tables of rows as 16-bit operands of the tensor cores: each over a power of two of its own, which brings its
+// largest entry to the top of the range of halves, so that rows of a 2^18th of its size still have float32 accuracy.
+struct TableParameters {
+  const void* x[2];            // [rows, dim]: hidden, items
+  void *high[2], *low[2];      // Half [rows, width], zero padded; low or null: x = size (high + low)
+  float* warp_maximum;         // [2, kMaximumWarps] of the finite entries
+  float* size;                 // [2]
+  double* temperature;         // [1]: what makes similarities of halves logits, 1 / (size_0 size_1)
+  unsigned* weight_maximum;    // [1]; set to 0
+  int64 rows[2], dim;
+  int storage;
+};
+
+constexpr int kMaximumWarps = 256;
+
+// One row of the cross-entropy, from what attention over the other items left.
+struct ItemRowParameters {
+  AttentionParameters attention;
+  const void *hidden, *items;     // [rows, dim], [num_items, dim]
+  const int64* target;            // [rows]
+  const float* bias;              // [num_items] or null
+  const float* row_grad;          // [rows] or null: loss only
+  float* row_loss;                // [rows]
+  void* grad_hidden;              // [rows, dim] or null
+  float* weight;                  // [rows]: row_grad (1 - share of the target); null without a second pass
+  void *key_high, *key_low;       // Half [rows, width]: hidden, to be negated where the weight is negative
+  float *key_scale, *key_bias, *key_maximum;  // [rows]
+  const float* size;              // [2]
+  unsigned* weight_maximum;
+  int64 rows, dim;
+  int storage, blocks;            // blocks: of the attention kernel
+};
+
+struct ItemGradientParameters {
+  AttentionParameters attention;  // of the second pass
+  const void* hidden;             // [rows, dim]
+  void* grad_items;               // [num_items, dim]
+  float* grad_bias;               // [num_items] or null
+  const float* weight;            // [rows]
+  const float* size;              // [2]
+  const int64* row_order;         // [rows] the rows by target
+  const int64* row_begin;         // [num_items + 1] where those of an item begin
+  int64 num_items, dim;
+  int storage, blocks;
+};
+
+// Nearest neighbours: rows on the unit sphere as halves for the matrix product, its panels, and what is chosen from them.
+struct KnnParameters {
+  const void* x;              // [rows, dim]
+  void* unit;                 // Half [padded_rows, padded_dim]: NaN for a row that is all zero or padding
+  double* inverse_norm;       // [rows]; 0 for a row that is all zero
+  const float* panel;         // [panel_rows, padded_rows]: similarities of halves
+  int64* index;               // [rows, k]
+  float* similarity;          // [rows, k]
+  int* crowded;               // [rows]: whether more candidates than kMostCandidates were near the k-th
+  int64 rows, dim, padded_rows, padded_dim, first_row;
+  float slack;                // similarities of halves of two rows are wrong by less than half of it
+  int k, storage;
+};
+
+constexpr int kKnnThreads = 256;
+constexpr int kMostNeighbours = 128;   // at most a neighbour for two threads
+constexpr int kMostCandidates = 1024;
 
 // 2^15: brings weights <= 1 to the top of the range of 16-bit floats.
 constexpr float kWeightShift = 15.0f;

@@ -9,6 +9,8 @@
 
 #include "../hypergraph_conv.h"
 #include "../info_nce.h"
+#include "../item_cross_entropy.h"
+#include "../knn.h"
 
 namespace hellm::cuda {
 
@@ -40,8 +42,15 @@ void incidence_product(const IncidenceProductArguments&, const Queue&);
 void hypergraph_conv(const HypergraphConvArguments&, const Queue&);
 void bipartite_propagate(const BipartitePropagateArguments&, const Queue&);
 void info_nce(const InfoNceArguments&, const Queue&);
+void item_cross_entropy(const ItemCrossEntropyArguments&, const Queue&);
 
-// Bytes of InfoNceArguments::workspace.
+// Before the panels of similarities, after each of them, and after the last.
+void knn_unit(const KnnArguments&, const Queue&);
+void knn_select(const KnnArguments&, const Queue&);
+void knn_crowded(const KnnArguments&, const Queue&);
+
+// Bytes of the workspace among the arguments.
 int64_t info_nce_workspace(const InfoNceArguments&);
+int64_t item_cross_entropy_workspace(const ItemCrossEntropyArguments&);
 
 }  // namespace hellm::cuda

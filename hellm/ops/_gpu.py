@@ -20,7 +20,8 @@ from hellm.ops._native import _DTYPE_CODE, _address, _compute_dtype, _like
 
 # As in csrc/cuda/parameters.cuh.
 _HUB_CHUNK, _HUB_ENTRIES = 2048, 4096
-# Columns the kernels of info_nce take, by whether products have float32 accuracy.
+_MOST_NEIGHBOURS = 128
+# Columns the kernels of the losses take, by whether products have float32 accuracy.
 _MOST_COLUMNS = {True: 128, False: 256}
 
 _longest_rows: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -164,8 +165,7 @@ class Gpu:
         on_device = temperature.to(torch.float64)
         row_order = row_begin = None
         if rows is not None and gradients:
-            row_order = torch.argsort(rows, stable=True)
-            row_begin = torch.searchsorted(rows[row_order], torch.arange(num_keys + 1, device=rows.device))
+            row_order, row_begin = _rows_by(rows, num_keys)
         row_loss = anchor.new_empty(num_rows, dtype=torch.float32)
         # d loss / d (1 / temperature) of each row, already times row_grad.
         row_slope = anchor.new_empty(num_rows if gradients else 0, dtype=torch.float32)
@@ -184,24 +184,89 @@ class Gpu:
         slope = -row_slope.sum(dtype=torch.float64) / on_device**2
         return row_loss, *grads, slope.to(temperature.dtype)
 
-    def item_cross_entropy(self, *arguments):
-        """Matrix products of torch over blocks of rows, as there is no kernel of its own yet."""
-        return reference.item_cross_entropy_with_gradients(*arguments)
+    def item_cross_entropy(
+        self,
+        hidden: Tensor,
+        item_embedding: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        row_grad: Tensor | None,
+        hidden_grad: bool,
+        items_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Products as in `info_nce`, of float32 rows by `torch.get_float32_matmul_precision()`; so are the limits."""
+        highest = hidden.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        (num_rows, dim), num_items = hidden.shape, item_embedding.shape[0]
+        if hidden.dtype == torch.float64 or dim > _MOST_COLUMNS[highest] or dim == 0 or num_rows == 0:
+            return reference.item_cross_entropy_with_gradients(
+                hidden, item_embedding, target, bias, row_grad, hidden_grad, items_grad
+            )
+        hidden, items, target = hidden.contiguous(), item_embedding.contiguous(), target.contiguous()
+        values, row_grad = _like(bias, hidden), _like(row_grad, hidden)
+        hidden_grad, items_grad = hidden_grad and row_grad is not None, items_grad and row_grad is not None
+        row_order = row_begin = None
+        if items_grad:
+            row_order, row_begin = _rows_by(target, num_items)
+        row_loss = hidden.new_empty(num_rows, dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if hidden_grad else None
+        grad_items = torch.empty_like(items) if items_grad else None
+        grad_bias = row_loss.new_empty(num_items) if items_grad and bias is not None else None
+        settings = (highest, self._processors(hidden.device), _DTYPE_CODE[hidden.dtype])
+        num_bytes = native().item_cross_entropy_workspace(num_rows, num_items, dim, hidden_grad, items_grad, *settings)
+        workspace = hidden.new_empty(num_bytes, dtype=torch.uint8)
+        tensors = (hidden, items, target, row_order, row_begin, values, row_grad)
+        grads = (grad_hidden, grad_items, grad_bias)
+        self._launch(
+            "item_cross_entropy",
+            (*map(_address, (*tensors, row_loss, *grads, workspace)), num_rows, num_items, dim, *settings),
+            hidden.device,
+        )  # fmt: skip
+        like = (hidden, items, row_loss if bias is None else bias)
+        return row_loss, *(t.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True))
 
-    def knn(self, x: Tensor, k: int, *, panel_bytes: int = 2**28) -> tuple[Tensor, Tensor]:
-        """Panels of similarities by torch, as there is no kernel of its own yet; of equals the lower index first.
+    def knn(self, x: Tensor, k: int, *, panel_bytes: int = 24 * 2**20) -> tuple[Tensor, Tensor]:
+        """Panels of float16 products, small enough to stay in cache, choose candidates; sums in float64 rank them.
 
-        Exact to what `torch.get_float32_matmul_precision()` says of products.
+        float64 rows and k > 128 go to panels of torch products, exact to what its float32 matmul precision says.
         """
-        present = (x != 0).any(1)
-        unit = reference._unit(x.to(_compute_dtype(x)))
-        panel = max(1, panel_bytes // (max(x.shape[0], 1) * unit.element_size()))
-        found = [
-            _nearest(unit, present, start, min(start + panel, len(unit)), k) for start in range(0, len(unit), panel)
-        ]
-        index, value = (torch.cat(part) for part in zip(*found, strict=True))
-        absent = value == float("-inf")
-        return index.masked_fill(absent, -1), value.masked_fill(absent, 0.0)
+        (num_rows, dim), device = x.shape, x.device
+        if x.dtype == torch.float64 or k > _MOST_NEIGHBOURS or dim == 0:
+            return _nearest_by_panels(x, k)
+        x = x.contiguous()
+        padded_rows, padded_dim = (-(-size // 8) * 8 for size in (num_rows, dim))
+        unit = x.new_empty(padded_rows, padded_dim, dtype=torch.float16)
+        inverse_norm = x.new_empty(num_rows, dtype=torch.float64)
+        crowded = x.new_empty(num_rows, dtype=torch.int32)
+        index = x.new_empty(num_rows, k, dtype=torch.int64)
+        similarity = x.new_empty(num_rows, k, dtype=torch.float32)
+        sizes, code = (num_rows, dim), _DTYPE_CODE[x.dtype]
+        self._launch("knn_unit", (*map(_address, (x, unit, inverse_norm)), *sizes, code), device)
+        panel_rows = max(64, panel_bytes // (4 * padded_rows) // 64 * 64)
+        for start in range(0, num_rows, panel_rows):
+            panel = _float16_product(unit[start : min(start + panel_rows, num_rows)], unit)
+            tensors = (x, inverse_norm, panel, index, similarity, crowded)
+            self._launch("knn_select", (*map(_address, tensors), *sizes, k, start, len(panel), code), device)
+        tensors = (x, inverse_norm, crowded, index, similarity)
+        self._launch("knn_crowded", (*map(_address, tensors), *sizes, k, code), device)
+        return index, similarity
+
+
+def _float16_product(left: Tensor, right: Tensor) -> Tensor:
+    """left right^T in float32; where torch has no such product the operands are widened, which changes none of them."""
+    if left.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(left, right.T, out_dtype=torch.float32)
+    return left.float() @ right.float().T
+
+
+def _nearest_by_panels(x: Tensor, k: int, panel_bytes: int = 2**28) -> tuple[Tensor, Tensor]:
+    """The same by torch alone; of equals the lower index first."""
+    present = (x != 0).any(1)
+    unit = reference._unit(x.to(_compute_dtype(x)))
+    panel = max(1, panel_bytes // (max(x.shape[0], 1) * unit.element_size()))
+    found = [_nearest(unit, present, start, min(start + panel, len(unit)), k) for start in range(0, len(unit), panel)]
+    index, value = (torch.cat(part) for part in zip(*found, strict=True))
+    absent = value == float("-inf")
+    return index.masked_fill(absent, -1), value.masked_fill(absent, 0.0)
 
 
 def _nearest(unit: Tensor, present: Tensor, start: int, stop: int, k: int) -> tuple[Tensor, Tensor]:
@@ -214,6 +279,12 @@ def _nearest(unit: Tensor, present: Tensor, start: int, stop: int, k: int) -> tu
     column = (better | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, k)
     value, order = similarity.gather(1, column).sort(dim=1, descending=True, stable=True)
     return column.gather(1, order), value
+
+
+def _rows_by(index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The places of `index` in the order of its values, and where those of each value 0..count-1 begin [count + 1]."""
+    order = torch.argsort(index, stable=True)
+    return order, torch.searchsorted(index[order], torch.arange(count + 1, device=index.device))
 
 
 def _hub_workspace(x: Tensor, indices: Tensor, longest_row: int) -> Tensor | None:

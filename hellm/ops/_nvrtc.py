@@ -23,6 +23,10 @@ SOURCES = {
     "hypergraph_conv": "hypergraph_conv.cuh",
     "bipartite_propagate": "hypergraph_conv.cuh",
     "info_nce": "info_nce.cuh",
+    "item_cross_entropy": "item_cross_entropy.cuh",
+    "knn_unit": "knn.cuh",
+    "knn_select": "knn.cuh",
+    "knn_crowded": "knn.cuh",
 }
 
 

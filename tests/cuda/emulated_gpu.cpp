@@ -1,7 +1,10 @@
 // The kernels of csrc/cuda on the CPU: g++ -include emulated_gpu.h; `launch` takes what a launch plan says.
 #include "../../csrc/cuda/hypergraph_conv.cu"
 #include "../../csrc/cuda/info_nce.cu"
+#include "../../csrc/cuda/item_cross_entropy.cu"
+#include "../../csrc/cuda/knn.cu"
 
+#include <map>
 #include <string>
 
 uint3_ threadIdx, blockIdx, gridDim;
@@ -59,28 +62,44 @@ void run_block(unsigned num_threads, unsigned shared_bytes) {
   }
 }
 
+using Call = std::function<void()>;
+
 template <typename Parameters>
-std::function<void()> call(const void* function, const void* parameters) {
+Call call(const void* function, const void* parameters) {
   const auto kernel = reinterpret_cast<void (*)(const Parameters)>(const_cast<void*>(function));
   return [=] { kernel(*static_cast<const Parameters*>(parameters)); };
 }
+
+// What the kernels of each family get.
+const std::map<std::string, Call (*)(const void*, const void*)> kCalls = {
+    {"gather_kernel", call<hellm::GatherParameters>},
+    {"hub_partial_kernel", call<hellm::GatherParameters>},
+    {"hub_store_kernel", call<hellm::GatherParameters>},
+    {"normalize_kernel", call<hellm::NormalizeParameters>},
+    {"attention_kernel", call<hellm::AttentionParameters>},
+    {"info_nce_row_kernel", call<hellm::RowParameters>},
+    {"info_nce_gradient_kernel", call<hellm::GradientParameters>},
+    {"table_maximum_kernel", call<hellm::TableParameters>},
+    {"table_halves_kernel", call<hellm::TableParameters>},
+    {"item_row_kernel", call<hellm::ItemRowParameters>},
+    {"item_gradient_kernel", call<hellm::ItemGradientParameters>},
+    {"knn_unit_kernel", call<hellm::KnnParameters>},
+    {"knn_select_kernel", call<hellm::KnnParameters>},
+    {"knn_crowded_kernel", call<hellm::KnnParameters>},
+};
 
 }  // namespace
 
 // 0, or 1 if there is no such kernel.
 extern "C" int launch(const char* kernel, unsigned grid_x, unsigned grid_y, unsigned threads, unsigned shared_bytes,
                       const void* parameters) {
-  using namespace hellm;
-  const std::string name(kernel), family = name.substr(0, name.find('<'));
-  for (const auto& table : {hellm::cuda::hypergraph_conv_kernels(), hellm::cuda::info_nce_kernels()}) {
+  using namespace hellm::cuda;
+  const std::string name(kernel);
+  for (const auto& table :
+       {hypergraph_conv_kernels(), info_nce_kernels(), item_cross_entropy_kernels(), knn_kernels()}) {
     for (int i = 0; i < table.count; ++i) {
       if (name != table.kernels[i].name) continue;
-      const void* const function = table.kernels[i].function;
-      if (family == "normalize_kernel") emulated::body = call<NormalizeParameters>(function, parameters);
-      else if (family == "attention_kernel") emulated::body = call<AttentionParameters>(function, parameters);
-      else if (family == "info_nce_row_kernel") emulated::body = call<RowParameters>(function, parameters);
-      else if (family == "info_nce_gradient_kernel") emulated::body = call<GradientParameters>(function, parameters);
-      else emulated::body = call<GatherParameters>(function, parameters);
+      emulated::body = kCalls.at(name.substr(0, name.find('<')))(table.kernels[i].function, parameters);
       gridDim = {grid_x, grid_y, 1};
       for (unsigned y = 0; y < grid_y; ++y) {
         for (unsigned x = 0; x < grid_x; ++x) {

@@ -120,10 +120,11 @@ inline int __any_sync(unsigned, int value) {
   return value;
 }
 
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
-  struct Slot { float value; int mask; } slot{value, mask};
+template <typename T>
+inline T __shfl_xor_sync(unsigned, T value, int mask) {
+  struct Slot { T value; int mask; } slot{value, mask};
   emulated::meet_warp(&slot, [](void** all) {
-    float old[32];
+    T old[32];
     for (int i = 0; i < 32; ++i) old[i] = static_cast<Slot*>(all[i])->value;
     for (int i = 0; i < 32; ++i) static_cast<Slot*>(all[i])->value = old[i ^ static_cast<Slot*>(all[i])->mask];
   });
@@ -133,6 +134,12 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
 inline unsigned atomicMax(unsigned* to, unsigned value) {
   const unsigned old = *to;
   if (value > old) *to = value;
+  return old;
+}
+
+inline int atomicAdd(int* to, int value) {
+  const int old = *to;
+  *to += value;
   return old;
 }
 

@@ -14,7 +14,10 @@ import torch
 from hellm.ops import _backends, _gpu, _nvrtc
 
 needs_nvcc = pytest.mark.skipif(cuda_build.NVCC is None, reason="needs nvcc, which is not in PATH")
-HOT = re.compile(r"attention_kernel|gather_kernel|hub_partial_kernel|info_nce_\w+_kernel|normalize_kernel")
+HOT = re.compile(
+    r"attention_kernel|gather_kernel|hub_partial_kernel|info_nce_\w+_kernel|normalize_kernel"
+    r"|table_\w+_kernel|item_\w+_kernel|knn_\w+_kernel"
+)
 
 
 @needs_nvcc
@@ -32,10 +35,11 @@ def test_compiles_without_warnings_spills_or_stack(source):
 
 @needs_nvcc
 @pytest.mark.skipif(cuda_build.disassembler() is None, reason="needs cuobjdump, of the CUDA toolkit or of Triton")
-def test_hot_kernels_use_tensor_cores_and_wide_loads():
+@pytest.mark.parametrize("source", ["info_nce.cu", "item_cross_entropy.cu"])
+def test_attention_uses_tensor_cores_and_wide_copies(source):
     attention = {
         key: text
-        for key, text in cuda_build.instructions(cuda_build.compile_cuda("info_nce.cu")[0]).items()
+        for key, text in cuda_build.instructions(cuda_build.compile_cuda(source)[0]).items()
         if "attention_kernel" in key[0]
     }
     assert {architecture for _, architecture in attention} == set(cuda_build.ARCHITECTURES)
@@ -44,12 +48,21 @@ def test_hot_kernels_use_tensor_cores_and_wide_loads():
         assert "LDSM.16.M88.4" in text or "LDSM.16.MT88.4" in text, f"no matrix load in {key}"
         assert re.search(r"LDGSTS\.E\.(BYPASS\.)?(LTC\w+\.)?128", text), f"no 16-byte copy to shared memory in {key}"
         assert not re.search(r"\b(LDL|STL)\b", text), f"local memory in {key}"
+
+
+@needs_nvcc
+@pytest.mark.skipif(cuda_build.disassembler() is None, reason="needs cuobjdump, of the CUDA toolkit or of Triton")
+def test_gathers_and_selection_use_wide_loads():
     gathers = cuda_build.instructions(cuda_build.compile_cuda("hypergraph_conv.cu")[0])
     wide = {key: text for key, text in gathers.items() if re.search(r"13gather_kernel\w+Li[248]E", key[0])}
     assert len(wide) == 4 * len(cuda_build.ARCHITECTURES)
     for key, text in wide.items():
         # A batch of four rows is on its way at once.
         assert len(re.findall(r"LDG\.E\.(LTC\w+\.)?128", text)) >= 4, f"too few 16-byte loads in {key}"
+    selections = cuda_build.instructions(cuda_build.compile_cuda("knn.cu")[0])
+    for key, text in selections.items():
+        if "knn_select_kernel" in key[0]:
+            assert len(re.findall(r"LDG\.E\.(LTC\w+\.)?128", text)) >= 2, f"too few 16-byte loads in {key}"
 
 
 @pytest.mark.parametrize("path", sorted(cuda_build.CUDA.glob("*.cuh")), ids=lambda path: path.name)
@@ -65,7 +78,7 @@ def test_device_code_needs_no_host_header(path: Path):
 def test_the_source_for_nvrtc_is_whole(file):
     text = _nvrtc.source(file)
     assert "#include" not in text and "#pragma once" not in text
-    for name in ("struct GatherParameters", "void multiply_16x8x16(", "float warp_sum("):
+    for name in ("struct GatherParameters", "void multiply_16x8x16(", "A warp_sum("):
         assert text.count(name) == 1
 
 
@@ -73,7 +86,7 @@ def kernel_names() -> dict[str, list[str]]:
     """The kernels nvcc compiles, by file of device code."""
     return {
         f"{stem}.cuh": re.findall(r"HELLM_KERNEL\((.*)\)", (cuda_build.CUDA / f"{stem}.cu").read_text(encoding="utf-8"))
-        for stem in ("hypergraph_conv", "info_nce")
+        for stem in ("hypergraph_conv", "info_nce", "item_cross_entropy", "knn")
     }
 
 
@@ -97,6 +110,7 @@ def test_constants_of_the_adapter_are_those_of_the_kernels():
     constants = {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", text)}
     assert (constants["kHubChunk"], constants["kHubEntries"]) == (_gpu._HUB_CHUNK, _gpu._HUB_ENTRIES)
     assert constants["kHubEntries"] >= 2 * constants["kHubChunk"]
+    assert constants["kMostNeighbours"] == _gpu._MOST_NEIGHBOURS
 
 
 # Read on GPUs only; everything else comes in the order of the CPU functions, which is that of the Triton launchers.
@@ -112,7 +126,9 @@ GPU_ONLY = {
 GPU_ONLY |= {"longest_row", "longest_vertex", "longest_edge"}
 
 
-@pytest.mark.parametrize("name", ["incidence_product", "hypergraph_conv", "bipartite_propagate", "info_nce"])
+@pytest.mark.parametrize(
+    "name", ["incidence_product", "hypergraph_conv", "bipartite_propagate", "info_nce", "item_cross_entropy"]
+)
 def test_plans_take_their_arguments_in_the_order_of_the_cpu_functions(name):
     text = (cuda_build.CSRC / "bindings.cpp").read_text(encoding="utf-8")
     found = re.findall(rf"^[\w:]+ {name}\((Address[^)]*)\)", text, re.MULTILINE)
@@ -138,13 +154,19 @@ def test_plans_refuse_what_no_gpu_takes():
         extension.info_nce_workspace(2**31, 10, 64, True, True, False, 132, 0)
     with pytest.raises(ValueError, match="more than a GPU takes, for gather_kernel"):
         extension.plan_incidence_product(0, 0, 0, 0, 0, 0, 2**40, 4, 0, 0, 0)
+    with pytest.raises(ValueError, match="fewer than 2\\^31 rows and items, got 10 and 2147483648"):
+        extension.item_cross_entropy_workspace(10, 2**31, 64, True, True, False, 132, 0)
+    with pytest.raises(ValueError, match="k of at most 128 and fewer than 2\\^31 rows on a GPU, got 129 and 500"):
+        extension.plan_knn_crowded(0, 0, 0, 0, 0, 500, 8, 129, 0)
 
 
-# What the loss may take besides its inputs and gradients.
+# What a loss may take besides its inputs and gradients.
 @pytest.mark.parametrize("num_rows", [35_598, 100_000])
-def test_workspace_of_info_nce_is_linear_in_the_rows(num_rows):
+def test_workspace_of_the_losses_is_linear_in_the_rows(num_rows):
     needs_plans()
     extra = _backends.native().info_nce_workspace(num_rows, num_rows, 64, True, True, False, 132, 0)
+    assert extra <= 6 * num_rows * 64 * 4
+    extra = _backends.native().item_cross_entropy_workspace(num_rows, num_rows, 64, True, True, False, 132, 0)
     assert extra <= 6 * num_rows * 64 * 4
 
 

@@ -177,11 +177,178 @@ def test_what_the_kernels_do_not_take_goes_to_plain_torch(gpu, dtype):
     assert_same_bits(gpu.info_nce(*arguments), reference.info_nce_with_gradients(*arguments))
 
 
-def test_knn_of_panels_is_exact_with_ties_by_index(gpu):
-    x = rows(50, 6)
+@pytest.fixture(params=["highest", "high"])
+def precision(request: pytest.FixtureRequest):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+def item_inputs(num_rows, num_items, dim, dtype=torch.float32, *, bias=True, scale=1.0):
+    """Hidden, items, targets that repeat, bias, row gradients of either sign."""
+    hidden, items = scale * rows(num_rows, dim, dtype=dtype), rows(num_items, dim, dtype=dtype, seed=1)
+    target = torch.randint(max(1, num_items // 3), (num_rows,), generator=torch.Generator().manual_seed(0))
+    return hidden, items, target, rows(num_items, seed=2) if bias else None, rows(num_rows, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_items", "dim", "dtype", "bias", "scale"),
+    [
+        (1, 5, 3, torch.float32, True, 1.0),
+        (63, 70, 20, torch.float32, True, 1.0),
+        (70, 257, 64, torch.float32, False, 1.0),
+        (257, 63, 33, torch.bfloat16, True, 1.0),
+        (131, 90, 100, torch.float16, True, 0.3),
+        (66, 131, 128, torch.float32, True, 0.1),
+        (70, 130, 200, torch.float16, False, 0.1),
+        (40, 150, 16, torch.float32, True, 30.0),
+        (40, 150, 16, torch.float32, True, 1000.0),
+    ],
+)
+def test_item_cross_entropy_matches_the_definition(gpu, num_rows, num_items, dim, dtype, bias, scale, precision):
+    arguments = item_inputs(num_rows, num_items, dim, dtype, bias=bias, scale=scale)
+    found = gpu.item_cross_entropy(*arguments, True, True)
+    baseline = reference.item_cross_entropy_with_gradients(*arguments, True, True)
+    truth = reference.item_cross_entropy_with_gradients(*in_float64(*arguments), True, True)
+    if precision == "highest" or dtype != torch.float32:
+        # 16-bit rows are exact operands, so only their weights are rounded, to float16.
+        assert_within_budget(truth[:1], baseline[:1], found[:1], factor=8.0)
+        factor, slack = 8.0, 0.0 if dtype == torch.float32 else 2.0**-11
+    else:
+        # float16 products: 2^-10 of the sum of what each column may add to a logit.
+        factor, slack = 8.0, min(1.0, 2.0**-10 * scale * dim)
+    for true, plain, value in zip(truth, baseline, found, strict=True):
+        assert value.shape == true.shape and torch.isfinite(value).all()
+        if not true.numel():
+            continue
+        budget = factor * float((true - plain.double()).abs().max()) + 1e-6
+        budget += (slack + 4 * torch.finfo(value.dtype).eps) * float(true.abs().max())
+        error = float((true - value.double()).abs().max())
+        assert error <= budget, f"error {error:.3g} > {budget:.3g}"
+
+
+def test_item_cross_entropy_gives_what_is_asked_for(gpu):
+    arguments = item_inputs(70, 90, 16)
+    everything = gpu.item_cross_entropy(*arguments, True, True)
+    assert_same_bits(everything, gpu.item_cross_entropy(*arguments, True, True))
+    for hidden_grad, items_grad in ((True, False), (False, True), (False, False)):
+        found = gpu.item_cross_entropy(*arguments, hidden_grad, items_grad)
+        wanted = (True, hidden_grad, items_grad, items_grad)
+        for value, whole, want in zip(found, everything, wanted, strict=True):
+            # Losses alone come from fewer products, but from the same ones.
+            assert torch.equal(value, whole) if want else value.numel() == 0
+    assert [t.numel() for t in gpu.item_cross_entropy(*arguments[:4], None, True, True)] == [70, 0, 0, 0]
+
+
+def test_item_cross_entropy_hardly_depends_on_the_processors(gpu):
+    arguments = item_inputs(210, 150, 64)
+    found = gpu.item_cross_entropy(*arguments, True, True)
+    for processors in (1, 7, 100):  # one piece, odd pieces, a piece for each tile
+        other = Gpu(gpu._launch, lambda device, count=processors: count).item_cross_entropy(*arguments, True, True)
+        for left, right in zip(found, other, strict=True):
+            assert torch.allclose(left, right, rtol=2e-5, atol=2e-5)
+
+
+def test_item_cross_entropy_at_the_extremes(gpu):
+    hidden, items, target, bias, row_grad = item_inputs(40, 90, 8)
+    # One item, and the target alone present: nothing to lose.
+    for item, wanted in ((items[:1], bias[:1]), (items, torch.full_like(bias, -torch.inf).index_fill(0, target, 1.0))):
+        found = gpu.item_cross_entropy(hidden[:1], item, target[:1] * (len(item) > 1), wanted, row_grad[:1], True, True)
+        if len(item) == 1:
+            assert all((value == 0).all() for value in found)
+    # Items with bias -inf take no part; rows a millionth as long as the longest keep their digits.
+    bias[50:] = -torch.inf
+    hidden[1::2] *= 1e-6
+    found = gpu.item_cross_entropy(hidden, items, target, bias, row_grad, True, True)
+    truth = reference.item_cross_entropy_with_gradients(
+        *in_float64(hidden, items[:50], target, bias[:50], row_grad), True, True
+    )
+    assert all((part[50:] == 0).all() for part in found[2:])
+    for true, value in zip(truth, (*found[:2], found[2][:50], found[3][:50]), strict=True):
+        assert float((true - value.double()).abs().max()) <= 2e-6 * float(true.abs().max())
+    # Without any weight there is no gradient; NaN stays in its row.
+    assert all(
+        (grad == 0).all() for grad in gpu.item_cross_entropy(hidden, items, target, bias, 0 * row_grad, True, True)[1:]
+    )
+    hidden[3, 2] = torch.nan
+    loss, grad_hidden, *_ = gpu.item_cross_entropy(hidden, items, target, bias, row_grad, True, True)
+    assert loss.isnan().nonzero().flatten().tolist() == [3]
+    assert grad_hidden.isnan().any(1).nonzero().flatten().tolist() == [3]
+
+
+@pytest.mark.parametrize(("num_rows", "dim", "dtype"), [(20, 300, torch.float32), (20, 8, torch.float64), (0, 8, None)])
+def test_item_cross_entropy_that_the_kernels_do_not_take_goes_to_plain_torch(gpu, num_rows, dim, dtype):
+    arguments = item_inputs(num_rows, 30, dim, dtype or torch.float32)
+    plain = reference.item_cross_entropy_with_gradients(*arguments, True, True)
+    assert_same_bits(gpu.item_cross_entropy(*arguments, True, True), plain)
+
+
+def assert_nearest(gpu, x, k):
+    """As in float64; two neighbours may change places only where float32 cannot tell their similarities apart."""
+    index, similarity = gpu.knn(x, k)
+    expected_index, expected = reference.knn(x.double(), k)
+    assert torch.equal(index < 0, expected_index < 0)
+    assert torch.allclose(similarity.double(), expected, rtol=0, atol=1.2e-7)
+    apart = index != expected_index
+    cosine = reference._unit(x.double()) @ reference._unit(x.double()).T
+    assert torch.allclose(cosine.gather(1, index.clamp_min(0))[apart], expected[apart], rtol=0, atol=1.2e-7)
+    assert all(len(set(row)) == len(row) for row in (r[r >= 0].tolist() for r in index))
+    return index
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "dim", "k", "dtype"),
+    [
+        (1, 1, 1, torch.float32),
+        (3, 2, 3, torch.float32),
+        (63, 67, 62, torch.bfloat16),
+        (97, 9, 5, torch.float16),
+        (257, 33, 17, torch.float32),
+    ],
+)
+def test_knn_is_exact(gpu, num_rows, dim, k, dtype):
+    assert_nearest(gpu, rows(num_rows, dim, dtype=dtype), k)
+
+
+def test_knn_of_several_panels_with_ties_and_zero_rows(gpu):
+    x = rows(150, 6)
+    x[[0, 77, 149]] = 0
+    x[[3, 20, 141, 90]] = x[10].clone()
+    x[50] = x[10] * 1e-18
+    index, similarity = gpu.knn(x, 4, panel_bytes=0)  # 64 rows a panel
+    assert (index[[0, 77, 149]] == -1).all() and (similarity[[0, 77, 149]] == 0).all()
+    assert (index[[3, 10, 20, 50, 90, 141]] == torch.tensor([3, 10, 20, 50])).all()
+    assert_nearest(gpu, x, 100)
+    # Signs: lengths and products are exact, and most similarities tie.
+    x = rows(130, 4).sign()
+    x[::37] = 0
+    for k in (1, 9, 128):
+        assert torch.equal(gpu.knn(x, k)[0], reference.knn(x.double(), k)[0])
+
+
+def test_knn_compares_a_crowded_row_with_all(gpu):
+    """Row 9 is orthogonal to all but two: more rows than there is room for, within what halves can tell apart."""
+    x = rows(1030, 6)
+    x[:, 0] = 0
+    x[9] = torch.tensor([3.0, 0, 0, 0, 0, 0])
+    x[700, 0], x[800, 0] = 5e-4, -5e-4
+    index = assert_nearest(gpu, x, 4)
+    assert index[9].tolist() == [9, 700, 0, 1]
+
+
+def test_knn_repeats_bit_by_bit(gpu):
+    x = rows(120, 20)
+    assert_same_bits(gpu.knn(x, 11), gpu.knn(x, 11))
+    assert_same_bits(gpu.knn(x, 11), gpu.knn(x, 11, panel_bytes=0))
+
+
+@pytest.mark.parametrize(("dtype", "k"), [(torch.float64, 4), (torch.float32, 150)])
+def test_knn_by_torch_is_exact_with_ties_by_index(gpu, dtype, k):
+    x = rows(150, 6, dtype=dtype)
     x[7] = 0
     x[[3, 20, 41]] = x[10].clone()
-    index, similarity = gpu.knn(x, 4, panel_bytes=50 * 4 * 7)
-    expected_index, expected = reference.knn(x, 4)
+    index, similarity = gpu.knn(x, k)
+    expected_index, expected = reference.knn(x, k)
     assert torch.equal(index, expected_index)
     assert torch.allclose(similarity, expected, atol=1e-6)

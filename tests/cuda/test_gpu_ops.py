@@ -100,24 +100,77 @@ def test_info_nce_of_chosen_rows_that_repeat(backend):
     )
 
 
+@pytest.fixture(params=["highest", "high"])
+def matmul_precision(request: pytest.FixtureRequest):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_item_cross_entropy(backend, dtype):
-    hidden, items = rows(130, 64, dtype=dtype), rows(257, 64, dtype=dtype, seed=1)
-    target = torch.randint(257, (130,), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("num_rows", "num_items", "dim"), [(1, 5, 3), (63, 257, 64), (257, 63, 67), (1000, 3000, 128), (130, 257, 200)]
+)
+def test_item_cross_entropy(backend, matmul_precision, dtype, bias, reduction, num_rows, num_items, dim):
+    """Under "none" the cotangents have either sign; targets repeat."""
+    inputs = [rows(num_rows, dim, dtype=dtype), rows(num_items, dim, dtype=dtype, seed=1)]
+    if bias:
+        inputs.append(rows(num_items, seed=2))
+    target = torch.randint(num_items // 2, (num_rows,), generator=torch.Generator().manual_seed(0))
+    exact = matmul_precision == "highest"
     check(
-        lambda device, h, e: ops.item_cross_entropy(h, e, target.to(device)),
-        [hidden, items],
-        slack={torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype],
+        lambda device, h, e, b=None: ops.item_cross_entropy(h, e, target.to(device), bias=b, reduction=reduction),
+        inputs,
+        factor=8.0,
+        slack={torch.float32: 0.0 if exact else 2e-2, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype],
     )
 
 
-def test_knn(backend):
-    x = rows(400, 33)
-    x[[3, 90]] = x[7].clone()
-    found, expected = ops.knn(x.cuda(), 5), None
+@pytest.mark.parametrize("scale", [30.0, 1000.0])
+def test_item_cross_entropy_of_large_logits(backend, scale):
+    target = torch.randint(300, (257,), generator=torch.Generator().manual_seed(0))
+    check(
+        lambda device, h, e: ops.item_cross_entropy(h, e, target.to(device)),
+        [scale * rows(257, 64), rows(300, 64, seed=1)],
+        factor=16.0,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("num_rows", "dim", "k"), [(1, 3, 1), (63, 5, 62), (257, 33, 17), (5000, 64, 10), (900, 700, 64)]
+)
+def test_knn(backend, dtype, num_rows, dim, k):
+    x = rows(num_rows, dim, dtype=dtype)
+    if num_rows > 60:
+        x[[3, 50]], x[11] = x[7].clone(), 0
+    index, similarity = (t.cpu() for t in ops.knn(x.cuda(), k))
     with ops.backend("torch"):
-        expected = ops.knn(x.double(), 5)
-    assert torch.allclose(found[1].cpu().double(), expected[1], atol=1e-5)
+        expected_index, expected = ops.knn(x.double(), k)
+    assert torch.equal(index < 0, expected_index < 0)
+    assert torch.allclose(similarity.double(), expected, atol=2e-6)
+    unit = torch.nn.functional.normalize(x.double())
+    found = (unit @ unit.T).gather(1, index.clamp_min(0)).masked_fill(index < 0, 0.0)
+    assert torch.allclose(found, expected, atol=2e-6)
+
+
+def test_knn_breaks_ties_by_index(backend):
+    if backend in ("torch", "triton"):
+        pytest.skip("a matrix product of plain torch may round equal columns differently")
+    x = rows(3000, 40)
+    copies = torch.tensor([2, 7, 96, 1240, 2999])
+    x[copies] = x[2].clone()
+    index, similarity = (t.cpu() for t in ops.knn(x.cuda(), 4))
+    assert torch.equal(index[copies], copies[:4].expand(5, 4))
+    assert (similarity[copies] == similarity[copies, :1]).all()
+    # All rows nearly the same: more candidates than there is room for.
+    x = rows(1, 40) + 1e-4 * rows(3000, 40)
+    unit = torch.nn.functional.normalize(x.double())
+    expected = (unit @ unit.T).topk(4).values
+    assert torch.allclose(ops.knn(x.cuda(), 4)[1].cpu().double(), expected, rtol=0, atol=1.2e-7)
 
 
 def test_offsets_beyond_32_bits(backend):

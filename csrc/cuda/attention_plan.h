@@ -1,0 +1,78 @@
+// What the launch plans around the attention kernel share: its shapes, its blocks, the workspace.
+#pragma once
+
+#include <algorithm>
+
+#include "parameters.cuh"
+#include "plan.h"
+
+namespace hellm::cuda {
+
+constexpr int kBlocksAProcessor = 2;  // of the attention kernel
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Of the attention kernel.
+struct Shape {
+  int width, parts, tile_queries, tile_keys;
+  unsigned shared_bytes;
+};
+
+template <int kWidth, int kParts>
+Shape shape() {
+  using Tile = AttentionTile<kWidth, kParts>;
+  return {kWidth, kParts, Tile::kQueries, Tile::kKeys, unsigned(Tile::kSharedBytes)};
+}
+
+inline Shape shape_of(int64_t dim, bool both) {
+  if (dim <= 64) return both ? shape<64, 2>() : shape<64, 1>();
+  if (dim <= 128) return both ? shape<128, 2>() : shape<128, 1>();
+  if (dim <= 256 && !both) return shape<256, 1>();
+  throw std::invalid_argument("dim must be at most " + std::string(both ? "128" : "256") + " on a GPU, got " +
+                              std::to_string(dim));
+}
+
+// Consecutive parts of the workspace, each on a boundary of 256 bytes.
+class Workspace {
+ public:
+  explicit Workspace(void* begin) : begin_(static_cast<char*>(begin)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    T* const part = reinterpret_cast<T*>(begin_ + used_);
+    used_ += ceil_div(count * int64_t(sizeof(T)), 256) * 256;
+    return part;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* begin_;
+  int64_t used_ = 0;
+};
+
+inline void tile(AttentionParameters& p, const Shape& shape) {
+  p.tile_queries = shape.tile_queries;
+  p.query_tiles = ceil_div(p.queries, shape.tile_queries);
+  p.key_tiles = ceil_div(p.keys, shape.tile_keys);
+}
+
+inline int count_blocks(const AttentionParameters& p, int num_processors) {
+  const int64_t units = p.query_tiles * p.query_views * p.key_tiles * p.key_views;
+  return int(std::min<int64_t>(units, int64_t(kBlocksAProcessor) * num_processors));
+}
+
+inline void enqueue_attention(const Queue& queue, const Shape& shape, const char* weights, bool output, int blocks,
+                              const AttentionParameters& p) {
+  const std::string name = "attention_kernel<" + std::to_string(shape.width) + ", " + std::to_string(shape.parts) +
+                           ", " + weights + (output ? ", true>" : ", false>");
+  enqueue(queue, name, blocks, 1, AttentionTile<64, 1>::kThreads, shape.shared_bytes, p);
+}
+
+// A kernel for one width of the rows, with a warp for each row.
+template <typename Parameters>
+void enqueue_rows(const Queue& queue, const std::string& kernel, const Shape& shape, int64_t rows, int64_t views,
+                  const Parameters& p) {
+  enqueue(queue, kernel + "<" + std::to_string(shape.width) + ">", ceil_div(rows, kRowThreads / 32), views, kRowThreads,
+          0, p);
+}
+
+}  // namespace hellm::cuda

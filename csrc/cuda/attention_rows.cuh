@@ -1,0 +1,113 @@
+// Rows before and after attention: loads, halves, and the pieces in which the attention kernel left them.
+// A warp has one row; lane l its columns l, l + 32, ...
+#pragma once
+
+#include "attention.cuh"
+
+namespace hellm {
+
+// Columns of a row, zero beyond dim.
+template <int kColumns>
+__device__ __forceinline__ void load_row(const void* x, int storage, int64 row, int64 dim, float factor,
+                                         float (&value)[kColumns]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) {
+    value[i] = lane + 32 * i < dim ? load_one(x, storage, row * dim + lane + 32 * i) * factor : 0.0f;
+  }
+}
+
+template <int kColumns>
+__device__ __forceinline__ float dot(const float (&a)[kColumns], const float (&b)[kColumns]) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) sum += a[i] * b[i];
+  return warp_sum(sum);
+}
+
+template <int kColumns>
+__device__ __forceinline__ void store_halves(void* high, void* low, int64 row, const float (&value)[kColumns]) {
+  const int64 first = row * (32 * kColumns) + threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) {
+    Half top, rest;
+    narrow(value[i], top);
+    static_cast<Half*>(high)[first + 32 * i] = top;
+    if (!low) continue;
+    narrow(value[i] - widen<float>(top), rest);
+    static_cast<Half*>(low)[first + 32 * i] = rest;
+  }
+}
+
+// Where the attention kernel left a row: whole, or in pieces in the slots of the blocks first..last.
+struct RowPieces {
+  int64 first, last, local;
+
+  __device__ __forceinline__ RowPieces(const AttentionParameters& p, int blocks, int view, int64 query) {
+    const int64 tiles = p.key_tiles * p.key_views, units = p.query_tiles * p.query_views * tiles;
+    const int64 tile = view * p.query_tiles + query / p.tile_queries;
+    local = query % p.tile_queries;
+    first = ((tile * tiles + 1) * blocks - 1) / units;
+    last = ((tile + 1) * tiles * blocks - 1) / units;
+  }
+  __device__ __forceinline__ bool whole() const { return first == last; }
+  // Row of slot_out, slot_maximum and slot_sum for the piece of a block.
+  __device__ __forceinline__ int64 place(const AttentionParameters& p, int64 block) const {
+    return (2 * block + (block == first ? 1 : 0)) * p.tile_queries + local;
+  }
+};
+
+// What attention below a running maximum left of a query.
+template <int kColumns>
+struct SoftmaxRow {
+  float top, sum, mean[kColumns];  // mean: times sum
+
+  __device__ __forceinline__ void collect(const AttentionParameters& a, int blocks, int64 r, bool with_mean) {
+    const RowPieces pieces(a, blocks, 0, r);
+    const bool whole = pieces.whole();
+    top = whole ? a.maximum[r] : -infinity();
+    sum = whole ? a.sum[r] : 0.0f;
+    for (int64 b = pieces.first; b <= pieces.last && !whole; ++b) {
+      top = fmaxf(top, a.slot_maximum[pieces.place(a, b)]);
+    }
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) mean[i] = 0;
+    if (whole && with_mean) load_row(a.out[0], kStoreFloat32, r, 32 * kColumns, 1.0f, mean);
+    for (int64 b = pieces.first; b <= pieces.last && !whole; ++b) {
+      const int64 place = pieces.place(a, b);
+      const float share = top == -infinity() ? 0.0f : exp2f(a.slot_maximum[place] - top);
+      sum += a.slot_sum[place] * share;
+      if (!with_mean) continue;
+      float piece[kColumns];
+      load_row(a.slot_out, kStoreFloat32, place, 32 * kColumns, share, piece);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) mean[i] += piece[i];
+    }
+  }
+  // In base 2.
+  __device__ __forceinline__ float lse() const { return top + log2f(sum) - kWeightShift; }
+};
+
+// What attention with the scale and bias of each key left of a query; total: of its weights, where they are kept.
+template <int kColumns>
+__device__ __forceinline__ void collect_sum(const AttentionParameters& a, int blocks, int view, int64 query,
+                                            float (&sum)[kColumns], float* total = nullptr) {
+  const RowPieces pieces(a, blocks, view, query);
+  const bool whole = pieces.whole();
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) sum[i] = 0;
+  if (whole) load_row(view ? a.out[1] : a.out[0], kStoreFloat32, query, 32 * kColumns, 1.0f, sum);
+  if (total) *total = whole ? a.sum[query] : 0.0f;
+  for (int64 b = pieces.first; b <= pieces.last && !whole; ++b) {
+    const int64 place = pieces.place(a, b);
+    float piece[kColumns];
+    load_row(a.slot_out, kStoreFloat32, place, 32 * kColumns, 1.0f, piece);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) sum[i] += piece[i];
+    if (total) *total += a.slot_sum[place];
+  }
+}
+
+__device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
+
+}  // namespace hellm

@@ -1,0 +1,142 @@
+// Softmax cross-entropy over a catalogue around two passes of attention, the target apart from the sum: tables to halves,
+// losses and the side of hidden after the first, that of the items after the second.
+#pragma once
+
+#include "attention_rows.cuh"
+
+namespace hellm {
+
+constexpr int kHalfExponent = 15;  // halves end below 2^16
+constexpr int kLeastExponent = -100;
+
+// 2^n of -126 <= n <= 127.
+__device__ __forceinline__ float power_of_two(int n) { return __uint_as_float(unsigned(127 + n) << 23); }
+
+// Every lane gets the largest size of the finite entries of every kMaximumWarps-th piece of 32.
+__device__ __forceinline__ float largest_entry(const void* x, int storage, int64 count, int64 first) {
+  float largest = 0;
+  for (int64 i = first; i < count; i += 32 * kMaximumWarps) {
+    const float size = fabsf(load_one(x, storage, i));
+    if (size < infinity()) largest = fmaxf(largest, size);
+  }
+  return warp_maximum(largest);
+}
+
+// Grid [kMaximumWarps / warps, 2]: a table for each blockIdx.y.
+__global__ void __launch_bounds__(kRowThreads) table_maximum_kernel(const TableParameters p) {
+  const int warp = int(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32, table = blockIdx.y;
+  const int64 count = (table ? p.rows[1] : p.rows[0]) * p.dim, first = warp * 32 + threadIdx.x % 32;
+  const float largest = largest_entry(table ? p.x[1] : p.x[0], p.storage, count, first);
+  if (threadIdx.x % 32 == 0) p.warp_maximum[table * kMaximumWarps + warp] = largest;
+}
+
+// Every entry of the table is less than 2 to this.
+__device__ __forceinline__ int table_exponent(const TableParameters& p, int table) {
+  float largest = 0;
+  for (int i = threadIdx.x % 32; i < kMaximumWarps; i += 32) {
+    largest = fmaxf(largest, p.warp_maximum[table * kMaximumWarps + i]);
+  }
+  const int exponent = int(__float_as_uint(warp_maximum(largest)) >> 23) - 126;
+  return exponent < kLeastExponent ? kLeastExponent : exponent;
+}
+
+// Grid [ceil(rows / warps), 2]: a table for each blockIdx.y.
+template <int kWidth>
+__global__ void __launch_bounds__(kRowThreads) table_halves_kernel(const TableParameters p) {
+  const int64 row = int64(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
+  const int table = blockIdx.y, shift = kHalfExponent - table_exponent(p, table);
+  if (row == 0) {
+    const float size = power_of_two(-shift), other = power_of_two(table_exponent(p, 1 - table) - kHalfExponent);
+    if (threadIdx.x == 0) {
+      p.size[table] = size;
+      *p.temperature = 1.0 / (double(size) * double(other));
+      *p.weight_maximum = 0;
+    }
+  }
+  if (row >= (table ? p.rows[1] : p.rows[0])) return;
+  float x[kWidth / 32];
+  load_row(table ? p.x[1] : p.x[0], p.storage, row, p.dim, power_of_two(shift), x);
+  store_halves(table ? p.high[1] : p.high[0], table ? p.low[1] : p.low[0], row, x);
+}
+
+template <int kColumns>
+__device__ __forceinline__ void negate_halves(void* halves, int64 row) {
+  Half* const first = static_cast<Half*>(halves) + row * (32 * kColumns) + threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) first[32 * i].bits ^= 0x8000;
+}
+
+// Grid [ceil(rows / warps)], after the first pass.
+template <int kWidth>
+__global__ void __launch_bounds__(kRowThreads) item_row_kernel(const ItemRowParameters p) {
+  constexpr int kColumns = kWidth / 32;
+  const int64 r = int64(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
+  if (r >= p.rows) return;
+  const AttentionParameters& a = p.attention;
+  const int64 target = p.target[r];
+  const int lane = threadIdx.x % 32;
+  SoftmaxRow<kColumns> row;
+  row.collect(a, p.blocks, r, p.grad_hidden);
+  float hidden[kColumns], item[kColumns];
+  load_row(p.hidden, p.storage, r, p.dim, 1.0f, hidden);
+  load_row(p.items, p.storage, target, p.dim, 1.0f, item);
+  const float aligned = dot(hidden, item) + (p.bias ? p.bias[target] : 0.0f);
+  // No other item: the loss is 0 and so is its gradient. Not a number stays one.
+  const bool none = row.sum == 0;
+  const float margin = row.lse() * kLn2 - aligned;
+  if (lane == 0) p.row_loss[r] = none ? 0.0f : softplus(margin);
+  if (!p.row_grad) return;
+
+  const float weight = none ? 0.0f : p.row_grad[r] / (1.0f + expf(-margin));
+  if (p.grad_hidden) {
+    const float factor = none ? 0.0f : p.size[1] / row.sum;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      if (lane + 32 * i >= p.dim) continue;
+      const float value[1] = {weight * (row.mean[i] * factor - item[i])};
+      store_any(p.grad_hidden, p.storage, r * p.dim + lane + 32 * i, value);
+    }
+  }
+  if (!p.weight) return;
+  if (weight < 0) {
+    negate_halves<kColumns>(p.key_high, r);
+    if (p.key_low) negate_halves<kColumns>(p.key_low, r);
+  }
+  if (lane != 0) return;
+  p.weight[r] = weight;
+  p.key_scale[r] = (weight < 0 ? -kLog2E : kLog2E) / float(*a.temperature);
+  p.key_bias[r] = weight == 0 ? -infinity() : log2f(fabsf(weight)) - (log2f(row.sum) - kWeightShift);
+  p.key_maximum[r] = none ? 0.0f : row.top;
+  atomicMax(p.weight_maximum, __float_as_uint(fabsf(weight)));  // of integers: the same in any order
+}
+
+// Grid [ceil(num_items / warps)]: what the rows take from an item, less what those that aim at it give.
+template <int kWidth>
+__global__ void __launch_bounds__(kRowThreads) item_gradient_kernel(const ItemGradientParameters p) {
+  constexpr int kColumns = kWidth / 32;
+  const int64 item = int64(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
+  if (item >= p.num_items) return;
+  const AttentionParameters& a = p.attention;
+  const int lane = threadIdx.x % 32;
+  float g[kColumns], own[kColumns] = {}, total = 0, own_total = 0;
+  collect_sum(a, p.blocks, 0, item, g, &total);
+  for (int64 n = p.row_begin[item]; n < p.row_begin[item + 1]; ++n) {
+    const int64 r = p.row_order[n];
+    const float weight = p.weight[r];
+    float hidden[kColumns];
+    load_row(p.hidden, p.storage, r, p.dim, weight, hidden);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) own[i] += hidden[i];
+    own_total += weight;
+  }
+  const float unit = __uint_as_float(*a.weight_maximum) * exp2f(-kWeightShift), size = p.size[0];
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) {
+    if (lane + 32 * i >= p.dim) continue;
+    const float value[1] = {g[i] * unit * size - own[i]};
+    store_any(p.grad_items, p.storage, item * p.dim + lane + 32 * i, value);
+  }
+  if (p.grad_bias && lane == 0) p.grad_bias[item] = total * unit - own_total;
+}
+
+}  // namespace hellm
