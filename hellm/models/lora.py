@@ -26,7 +26,9 @@ class LoraLinear(Linear):
         (name,) = adapters
         first, second = self.lora_A[name], self.lora_B[name]
         one_dtype = x.dtype == self.base_layer.weight.dtype == first.weight.dtype
-        if not one_dtype or second.bias is not None or torch.is_autocast_enabled(x.device.type):
+        # The meta device knows no autocast.
+        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        if not one_dtype or second.bias is not None or autocast:
             return super().forward(x)
         out = self.base_layer(x)
         low = first(self.lora_dropout[name](x))
