@@ -194,7 +194,7 @@ def _case_section(record: dict[str, Any]) -> str:
             f"*{entry['label']}*" if is_limit else entry["label"],
             duration(seconds["median"]),
             f"{duration(seconds['p20'])} - {duration(seconds['p80'])}",
-            duration(entry["cold_seconds"]) if entry.get("cold_seconds") else "",
+            "" if entry["cold_seconds"] is None else duration(entry["cold_seconds"]),
             str(seconds["rounds"]),
             rate(entry["rate"], record["unit"]),
             "" if limit is None else f"{entry['rate'] / limit:.0%}",

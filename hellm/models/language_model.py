@@ -242,8 +242,6 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float, targe
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError(f"LoRA needs peft: {EXTRA}") from error
-    from hellm.models.lora import LoraLinear
-
     names = {name.rpartition(".")[2] for name, module in decoder_of(model).named_modules() if _is_matrix(module)}
     missing = [target for target in targets if target not in names]
     if missing or not targets:
@@ -251,7 +249,6 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float, targe
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none", task_type="CAUSAL_LM"
     )
-    config._register_custom_module({nn.Linear: LoraLinear})
     with warnings.catch_warnings():
         # peft asks transformers for a property under its old name.
         warnings.simplefilter("ignore", FutureWarning)

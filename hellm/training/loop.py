@@ -229,8 +229,10 @@ def _train_epoch(
         terms = step_losses(progress.epoch, step)
         first = step - step % accumulate
         loss = sum(terms.values()) / (min(first + accumulate, num_steps) - first)
-        # A captured step has done it, and one with fewer histories than processes leaves some without a share.
-        if loss.requires_grad:
+        captured = isinstance(step_losses, CapturedStep)  # and then done already
+        # A step with fewer histories than there are processes leaves some without a share.
+        without_share = processes.count > 1 and not loss.requires_grad
+        if not (captured or without_share):
             loss.backward()
         names = list(terms)
         values.append(torch.stack([term.detach() for term in terms.values()]))

@@ -109,9 +109,10 @@ def open_run(
         return run, None
 
     run, finished = processes.on_first(enter)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    torch.manual_seed(config.seed)
+    if finished is None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        torch.manual_seed(config.seed)
     return OpenedRun(config, dataset, notes, inputs, run, finished)
 
 
