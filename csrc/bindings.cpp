@@ -53,10 +53,10 @@ void bipartite_propagate(Address user_x, Address item_x, Address vertex_indptr, 
 
 void info_nce(Address anchor, Address positive, Address rows, Address row_grad, Address row_loss, Address grad_anchor,
               Address grad_positive, Address row_slope, int64_t num_keys, int64_t num_rows, int64_t dim,
-              double temperature, bool intra_view_negatives, bool medium_precision, int dtype, int num_threads) {
+              double temperature, bool intra_view_negatives, bool highest_precision, int dtype, int num_threads) {
   hellm::cpu::kernels().info_nce({at(anchor), at(positive), at<const int64_t>(rows), at(row_grad), at(row_loss),
                                   at(grad_anchor), at(grad_positive), at(row_slope), num_keys, num_rows, dim,
-                                  temperature, intra_view_negatives, medium_precision, DType(dtype), num_threads});
+                                  temperature, intra_view_negatives, highest_precision, DType(dtype), num_threads});
 }
 
 void item_cross_entropy(Address hidden, Address item_embedding, Address target, Address bias, Address row_grad,
@@ -118,9 +118,9 @@ hellm::InfoNceArguments info_nce(Address anchor, Address positive, Address rows,
                                  Address temperature, bool intra_view_negatives, bool highest_precision,
                                  int num_processors, int dtype) {
   return {at(anchor), at(positive), at<const int64_t>(rows), at(row_grad), at(row_loss), at(grad_anchor),
-          at(grad_positive), at(row_slope), num_keys, num_rows, dim, 0.0, intra_view_negatives, false, DType(dtype), 0,
+          at(grad_positive), at(row_slope), num_keys, num_rows, dim, 0.0, intra_view_negatives, highest_precision, DType(dtype), 0,
           at<const double>(temperature), at<const int64_t>(row_order), at<const int64_t>(row_begin), at(workspace),
-          highest_precision, num_processors};
+          num_processors};
 }
 
 hellm::ItemCrossEntropyArguments item_cross_entropy(Address hidden, Address item_embedding, Address target,

@@ -18,15 +18,14 @@ struct InfoNceArguments {
   void* row_slope;        // A [num_rows] or null; its sum is sum_i row_grad_i d loss_i / d (1 / t)
   int64_t num_keys, num_rows, dim;
   double temperature;
-  bool intra_view_negatives, medium_precision;
+  bool intra_view_negatives, highest_precision;
   DType dtype;
   int num_threads;
-  // Read on GPUs only, where the temperature stays on the device and the precision chooses the products.
+  // Read on GPUs only, where the temperature stays on the device.
   const double* device_temperature = nullptr;  // [1]
   const int64_t* row_order = nullptr;          // [num_rows] stable argsort of `rows`, or null with it
   const int64_t* row_begin = nullptr;          // [num_keys + 1] where the rows of each key begin in row_order
   void* workspace = nullptr;                   // info_nce_workspace() bytes
-  bool highest_precision = false;
   int num_processors = 0;
 };
 

@@ -1,17 +1,23 @@
 // Strip algorithm. For a strip of kStrip rows the similarities to all keys are computed once, exponentiated in place,
 // and used three times: for the row sums, for the row side of the gradient (sum_j E_ij k_j) and, once the row sums are
-// known, for the key side (sum_i c_i E_ij u_i). Keys are cut into blocks; a block belongs to one thread, which also
-// owns the gradient rows of its keys, so no sum ever depends on the number of threads.
+// known, for the key side (sum_i c_i E_ij u_i). Keys are cut into blocks; a block, and the gradient rows of its keys, is
+// the work of one thread at a time, whichever is free: no sum depends on who does it.
 //
 // E is held transposed, [key, row of the strip]: then no transposed copy of the keys is needed.
 //
 // Over all rows the anchor's own view needs less: its E is symmetric. Its row sums come first, from the upper triangle.
 // Then, strips ascending, the lower triangle is enough: c_j of every earlier row is known, so that
 // W_ij = E_ij (c_i + c_j) carries both sides of the gradient of both rows. That is 10 N^2 D operations instead of 12.
+//
+// Every product is one of three: similarities, row_side and key_side. Below the highest precision unit
+// rows are held, and E and W multiplied, in 16-bit fixed point (fixed_point.h); exponentials and sums are float32.
 #include "../info_nce.h"
 
 #include <omp.h>
 
+#include <type_traits>
+
+#include "fixed_point.h"
 #include "simd.h"
 
 namespace hellm::cpu::HELLM_ISA {
@@ -26,7 +32,8 @@ constexpr double kLog2E = 1.4426950408889634;
 // Below it exp((s - 1) / t) can underflow, and the row maximum must be found first.
 constexpr double kFixedShiftTemperature = 0.025;
 
-template <typename T>
+// U is the type of the unit rows: T, or int16_t in fixed point.
+template <typename T, typename U>
 struct Problem {
   const InfoNceArguments& arguments;
   int64_t stride;        // dim rounded up to whole vectors
@@ -35,7 +42,10 @@ struct Problem {
   bool gradients, find_maximum;
   bool symmetric;        // the anchor's own view goes by triangles; only the positive view has blocks
   T exponent_scale;      // log2(e) / t
-  T *unit[2], *norm[2];  // anchor, positive
+  U* unit[2];            // anchor, positive: [num_keys, stride]
+  T* norm[2];            // [num_keys]
+  U* across[2];          // fixed point: the units of each panel of keys transposed, [panels, stride, panel[view]]
+  int64_t panel[2];      // keys a panel: those that row_side is given at a time
   T* grad[2];            // [num_keys, stride] each
   T* similarity;         // [num_blocks, kBlock, strip], E transposed; one block a thread without gradients
   T* partial_sum;        // [num_blocks, strip]
@@ -58,38 +68,97 @@ struct Problem {
   }
 };
 
-template <typename T>
+template <typename T, typename U>
 struct Scratch {  // of one thread
-  T* query;       // [dim, strip]: unit anchors of the strip, transposed
+  U* query;       // [stride, strip]: unit anchors of the strip, transposed; fixed point: [stride / 2, strip, 2]
+  U* own;         // fixed point: unit anchors of the strip, [strip / 2, stride, 2]
   T* shift;       // [strip], in units of the exponent
   T* coefficient; // [strip]: c_i = row_grad_i sigmoid_i / sum_i
   T* weighted;    // [strip, stride]: c_i u_i
   T* block;       // [kBlock, strip], where E is not kept
+  U* packed;      // fixed point: [kBlock, strip], weights as a factor
+  T* scale;       // fixed point: [strip], of the factor
+  T* product;     // fixed point: [stride, strip]
+  T* unit_scale;  // fixed point: [strip], of the product of two units
 };
 
-template <typename T>
-void transpose_queries(const Problem<T>& p, int64_t start, int64_t count, T* query) {
+template <typename T, typename U>
+constexpr bool kFixed = !std::is_same<T, U>::value;
+
+template <typename T, typename U>
+inline T unit(U u) {
+  return kFixed<T, U> ? T(u) * T(1 / kUnit) : T(u);
+}
+
+template <typename T, typename U>
+void load_queries(const Problem<T, U>& p, int64_t start, int64_t count, const Scratch<T, U>& scratch) {
+  constexpr int64_t step = kFixed<T, U> ? 2 : 1;
   for (int64_t i = 0; i < p.strip; ++i) {
-    const T* u = i < count ? p.unit[0] + p.row(start + i) * p.stride : nullptr;
-    for (int64_t k = 0; k < p.arguments.dim; ++k) query[k * p.strip + i] = u ? u[k] : T(0);
+    const U* u = i < count ? p.unit[0] + p.row(start + i) * p.stride : nullptr;
+    for (int64_t k = 0; k < p.stride; ++k) {
+      const U value = u ? u[k] : U(0);
+      scratch.query[(k / step * p.strip + i) * step + k % step] = value;
+      if (kFixed<T, U>) scratch.own[(i / 2 * p.stride + k) * 2 + i % 2] = value;
+    }
   }
 }
 
 // s [keys, strip]: the strip's rows against `keys` rows of a view from `first` on.
-template <typename T>
-void similarities(const Problem<T>& p, int view, int64_t first, int64_t keys, int64_t start, int64_t count,
-                  const T* query, T* s) {
-  multiply<false>(keys, p.strip, p.arguments.dim, p.unit[view] + first * p.stride, p.stride, 1, query, p.strip, s,
-                  p.strip);
+template <typename T, typename U>
+void similarities(const Problem<T, U>& p, int view, int64_t first, int64_t keys, int64_t start, int64_t count,
+                  const Scratch<T, U>& scratch, T* s) {
+  const U* const unit = p.unit[view] + first * p.stride;
+  if constexpr (kFixed<T, U>) {
+    fixed_multiply<false, false>(keys, p.strip, p.stride, unit, p.stride, scratch.query, p.strip, scratch.unit_scale, s,
+                                 p.strip);
+  } else {
+    multiply<false>(keys, p.strip, p.arguments.dim, unit, p.stride, 1, scratch.query, p.strip, s, p.strip);
+  }
   // A row's own anchor is no negative, and its positive stands outside the sum.
-  for (int64_t i = 0; i < count; ++i) {
+  const bool all = p.arguments.rows == nullptr;
+  const int64_t begin = all && first > start ? first - start : 0;
+  const int64_t end = all && first + keys < start + count ? first + keys - start : count;
+  for (int64_t i = begin; i < end; ++i) {
     const int64_t own = p.row(start + i) - first;
     if (own >= 0 && own < keys) s[own * p.strip + i] = T(-1e30);
   }
 }
 
-template <typename T>
-void block_maximum(const Problem<T>& p, int64_t block, const T* s) {
+// out [strip, stride] (+)= sum_j w_ji k_j over `keys` keys of a view from `first` on; w [keys, strip].
+template <bool kAccumulate, typename T, typename U>
+void row_side(const Problem<T, U>& p, int view, int64_t first, int64_t keys, const T* w, const Scratch<T, U>& scratch,
+              T* out) {
+  if constexpr (kFixed<T, U>) {
+    pack_weights(w, keys, p.strip, scratch.packed, scratch.scale);
+    fixed_multiply<false, false>(p.stride, p.strip, keys, p.across[view] + first * p.stride, p.panel[view],
+                                 scratch.packed, p.strip, scratch.scale, scratch.product, p.strip);
+    transpose<kAccumulate>(scratch.product, p.stride, p.strip, out);
+  } else {
+    multiply<kAccumulate>(p.strip, p.stride, keys, w, 1, p.strip, p.unit[view] + first * p.stride, p.stride, out,
+                          p.stride);
+  }
+}
+
+// grad [keys, stride] += sum_i w_ji c_i u_i over the strip's rows; w [keys, strip]. c_i is 1 where W holds it already.
+template <bool kHeld, typename T, typename U>
+void key_side(const Problem<T, U>& p, int64_t keys, int64_t start, int64_t count, const T* w,
+              const Scratch<T, U>& scratch, T* grad) {
+  if constexpr (kFixed<T, U>) {
+    for (int64_t key = 0; key < keys; key += kGroup) {
+      const int64_t group = keys - key < kGroup ? keys - key : kGroup;
+      pack_weight_rows(w + key * p.strip, group, p.strip, kHeld ? nullptr : scratch.coefficient, scratch.packed,
+                       scratch.scale);
+      fixed_multiply<true, true>(group, p.stride, p.strip, scratch.packed, p.strip, scratch.own, p.stride,
+                                 scratch.scale, grad + key * p.stride, p.stride);
+    }
+  } else {
+    multiply<true>(keys, p.stride, kHeld ? count : p.strip, w, p.strip, 1,
+                   kHeld ? p.unit[0] + start * p.stride : scratch.weighted, p.stride, grad, p.stride);
+  }
+}
+
+template <typename T, typename U>
+void block_maximum(const Problem<T, U>& p, int64_t block, const T* s) {
   T* maximum = p.partial_maximum + block * p.strip;
   for (int64_t i = 0; i < p.strip; i += kLanes<T>) {
     Vector<T> top = broadcast(T(-1e30));
@@ -102,59 +171,48 @@ void block_maximum(const Problem<T>& p, int64_t block, const T* s) {
 }
 
 // S of a group of keys to E, added to the row sums.
-template <bool kShort, typename T>
-void exponentiate(const Problem<T>& p, int64_t keys, const T* shift, T* s, T* sum) {
+template <typename T, typename U>
+void exponentiate(const Problem<T, U>& p, int64_t keys, const T* shift, T* s, T* sum) {
   const Vector<T> scale = broadcast(p.exponent_scale);
   for (int64_t i = 0; i < p.strip; i += kLanes<T>) {
     const Vector<T> offset = load(shift + i);
     Vector<T> total = load(sum + i);
     for (int64_t j = 0; j < keys; ++j) {
-      const Vector<T> e = exp2<kShort>(load(s + j * p.strip + i) * scale - offset);
+      const Vector<T> e = exp2(load(s + j * p.strip + i) * scale - offset);
       store(s + j * p.strip + i, e);
       total += e;
     }
     store(sum + i, total);
   }
 }
-template <typename T>
-void exponentiate(const Problem<T>& p, int64_t keys, const T* shift, T* s, T* sum) {
-  if (p.arguments.medium_precision) exponentiate<true>(p, keys, shift, s, sum);
-  else exponentiate<false>(p, keys, shift, s, sum);
-}
 
 // S of a group of the anchor's own keys to W = E (c_i + c_j).
-template <bool kShort, typename T>
-void weigh(const Problem<T>& p, int64_t keys, const Scratch<T>& scratch, const T* key_coefficient, T* s) {
+template <typename T, typename U>
+void weigh(const Problem<T, U>& p, int64_t keys, const Scratch<T, U>& scratch, const T* key_coefficient, T* s) {
   const Vector<T> scale = broadcast(p.exponent_scale);
   for (int64_t i = 0; i < p.strip; i += kLanes<T>) {
     const Vector<T> offset = load(scratch.shift + i), coefficient = load(scratch.coefficient + i);
     for (int64_t j = 0; j < keys; ++j) {
-      const Vector<T> e = exp2<kShort>(load(s + j * p.strip + i) * scale - offset);
+      const Vector<T> e = exp2(load(s + j * p.strip + i) * scale - offset);
       store(s + j * p.strip + i, e * (coefficient + key_coefficient[j]));
     }
   }
 }
-template <typename T>
-void weigh(const Problem<T>& p, int64_t keys, const Scratch<T>& scratch, const T* key_coefficient, T* s) {
-  if (p.arguments.medium_precision) weigh<true>(p, keys, scratch, key_coefficient, s);
-  else weigh<false>(p, keys, scratch, key_coefficient, s);
-}
 
 // First half of a strip, for one block: E, row sums, row side of the gradient.
-template <typename T>
-void sweep_rows(const Problem<T>& p, int64_t block, int64_t start, int64_t count, const Scratch<T>& scratch) {
+template <typename T, typename U>
+void sweep_rows(const Problem<T, U>& p, int64_t block, int64_t start, int64_t count, const Scratch<T, U>& scratch) {
   T* s = p.gradients ? p.similarity + block * kBlock * p.strip : scratch.block;
   T* sum = p.partial_sum + block * p.strip;
   std::memset(sum, 0, p.strip * sizeof(T));
   for (int64_t key = 0; key < p.keys(block); key += kGroup) {
     const int64_t left = p.keys(block) - key, keys = left < kGroup ? left : kGroup;
-    similarities(p, p.view(block), p.first_key(block) + key, keys, start, count, scratch.query, s + key * p.strip);
+    similarities(p, p.view(block), p.first_key(block) + key, keys, start, count, scratch, s + key * p.strip);
     exponentiate(p, keys, scratch.shift, s + key * p.strip, sum);
   }
   if (!p.gradients) return;
-  multiply<false>(p.strip, p.stride, p.keys(block), s, 1, p.strip,
-                  p.unit[p.view(block)] + p.first_key(block) * p.stride, p.stride,
-                  p.partial_key + block * p.strip * p.stride, p.stride);
+  row_side<false>(p, p.view(block), p.first_key(block), p.keys(block), s, scratch,
+                  p.partial_key + block * p.strip * p.stride);
 }
 
 template <typename T>
@@ -163,12 +221,12 @@ struct RowResult {
 };
 
 // Row i of the strip, from the partial sums of all blocks in their order.
-template <typename T>
-RowResult<T> finish_row(const Problem<T>& p, int64_t i, int64_t row, T shift) {
+template <typename T, typename U>
+RowResult<T> finish_row(const Problem<T, U>& p, int64_t i, int64_t row, T shift) {
   double sum = 0, aligned = 0;
   for (int64_t block = 0; block < p.num_blocks; ++block) sum += double(p.partial_sum[block * p.strip + i]);
-  const T *u = p.unit[0] + row * p.stride, *v = p.unit[1] + row * p.stride;
-  for (int64_t k = 0; k < p.arguments.dim; ++k) aligned += double(u[k]) * double(v[k]);
+  const U *u = p.unit[0] + row * p.stride, *v = p.unit[1] + row * p.stride;
+  for (int64_t k = 0; k < p.arguments.dim; ++k) aligned += double(unit<T>(u[k])) * double(unit<T>(v[k]));
   if (p.symmetric) sum += double(p.intra_sum[row]);
   if (!(sum > 0)) return {0, 0, aligned, sum == 0 ? 0.0 : sum};
   const double margin = __builtin_log(sum) + double(shift) / kLog2E - aligned / p.arguments.temperature;
@@ -177,8 +235,8 @@ RowResult<T> finish_row(const Problem<T>& p, int64_t i, int64_t row, T shift) {
 }
 
 // Second half: c_i of every row (each thread for itself), the loss and row side of the rows of one thread.
-template <typename T>
-void finish_rows(const Problem<T>& p, int64_t start, int64_t count, int thread, int threads, const Scratch<T>& s) {
+template <typename T, typename U>
+void finish_rows(const Problem<T, U>& p, int64_t start, int64_t count, int thread, int threads, const Scratch<T, U>& s) {
   const T* row_grad = static_cast<const T*>(p.arguments.row_grad);
   for (int64_t i = 0; i < p.strip; ++i) {
     T* weighted = s.weighted + i * p.stride;
@@ -193,11 +251,11 @@ void finish_rows(const Problem<T>& p, int64_t start, int64_t count, int thread, 
     const RowResult<T> result = finish_row(p, i, row, s.shift[i]);
     if (mine) static_cast<T*>(p.arguments.row_loss)[start + i] = T(result.loss);
     if (!p.gradients) continue;
-    const T *u = p.unit[0] + row * p.stride, *v = p.unit[1] + row * p.stride;
+    const U *u = p.unit[0] + row * p.stride, *v = p.unit[1] + row * p.stride;
     const double weight = double(row_grad[start + i]) * result.sigmoid;
     const double inverse = result.sum > 0 ? 1 / result.sum : 0;
     s.coefficient[i] = T(weight * inverse);
-    for (int64_t k = 0; k < p.stride; ++k) weighted[k] = s.coefficient[i] * u[k];
+    for (int64_t k = 0; k < p.stride; ++k) weighted[k] = s.coefficient[i] * unit<T>(u[k]);
     if (!mine) continue;
     if (p.symmetric) p.coefficient[row] = s.coefficient[i];
     p.row_weight[i] = T(weight);
@@ -210,35 +268,35 @@ void finish_rows(const Problem<T>& p, int64_t start, int64_t count, int thread, 
     double towards = 0;
     for (int64_t k = 0; k < p.stride; ++k) {
       const double mean_key = double(pending[k]) * inverse;
-      towards += mean_key * double(u[k]);
-      pending[k] = T(weight * (mean_key - double(v[k])));
+      towards += mean_key * double(unit<T>(u[k]));
+      pending[k] = T(weight * (mean_key - double(unit<T>(v[k]))));
     }
     static_cast<T*>(p.arguments.row_slope)[start + i] = T(weight * (towards - result.aligned));
   }
 }
 
-template <typename T>
-void sweep_keys(const Problem<T>& p, int64_t block, const T* weighted) {
-  multiply<true>(p.keys(block), p.stride, p.strip, p.similarity + block * kBlock * p.strip, p.strip, 1, weighted,
-                 p.stride, p.grad[p.view(block)] + p.first_key(block) * p.stride, p.stride);
+template <typename T, typename U>
+void sweep_keys(const Problem<T, U>& p, int64_t block, int64_t start, int64_t count, const Scratch<T, U>& scratch) {
+  key_side<false>(p, p.keys(block), start, count, p.similarity + block * kBlock * p.strip, scratch,
+                  p.grad[p.view(block)] + p.first_key(block) * p.stride);
 }
 
 // Row sums of the anchor's own view, from its upper triangle. Strips are dealt to a fixed number of groups, each with
 // its own sums, so that the result does not depend on who does which.
-template <typename T>
-void sum_triangle(const Problem<T>& p, int64_t group, const Scratch<T>& scratch) {
+template <typename T, typename U>
+void sum_triangle(const Problem<T, U>& p, int64_t group, const Scratch<T, U>& scratch) {
   const int64_t n = p.arguments.num_keys;
   T* const part = p.intra_part + group * n;
   std::memset(part, 0, n * sizeof(T));
   for (int64_t start = group * p.strip; start < n; start += kTriangleGroups * p.strip) {
     const int64_t count = n - start < p.strip ? n - start : p.strip;
-    transpose_queries(p, start, count, scratch.query);
+    load_queries(p, start, count, scratch);
     T* const sum = scratch.coefficient;
     std::memset(sum, 0, p.strip * sizeof(T));
     for (int64_t first = start; first < n;) {
       const int64_t end = first < start + count ? start + count : n;
       const int64_t keys = end - first < kGroup ? end - first : kGroup;
-      similarities(p, 0, first, keys, start, count, scratch.query, scratch.block);
+      similarities(p, 0, first, keys, start, count, scratch, scratch.block);
       exponentiate(p, keys, scratch.shift, scratch.block, sum);
       for (int64_t j = 0; j < keys && first >= start + count; ++j) {
         Vector<T> total = {};
@@ -251,45 +309,40 @@ void sum_triangle(const Problem<T>& p, int64_t group, const Scratch<T>& scratch)
   }
 }
 
-template <typename T>
-T* intra_key(const Problem<T>& p, int64_t first) {
+template <typename T, typename U>
+T* intra_key(const Problem<T, U>& p, int64_t first) {
   return p.intra_key + first / (kTriangleStrips * p.strip) * p.strip * p.stride;
 }
 
 // W = E (c_i + c_j) of the strip's rows against the anchors from `first` on, and both sides of its gradient.
-template <typename T>
-void sweep_triangle(const Problem<T>& p, int64_t first, int64_t keys, int64_t start, int64_t count,
-                    const Scratch<T>& scratch) {
+template <typename T, typename U>
+void sweep_triangle(const Problem<T, U>& p, int64_t first, int64_t keys, int64_t start, int64_t count,
+                    const Scratch<T, U>& scratch) {
   const bool own = first == start;  // symmetric in itself: one side gives both
   T* const w = scratch.block;
   for (int64_t key = 0; key < keys; key += kGroup) {
     const int64_t group = keys - key < kGroup ? keys - key : kGroup;
-    similarities(p, 0, first + key, group, start, count, scratch.query, w + key * p.strip);
+    similarities(p, 0, first + key, group, start, count, scratch, w + key * p.strip);
     weigh(p, group, scratch, own ? scratch.coefficient + key : p.coefficient + first + key, w + key * p.strip);
   }
-  T* const sum = intra_key(p, first);
-  const T* const u = p.unit[0] + first * p.stride;
-  if (first / p.strip % kTriangleStrips == 0) {
-    multiply<false>(p.strip, p.stride, keys, w, 1, p.strip, u, p.stride, sum, p.stride);
-  } else {
-    multiply<true>(p.strip, p.stride, keys, w, 1, p.strip, u, p.stride, sum, p.stride);
-  }
-  if (own) return;
-  multiply<true>(keys, p.stride, count, w, p.strip, 1, p.unit[0] + start * p.stride, p.stride,
-                 p.grad[0] + first * p.stride, p.stride);
+  T* const out = intra_key(p, first);
+  const bool fresh = first / p.strip % kTriangleStrips == 0;
+  if (fresh) row_side<false>(p, 0, first, keys, w, scratch, out);
+  else row_side<true>(p, 0, first, keys, w, scratch, out);
+  if (!own) key_side<true>(p, keys, start, count, w, scratch, p.grad[0] + first * p.stride);
 }
 
 // The rows' own share, after the key side of the strip is complete. Chosen rows may repeat, and stay with one thread.
-template <typename T>
-void add_pending(const Problem<T>& p, int64_t start, int64_t count, int thread, int threads) {
+template <typename T, typename U>
+void add_pending(const Problem<T, U>& p, int64_t start, int64_t count, int thread, int threads) {
   const int64_t sharing = p.arguments.rows ? 1 : threads;
   for (int64_t i = thread < sharing ? thread : count; i < count; i += sharing) {
     const int64_t row = p.row(start + i);
-    const T* u = p.unit[0] + row * p.stride;
+    const U* u = p.unit[0] + row * p.stride;
     T *const grad_u = p.grad[0] + row * p.stride, *const grad_v = p.grad[1] + row * p.stride;
     for (int64_t k = 0; k < p.stride; ++k) {
       grad_u[k] += p.pending[i * p.stride + k];
-      grad_v[k] -= p.row_weight[i] * u[k];
+      grad_v[k] -= p.row_weight[i] * unit<T>(u[k]);
     }
     for (int64_t first = 0; p.symmetric && first <= start; first += kTriangleStrips * p.strip) {
       const T* part = intra_key(p, first) + i * p.stride;
@@ -298,8 +351,8 @@ void add_pending(const Problem<T>& p, int64_t start, int64_t count, int thread, 
   }
 }
 
-template <typename T>
-void set_shift(const Problem<T>& p, T* shift) {
+template <typename T, typename U>
+void set_shift(const Problem<T, U>& p, T* shift) {
   for (int64_t i = 0; i < p.strip; ++i) {
     T maximum = T(1);
     if (p.find_maximum) {
@@ -308,21 +361,24 @@ void set_shift(const Problem<T>& p, T* shift) {
         const T other = p.partial_maximum[block * p.strip + i];
         maximum = other > maximum ? other : maximum;
       }
+      // A row without negatives has found only what was masked.
+      if (maximum < T(-2)) maximum = T(1);
     }
     shift[i] = maximum * p.exponent_scale;
   }
 }
 
-template <typename T>
-void run_thread(const Problem<T>& p, int thread, int threads) {
-  const int64_t dim = p.arguments.dim, num_rows = p.arguments.num_rows;
-  Buffer<T> memory(dim * p.strip + 2 * p.strip + p.strip * p.stride + kBlock * p.strip);
-  T* const query = memory;
-  T* const shift = query + dim * p.strip;
-  T* const coefficient = shift + p.strip;
-  T* const weighted = coefficient + p.strip;
-  const Scratch<T> scratch{query, shift, coefficient, weighted, weighted + p.strip * p.stride};
-  const int64_t begin = p.num_blocks * thread / threads, end = p.num_blocks * (thread + 1) / threads;
+template <typename T, typename U>
+void run_thread(const Problem<T, U>& p, int thread, int threads) {
+  const int64_t num_rows = p.arguments.num_rows, table = p.strip * p.stride;
+  Buffer<T> memory(4 * p.strip + 2 * table + kBlock * p.strip);
+  Buffer<U> factors((kFixed<T, U> ? 2 : 1) * table + (kFixed<T, U> ? kBlock * p.strip : 0));
+  T *const shift = memory, *const coefficient = shift + p.strip, *const scale = coefficient + p.strip;
+  T *const unit_scale = scale + p.strip, *const weighted = unit_scale + p.strip, *const product = weighted + table;
+  U *const query = factors, *const own = query + table;
+  const Scratch<T, U> scratch{query, own, shift, coefficient, weighted, product + table, own + table, scale, product,
+                              unit_scale};
+  for (int64_t i = 0; i < p.strip; ++i) unit_scale[i] = T(1 / (kUnit * kUnit));
 
   if (p.symmetric) {
     set_shift(p, scratch.shift);
@@ -338,37 +394,45 @@ void run_thread(const Problem<T>& p, int thread, int threads) {
   }
   for (int64_t start = 0; start < num_rows; start += p.strip) {
     const int64_t count = num_rows - start < p.strip ? num_rows - start : p.strip;
-    transpose_queries(p, start, count, scratch.query);
+    load_queries(p, start, count, scratch);
     if (p.find_maximum) {
-      for (int64_t block = begin; block < end; ++block) {
-        similarities(p, p.view(block), p.first_key(block), p.keys(block), start, count, scratch.query, scratch.block);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t block = 0; block < p.num_blocks; ++block) {
+        similarities(p, p.view(block), p.first_key(block), p.keys(block), start, count, scratch, scratch.block);
         block_maximum(p, block, scratch.block);
       }
-#pragma omp barrier
     }
     set_shift(p, scratch.shift);
-    for (int64_t block = begin; block < end; ++block) sweep_rows(p, block, start, count, scratch);
-#pragma omp barrier
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t block = 0; block < p.num_blocks; ++block) sweep_rows(p, block, start, count, scratch);
     finish_rows(p, start, count, thread, threads, scratch);
-    if (p.gradients) {
-      for (int64_t block = begin; block < end; ++block) sweep_keys(p, block, scratch.weighted);
-      for (int64_t first = 0; p.symmetric && first <= start; first += p.strip) {
-        if (first / (kTriangleStrips * p.strip) % threads != thread) continue;
+    if (!p.gradients) {
+#pragma omp barrier
+      continue;
+    }
+    const int64_t triangle = kTriangleStrips * p.strip;
+    const int64_t triangles = p.symmetric ? start / triangle + 1 : 0;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t part = 0; part < triangles + p.num_blocks; ++part) {
+      if (part >= triangles) {
+        sweep_keys(p, part - triangles, start, count, scratch);
+        continue;
+      }
+      for (int64_t first = part * triangle; first <= start && first < (part + 1) * triangle; first += p.strip) {
         sweep_triangle(p, first, first == start ? count : p.strip, start, count, scratch);
       }
     }
-#pragma omp barrier
-    if (p.gradients) add_pending(p, start, count, thread, threads);
+    add_pending(p, start, count, thread, threads);
   }
 }
 
 // d loss / d z = (g - <g, u> u) / (t |z|) with g the gradient in the unit row; 0 for a row that is all zero.
-template <typename T, typename S>
-void store_gradient(const Problem<T>& p, int view, int64_t row, S* out) {
+template <typename T, typename U, typename S>
+void store_gradient(const Problem<T, U>& p, int view, int64_t row, S* out) {
   T* g = p.grad[view] + row * p.stride;
-  const T* u = p.unit[view] + row * p.stride;
+  const U* u = p.unit[view] + row * p.stride;
   double along = 0;
-  for (int64_t k = 0; k < p.stride; ++k) along += double(g[k]) * double(u[k]);
+  for (int64_t k = 0; k < p.stride; ++k) along += double(g[k]) * double(unit<T>(u[k]));
   if (view == 0 && p.symmetric) {
     // So far the slope holds the positive view only. Of the own view, sum_ij c_i E_ij s_ij = sum_ij W_ij s_ij / 2.
     T& slope = static_cast<T*>(p.arguments.row_slope)[row];
@@ -376,11 +440,25 @@ void store_gradient(const Problem<T>& p, int view, int64_t row, S* out) {
   }
   const double norm = double(p.norm[view][row]);
   const T scale = norm > 0 ? T(1 / (norm * p.arguments.temperature)) : T(0);
-  for (int64_t k = 0; k < p.arguments.dim; ++k) from_float((g[k] - T(along) * u[k]) * scale, out[row * p.arguments.dim + k]);
+  for (int64_t k = 0; k < p.arguments.dim; ++k) {
+    from_float((g[k] - T(along) * unit<T>(u[k])) * scale, out[row * p.arguments.dim + k]);
+  }
 }
 
-template <typename T, typename S>
-void run(const InfoNceArguments& a) {
+// The units of panel `panel` of a view transposed, zero where it has no keys.
+template <typename T, typename U>
+void transpose_panel(const Problem<T, U>& p, int view, int64_t panel) {
+  const int64_t size = p.panel[view], first = panel * size;
+  U* out = p.across[view] + first * p.stride;
+  for (int64_t k = 0; k < p.stride; ++k) {
+    for (int64_t j = 0; j < size; ++j) {
+      *out++ = first + j < p.arguments.num_keys ? p.unit[view][(first + j) * p.stride + k] : U(0);
+    }
+  }
+}
+
+template <typename T, typename U, typename S>
+void run_with(const InfoNceArguments& a) {
   const int64_t n = a.num_keys, stride = (a.dim + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   const int64_t blocks_a_view = (n + kBlock - 1) / kBlock;
   const bool gradients = a.row_grad != nullptr, find_maximum = a.temperature < kFixedShiftTemperature;
@@ -392,7 +470,12 @@ void run(const InfoNceArguments& a) {
   // With nothing to pad, the caller's gradients serve as the accumulators.
   const bool in_place = sizeof(S) == sizeof(T) && stride == a.dim;
 
-  Buffer<T> unit(2 * n * stride), norm(2 * n);
+  const int64_t panel[2] = {symmetric ? strip : kBlock, kBlock};
+  const int64_t panels[2] = {kFixed<T, U> && a.intra_view_negatives ? (n + panel[0] - 1) / panel[0] : 0,
+                             kFixed<T, U> ? blocks_a_view : 0};
+
+  Buffer<U> unit(2 * n * stride), across(gradients ? (panels[0] * panel[0] + panels[1] * panel[1]) * stride : 0);
+  Buffer<T> norm(2 * n);
   Buffer<T> grad(gradients && !in_place ? 2 * n * stride : 1);
   Buffer<T> similarity(gradients ? num_blocks * kBlock * strip : 1);
   Buffer<T> partial(2 * num_blocks * strip), partial_key(gradients ? num_blocks * strip * stride : 1);
@@ -400,12 +483,13 @@ void run(const InfoNceArguments& a) {
   Buffer<T> intra(symmetric ? (2 + kTriangleGroups) * n : 1);
   Buffer<T> intra_key(symmetric && gradients ? (n / (kTriangleStrips * strip) + 1) * strip * stride : 1);
   T* const outside[2] = {static_cast<T*>(a.grad_anchor), static_cast<T*>(a.grad_positive)};
-  const Problem<T> p{a, stride, strip, blocks_a_view, num_blocks, gradients, find_maximum, symmetric,
-                     T(kLog2E / a.temperature),
-                     {unit, unit + n * stride}, {norm, norm + n},
-                     {in_place ? outside[0] : grad, in_place ? outside[1] : grad + n * stride},
-                     similarity, partial, partial + num_blocks * strip, partial_key, pending, row_weight,
-                     intra, intra + 2 * n, intra + n, intra_key};
+  const Problem<T, U> p{a, stride, strip, blocks_a_view, num_blocks, gradients, find_maximum, symmetric,
+                        T(kLog2E / a.temperature),
+                        {unit, unit + n * stride}, {norm, norm + n},
+                        {across, across + panels[0] * panel[0] * stride}, {panel[0], panel[1]},
+                        {in_place ? outside[0] : grad, in_place ? outside[1] : grad + n * stride},
+                        similarity, partial, partial + num_blocks * strip, partial_key, pending, row_weight,
+                        intra, intra + 2 * n, intra + n, intra_key};
   const S* const views[2] = {static_cast<const S*>(a.anchor), static_cast<const S*>(a.positive)};
   S* const outputs[2] = {static_cast<S*>(a.grad_anchor), static_cast<S*>(a.grad_positive)};
 
@@ -420,6 +504,10 @@ void run(const InfoNceArguments& a) {
         if (gradients) std::memset(p.grad[view] + row * stride, 0, stride * sizeof(T));
       }
     }
+    for (int view = 0; view < 2 && gradients; ++view) {
+#pragma omp for schedule(static)
+      for (int64_t one = 0; one < panels[view]; ++one) transpose_panel(p, view, one);
+    }
     run_thread(p, omp_get_thread_num(), omp_get_num_threads());
 #pragma omp barrier
     if (gradients) {
@@ -429,6 +517,24 @@ void run(const InfoNceArguments& a) {
       }
     }
   }
+}
+
+template <typename S>
+bool all_finite(const S* x, int64_t size) {
+  float sum = 0;  // of zeros and, if any, NaN
+  for (int64_t k = 0; k < size; ++k) sum += float(to_float(x[k])) * 0.0f;
+  return sum == 0;
+}
+
+template <typename T, typename S>
+void run(const InfoNceArguments& a) {
+  if constexpr (kPairsAreFast && std::is_same<T, float>::value) {
+    const int64_t size = a.num_keys * a.dim;
+    const auto finite = [&](const void* x) { return all_finite(static_cast<const S*>(x), size); };
+    // Fixed point has no NaN to answer with.
+    if (!a.highest_precision && finite(a.anchor) && finite(a.positive)) return run_with<T, int16_t, S>(a);
+  }
+  run_with<T, T, S>(a);
 }
 
 }  // namespace

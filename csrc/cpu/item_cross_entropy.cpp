@@ -120,7 +120,7 @@ void sweep_rows(const Problem<T>& p, int64_t block, int64_t start, int64_t count
     const Vector<T> maximum = load(p.partial_maximum + block * strip + i);
     Vector<T> total = {};
     for (int64_t j = 0; j < items; ++j) {
-      const Vector<T> value = exp2<false>((load(e + j * strip + i) - maximum) * scale);
+      const Vector<T> value = exp2((load(e + j * strip + i) - maximum) * scale);
       store(e + j * strip + i, value);
       total += value;
     }
@@ -141,7 +141,7 @@ Vector<T> common_maximum(const Problem<T>& p, int64_t i) {
   }
   for (int64_t block = 0; block < p.num_blocks; ++block) {
     const Vector<T> below = load(p.partial_maximum + block * p.strip + i) - top;
-    store(p.ratio + block * p.strip + i, exp2<false>(below * broadcast(T(kLog2E))));
+    store(p.ratio + block * p.strip + i, exp2(below * broadcast(T(kLog2E))));
   }
   return top;
 }

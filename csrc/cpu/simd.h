@@ -37,6 +37,8 @@ struct VectorOf {
 template <typename T>
 using Vector = typename VectorOf<T>::type;
 
+typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+
 template <typename T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
@@ -152,30 +154,20 @@ inline void store_as(S* p, Vector<A> v) {
   for (int i = 0; i < kLanes<A>; ++i) from_float(v[i], p[i]);
 }
 
-// 2^x for x <= about 0; exactly 0 below the smallest normal number, NaN for NaN. Relative error 2e-7, or 1e-4 when
-// `kShort`.
-template <bool kShort>
+// 2^x for x <= about 0; exactly 0 below the smallest normal number, NaN for NaN. Relative error 2e-7.
 inline Vector<float> exp2(Vector<float> x) {
-  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
   const Vector<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Int normal = ~(x < -126.0f);
   const Vector<float> rounded = x + magic;
-  const Vector<float> f = x - (rounded - magic);  // in [-1/2, 1/2]; the polynomials are minimax there
-  Vector<float> p;
-  if (kShort) {
-    p = 0.0550089259f * f + 0.242210962f;
-    p = p * f + 0.693282928f;
-  } else {
-    p = 0.00132647266f * f + 0.00967151272f;
-    p = p * f + 0.0555073375f;
-    p = p * f + 0.240222421f;
-    p = p * f + 0.693146978f;
-  }
+  const Vector<float> f = x - (rounded - magic);  // in [-1/2, 1/2]; the polynomial is minimax there
+  Vector<float> p = 0.00132647266f * f + 0.00967151272f;
+  p = p * f + 0.0555073375f;
+  p = p * f + 0.240222421f;
+  p = p * f + 0.693146978f;
   p = p * f + 1.0f;
   const Int exponent = reinterpret_cast<Int>(rounded) << 23;
   return reinterpret_cast<Vector<float>>((reinterpret_cast<Int>(p) + exponent) & normal);
 }
-template <bool kShort>
 inline Vector<double> exp2(Vector<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp2(x[i]);
   return x;

@@ -156,8 +156,8 @@ def info_nce(
         temperature: t, > 0; smaller is sharper, accurate down to 0.01. A 0-d tensor may require a gradient.
         intra_view_negatives: GRACE's denominator (both views); False is SimCLR's one-directional cross-view form.
         reduction: "mean", "sum" or "none".
-        precision: "highest" (float32 products), "high" or "medium" (16-bit products, float32 accumulation);
-            None reads `torch.get_float32_matmul_precision()`. On the CPU "high" is computed as "highest".
+        precision: "highest" (float32 products), "high" or "medium" (16-bit products, float32 sums); None reads
+            `torch.get_float32_matmul_precision()`. Ignored for float64.
         rows: [R] int64, the rows whose loss is wanted, against all N keys; None is all. The mean over rows drawn
             uniformly is an unbiased estimate of the whole mean at R / N of the cost.
 

@@ -142,7 +142,7 @@ def info_nce(
     native().info_nce(
         _address(anchor), _address(positive), _address(rows), _address(row_grad), _address(row_loss),
         *map(_address, grads if row_grad is not None else (None, None)), _address(row_slope),
-        num_keys, num_rows, dim, float(temperature), intra_view_negatives, precision == "medium",
+        num_keys, num_rows, dim, float(temperature), intra_view_negatives, precision == "highest",
         _DTYPE_CODE[anchor.dtype], torch.get_num_threads(),
     )  # fmt: skip
     if row_grad is None:
