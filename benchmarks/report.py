@@ -109,7 +109,12 @@ def _target_rows(run: dict[str, Any]) -> list[tuple[str, ...]]:
         reached = "failed" if largest is None else f"{largest['peak_bytes'] / 1e9:.2f} GB"
         size = "" if largest is None else f", {largest['num_interactions']:,} interactions"
         most = f"{run['max_peak_bytes'] / 1e9:g} GB"
-        return [("scale", f"peak memory{size}", "", f"at most {most}", reached, _verdict(run["met"]))]
+        rows.append(("scale", f"peak memory{size}", "", f"at most {most}", reached, _verdict(run["met"])))
+        if run["growth"]:
+            ours, machine = (run["growth"][f"{field}_seconds"] for field in ("forward", "gather"))
+            what, most = "growth exponent of the forward pass", f"at most {machine:.2f}"
+            rows.append(("scale", what, "the gathers alone", most, f"{ours:.2f}", _verdict(ours <= machine)))
+        return rows
     if run["kind"] == "llm":
         return [(*cells, _verdict(met)) for *cells, met in llm_report.target_rows(run)]
     for record in run["cases"]:
@@ -247,7 +252,10 @@ def _scale_section(run: dict[str, Any]) -> list[str]:
     text += markdown_table(head, rows)
     if run["growth"]:
         slopes = ", ".join(f"{name.removesuffix('_seconds')} {slope:.2f}" for name, slope in run["growth"].items())
-        text += f"\nGrowth exponents (slope of log time over log interactions; 1 is linear): {slopes}.\n"
+        text += (
+            f"\nGrowth exponents (slope of log time over log interactions): {slopes}. The work is linear, exponent 1; "
+            "what is above 1 is the tables leaving the caches, and the gathers tell how much of that is the machine.\n"
+        )
         text += f"\n![Time and memory against the number of interactions]({FIGURE})\n"
     return [text]
 
@@ -268,8 +276,9 @@ def plot_scale(run: dict[str, Any], path: Path) -> None:
     done = [record for record in run["sizes"] if not record["failure"]]
     size = [record["num_interactions"] for record in done]
     figure, (time_axis, memory_axis) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    for field, marker in (("build_seconds", "s"), ("forward_seconds", "o"), ("backward_seconds", "^")):
-        time_axis.loglog(size, [record[field] for record in done], marker=marker, label=field.removesuffix("_seconds"))
+    for field, style in (("build", "s-"), ("forward", "o-"), ("backward", "^-"), ("gather", "x--")):
+        label = "the gathers alone (torch)" if field == "gather" else field
+        time_axis.loglog(size, [record[f"{field}_seconds"] for record in done], style, label=label)
     last = done[-1]["backward_seconds"]
     time_axis.loglog(size, [last * one / size[-1] for one in size], "k:", linewidth=1, label="linear")
     time_axis.set(xlabel="interactions", ylabel="seconds", title="Time, width 64")

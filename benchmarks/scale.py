@@ -138,7 +138,7 @@ def measure(sizes: Sequence[inputs.Size], rounds: int = 3, say=print) -> dict[st
             f"peak {record['peak_bytes'] / 1e9:.2f} GB"
         )
     done = [record for record in run["sizes"] if not record["failure"]]
-    fields = ("build_seconds", "forward_seconds", "backward_seconds")
+    fields = ("build_seconds", "forward_seconds", "backward_seconds", "gather_seconds")
     run["growth"] = {field: growth(done, field) for field in fields} if len(done) > 1 else {}
     run["max_peak_bytes"] = MAX_PEAK_BYTES
     run["met"] = len(done) == len(sizes) and max(record["peak_bytes"] for record in done) <= MAX_PEAK_BYTES

@@ -259,7 +259,7 @@ def test_scale_runs_each_size_in_its_own_process(scale_run):
     assert [record["failure"] for record in scale_run["sizes"]] == [None, None]
     assert [record["num_incidences"] for record in scale_run["sizes"]] == [500, 1000]
     assert all(record["peak_bytes"] > 50e6 for record in scale_run["sizes"])
-    assert set(scale_run["growth"]) == {"build_seconds", "forward_seconds", "backward_seconds"}
+    assert set(scale_run["growth"]) == {"build_seconds", "forward_seconds", "backward_seconds", "gather_seconds"}
 
 
 def test_growth_of_a_square_is_two():

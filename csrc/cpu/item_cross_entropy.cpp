@@ -1,7 +1,7 @@
 // Strip algorithm, as in info_nce.cpp: the logits of a strip of rows are computed once and used three times, for the
 // row sums, for the row side of the gradient (sum_j E_ij e_j) and, once the row sums are known, for the item side
-// (sum_i c_i E_ij h_i). That is 6 N I D operations. Items are cut into blocks; a block belongs to one thread, which
-// also owns the gradient rows of its items, so no sum ever depends on the number of threads.
+// (sum_i c_i E_ij h_i). That is 6 N I D operations. Items are cut into blocks; a block, and the gradient rows of its
+// items, is the work of one thread at a time, whichever is free: no sum depends on who does it.
 //
 // Logits are not bounded, so every block exponentiates below its own row maximum, E_ij = exp(s_ij - m_ib), and its sums
 // are brought to the common maximum M_i by r_ib = exp(m_ib - M_i): one number a row and block instead of a sweep of its
@@ -210,13 +210,12 @@ void store_item_gradient(const Problem<T>& p, int64_t item) {
 
 template <typename T, typename S>
 void run_thread(const Problem<T>& p, const Scratch<T>& scratch, int thread, int threads) {
-  const int64_t begin = p.num_blocks * thread / threads, end = p.num_blocks * (thread + 1) / threads;
   const int64_t num_rows = p.arguments.num_rows;
   for (int64_t start = 0; start < num_rows; start += p.strip) {
     const int64_t count = num_rows - start < p.strip ? num_rows - start : p.strip;
     load_rows<T, S>(p, start, count, scratch);
-    for (int64_t block = begin; block < end; ++block) sweep_rows(p, block, start, count, scratch);
-#pragma omp barrier
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t block = 0; block < p.num_blocks; ++block) sweep_rows(p, block, start, count, scratch);
     for (int64_t i = kLanes<T> * thread; i < count; i += kLanes<T> * threads) {
       const Vector<T> maximum = common_maximum(p, i);
       for (int64_t lane = 0; lane < kLanes<T> && i + lane < count; ++lane) {
@@ -224,7 +223,9 @@ void run_thread(const Problem<T>& p, const Scratch<T>& scratch, int thread, int 
       }
     }
 #pragma omp barrier
-    for (int64_t block = begin; block < end && p.grad_items; ++block) sweep_items(p, block, start, count, scratch);
+    if (!p.grad_items) continue;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t block = 0; block < p.num_blocks; ++block) sweep_items(p, block, start, count, scratch);
   }
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import io
 import os
 import sys
@@ -207,12 +208,14 @@ def run_decoder(
             cache.update(key, value, layer)
     if position is None:
         position = torch.arange(start, start + inputs.shape[1], device=inputs.device).unsqueeze(0)
+    # transformers has renamed it; 5.40 will no longer know the old name.
+    cache_name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
     output = decoder(
         inputs_embeds=inputs.to(model.get_input_embeddings().weight.dtype),
         attention_mask=attend,
         position_ids=position,
-        past_key_values=cache,
         use_cache=cache is not None,
+        **{cache_name: cache},
         **options,
     )
     return output.last_hidden_state, [(layer.keys, layer.values) for layer in cache.layers] if cache else []
