@@ -3,14 +3,14 @@
 // known, for the key side (sum_i c_i E_ij u_i). Keys are cut into blocks; a block, and the gradient rows of its keys, is
 // the work of one thread at a time, whichever is free: no sum depends on who does it.
 //
-// E is held transposed, [key, row of the strip]: then no transposed copy of the keys is needed.
+// E is held transposed, [key, row of the strip]: then products in floating point need no transposed copy of the keys.
 //
 // Over all rows the anchor's own view needs less: its E is symmetric. Its row sums come first, from the upper triangle.
 // Then, strips ascending, the lower triangle is enough: c_j of every earlier row is known, so that
 // W_ij = E_ij (c_i + c_j) carries both sides of the gradient of both rows. That is 10 N^2 D operations instead of 12.
 //
-// Every product is one of three: similarities, row_side and key_side. Below the highest precision unit
-// rows are held, and E and W multiplied, in 16-bit fixed point (fixed_point.h); exponentials and sums are float32.
+// Every product is one of three: similarities, row_side and key_side. Below the highest precision unit rows are held, and
+// E and W multiplied, in 16-bit fixed point (fixed_point.h); exponentials and sums are float32.
 #include "../info_nce.h"
 
 #include <omp.h>
@@ -74,7 +74,7 @@ struct Scratch {  // of one thread
   U* own;         // fixed point: unit anchors of the strip, [strip / 2, stride, 2]
   T* shift;       // [strip], in units of the exponent
   T* coefficient; // [strip]: c_i = row_grad_i sigmoid_i / sum_i
-  T* weighted;    // [strip, stride]: c_i u_i
+  T* weighted;    // floating point: [strip, stride], c_i u_i
   T* block;       // [kBlock, strip], where E is not kept
   U* packed;      // fixed point: [kBlock, strip], weights as a factor
   T* scale;       // fixed point: [strip], of the factor
@@ -90,6 +90,7 @@ inline T unit(U u) {
   return kFixed<T, U> ? T(u) * T(1 / kUnit) : T(u);
 }
 
+// The unit anchors of a strip, as the right factors of similarities and, in fixed point, of key_side.
 template <typename T, typename U>
 void load_queries(const Problem<T, U>& p, int64_t start, int64_t count, const Scratch<T, U>& scratch) {
   constexpr int64_t step = kFixed<T, U> ? 2 : 1;
@@ -241,7 +242,7 @@ void finish_rows(const Problem<T, U>& p, int64_t start, int64_t count, int threa
   for (int64_t i = 0; i < p.strip; ++i) {
     T* weighted = s.weighted + i * p.stride;
     if (i >= count) {
-      if (p.gradients) std::memset(weighted, 0, p.stride * sizeof(T));
+      if (p.gradients && !kFixed<T, U>) std::memset(weighted, 0, p.stride * sizeof(T));
       s.coefficient[i] = T(0);
       continue;
     }
@@ -255,7 +256,7 @@ void finish_rows(const Problem<T, U>& p, int64_t start, int64_t count, int threa
     const double weight = double(row_grad[start + i]) * result.sigmoid;
     const double inverse = result.sum > 0 ? 1 / result.sum : 0;
     s.coefficient[i] = T(weight * inverse);
-    for (int64_t k = 0; k < p.stride; ++k) weighted[k] = s.coefficient[i] * unit<T>(u[k]);
+    for (int64_t k = 0; k < p.stride && !kFixed<T, U>; ++k) weighted[k] = s.coefficient[i] * unit<T>(u[k]);
     if (!mine) continue;
     if (p.symmetric) p.coefficient[row] = s.coefficient[i];
     p.row_weight[i] = T(weight);
