@@ -94,6 +94,7 @@ class FinetuneConfig:
         weight_decay: of matrices; biases, norms, gates and prefixes have none (with compat they have).
         batch_tokens: padded tokens per step at most; several processes share them.
         batch_size: histories per step at most; null leaves it to `batch_tokens`.
+        steps_per_epoch: at most, every epoch with other histories; null takes all of them.
         accumulate: steps per update.
         max_grad_norm: longer gradients are scaled down to it; null leaves them.
         max_epochs: upper limit of training, and the length of the learning rate schedule.
@@ -124,6 +125,7 @@ class FinetuneConfig:
     weight_decay: float = 0.1
     batch_tokens: int = 512
     batch_size: int | None = None
+    steps_per_epoch: int | None = None
     accumulate: int = 1
     max_grad_norm: float | None = 1.0
     max_epochs: int = 8
@@ -155,9 +157,9 @@ class FinetuneConfig:
         )
         for name in ("batch_tokens", "accumulate"):
             require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        require(self.batch_size is None or self.batch_size >= 1, "batch_size", "null or >= 1", self.batch_size)
-        steps = self.validate_steps
-        require(steps is None or steps >= 1, "validate_steps", "null or >= 1", steps)
+        for name in ("batch_size", "steps_per_epoch", "validate_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, "null or >= 1", value)
         norm = self.max_grad_norm
         require(norm is None or norm > 0, "max_grad_norm", "null or > 0", norm)
         if self.model.compat == "official" and self.batch_size is None:

@@ -179,6 +179,7 @@ def build_history_sampler(config: FinetuneConfig, dataset: Dataset, model: Recom
         tokens_around=len(model.instruction) + len(model.response) if per_target else 0,
         tokens_per_item=1 + (config.model.max_title_tokens if config.model.titles else 0),
         sort=not official,
+        max_steps=config.steps_per_epoch,
         seed=config.seed,
     )
 

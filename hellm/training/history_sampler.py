@@ -102,10 +102,12 @@ class HistorySampler(_NextItems):
         tokens_around: tokens of a history besides its items.
         tokens_per_item: tokens of an item.
         sort: False takes histories in random order, batches of `batch_size`, as published.
+        max_steps: batches per epoch at most, every epoch others; >= 1. None takes all.
         seed: >= 0.
 
     Attributes:
-        num_histories, num_targets, num_tokens: per epoch; tokens without padding.
+        num_histories, num_targets, num_tokens: per epoch, on average where `max_steps` leaves some out; tokens without
+            padding.
         num_padded_tokens: with padding (for `sort=False` an upper bound).
         num_steps: batches per epoch.
 
@@ -125,9 +127,11 @@ class HistorySampler(_NextItems):
         tokens_around: int = 0,
         tokens_per_item: int = 1,
         sort: bool = True,
+        max_steps: int | None = None,
         seed: int = 0,
     ) -> None:
-        for name, value in {"max_length": max_length, "batch_tokens": batch_tokens, "batch_size": batch_size}.items():
+        at_least_1 = {"max_length": max_length, "batch_tokens": batch_tokens, "batch_size": batch_size}
+        for name, value in (at_least_1 | {"max_steps": max_steps}).items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if not sort and batch_size is None:
@@ -148,21 +152,26 @@ class HistorySampler(_NextItems):
         # Cuts depend on the sorted lengths alone, so every epoch has the same number of steps.
         bounds = _cut(np.sort(tokens), batch_tokens, size) if sort else range(0, len(tokens) + size, size)
         self._bounds = np.minimum(np.asarray(bounds), len(tokens))
-        self.num_histories, self.num_targets = len(tokens), int(len(tokens) if per_target else self._length.sum())
-        self.num_tokens = int(tokens.sum())
+        batches = len(self._bounds) - 1
+        self.num_steps = batches if max_steps is None else min(max_steps, batches)
         ordered = np.sort(tokens) if sort else np.full(len(tokens), tokens.max())
         # With random batches an upper bound: the longest of a batch is not known before.
-        self.num_padded_tokens = int((np.diff(self._bounds) * ordered[self._bounds[1:] - 1]).sum())
-        self.num_steps = len(self._bounds) - 1
+        padded = (np.diff(self._bounds) * ordered[self._bounds[1:] - 1]).sum()
+        targets = len(tokens) if per_target else self._length.sum()
+        self.num_histories, self.num_targets, self.num_tokens, self.num_padded_tokens = (
+            round(int(all_of_them) * self.num_steps / batches)
+            for all_of_them in (len(tokens), targets, tokens.sum(), padded)
+        )
 
     def tokens_of(self, length):
         """Tokens of a history of `length` items."""
         return self._around + self._per_item * length
 
     def _arrange(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        order, batches = rng.permutation(self.num_histories), np.arange(self.num_steps)
+        order, batches = rng.permutation(len(self._length)), np.arange(len(self._bounds) - 1)
         if self._sort:
-            order, batches = order[np.argsort(self._length[order], kind="stable")], rng.permutation(self.num_steps)
+            order, batches = order[np.argsort(self._length[order], kind="stable")], rng.permutation(batches)
+        batches = batches[: self.num_steps]
         return order, self._bounds[batches], self._bounds[batches + 1]
 
 

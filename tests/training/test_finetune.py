@@ -259,6 +259,7 @@ def test_exhausted_memory_says_what_to_lower(config, small_dataset, runs, tmp_pa
         ("item_inputs=[]", "item_inputs must be one or more different names, got"),
         ("batch_tokens=0", "batch_tokens must be >= 1, got 0"),
         ("batch_size=0", "batch_size must be null or >= 1, got 0"),
+        ("steps_per_epoch=0", "steps_per_epoch must be null or >= 1, got 0"),
         ("validate_steps=0", "validate_steps must be null or >= 1, got 0"),
         ("accumulate=0", "accumulate must be >= 1, got 0"),
         ("max_grad_norm=0", "max_grad_norm must be null or > 0, got 0"),

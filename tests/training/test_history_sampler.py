@@ -82,12 +82,34 @@ def test_unsorted_batches_have_a_fixed_number_of_histories():
     assert sizes[:-1] == [7] * (len(sizes) - 1) and sum(sizes) == sampler.num_histories
 
 
+@pytest.mark.parametrize("sort", [True, False])
+def test_max_steps_takes_other_histories_every_epoch(sort):
+    settings = {"per_target": True, "batch_tokens": 10**9, "batch_size": 7, "sort": sort}
+    whole, part = (HistorySampler(*random_events(), **settings, max_steps=steps) for steps in (None, 5))
+    assert part.num_steps == 5 < whole.num_steps
+    for step in range(5):
+        assert np.array_equal(part.sample(1, step).items, whole.sample(1, step).items)
+    assert pairs(part, 0) != pairs(part, 1)
+    epochs = [sum(len(part.sample(epoch, step).items) for step in range(5)) for epoch in range(300)]
+    assert abs(np.mean(epochs) / part.num_tokens - 1) < 0.05
+    assert abs(part.num_histories - 35) <= 1 and part.num_targets == part.num_histories
+    assert part.num_padded_tokens < whole.num_padded_tokens
+
+
+def test_max_steps_beyond_the_epoch_changes_nothing():
+    settings = {"batch_tokens": 100, "tokens_around": 3}
+    whole, same = (HistorySampler(*random_events(), **settings, max_steps=steps) for steps in (None, 10**6))
+    names = ("num_steps", "num_histories", "num_targets", "num_tokens", "num_padded_tokens")
+    assert [getattr(whole, name) for name in names] == [getattr(same, name) for name in names]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"max_length": 0}, "max_length must be >= 1, got 0"),
         ({"batch_tokens": 0}, "batch_tokens must be >= 1, got 0"),
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        ({"max_steps": 0}, "max_steps must be >= 1, got 0"),
         ({"sort": False}, "batch_size must be given with sort=False, got None"),
     ],
 )
