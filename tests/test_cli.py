@@ -482,6 +482,7 @@ class TestDemo:
         assert compared == ["llm", "sasrec", "stage1", "lightgcn", "popularity", "itemknn", "bpr"]
         assert len(result["verdicts"]) == 1 and str(out / "run" / "llm") in result["verdicts"][0]
         assert "is recommended" in text and "recall@10" in text and "because of" in text
+        assert "bought both, alike in " in text
         fails("demo", "--out", out, match="is not empty; give --overwrite or another --out")
         (tmp_path / "file").touch()
         fails("demo", "--out", tmp_path / "file", match="is a file; give another --out")
@@ -554,7 +555,7 @@ def test_readme_names_every_verb_preset_protocol_and_form():
 
 
 def test_readme_snippets_run(shop, tmp_path, monkeypatch, capsys):
-    out = str(tmp_path / "demo" / "run")
+    out = str(tmp_path / "demo" / "run" / "stage1")
     assert main(["pretrain", "--data", shop, "--out", out, *FAST, "--max-epochs", "1"]) == 0
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -105,8 +105,12 @@ def _report(error: Exception) -> int:
     if isinstance(error, (ValueError, OSError)) or missing_extra:
         _say(f"error: {text}")
         return 2
-    if isinstance(error, ArithmeticError):
+    if isinstance(error, (ArithmeticError, MemoryError)):
         _say(f"error: {text}")
+        return 1
+    # torch's own; named rather than imported, since most commands do without torch.
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        _say(f"error: this needs more memory than there is ({text}); lower batch sizes, or use a smaller model")
         return 1
     _say(f"error: internal: {type(error).__name__}: {text} (--debug shows where)")
     return 1

@@ -60,10 +60,18 @@ def run_training(
     return 0
 
 
-def settings_parser(verb: str, description: str, config_class: type, inputs: Mapping[str, str] | None = None):
+def settings_parser(
+    verb: str,
+    description: str,
+    config_class: type,
+    inputs: Mapping[str, str] | None = None,
+    *,
+    dry_run: str = "only print what would be trained",
+    json: str = "print result.json as one line, the last of the output",
+):
     """The options of a verb that makes run directories, with every setting of `config_class`.
 
-    `inputs` is name -> help of options for runs of other stages.
+    `inputs` is name -> help of options for runs of other stages; `dry_run` and `json` are the help of those options.
     """
     inputs = inputs or {}
     presets = ", ".join(PRESETS[config_class])
@@ -82,8 +90,8 @@ def settings_parser(verb: str, description: str, config_class: type, inputs: Map
     parser.add_argument("--config", metavar="FILE", help="start from a YAML file, e.g. config.yaml of another run")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run, or start one")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is there")
-    parser.add_argument("--dry-run", action="store_true", help="only print what would be trained")
-    parser.add_argument("--json", action="store_true", help="print result.json as one line, the last of the output")
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
+    parser.add_argument("--json", action="store_true", help=json)
     add_reading_options(parser)
     add_settings(parser, config_class)
     return parser

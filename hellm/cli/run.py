@@ -29,6 +29,8 @@ def run(argv: Sequence[str]) -> int:
         "simpler recommenders, and sample recommendations with reasons. Every stage leaves a folder in --out, and "
         "--resume goes on where it stopped.",
         RunConfig,
+        dry_run="stop when the data are read and encoded",
+        json="print the comparison as one line of JSON, the last of the output",
     )
     args, config = parse_settings(parser, argv, RunConfig)
     if args.out is None:
@@ -39,7 +41,8 @@ def run(argv: Sequence[str]) -> int:
 
     stages.prepare(lambda: load_dataset(args.data, **reading_options(args)))
     if args.dry_run:
-        print("Nothing was trained (--dry-run); the data with their features are in", stages.path("data"))
+        print(f"Nothing was trained (--dry-run); the data with their features are in {stages.path('data')}.")
+        print("Go on with --resume; what a stage would take: its command above with --dry-run.")
         return 0
     stages.train()
     comparison = stages.compare()
@@ -76,6 +79,7 @@ class Stages:
                 raise FileExistsError(f"{out} holds no config.yaml, so it is no run and is not overwritten")
             _delete([out / name for name in _MADE if name in present])
         saved = self.path("config.yaml")
+        self._before = saved.read_text(encoding="utf-8") if saved.is_file() else None
         if saved.is_file():
             before, now = (config_to_dict(one) for one in (load_config(RunConfig, saved), config))
             for name in ("text", "image"):
@@ -102,7 +106,9 @@ class Stages:
         self._step(
             "Read the data, encode texts and pictures, and hold out events.", f"hellm features DATA --out {folder}"
         )
-        if not folder.is_dir():
+        if folder.is_dir():
+            print(f"{folder} is there from before and stays; to read the source again, delete it.")
+        else:
             save_dataset(_with_features(load(), self.config), folder)
         self.dataset = load_dataset(folder)
         print(f"{self.dataset.name}: {summary(self.dataset)}")
@@ -169,12 +175,14 @@ class Stages:
         answers = []
         for one in recommender.recommend(users, k=k):
             print(f"user {one.user} had")
-            for item in recommender.history(one.user)[-5:]:
+            history = reasons.history(one.user)
+            for item in history[-5:]:
                 print(f"    {title(item.item, item.title)}")
             print("  and is recommended")
             explained = []
             for item in one:
-                why = [reason.to_dict() for reason in reasons.explain(item.item, user=one.user, k=1)]
+                had = [event.item for event in history]
+                why = [reason.to_dict() for reason in reasons.explain(item.item, history=had, k=1)]
                 print(f"    {title(item.item, item.title)}{_because(why)}")
                 explained.append({"item": item.item, "title": item.title, "score": item.score, "reasons": why})
             answers.append({"user": one.user, "basis": one.basis, "items": explained})
@@ -189,7 +197,14 @@ class Stages:
         self._step(
             text, f"hellm {verb} --data {self.path('data')}{inputs} --config {folder / 'config.yaml'} --out {folder}"
         )
-        result = train(config, self.dataset, folder, evaluate=evaluate, resume=True, **runs)
+        try:
+            result = train(config, self.dataset, folder, evaluate=evaluate, resume=True, **runs)
+        except ValueError:
+            # A setting that a stage refuses must not become what the next --resume starts from.
+            if self._before is not None:
+                with atomic_path(self.path("config.yaml")) as temporary:
+                    temporary.write_text(self._before, encoding="utf-8")
+            raise
         k = self._ks()[len(self._ks()) // 2]
         print_result(result, folder, metrics=(f"recall@{k}", f"ndcg@{k}"))
 
@@ -247,9 +262,7 @@ def _because(reasons: list[dict[str, Any]]) -> str:
         return ""
     reason = reasons[0]
     parts = [f"{reason['shared_users']} bought both"] if reason["shared_users"] else []
-    parts += [
-        f"alike in {name}" for name, link in (reason.get("content") or {}).items() if link and link.get("neighbours")
-    ]
+    parts += [f"alike in {name}" for name, link in (reason["content"] or {}).items() if link["shared_hyperedges"]]
     return f"  (because of {title(reason['item'], reason['title'])}{': ' + ', '.join(parts) if parts else ''})"
 
 

@@ -53,7 +53,7 @@ def load_language_model(
     Raises:
         ImportError: transformers, gguf or the model's package is not installed; says what to install.
         FileNotFoundError: a path that does not exist, or no model of that name and no hub to ask.
-        ValueError: a revision for a model that is not on the hub.
+        ValueError: a revision for a model that is not on the hub, or a damaged model.
     """
     source, gguf_file = _locate(str(name))
     on_hub = gguf_file is None and not Path(source).is_dir()
@@ -71,13 +71,21 @@ def load_language_model(
         with _bars_on_terminals_only():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except OSError as error:
+    except ImportError:
+        raise
+    except Exception as error:
+        if not on_hub:
+            raise ValueError(f"language model {name} is there but cannot be read ({_first_line(error)})") from error
+        if not isinstance(error, OSError):
+            raise
         raise FileNotFoundError(
             f"language model {str(name)!r} is neither a local folder or .gguf file nor reachable on the hub "
             f"({_first_line(error)}); without a network give a folder, a .gguf file, or smollm2-135m: {EXTRA}"
         ) from error
     commit = revision or getattr(model.config, "_commit_hash", None)
-    model.hellm_source = {"name": str(name), "revision": commit if on_hub else None}
+    # A path is kept whole: whoever loads the run may stand in another folder.
+    kept = name if on_hub or name in PACKAGED else Path(source, gguf_file or "")
+    model.hellm_source = {"name": str(kept), "revision": commit if on_hub else None}
     return model.eval(), tokenizer
 
 
@@ -98,16 +106,18 @@ def language_model_identity(model: nn.Module) -> dict[str, Any]:
     """
     source = getattr(model, "hellm_source", None) or {"name": getattr(model, "name_or_path", ""), "revision": None}
     config = model.config.get_text_config()
-    rows = model.get_input_embeddings().weight.detach()
-    sample = rows[:: max(1, len(rows) // 64)]
-    sample = b"" if rows.is_meta else sample.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
+            digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return {
         "name": source["name"] or config.model_type,
         "revision": source["revision"],
         "model_type": config.model_type,
         "num_layers": config.num_hidden_layers,
         "width": config.hidden_size,
-        "weights": hashlib.sha256(sample).hexdigest()[:16],
+        "weights": digest.hexdigest()[:16],
     }
 
 
@@ -290,13 +300,14 @@ def _locate(name: str) -> tuple[str, str | None]:
     """Folder (or hub id) and GGUF file name of a model."""
     if name in PACKAGED:
         return _packaged_gguf(name)
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"language model file {path} does not exist")
-        return str(path.parent), path.name
-    looks_like_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_like_path and not path.is_dir():
+        return str(path.resolve().parent), path.name
+    if path.is_dir():
+        return str(path.resolve()), None
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise FileNotFoundError(f"language model folder {path} does not exist")
     return name, None
 

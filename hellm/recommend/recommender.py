@@ -229,7 +229,7 @@ class Recommender:
 
         Args:
             item: Id of a recommended item.
-            user: Id of a known user; the training history counts.
+            user: Id of a known user; the events count that `recommend` goes by.
             history: Item ids. Give this or `user`.
             k: Most reasons, >= 1. They alternate: the strongest by shared users, the strongest of each modality, ...
         Raises: ValueError, both or neither of `user` and `history`, or k < 1. DataError, an unknown id.
@@ -241,7 +241,9 @@ class Recommender:
         row = int(rows_of(self.item_ids, [str(item)], "item")[0])
         if user is not None:
             events = slice(*self._indptr[rows_of(self.user_ids, [str(user)], "user")[0] :][:2])
-            rows = self._items[events][self._split[events] == 0]
+            rows = self._items[events]
+            if self.model.user is not None:
+                rows = rows[self._split[events] == 0]
         else:
             rows = rows_of(self.item_ids, history, "item")
         rows = np.unique(rows[rows != row])

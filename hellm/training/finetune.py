@@ -28,6 +28,7 @@ from hellm.training.loop import Progress, fit
 from hellm.training.processes import Processes, launched_processes
 from hellm.training.run_directory import RunDirectory, peak_memory_bytes
 from hellm.training.stage import (
+    MAY_CHANGE,
     Evaluate,
     common_result,
     open_run,
@@ -89,30 +90,39 @@ def finetune(
         MemoryError: a step needs more memory than there is; says what to lower.
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
-    started = time.perf_counter()
     processes = launched_processes(resolve_device(config.device), seed=config.seed)
     if processes.count > 1 and config.model.compat == "official":
         raise ValueError(
             "model.compat must be null in several processes, got 'official': the published Gram matrix of a history "
             "depends on all histories of its step"
         )
+
+    def prepare(config: FinetuneConfig, dataset: Dataset) -> tuple[ItemInputs, RecommenderLLM | None]:
+        inputs = load_item_inputs(config, dataset, graph=graph, sequence=sequence)
+        # Here, so that what is wrong with the language model shows before a folder is made.
+        finished = resume and RunDirectory.holds_result(out)
+        return inputs, None if finished else build_recommender_llm(config, dataset, inputs)
+
     opened = open_run(
         config,
         data,
         out,
         resolve_finetune_config,
-        prepare=lambda config, dataset: load_item_inputs(config, dataset, graph=graph, sequence=sequence),
+        prepare=prepare,
+        fingerprint=lambda prepared: prepared[0].fingerprint,
+        may_change=MAY_CHANGE - {"max_epochs"},
         resume=resume,
         overwrite=overwrite,
         processes=processes,
     )
-    config, dataset, inputs, run = opened.config, opened.dataset, opened.inputs, opened.run
+    config, dataset, run = opened.config, opened.dataset, opened.run
     if opened.finished is not None:
         return opened.finished
 
-    model = build_recommender_llm(config, dataset, inputs).to(config.device)
-    sampler = build_history_sampler(config, dataset, model)
+    inputs, model = opened.inputs
     with _readable_memory_errors():
+        model = (model or build_recommender_llm(config, dataset, inputs)).to(config.device)
+        sampler = build_history_sampler(config, dataset, model)
         plan = plan_finetuning(config, model, sampler, processes)
         if on_plan is not None and processes.index == 0:
             on_plan(plan)
@@ -125,7 +135,7 @@ def finetune(
         result = common_result("finetune", model, dataset, run, progress, test=test, device=config.device)
         result |= {"num_trained_parameters": plan["num_trained_parameters"], "plan": plan, "notes": opened.notes}
         result |= {"num_processes": processes.count}
-        result |= {"test_users_per_second": speed, "seconds": time.perf_counter() - started}
+        result |= {"test_users_per_second": speed}
         _write_outputs(model, inputs, dataset, run)
         write_curves(run, metrics=config.monitor, best_epoch=progress.best_epoch, title=f"{dataset.name}: fine-tuning")
         run.write_result(result)

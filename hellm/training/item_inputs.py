@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,16 @@ class ItemInputs(NamedTuple):
 
     tables: dict[str, Tensor]
     sequence_model: SASRec | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of every number in it."""
+        digest = hashlib.sha256()
+        weights = {} if self.sequence_model is None else self.sequence_model.state_dict()
+        for name, tensor in [*self.tables.items(), *weights.items()]:
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+            digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
+        return digest.hexdigest()[:16]
 
 
 def load_item_inputs(

@@ -50,7 +50,6 @@ class Progress:
         best_step: steps of it that were done then; None for all.
         checks_without_gain: validations since then.
         seconds: spent on the steps of the running epoch so far.
-        total_seconds: spent on training steps and validation in all epochs that ended.
     """
 
     epoch: int = 0
@@ -61,7 +60,6 @@ class Progress:
     best_step: int | None = None
     checks_without_gain: int = 0
     seconds: float = 0.0
-    total_seconds: float = 0.0
 
     def improve(self, metrics: Mapping[str, float], monitor: Sequence[str], *, step: int | None = None) -> bool:
         """Note a validation; whether any monitored metric beat its own best (the first check always does)."""
@@ -189,7 +187,6 @@ def fit(
             if validate is not None and due:
                 _validate(model, validate, monitor, progress, run, record, processes)
             processes.on_first(lambda record=record: write(record))
-            progress.total_seconds += record.get("seconds", 0.0) + record.get("valid_seconds", 0.0)
             if ended:
                 progress.epoch, progress.step, progress.losses, progress.seconds = epoch + 1, 0, [], 0.0
             if processes.agree(caught) or due or (epoch + 1) % checkpoint_every == 0:
@@ -247,7 +244,7 @@ def _train_epoch(
             if not math.isfinite(value):
                 raise FloatingPointError(
                     f"{name} became {value} in epoch {progress.epoch}, step {step}; "
-                    "a smaller learning_rate or a larger temperature may help"
+                    "a smaller learning_rate may help, and so may a larger temperature where there is one"
                 )
     progress.losses += losses
     progress.step += len(losses)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -69,7 +68,6 @@ def pretrain(
         MemoryError: a step needs more memory than there is; says how much it asked for and what to lower.
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
-    started = time.perf_counter()
     opened = open_run(config, data, out, resolve_config, resume=resume, overwrite=overwrite)
     config, dataset, run = opened.config, opened.dataset, opened.run
     if opened.finished is not None:
@@ -80,7 +78,7 @@ def pretrain(
         progress = _fit(model, config, dataset, run, evaluate)
     read_model(run.best, model)
     result = _result(model, config, dataset, run, progress, evaluate)
-    result |= {"notes": opened.notes, "seconds": time.perf_counter() - started}
+    result |= {"notes": opened.notes}
     _write_outputs(model, config, dataset, run, progress)
     run.write_result(result)
     return result

@@ -104,13 +104,23 @@ class RunDirectory:
     def best(self) -> Path:
         return self.checkpoints / "best.safetensors"
 
-    def write_config(self, config: Any, *, may_change: Collection[str] = ()) -> bool:
-        """Write the resolved settings; whether a run that is there had others.
+    @staticmethod
+    def holds_result(path: str | os.PathLike[str]) -> bool:
+        """Whether there is a finished run at `path`."""
+        return (Path(path) / "result.json").is_file()
 
-        Raises: ValueError, if a setting outside `may_change` differs from the run that is there (which, and how).
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is anything to go on from; without it, settings and data bind nobody."""
+        return self.last.is_file() or self.result.is_file()
+
+    def write_config(self, config: Any, *, may_change: Collection[str] = ()) -> bool:
+        """Write the resolved settings; whether what is there was trained with others.
+
+        Raises: ValueError, if a setting outside `may_change` differs from those it was trained with (which, and how).
         """
         changed = False
-        if self.config.is_file():
+        if self.config.is_file() and self.is_trained:
             before, now = config_to_dict(load_config(type(config), self.config)), config_to_dict(config)
             for key in now:
                 if before[key] != now[key] and key not in may_change:
@@ -122,18 +132,23 @@ class RunDirectory:
         save_config(config, self.config)
         return changed
 
-    def check_data(self, fingerprint: str) -> None:
-        """Note what data the run is of. Raises: ValueError, if the run that is there is of other data."""
-        note = self.checkpoints / "data.json"
-        if note.is_file():
-            before = json.loads(note.read_text(encoding="utf-8"))["fingerprint"]
-            if before != fingerprint:
-                raise ValueError(
-                    f"{self.path}: a resumed run must keep its data; its fingerprint was {before}, got {fingerprint}"
-                )
-            return
+    def check_data(self, fingerprint: str, inputs: str | None = None) -> None:
+        """Note what the run is of: fingerprints of the data set, and of what other runs gave.
+
+        Raises: ValueError, if what is there was trained on others.
+        """
+        note, now = self.checkpoints / "data.json", {"fingerprint": fingerprint}
+        now |= {} if inputs is None else {"inputs": inputs}
+        if note.is_file() and self.is_trained:
+            before = json.loads(note.read_text(encoding="utf-8"))
+            for name, what in (("fingerprint", "data"), ("inputs", "input runs")):
+                if name in before and before[name] != now.get(name):
+                    raise ValueError(
+                        f"{self.path}: a resumed run must keep its {what}; their fingerprint was {before[name]}, "
+                        f"got {now.get(name)}"
+                    )
         with atomic_path(note) as temporary:
-            temporary.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(now) + "\n", encoding="utf-8")
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add the record of one epoch or validation."""
@@ -151,6 +166,10 @@ class RunDirectory:
             except json.JSONDecodeError:
                 break
         return records
+
+    def training_seconds(self) -> float:
+        """Seconds of training steps and validations, over all sessions."""
+        return sum(one.get("seconds", 0.0) + one.get("valid_seconds", 0.0) for one in self.read_metrics())
 
     def truncate_metrics(self, num_epochs: int, num_steps: int = 0) -> None:
         """Keep what a checkpoint after `num_epochs` epochs and `num_steps` steps of the next has seen."""

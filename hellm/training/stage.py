@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -37,10 +37,10 @@ logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT")
 
-# Settings that do not touch the numbers of the epochs before, so a resumed run may change them.
-MAY_CHANGE = (
-    *("max_epochs", "patience", "checkpoint_every", "device", "num_threads", "eval_batch_size", "tensorboard"),
-    "capture",
+# Settings that do not touch the numbers of the epochs before, so a resumed run may change them; but for `max_epochs`
+# where the step size depends on it.
+MAY_CHANGE = frozenset(
+    {"max_epochs", "patience", "checkpoint_every", "device", "num_threads", "eval_batch_size", "tensorboard", "capture"}
 )
 
 
@@ -77,11 +77,13 @@ def open_run(
     resolve: Callable[[ConfigT, Dataset], tuple[ConfigT, list[str]]],
     *,
     prepare: Callable[[ConfigT, Dataset], Any] | None = None,
+    fingerprint: Callable[[Any], str] | None = None,
+    may_change: Collection[str] = MAY_CHANGE,
     resume: bool,
     overwrite: bool,
     processes: Processes | None = None,
 ) -> OpenedRun:
-    """Load the data, settle the settings, make or find the run directory, and set torch's threads and generator.
+    """Load the data, settle the settings, set torch's threads and generator, and make or find the run directory.
 
     Args:
         config: settings as given.
@@ -89,18 +91,23 @@ def open_run(
         out, resume, overwrite: see `RunDirectory`.
         resolve: (config, dataset) -> settings as they will run, and notes.
         prepare: (resolved config, dataset) -> whatever must be there before a folder is made.
+        fingerprint: of what `prepare` returned; a resumed run must keep it.
+        may_change: settings that a resumed run need not keep.
         processes: those that open it together.
     Raises: FileExistsError, ValueError: as `RunDirectory`, `resolve` and `prepare`.
     """
     processes = processes or Processes()
     dataset = data if isinstance(data, Dataset) else load_dataset(data)
     config, notes = resolve(config, dataset)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    torch.manual_seed(config.seed)
     inputs = None if prepare is None else prepare(config, dataset)
 
     def enter() -> tuple[RunDirectory, dict[str, Any] | None]:
         run = RunDirectory(out, resume=resume, overwrite=overwrite)
-        run.check_data(dataset.fingerprint)
-        changed = run.write_config(config, may_change=MAY_CHANGE)
+        run.check_data(dataset.fingerprint, None if fingerprint is None else fingerprint(inputs))
+        changed = run.write_config(config, may_change=may_change)
         if run.result.is_file() and not changed:
             return run, run.read_result()
         run.result.unlink(missing_ok=True)
@@ -109,10 +116,6 @@ def open_run(
         return run, None
 
     run, finished = processes.on_first(enter)
-    if finished is None:
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
-        torch.manual_seed(config.seed)
     return OpenedRun(config, dataset, notes, inputs, run, finished)
 
 
@@ -192,7 +195,7 @@ def common_result(
     test: Mapping[str, Any] | None,
     device: str,
 ) -> dict[str, Any]:
-    """What result.json of every stage holds: test and validation, counts, time and memory."""
+    """What result.json of every stage holds; "seconds" are of training steps and validations, over all sessions."""
     records = run.read_metrics()
     place = (progress.best_epoch, progress.best_step)
     best = next((record for record in records if (record["epoch"], record.get("step")) == place), {})
@@ -208,6 +211,7 @@ def common_result(
         "best_step": progress.best_step,
         "num_epochs": progress.epoch + (progress.step > 0),
         "seconds_per_epoch": float(np.median(seconds)) if seconds else None,
+        "seconds": run.training_seconds(),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dataset": {
             "name": dataset.name,

