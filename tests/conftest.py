@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,3 +15,40 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the public research data in ../shared/data, which is not there")
     return folder
+
+
+@pytest.fixture(scope="module")
+def same_threads():
+    """Commands set the thread count of the process; this gives it back."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a command; gives (exit code, stdout, stderr)."""
+    from hellm.cli import main
+
+    def call(*argv) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(one) for one in argv])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def fails(call):
+    """Run a command that must fail as the user's mistake: one line on stderr, nothing on stdout."""
+
+    def fails(*argv, match: str, code: int = 2) -> None:
+        found, out, err = call(*argv)
+        assert (found, out) == (code, "")
+        assert err.startswith("hellm: error: ") and err.count("\n") == 1
+        assert re.search(match, err), err
+
+    return fails

@@ -10,22 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from command_line import last_json
 from saved_llm import save_tiny_llm
 
 from hellm.cli import VERBS, main
 from hellm.cli._output import duration, table
 
+pytestmark = pytest.mark.usefixtures("same_threads")
 ROOT = Path(__file__).resolve().parents[1]
 FAST = ["--preset", "demo", "--num-threads", "1", "--tensorboard", "false", "--batch-size", "64"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def same_threads():
-    """Runs set the thread count of the process; give it back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -44,36 +37,6 @@ def run(shop, tmp_path_factory) -> str:
     out = str(tmp_path_factory.mktemp("runs") / "run")
     assert main(["pretrain", "--data", shop, "--out", out, *FAST, "--max-epochs", "10"]) == 0
     return out
-
-
-@pytest.fixture
-def call(capsys):
-    """Run a command; gives (exit code, stdout, stderr)."""
-
-    def call(*argv: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(one) for one in argv])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
-def fails(call):
-    """Run a command that must fail as the user's mistake: code 2, one line on stderr, nothing on stdout."""
-
-    def fails(*argv: str, match: str) -> None:
-        code, out, err = call(*argv)
-        assert (code, out) == (2, "")
-        assert err.startswith("hellm: error: ") and err.count("\n") == 1
-        assert re.search(match, err), err
-
-    return fails
-
-
-def last_json(out: str):
-    return json.loads(out.splitlines()[-1])
 
 
 class TestFrame:

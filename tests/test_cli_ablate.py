@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from saved_llm import save_tiny_llm
 
 from hellm.cli import main
@@ -16,15 +15,8 @@ from hellm.cli._figure import plot_ablation
 from hellm.cli.ablate import _summary, print_ablation
 from hellm.config import FinetuneConfig
 
+pytestmark = pytest.mark.usefixtures("same_threads")
 FAST = ["--num-threads", "1", "--tensorboard", "false", "--max-epochs", "1"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def same_threads():
-    """Runs set the thread count of the process; give it back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +32,6 @@ def argv(tmp_path_factory) -> list[str]:
     assert main(["sasrec", *data, "--out", str(folder / "sequence"), *small, "--embedding-dim", "8"]) == 0
     runs = ["--graph", str(folder / "graph"), "--sequence", str(folder / "sequence")]
     return ["ablate", *data, *runs, "--llm", str(save_tiny_llm(folder / "llm")), *FAST]
-
-
-@pytest.fixture
-def call(capsys):
-    """Run a command; gives (exit code, stdout, stderr)."""
-
-    def call(*argv) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(one) for one in argv])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def test_one_table_one_figure_and_nothing_twice(call, argv, tmp_path):

@@ -6,20 +6,13 @@ import json
 import re
 
 import pytest
-import torch
+from command_line import last_json
 
 from hellm.cli import main
 from hellm.models import SASRec
 
+pytestmark = pytest.mark.usefixtures("same_threads")
 FAST = ["--preset", "demo", "--num-threads", "1", "--tensorboard", "false", "--embedding-dim", "8", "--max-epochs", "2"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def same_threads():
-    """Runs set the thread count of the process; give it back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -30,23 +23,6 @@ def shop(tmp_path_factory) -> str:
     assert main(["data", "sample", str(folder / "raw"), *sizes]) == 0
     assert main(["data", "build", str(folder / "raw"), str(folder / "built"), "--features", "none"]) == 0
     return str(folder / "built")
-
-
-@pytest.fixture
-def call(capsys):
-    """Run a command; gives (exit code, stdout, stderr)."""
-
-    def call(*argv) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(one) for one in argv])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-def last_json(out: str):
-    return json.loads(out.splitlines()[-1])
 
 
 def test_json_is_result_json_on_the_last_line(call, shop, tmp_path):

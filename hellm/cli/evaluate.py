@@ -157,8 +157,10 @@ def print_comparison(comparison: dict[str, Any]) -> None:
 
 
 def _stage(name: str, kind: str) -> str | None:
-    """What made a run, as its result.json says; None for baselines and folders that only serve."""
+    """What made a run; None for baselines and folders that only serve stage 1 or SASRec."""
     result = Path(name) / "result.json"
+    if kind == "run" and (Path(name) / "model" / "config.json").is_file():
+        return "finetune"
     if kind != "run" or not result.is_file():
         return None
     return json.loads(result.read_text(encoding="utf-8")).get("stage")
@@ -169,7 +171,7 @@ def _verdict(name: str, rival: str, metric: str, difference, speeds: dict[str, f
     measured = f"{metric} {difference.difference:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
     cost = f"{speeds[name]:,.0f} users/s against {speeds[rival]:,.0f}"
     if difference.low > 0:
-        return f"The language model {name} is better than {rival} ({measured}), at {cost}."
+        return f"The language model {name} is better than {rival} ({measured}), at {cost}: it pays if that is enough."
     what = "worse than" if difference.high < 0 else "not shown to be better than"
     return f"The language model {name} is {what} {rival} ({measured}), at {cost}: it does not pay here."
 

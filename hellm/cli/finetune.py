@@ -49,18 +49,22 @@ def _plan(config: FinetuneConfig, dataset, **runs) -> dict[str, Any]:
     import torch
 
     from hellm.training.finetune import (
+        MEMORY_ADVICE,
         build_history_sampler,
         build_recommender_llm,
         plan_finetuning,
         resolve_finetune_config,
     )
     from hellm.training.item_inputs import load_item_inputs
+    from hellm.training.stage import readable_memory_errors
 
     config, notes = resolve_finetune_config(config, dataset)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    model = build_recommender_llm(config, dataset, load_item_inputs(config, dataset, **runs)).to(config.device)
-    plan = plan_finetuning(config, model, build_history_sampler(config, dataset, model))
+    inputs = load_item_inputs(config, dataset, **runs)
+    with readable_memory_errors("a step of fine-tuning", MEMORY_ADVICE):
+        model = build_recommender_llm(config, dataset, inputs).to(config.device)
+        plan = plan_finetuning(config, model, build_history_sampler(config, dataset, model))
     return {"dataset": describe(dataset), "config": config_to_dict(config), **plan, "notes": notes}
 
 

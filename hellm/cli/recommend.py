@@ -29,14 +29,16 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--explain", action="store_true", help="name the history items that each item hangs together with, and by what"
     )
+    parser.add_argument("--device", default="auto", metavar="NAME", help="where histories are read: auto, cpu, cuda ...")
     parser.add_argument("--json", action="store_true", help="print the lists as one line of JSON")
     args = parse(parser, argv)
     given = [name for name in ("users", "history", "similar_to") if args[name] is not None]
     if len(given) != 1:
         raise ValueError(f"give one of --users, --history and --similar-to, got {len(given)} of them")
     from hellm.recommend import Recommender
+    from hellm.training.stage import resolve_device
 
-    recommender = Recommender.load(args.run)
+    recommender = Recommender.load(args.run, device=resolve_device(args.device))
     if args.similar_to is not None:
         return _similar(recommender, args)
     lists = recommender.recommend(

@@ -55,7 +55,8 @@ PRESETS: dict[type, dict[str, Any]] = {
     FinetuneConfig: {
         "default": FinetuneConfig(),
         "demo": FinetuneConfig(max_epochs=2),
-        # The published schedule around the published model; the 7B model itself is to be had from its owner.
+        # The published schedule around the published model, without early stopping; the 7B model itself is to be had
+        # from its owner, and ran in bfloat16 (dtype=bfloat16).
         "official": FinetuneConfig(
             model=LLMConfig(compat="official", **OFFICIAL_LLM),
             learning_rate=3e-4,
@@ -64,6 +65,7 @@ PRESETS: dict[type, dict[str, Any]] = {
             batch_size=7,
             max_grad_norm=None,
             max_epochs=25,
+            patience=25,
             protocol="hellm-llm",
         ),
     },

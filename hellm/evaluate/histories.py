@@ -36,7 +36,8 @@ class HistoryModel(TypingProtocol):
 class HistoryScorer:
     """Scores of every item for users of known histories.
 
-    The item keys are computed once, so a model that has trained further needs a new scorer.
+    Users without a history get the prior: how often each item is in the histories. The item keys are computed once, so
+    a model that has trained further needs a new scorer.
 
     Args:
         model: `embed` and `item_keys`, e.g. `hellm.models.SASRec`.
@@ -55,6 +56,8 @@ class HistoryScorer:
         with torch.no_grad():
             self._keys = model.item_keys()
         self.num_items = len(self._keys)
+        counts = torch.bincount(self.items, minlength=self.num_items)
+        self._popularity = counts.to(self._keys.device, self._keys.dtype)
 
     @classmethod
     def of(cls, model: HistoryModel, dataset: Dataset, split: str) -> HistoryScorer:
@@ -75,7 +78,8 @@ class HistoryScorer:
         indptr = torch.cat([length.new_zeros(1), length.cumsum(0)])
         place = torch.repeat_interleave(start - indptr[:-1], length) + torch.arange(int(indptr[-1]))
         device = self._keys.device
-        return self.model.embed(indptr.to(device), self.items[place].to(device)) @ self._keys.T
+        scores = self.model.embed(indptr.to(device), self.items[place].to(device)) @ self._keys.T
+        return torch.where((length > 0).to(device).unsqueeze(1), scores, self._popularity)
 
 
 def evaluate_histories(model: HistoryModel, dataset: Dataset, split: str = "test", **options) -> RankingResult:

@@ -78,8 +78,10 @@ class Recommender:
         return len(self.item_ids)
 
     @classmethod
-    def load(cls, path: str | Path) -> Recommender:
+    def load(cls, path: str | Path, *, device: str = "cpu") -> Recommender:
         """The recommender of a finished run of stage 1, SASRec or fine-tuning, or one that `save` wrote.
+
+        `device` is where SASRec and language models read histories; answers and tables stay on the CPU.
 
         Raises: FileNotFoundError, no such folder or a run without its outputs. DataError, a damaged file. For a
             fine-tuning run also what `RecommenderLLM.from_pretrained` raises.
@@ -101,6 +103,7 @@ class Recommender:
             histories = pl.read_parquet(file)
             file = path / "embeddings.safetensors"
             model = load_served(path, titles)
+            model.to(device)
         except (SafetensorError, pl.exceptions.PolarsError, KeyError) as error:
             raise DataError(f"{file}: damaged or not of a run: {error}") from None
         content = ItemContent.load(path / _CONTENT) if (path / _CONTENT).is_file() else None

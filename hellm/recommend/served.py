@@ -70,6 +70,10 @@ class ServedModel(Protocol):
 
     def save(self, folder: Path) -> None: ...
 
+    def to(self, device: str) -> None:
+        """Read histories on `device` from now on."""
+        ...
+
     def scorer_on(self, device: str) -> Any:
         """The same model on `device`, where it then computes, and gives queries and keys (or scores of users) there."""
         ...
@@ -124,6 +128,9 @@ class ServedGraph:
     def save(self, folder: Path) -> None:
         _save_tensors(self.tensors, folder, {"fold_in_exponent": str(self.exponent)})
 
+    def to(self, device: str) -> None:
+        """Nothing to do: the queries of users are stored, and folding in a history is a few additions."""
+
     def scorer_on(self, device: str) -> Any:
         user, item = self.user.to(device), self.item_keys().to(device)
         return lambda users: user[users.to(device)] @ item.T
@@ -148,6 +155,9 @@ class ServedSASRec:
 
     def save(self, folder: Path) -> None:
         self.model.save(folder)
+
+    def to(self, device: str) -> None:
+        self.model.to(device)
 
     def scorer_on(self, device: str) -> SASRec:
         return self.model.to(device)
@@ -192,6 +202,9 @@ class ServedLLM:
             (folder / "sequence_model").mkdir()
             self.model.sequence_model.save(folder / "sequence_model")
         self.model.save_pretrained(folder / "model")
+
+    def to(self, device: str) -> None:
+        self.model.to(device)
 
     def scorer_on(self, device: str) -> Any:
         return self.model.to(device)

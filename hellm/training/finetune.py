@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +39,7 @@ from hellm.training.stage import (
 )
 
 __all__ = [
+    "MEMORY_ADVICE",
     "build_history_sampler",
     "build_optimizer",
     "build_recommender_llm",
@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 Path_ = str | os.PathLike[str]
+MEMORY_ADVICE = "lower batch_tokens, model.max_length or eval_batch_size, or choose a smaller llm"
 _SEQUENCE_MODEL = "sequence_model"
 
 
@@ -120,7 +121,7 @@ def finetune(
         return opened.finished
 
     inputs, model = opened.inputs
-    with _readable_memory_errors():
+    with readable_memory_errors("fine-tuning", MEMORY_ADVICE):
         model = (model or build_recommender_llm(config, dataset, inputs)).to(config.device)
         sampler = build_history_sampler(config, dataset, model)
         plan = plan_finetuning(config, model, sampler, processes)
@@ -128,6 +129,7 @@ def finetune(
             on_plan(plan)
         progress = _fit(model, config, dataset, sampler, run, evaluate, processes)
 
+    @readable_memory_errors("scoring the test split", MEMORY_ADVICE)
     def finish() -> dict[str, Any]:
         read_model(run.best, model)
         model.eval()
@@ -175,31 +177,35 @@ def build_history_sampler(config: FinetuneConfig, dataset: Dataset, model: Recom
     """The sampler of `config` over the training events of `dataset`; its `num_steps` are the steps per epoch."""
     official = config.model.compat == "official"
     per_target = config.model.graph_context == "prefix"
-    users, items = dataset.pairs("train")
-    if official:
-        users, items = _last_before_split(dataset, config.model.max_length)
     return HistorySampler(
-        users,
-        items,
+        *_as_read(config, dataset).pairs("train"),
         dataset.num_users,
         per_target=per_target,
         max_length=config.model.max_length,
         batch_tokens=config.batch_tokens,
         batch_size=config.batch_size,
         tokens_around=len(model.instruction) + len(model.response) if per_target else 0,
-        tokens_per_item=1 + (config.model.max_title_tokens if config.model.titles else 0),
+        tokens_per_item=model.items.max_tokens_per_item,
         sort=not official,
         max_steps=config.steps_per_epoch,
         seed=config.seed,
     )
 
 
-def _last_before_split(dataset: Dataset, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Training events among the last `max_length` events of each user, held-out ones counted (published order)."""
+def _as_read(config: FinetuneConfig, dataset: Dataset) -> Dataset:
+    """What the model may see: with compat="official" the last `max_length` events of each user, held-out ones counted.
+
+    The published code cuts before it splits, so histories hold fewer than `max_length` items at validation and test.
+    """
+    if config.model.compat != "official":
+        return dataset
     count = np.bincount(dataset.users, minlength=dataset.num_users)
     from_last = count.cumsum()[dataset.users] - np.arange(dataset.num_events)
-    kept = (dataset.split == 0) & (from_last <= max_length)
-    return dataset.users[kept], dataset.items[kept]
+    kept = from_last <= config.model.max_length
+    times = None if dataset.timestamps is None else dataset.timestamps[kept]
+    return replace(
+        dataset, users=dataset.users[kept], items=dataset.items[kept], split=dataset.split[kept], timestamps=times
+    )
 
 
 def finetune_loss(model: RecommenderLLM, batch: HistoryBatch) -> Tensor:
@@ -257,22 +263,21 @@ def plan_finetuning(
     config: FinetuneConfig, model: RecommenderLLM, sampler: HistorySampler, processes: Processes | None = None
 ) -> dict[str, Any]:
     """What a run comes to, from one timed step (forward and backward) of the first batch; nothing is changed by it."""
-    generator = torch.get_rng_state()
     model.train()
     batch = sampler.sample(0, 0)
     share = batch if processes is None else batch.share(0, processes.count)
     share = share if len(share.targets) else batch
     # The first of the two touches fresh memory, which no later step does.
-    for _ in range(2):
-        started = time.perf_counter()
-        with _autocast(config):
-            loss = finetune_loss(model, share)
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-        if config.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-    torch.set_rng_state(generator)
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        for _ in range(2):
+            started = time.perf_counter()
+            with _autocast(config):
+                loss = finetune_loss(model, share)
+            loss.backward()
+            model.zero_grad(set_to_none=True)
+            if config.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
     # Tokens of this batch as the model ran them, padding included.
     longest = int(np.diff(batch.indptr).max())
     own = (len(batch.indptr) - 1) * sampler.tokens_of(longest)
@@ -338,9 +343,8 @@ def _fit(
 
 
 def _evaluate(evaluate: Evaluate, model, config: FinetuneConfig, dataset: Dataset, split: str):
-    return evaluate(
-        model, dataset, split=split, protocol=config.protocol, ks=config.ks, batch_size=config.eval_batch_size
-    )
+    options = {"split": split, "protocol": config.protocol, "ks": config.ks, "batch_size": config.eval_batch_size}
+    return evaluate(model, _as_read(config, dataset), **options)
 
 
 def _test(model, config: FinetuneConfig, dataset: Dataset, evaluate) -> tuple[dict[str, Any] | None, float | None]:
@@ -367,9 +371,3 @@ def _write_outputs(model: RecommenderLLM, inputs: ItemInputs, dataset: Dataset, 
     run.write_ids(dataset)
     run.write_histories(dataset)
     run.write_content(dataset)
-
-
-def _readable_memory_errors() -> contextlib.AbstractContextManager[None]:
-    return readable_memory_errors(
-        "fine-tuning", "lower batch_tokens, model.max_length or eval_batch_size, or choose a smaller llm"
-    )

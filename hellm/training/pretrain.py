@@ -73,11 +73,11 @@ def pretrain(
     if opened.finished is not None:
         return opened.finished
 
-    model = build_encoder(config, dataset).to(config.device)
     with readable_memory_errors("pre-training", "lower contrastive_rows, model.embedding_dim or eval_batch_size"):
+        model = build_encoder(config, dataset).to(config.device)
         progress = _fit(model, config, dataset, run, evaluate)
-    read_model(run.best, model)
-    result = _result(model, config, dataset, run, progress, evaluate)
+        read_model(run.best, model)
+        result = _result(model, config, dataset, run, progress, evaluate)
     result |= {"notes": opened.notes}
     _write_outputs(model, config, dataset, run, progress)
     run.write_result(result)

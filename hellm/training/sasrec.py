@@ -19,7 +19,15 @@ from hellm.ops import item_cross_entropy
 from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, SequenceSampler
 from hellm.training.loop import Progress, fit
-from hellm.training.stage import Evaluate, common_result, open_run, resolve_common, tensorboard, write_curves
+from hellm.training.stage import (
+    Evaluate,
+    common_result,
+    open_run,
+    readable_memory_errors,
+    resolve_common,
+    tensorboard,
+    write_curves,
+)
 
 __all__ = [
     "build_sasrec",
@@ -55,6 +63,7 @@ def train_sasrec(
         them under "metrics"; "test_masked" the same lists under the protocol "standard", which masks what a user has.
     Raises:
         FileExistsError, ValueError: as `RunDirectory` and `resolve_sasrec_config`.
+        MemoryError: a step needs more memory than there is; says what to lower.
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
     opened = open_run(
@@ -70,13 +79,13 @@ def train_sasrec(
     if opened.finished is not None:
         return opened.finished
 
-    model = build_sasrec(config, dataset).to(config.device)
-    progress = _fit(model, config, dataset, sampler, run, evaluate)
-    read_model(run.best, model)
-    model.eval()
-    result = common_result(
-        "sasrec", model, dataset, run, progress, test=_test(model, config, dataset, evaluate), device=config.device
-    )
+    with readable_memory_errors("training SASRec", "lower batch_size, max_length, embedding_dim or eval_batch_size"):
+        model = build_sasrec(config, dataset).to(config.device)
+        progress = _fit(model, config, dataset, sampler, run, evaluate)
+        read_model(run.best, model)
+        model.eval()
+        test = _test(model, config, dataset, evaluate)
+    result = common_result("sasrec", model, dataset, run, progress, test=test, device=config.device)
     masked = None
     if result["test"] is not None and config.protocol != "standard":
         masked = _evaluate(evaluate, model, replace(config, protocol="standard"), dataset, "test").to_dict(level=0.95)
