@@ -1,40 +1,66 @@
-"""Everything a GPU can tell, in one command: python -m benchmarks.gpu [--only NAME ...] [--budget-minutes M].
+"""Everything a GPU can tell, in one command: python -m benchmarks.gpu [--budget-minutes M] [--out FILE]
 
-Builds the extension in place without the network, runs the GPU tests, measures the machine's ceilings, then the
-operators beside their peers on the same device, the most important first. results/gpu.json is written after every
-step, so what was measured when the time is up is kept. An implementation that disagrees with float64 gets no time.
+Steps: build the extension in place without the network; the self-test, which decides what is chosen automatically; the
+GPU tests; the cases, ceilings first, then the operators beside their peers on the same device; the memory checker.
+Everything runs in child processes: one that dies, or shows no sign of life, costs what it was at, and the next goes on
+behind it. The results are written after every entry. An implementation that disagrees with float64 gets no time.
 `--device cpu --smoke` runs toy sizes without a GPU, to see that the script works.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import importlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.environment import ROOT, commit, write_json
+from benchmarks.environment import ROOT, commit, cpu_name, gpu_versions, write_json
+from hellm.ops import _backends
 
 OUT = ROOT / "benchmarks" / "results" / "gpu.json"
-_REPEATS, _SECONDS_AN_ENTRY, _FLUSH_BYTES = 50, 3.0, 256 * 2**20
+_EXIT_CODES = """exit codes: 0 all went well, or the time was up; 1 the build, the self-test, a test, the memory
+checker, a case or one of our own implementations failed (a peer that fails is a finding); 2 wrong options or no CUDA
+device"""
+_REPEATS, _SECONDS_A_TIMING, _FLUSH_BYTES = 50, 0.5, 256 * 2**20
+# From here on what the host does between launches is no matter.
+_LONGEST_CAPTURED = 0.05
+# A child that found its GPU unusable: the next one gets a fresh context.
+_AGAIN = 75
+# Exit statuses of pytest: passed, nothing to run, stopped because the time was up.
+_NO_FAILURE = (0, 5, None)
 
 
 class Timer:
-    """Medians of device time: with the inputs of the last run still in the caches ("warm"), and without ("flushed")."""
+    """Medians of device time.
+
+    "warm" finds the inputs of the last run in the caches, "flushed" does not; both are queued behind a wait, so that
+    the launches are ahead of the device. "eager" is warm without the wait: the device idles where the host is slower.
+    """
 
     def __init__(self, device: torch.device, smoke: bool) -> None:
         self.device, self.smoke, self.cuda = device, smoke, device.type == "cuda"
         self.flush = torch.empty(_FLUSH_BYTES if self.cuda else 2**16, dtype=torch.uint8, device=device)
 
-    def once(self, run: Callable[[], Any], flush: bool) -> float:
+    def once(self, run: Callable[[], Any], flush: bool, wait: int) -> float:
+        """Seconds of one run behind a wait of so many device clocks."""
         if flush:
             self.flush.fill_(1)
         if not self.cuda:
@@ -42,28 +68,33 @@ class Timer:
             run()
             return time.perf_counter() - start
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if wait:
+            torch.cuda._sleep(wait)
         start.record()
         run()
         stop.record()
         stop.synchronize()
         return start.elapsed_time(stop) / 1e3
 
-    def measure(self, run: Callable[[], Any]) -> dict[str, Any]:
-        """Median, 20th and 80th percentile in seconds."""
+    def measure(self, run: Callable[[], Any], names: Sequence[str] = ("warm", "flushed", "eager")) -> dict[str, Any]:
+        """For each name the median, the 20th and 80th percentile in seconds, and the number of runs."""
         for _ in range(1 if self.smoke else 3):
-            expected = self.once(run, False)
-        count = 2 if self.smoke else max(5, min(_REPEATS, int(_SECONDS_AN_ENTRY / max(expected, 1e-6) / 2)))
+            expected = self.once(run, False, 0)
+        start = time.perf_counter()
+        run()
+        # Half a millisecond at 2 GHz, or twice as long as the host takes to launch everything, up to 20 ms.
+        wait = int(min(max(1e6, 4e9 * (time.perf_counter() - start)), 4e7))
+        count = 2 if self.smoke else max(3, min(_REPEATS, int(_SECONDS_A_TIMING / (expected + wait / 2e9))))
         found = {}
-        for name in ("warm", "flushed"):
-            samples = sorted(self.once(run, name == "flushed") for _ in range(count))
+        for name in names:
+            wait_here = 0 if name == "eager" else wait
+            samples = sorted(self.once(run, name == "flushed", wait_here) for _ in range(count))
             low, *_, high = statistics.quantiles(samples, n=5, method="inclusive")
             found[name] = {"median": statistics.median(samples), "p20": low, "p80": high, "runs": count}
         return found
 
-    def captured(self, run: Callable[[], Any]) -> Callable[[], Any] | None:
+    def captured(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """The same work as a CUDA graph."""
-        if not self.cuda:
-            return None
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
@@ -99,58 +130,113 @@ def worst_error(found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) ->
 
 
 def measure_entry(
-    timer: Timer, run: Callable[[], Sequence[torch.Tensor]], truth, tolerance: float, graph: bool
-) -> dict:
-    """Record of one implementation: error, repeatability, memory, times; a failure is recorded, not raised."""
+    timer: Timer,
+    run: Callable[[], Sequence[torch.Tensor]],
+    truth: Sequence[torch.Tensor] | None,
+    tolerance: float,
+    graph: bool,
+    alive: Callable[[str], None] = lambda doing: None,
+) -> dict[str, Any]:
+    """Record of one implementation: error, repeatability, memory, times; a failure is recorded, not raised.
+
+    `alive` is told what comes next.
+    """
     record: dict[str, Any] = {"failure": None}
     try:
+        alive("first run")
         found = [t.detach().clone() for t in run()]
-        record["error"] = None if truth is None else worst_error(found, truth)
+        error = None if truth is None else worst_error(found, truth)
+        if not all(bool(torch.isfinite(t).all()) for t in found):
+            return record | {"error": None, "failure": "not finite"}
+        record["error"] = error
         again = run()
         record["bitwise_repeat"] = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
         del found, again
-        if record["error"] is not None and not record["error"] <= tolerance:
-            return record | {"failure": f"error {record['error']:.1e} > {tolerance:.0e}"}
+        if error is not None and not error <= tolerance:
+            return record | {"failure": f"error {error:.1e} > {tolerance:.0e}"}
+        alive("memory")
         record["extra_bytes"] = timer.extra_bytes(run)
+        alive("timing")
         record["seconds"] = timer.measure(run)
-        if graph and (replay := timer.captured(run)) is not None:
-            record["graph_seconds"] = timer.measure(replay)
     except Exception as error:  # out of memory, an unusable backend, a kernel that cannot run: a finding
-        record["failure"] = f"{type(error).__name__}: {str(error)[:500]}"
         if not isinstance(error, (torch.OutOfMemoryError, ImportError, RuntimeError)):
             traceback.print_exc()
+        return record | {"failure": _said(error)}
+    if graph and timer.cuda:
+        record["graph_failure"] = None
+        try:
+            if record["seconds"]["warm"]["median"] > _LONGEST_CAPTURED:
+                raise RuntimeError(f"not tried, it takes more than {_LONGEST_CAPTURED * 1e3:.0f} ms")
+            alive("capture")
+            replay = timer.captured(run)
+            alive("timing of the graph")
+            record["graph_seconds"] = timer.measure(replay, ("warm", "flushed"))
+        except Exception as error:  # most often something that waits for the device
+            record["graph_failure"] = _said(error)
     return record
 
 
-def build_and_test(device: torch.device, options: argparse.Namespace, record: dict[str, Any]) -> None:
-    """Build in place, before anything of hellm is imported; then the GPU tests, in a process of their own."""
-    if device.type != "cuda":
-        return
-    if not options.no_build:
-        from benchmarks.gpu_build import build
-
-        start = time.perf_counter()
-        try:
-            record["build"] = {"file": build(torch.cuda.get_device_capability(device)).name, "failure": None}
-        except RuntimeError as error:
-            record["build"] = {"failure": str(error)}
-        record["build"]["seconds"] = time.perf_counter() - start
-    if not options.no_tests:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "tests/cuda", "-p", "no:cacheprovider"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        record["tests"] = {"status": done.returncode, "output": (done.stdout + done.stderr)[-6000:]}
-        print(record["tests"]["output"][-2000:], flush=True)
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error)[:500]}"
 
 
-def device_environment(device: torch.device) -> dict[str, Any]:
+# ------------------------------------------------------------------------------------------------------ results
+
+
+class Results:
+    """The results so far, in a file that parent and child hand to each other."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+
+    def keep(self) -> None:
+        """Write everything."""
+        self.record["seconds"] = time.time() - self.record["started"]
+        write_json(self.path, self.record)
+
+    def at(self, seconds: float, **what: Any) -> None:
+        """Say what comes next, and after how many seconds without another word it hangs."""
+        self.record["current"] = {**what, "seconds": seconds}
+        self.keep()
+
+
+def failures(record: dict[str, Any]) -> list[str]:
+    """What went wrong, by the rules of the exit code."""
+    found = [f"{step}: {text}" for step, text in record["failures"].items()]
+    found += [
+        f"selftest: {row['backend']} {row['op']} {row['dtype']} {row['case']}"
+        for row in record.get("selftest", [])
+        if not row["ok"]
+    ]
+    found += [
+        f"tests: {name}"
+        for name, one in record.get("tests", {}).items()
+        if one["failed"] or one["status"] not in _NO_FAILURE
+    ]
+    found += [f"memory: {name}" for name, one in record.get("memory", {}).items() if one["status"]]
+    for case in record["cases"]:
+        found += [f"{case['name']}: {case['failure']}"] if case["failure"] else []
+        found += [
+            f"{case['name']}: {e['label']}: {e['failure']}" for e in case["entries"] if e["failure"] and e["hellm"]
+        ]
+    return found
+
+
+# -------------------------------------------------------------------------------------------- steps, in a child
+
+
+def describe(options: argparse.Namespace, results: Results) -> None:
     """What the numbers depend on."""
+    device = torch.device(options.device)
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": commit(),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "torch_cuda": torch.version.cuda,
         "device": "cpu",
+        "cpu": cpu_name(),
+        "python": sys.version.split()[0],
+        "torch_cuda": torch.version.cuda,
+        "versions": gpu_versions(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -158,71 +244,203 @@ def device_environment(device: torch.device) -> dict[str, Any]:
         found["capability"] = f"{properties.major}.{properties.minor}"
         found["processors"] = properties.multi_processor_count
         found["memory_bytes"] = properties.total_memory
-        query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
-        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        found["nvidia_smi"] = nvidia_smi("driver_version,clocks.max.sm,clocks.max.mem,power.limit")
+    results.record["environment"] = found
+
+
+def nvidia_smi(query: str) -> str | None:
+    """Fields of the first GPU; None without the tool."""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def build(options: argparse.Namespace, results: Results) -> None:
+    """Compile the extension for the GPU at hand; later children load it."""
+    from benchmarks import gpu_build
+
+    seconds = max(1.0, min(900.0, options.deadline - time.time()))
+    results.at(seconds, step="build")
+    start = time.perf_counter()
+    try:
+        made = {"file": gpu_build.build(torch.cuda.get_device_capability(options.device)).name}
+    except (RuntimeError, OSError) as error:
+        made, results.record["failures"]["build"] = {"file": None}, str(error)
+        print(error, flush=True)
+    results.record["build"] = made | {"seconds": time.perf_counter() - start}
+
+
+def selftest(options: argparse.Namespace, results: Results) -> None:
+    """Every GPU backend against the definitions; what is found is kept for this machine too."""
+    from hellm.ops import _selftest, _verified
+
+    rows = results.record["selftest"] = []
+    for name in _usable(options):
+        seconds = _share(options, 300.0)
+        results.at(seconds + 60.0, step="selftest")
+        architecture = _backends.architecture(torch.device(options.device))
+        one = _selftest.isolated(name, options.device, seconds)
+        rows += ({"backend": name, "instruction_set": architecture, **row} for row in one)
+        with contextlib.suppress(OSError):  # a home that cannot be written
+            _verified.record(rows, _backends.GPU_BACKENDS)
+        bad = [row for row in one if not row["ok"]]
+        print(f"selftest {name}: {len(one) - len(bad)} of {len(one)} passed", *bad, sep="\n  ", flush=True)
+
+
+def tests(options: argparse.Namespace, results: Results) -> None:
+    """The GPU tests, one process for each backend and one for what is not about backends."""
+    found = results.record["tests"] = {}
+    if importlib.util.find_spec("pytest") is None:
+        results.record["not_run"].append("tests: pytest is not installed")
+        return
+    others = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+    others = [str(path.relative_to(ROOT)) for path in others if path.parent.name != "cuda"]
+    for name in (*_usable(options), "others"):
+        seconds = _share(options, 300.0)
+        results.at(seconds + 60.0, step="tests")
+        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=10", "-m", "gpu"]
+        command += ["-p", "no:cacheprovider", *(["tests/cuda"] if name != "others" else others)]
+        start = time.perf_counter()
+        status, output = bounded(command, seconds, {} if name == "others" else {"HELLM_TEST_BACKEND": name})
+        outcomes = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", output, re.MULTILINE)
+        failed = sorted({test for test, outcome in outcomes if outcome in ("FAILED", "ERROR")})
+        passed = sum(outcome == "PASSED" for _, outcome in outcomes)
+        found[name] = {"status": status, "passed": passed, "failed": failed, "output": output[-6000:]}
+        found[name]["seconds"] = time.perf_counter() - start
+        if status is None:
+            results.record["not_run"].append(f"tests {name}: stopped after {seconds:.0f} s")
+        print(
+            f"tests {name}: {passed} passed, {len(failed)} failed, exit status {status}",
+            *failed,
+            sep="\n  ",
+            flush=True,
+        )
+
+
+def memory(options: argparse.Namespace, results: Results) -> None:
+    """The small inputs of the self-test under compute-sanitizer, every tensor an allocation of its own."""
+    found = results.record["memory"] = {}
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        results.record["not_run"].append("memory: compute-sanitizer is not installed")
+        return
+    for name in (name for name in _usable(options) if name in ("cuda", "triton")):
+        seconds = _share(options, 240.0)
+        results.at(seconds + 60.0, step="memory")
+        command = [tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
+        command += [sys.executable, "-m", "hellm.ops._selftest", name, options.device, "small"]
+        status, output = bounded(command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        found[name] = {"status": status, "output": output[-6000:]}
+        if status is None:
+            results.record["not_run"].append(f"memory {name}: stopped after {seconds:.0f} s")
+        print(f"memory checker {name}: exit status {status}", flush=True)
+
+
+def _usable(options: argparse.Namespace) -> list[str]:
+    """Backends to check, plain torch last; "triton" takes minutes to compile and comes behind the others of ours."""
+    return [name for name in ("cuda", "nvrtc", "triton", "torch") if _backends.unusable(name, options.device) is None]
+
+
+def _share(options: argparse.Namespace, most: float) -> float:
+    """Seconds that one check among others may take: a quarter of what is left."""
+    return max(1.0, min(most, (options.deadline - time.time()) / 4))
+
+
+def bounded(command: Sequence[str], seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:
+    """Exit status, None when the time was up, and what it printed until then."""
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        environment = os.environ | environment
+        process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, env=environment)
         try:
-            found["nvidia_smi"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            found["nvidia_smi"] = None
-    return found
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+        said.seek(0)
+        return status, said.read()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="cases whose name contains one of these")
-    parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="start nothing after this")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, two runs: does it work at all")
-    parser.add_argument("--no-build", action="store_true", help="use the extension that is there")
-    parser.add_argument("--no-tests", action="store_true", help="do not run the GPU tests first")
-    parser.add_argument("--out", type=Path, help="default: results/gpu.json; a smoke run is only printed")
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"torch {torch.__version__} sees no CUDA device")
-    out = options.out or (None if options.smoke else OUT)
-    started = time.perf_counter()
-    record: dict[str, Any] = {"schema": 1, "kind": "gpu", "environment": device_environment(device), "cases": []}
-    record |= {"not_run": [], "seconds": 0.0}
-
-    def keep() -> None:
-        record["seconds"] = time.perf_counter() - started
-        if out is not None:
-            write_json(out, record)
-
-    build_and_test(device, options, record)
-    keep()
-    from benchmarks.gpu_cases import cases
-
+def measure(options: argparse.Namespace, results: Results) -> None:
+    """The cases, from where the last child stopped."""
+    device, record = torch.device(options.device), results.record
     timer = Timer(device, options.smoke)
-    for name, build in cases(device, options.smoke):
-        if options.only and not any(part in name for part in options.only):
+    warm_up(device)
+    known = {case["name"]: case for case in record["cases"]}
+    for name, make in _cases(options):
+        one = known.get(name)
+        if one is not None and (one["finished"] or one["failure"]):
             continue
-        if time.perf_counter() - started > 60 * options.budget_minutes:
+        if time.time() > options.deadline:
             record["not_run"].append(name)
             continue
-        print(f"\n{name}", flush=True)
-        one: dict[str, Any] = {"name": name, "entries": [], "failure": None}
-        record["cases"].append(one)
+        if one is None:
+            print(f"\n{name}", flush=True)
+            one = {"name": name, "entries": [], "failure": None, "finished": False}
+            record["cases"].append(one)
+        results.at(options.stall_seconds, step="cases", case=name)
         try:
-            case = build()
-            one |= {"parameters": case.parameters, "work": case.work, "unit": case.unit}
-            for entry in case.entries:
-                found = measure_entry(timer, entry.run, case.truth, entry.tolerance, case.graph and entry.hellm)
-                one["entries"].append({"label": entry.label, "hellm": entry.hellm, **found})
-                print(line(one["entries"][-1], case.work, case.unit), flush=True)
-                keep()
+            case = make()
         except Exception as error:
             traceback.print_exc()
-            one["failure"] = f"{type(error).__name__}: {str(error)[:500]}"
+            one["failure"] = _said(error)
+            _go_on(device, results)
+            continue
+        one |= {"parameters": case.parameters, "work": case.work, "unit": case.unit, "ceiling": case.ceiling}
+        done = {entry["label"] for entry in one["entries"]}
+        for entry in (entry for entry in case.entries if entry.label not in done):
+            if time.time() > options.deadline:
+                record["not_run"].append(f"{name}: {entry.label}")
+                continue
+            what = {"label": entry.label, "kind": entry.kind, "hellm": entry.hellm}
+
+            def alive(doing: str, name: str = name, what: dict = what) -> None:
+                results.at(options.stall_seconds, step="cases", case=name, entry=what, doing=doing)
+
+            found = measure_entry(timer, entry.run, case.truth, entry.tolerance, case.graph, alive)
+            one["entries"].append(what | found)
+            print(line(one["entries"][-1], case.work, case.unit), flush=True)
+            _go_on(device, results)
+        one["clocks"] = nvidia_smi("clocks.sm,clocks.mem,temperature.gpu,power.draw") if timer.cuda else None
+        one["finished"] = True
         case = None
+        _go_on(device, results)
+
+
+def _cases(options: argparse.Namespace) -> Iterator[tuple[str, Callable]]:
+    """Names and builders of those asked for."""
+    for name, make in importlib.import_module(options.cases).cases(torch.device(options.device), options.smoke):
+        if not options.only or any(part in name for part in options.only):
+            yield name, make
+
+
+def warm_up(device: torch.device) -> None:
+    """A second of products: clocks are up and libraries loaded."""
+    if device.type != "cuda":
+        return
+    x, start = torch.ones(4096, 4096, device=device), time.perf_counter()
+    while time.perf_counter() - start < 1.0:
+        x @ x
+        torch.cuda.synchronize(device)
+
+
+def _go_on(device: torch.device, results: Results) -> None:
+    """Keep the results and free the device; a child whose GPU no longer answers leaves the rest to another."""
+    results.at(60.0, step="cases")
+    if device.type != "cuda":
+        return
+    try:
         gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        keep()
-    keep()
-    print(f"\n{record['seconds'] / 60:.1f} minutes" + (f" -> {out}" if out else ""))
-    return 0
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize(device)
+        torch.ones(1, device=device).add_(1).item()
+    except Exception as error:
+        print(f"  a new process: {_said(error)[:200]}", flush=True)
+        sys.stdout.flush()
+        os._exit(_AGAIN)  # an orderly end would ask the GPU once more
 
 
 def line(entry: dict[str, Any], work: float, unit: str) -> str:
@@ -231,7 +449,7 @@ def line(entry: dict[str, Any], work: float, unit: str) -> str:
         return f"  {entry['label']:<44} {entry['failure'][:100]}"
     best = entry.get("graph_seconds") or entry["seconds"]
     text = f"  {entry['label']:<44}"
-    for name in ("warm", "flushed"):
+    for name in ("warm", "flushed", "eager"):
         text += f" {name} {entry['seconds'][name]['median'] * 1e3:9.4f} ms"
     if "graph_seconds" in entry:
         text += f" graph {best['warm']['median'] * 1e3:9.4f} ms"
@@ -239,6 +457,137 @@ def line(entry: dict[str, Any], work: float, unit: str) -> str:
     if entry["error"] is not None:
         text += f" error {entry['error']:.1e}"
     return text + ("" if entry["bitwise_repeat"] else " NOT REPEATABLE")
+
+
+# ------------------------------------------------------------------------------------------------------- parent
+
+STEPS = {"build": build, "selftest": selftest, "tests": tests, "cases": measure, "memory": memory}
+_ALL_STEPS = {"describe": describe} | STEPS
+
+
+def supervise(step: str, arguments: Sequence[str], options: argparse.Namespace, path: Path) -> None:
+    """Run a step in children until it is through; this process never touches the GPU."""
+    while True:
+        results = Results(path)
+        before = _entries(results.record)
+        # The first word comes after the imports.
+        results.at(max(60.0, options.stall_seconds), step=step)
+        command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--step", step, "--out", str(path)]
+        child = subprocess.Popen([*command, "--deadline", str(options.deadline)], cwd=ROOT, start_new_session=True)
+        try:
+            hung = _watch(child, path)
+        finally:
+            # With everything it started: compilers, tests.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(30)
+        results = Results(path)
+        current = results.record.pop("current", None)
+        if not hung and child.returncode == 0:
+            results.keep()
+            return
+        if not hung and child.returncode == _AGAIN and _entries(results.record) != before:
+            continue
+        why = hung or f"its process ended with exit status {child.returncode}"
+        if current is not None and "case" in current:
+            _blame(results.record, current, why)
+        elif _entries(results.record) == before:
+            results.record["failures"][step] = why
+        print(f"  {why}", flush=True)
+        results.keep()
+        if _entries(results.record) == before:
+            return
+
+
+def _watch(child: subprocess.Popen, path: Path) -> str | None:
+    """Wait for the end of a child; why it is not waited for any longer, if it hangs."""
+    seen, since, current = 0, time.monotonic(), {"seconds": math.inf}
+    while child.poll() is None:
+        if (changed := path.stat().st_mtime_ns) != seen:
+            seen, since = changed, time.monotonic()
+            current = json.loads(path.read_text(encoding="utf-8")).get("current") or current
+        if time.monotonic() - since > current["seconds"]:
+            return f"no progress for {current['seconds']:.0f} s: {current.get('doing') or 'preparing'}"
+        time.sleep(0.1)
+    return None
+
+
+def _entries(record: dict[str, Any]) -> int:
+    """Entries and cases that are settled."""
+    return sum(len(case["entries"]) + (case["failure"] is not None) for case in record["cases"])
+
+
+def _blame(record: dict[str, Any], current: dict[str, Any], why: str) -> None:
+    """Record a failure of the entry that was running, or of the case that was being made."""
+    case = next(case for case in record["cases"] if case["name"] == current["case"])
+    if "entry" in current:
+        case["entries"].append(current["entry"] | {"failure": why})
+    else:
+        case["failure"] = why
+
+
+def _run_steps(
+    steps: Sequence[str], arguments: Sequence[str], options: argparse.Namespace, path: Path
+) -> dict[str, Any]:
+    """The steps, as long as there is time; everything that is known then."""
+    now = time.time()
+    options.deadline = now + 60 * options.budget_minutes
+    record = {"schema": 2, "kind": "gpu", "environment": {}, "failures": {}, "cases": [], "not_run": []}
+    write_json(path, record | {"started": now})
+    supervise("describe", arguments, options, path)
+    for step in (step for step in STEPS if step in steps):
+        if time.time() < options.deadline:
+            supervise(step, arguments, options, path)
+            continue
+        results = Results(path)
+        results.record["not_run"] += [name for name, _ in _cases(options)] if step == "cases" else [step]
+        results.keep()
+    return Results(path).record
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0], epilog=_EXIT_CODES
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="cases whose name contains one of these")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, metavar="STEP", help=f"some of {', '.join(STEPS)}")
+    parser.add_argument("--budget-minutes", type=float, default=math.inf, help="start nothing after this")
+    parser.add_argument(
+        "--stall-seconds", type=float, default=90.0, help="an entry that says nothing for so long hangs"
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes, two runs: does it work at all")
+    parser.add_argument("--out", type=Path, help="default: results/gpu.json; a smoke run is only printed")
+    parser.add_argument("--cases", default="benchmarks.gpu_cases", metavar="MODULE", help="default: %(default)s")
+    parser.add_argument("--step", choices=_ALL_STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.step:
+        results = Results(options.out)
+        _ALL_STEPS[options.step](options, results)
+        results.record.pop("current", None)
+        results.keep()
+        return 0
+    if torch.device(options.device).type == "cuda" and (reason := _backends.no_cuda_reason()):
+        parser.error(reason)
+    every = [name for name, _ in _cases(argparse.Namespace(**{**vars(options), "only": None}))]
+    if unknown := [part for part in options.only or () if not any(part in name for name in every)]:
+        parser.error(f"--only must be part of one of {', '.join(every)}; got {', '.join(unknown)}")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    steps = options.steps or (list(STEPS) if torch.device(options.device).type == "cuda" else ["cases"])
+    # A signal to end takes the children along.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = (options.out or (Path(folder) / "gpu.json" if options.smoke else OUT)).resolve()
+            record = _run_steps(steps, given, options, path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    found = failures(record)
+    print(f"\n{record['seconds'] / 60:.1f} minutes -> {path if path.exists() else 'not kept'}")
+    print(*(f"FAILED {text[:300]}" for text in found), sep="\n")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -58,10 +59,14 @@ def build(capability: tuple[int, int]) -> Path:
         target = ROOT / "hellm" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         shutil.copy(made, target.with_suffix(".new"))
         target.with_suffix(".new").replace(target)
+    importlib.invalidate_caches()
     return target
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise RuntimeError(f"{command[0]} cannot be run: {error}") from None
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")

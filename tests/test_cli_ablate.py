@@ -46,6 +46,11 @@ def test_one_table_one_figure_and_nothing_twice(call, argv, tmp_path):
     assert re.search(r"\n  no-lora( +0\.\d{4}){3} .* [+-]0\.\d{4} \[[+-]0\.\d{4}, [+-]0\.\d{4}\]", out)
     assert "The validation split chose each run's epoch (by ndcg@10); the test split was scored once per run." in out
     assert (tmp_path / "out" / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    head, line, full, lora, *_ = (tmp_path / "out" / "ablation.md").read_text().splitlines()
+    assert head == "| row | valid ndcg@10 | recall@10 | ndcg@10 | difference to `full`, ndcg@10 |"
+    assert len({text.count("|") for text in (head, line, full, lora)}) == 1
+    assert re.fullmatch(r"\| `full`: the model as set \| 0\.\d{4} (\| 0\.\d{4} ±0\.\d{4} ){2}\|  \|", full)
+    assert re.search(r"`no-lora`: .* \| [+-]0\.\d{4} \[", lora)
     code, out, err = call(*argv, "--json")
     ablation = json.loads(out.splitlines()[-1])
     # No line on stderr: nothing was trained again.

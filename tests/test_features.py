@@ -132,6 +132,19 @@ class TestText:
         encode_text(TEXTS, encoder=text_encoder, batch_size=2)
         assert seen[1:] == [[10, 4], [4, 3]]
 
+    def test_roberta_reads_up_to_its_last_position(self, tmp_path, text_encoder):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        config = transformers.RobertaConfig(
+            vocab_size=len(WORDS), max_position_embeddings=18, pad_token_id=1, bos_token_id=2, eos_token_id=3, **sizes
+        )
+        transformers.RobertaModel(config).save_pretrained(tmp_path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(text_encoder)
+        tokenizer.model_max_length = 10**30
+        tokenizer.save_pretrained(tmp_path)
+        values = encode_text(["red " * 14, "red " * 40], encoder=str(tmp_path)).values
+        assert values.any() and (values[0] == values[1]).all()
+
     def test_clip_gives_its_text_embedding(self, tmp_path, text_encoder):
         config = transformers.CLIPConfig(
             text_config={"vocab_size": 14, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -232,6 +245,8 @@ class TestPreprocessing:
             ({"size": {"shortest_edge": 40}, "crop_size": 30, "do_center_crop": False}, 40, (40, 40)),
             ({"size": {"height": 10, "width": 20}}, (10, 20), (10, 20)),
             ({"size": 24}, 24, (24, 24)),
+            ({"size": {"shortest_edge": 224}, "crop_pct": 0.875}, 256, (224, 224)),
+            ({"size": {"shortest_edge": 384}, "crop_pct": 1.0}, 384, (384, 384)),
         ],
     )
     def test_sizes_of_a_preprocessor_config(self, config, resize, crop):
@@ -243,6 +258,10 @@ class TestPreprocessing:
         assert (found.mean, found.std, found.resample) == ((0, 0, 0), (1, 1, 1), 2)
         plain = Preprocessing.from_config({"do_normalize": False, "image_mean": [9, 9, 9]}, 32)
         assert (plain.mean, plain.std) == ((0, 0, 0), (1, 1, 1))
+        picture = pytest.importorskip("PIL.Image").new("RGB", (32, 32), (51, 102, 204))
+        for settings, value in (({}, 0.4), ({"rescale_factor": 1 / 51}, 2), ({"do_rescale": False}, 102)):
+            found = Preprocessing.from_config({"do_normalize": False} | settings, 32).apply(picture)
+            assert found[1] == pytest.approx(value)
 
 
 class TestCache:

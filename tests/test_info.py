@@ -80,6 +80,7 @@ def row(ok: bool) -> dict:
         "instruction_set": "avx2",
         "op": "info_nce",
         "dtype": "float32",
+        "case": "N 97, D 67, high",
         "worst_error": 3.2e-7 if ok else 0.5,
         "budget": 1e-5,
         "ok": ok,
@@ -94,7 +95,7 @@ def test_selftest_table_and_exit_code(capsys, monkeypatch, rows, code, text):
     monkeypatch.setattr("hellm.info.run_selftest", lambda: rows)
     assert main(["info", "--selftest"]) == code
     out = capsys.readouterr().out
-    assert text in out and "3.2e-07" in out
+    assert text in out and ("3.2e-07" in out and "N 97, D 67, high" in out)
     assert main(["info", "--selftest", "--json"]) == code
     assert json.loads(capsys.readouterr().out)["selftest"] == rows
 

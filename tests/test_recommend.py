@@ -311,6 +311,13 @@ class TestNewItems:
         recommender.add_items({"text": TEXTS[:2], "image": masked}, ["a", "b"])
         assert not recommender.content.has("image")[5] and recommender.content.has("image")[6]
 
+    def test_an_item_like_no_other_is_told(self, recommender, caplog):
+        recommender.add_items({"text": -np.abs(TEXTS).sum(0, keepdims=True)}, ["odd"])
+        assert (
+            "1 new items, odd first, are like no item with training events: they rank by content alone" in caplog.text
+        )
+        assert torch.isfinite(recommender.item).all()
+
     def test_nothing_to_add(self, recommender):
         recommender.add_items({"text": np.zeros((0, 3))}, [])
         assert recommender.num_items == 5

@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
         print_json(ablation)
     else:
         print_ablation(ablation)
-        print(f"{Path(args.out) / 'ablation.json'} has every number, {Path(args.out) / 'ablation.png'} the picture.")
+        print(f"{Path(args.out) / 'ablation.json'} has every number, ablation.md the table, ablation.png the picture.")
     return 0
 
 
@@ -101,6 +101,8 @@ def ablate(config: FinetuneConfig, dataset, out: str | Path, **options: Any) -> 
     ablation = _summary(ran, config, dataset, out)
     with atomic_path(out / "ablation.json") as temporary:
         temporary.write_text(json.dumps(ablation, indent=2) + "\n", encoding="utf-8")
+    with atomic_path(out / "ablation.md") as temporary:
+        temporary.write_text(_markdown(ablation), encoding="utf-8")
     compared = ablation["compared"]
     tests = [row["test"][compared] for row in ablation["rows"]]
     plot_ablation(
@@ -237,6 +239,20 @@ def print_ablation(ablation: Mapping[str, Any]) -> None:
         print(f"  {row['name']:<{width}}  {row['words']}")
     for name, why in ablation["skipped"].items():
         print(f"  left out: {name} ({why})")
+
+
+def _markdown(ablation: Mapping[str, Any]) -> str:
+    """The table as Markdown, with half the width of each interval."""
+    shown, compared, chosen = ablation["shown"], ablation["compared"], ablation["chosen_by"][0]
+    lines = [f"| row | valid {chosen} | {' | '.join(shown)} | difference to `full`, {compared} |", "|---" * 4 + "|---|"]
+    for row in ablation["rows"]:
+        valid = f"{row['valid'][chosen]:.4f}" if chosen in row["valid"] else ""
+        cells = [
+            f"{row['test'][k]['mean']:.4f} ±{(row['test'][k]['high'] - row['test'][k]['low']) / 2:.4f}" for k in shown
+        ]
+        difference = "" if row["difference_to_full"] is None else _difference(row["difference_to_full"], compared)
+        lines.append(f"| `{row['name']}`: {row['words']} | {valid} | {' | '.join(cells)} | {difference} |")
+    return "\n".join(lines) + "\n\n" + _how_to_read(ablation) + "\n"
 
 
 def _how_to_read(ablation: Mapping[str, Any]) -> str:

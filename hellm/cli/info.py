@@ -63,7 +63,8 @@ def _selftest_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['worst_error']:.1e}",
             f"{row['budget']:.1e}",
             "ok" if row["ok"] else "FAILED",
+            row["case"],
         ]
         for row in rows
     ]
-    return table(("operator", "backend", "kernels", "dtype", "error", "allowed", ""), cells)
+    return table(("operator", "backend", "kernels", "dtype", "error", "allowed", "", "closest on"), cells)

@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--explain", action="store_true", help="name the history items that each item hangs together with, and by what"
     )
-    parser.add_argument("--device", default="auto", metavar="NAME", help="where histories are read: auto, cpu, cuda ...")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="reads histories: auto, cpu, cuda or cuda:N")
     parser.add_argument("--json", action="store_true", help="print the lists as one line of JSON")
     args = parse(parser, argv)
     given = [name for name in ("users", "history", "similar_to") if args[name] is not None]

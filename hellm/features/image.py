@@ -106,8 +106,9 @@ class Preprocessing:
     Attributes:
         resize: (height, width) in pixels, or the shorter side alone, which keeps the proportions.
         crop: (height, width) of the middle that is kept.
-        mean, std: Of the channels, in 0..1.
+        mean, std: Of the channels, after `rescale`.
         resample: Pillow's number of the filter.
+        rescale: What the values 0..255 are multiplied by.
     """
 
     resize: tuple[int, int] | int = 224
@@ -115,13 +116,17 @@ class Preprocessing:
     mean: tuple[float, ...] = _IMAGENET_MEAN
     std: tuple[float, ...] = _IMAGENET_STD
     resample: int = _BICUBIC
+    rescale: float = 1 / 255
 
     @classmethod
     def from_config(cls, config: dict[str, Any], image_size: int) -> Preprocessing:
         """From a preprocessor_config.json; `image_size` is what the model says of itself, for what the file lacks."""
         size, crop = (_sides(config.get(name)) for name in ("size", "crop_size"))
         size = size or image_size
-        if not config.get("do_center_crop", crop is not None) or crop is None:
+        # ConvNeXt's way to ask for a crop: of the middle 224 of 256 pixels, at the usual 0.875.
+        if isinstance(size, int) and size < 384 and config.get("crop_pct"):
+            size, crop = int(size / config["crop_pct"]), size
+        elif not config.get("do_center_crop", crop is not None) or crop is None:
             crop = size
         return cls(
             size,
@@ -129,6 +134,7 @@ class Preprocessing:
             tuple(config.get("image_mean") or _IMAGENET_MEAN) if config.get("do_normalize", True) else (0.0,) * 3,
             tuple(config.get("image_std") or _IMAGENET_STD) if config.get("do_normalize", True) else (1.0,) * 3,
             config.get("resample", _BICUBIC),
+            config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0,
         )
 
     def apply(self, picture: Any) -> np.ndarray:
@@ -146,7 +152,7 @@ class Preprocessing:
         picture = picture.resize((width, height), self.resample)
         left, top = (width - self.crop[1]) // 2, (height - self.crop[0]) // 2
         picture = picture.crop((left, top, left + self.crop[1], top + self.crop[0]))
-        pixels = np.asarray(picture, dtype=np.float32) / 255
+        pixels = np.asarray(picture, dtype=np.float32) * np.float32(self.rescale)
         pixels = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

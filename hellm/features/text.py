@@ -89,6 +89,10 @@ class _TextModel:
         self.model, self.device = model.to(device).eval(), device
         config = model.config.get_text_config()
         limits = [max_length, self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+        if limits[2]:
+            # RoBERTa's kind counts positions from behind that of padding.
+            places = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
+            limits[2] -= 1 + places.padding_idx if getattr(places, "padding_idx", None) is not None else 0
         self.max_length = min(limit for limit in limits if limit)
         self.dim = self.encode(self.tokens(["a"])).shape[1]
         # Tokens stand for the text and its tokenizer, so the key needs neither.

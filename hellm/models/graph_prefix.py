@@ -1,4 +1,4 @@
-"""What the language model is told of the graph around a history.
+"""What the language model is told of the graph around a history (HeLLM, arXiv 2504.10541, graph-enhanced prefix).
 
 B = histories, T = items of a history, d = width of the graph embeddings, r = width of their Gram matrix, W = width of
 the language model, L = its layers, P = prefix tokens.

@@ -1,4 +1,6 @@
-"""A language model that ranks a catalogue: items enter as tokens, the graph as prefix or as running context (HeLLM).
+"""A language model that ranks a catalogue: items enter as tokens, the graph as prefix or as running context.
+
+After HeLLM (arXiv 2504.10541, fine-tuning stage); what differs from it by default is said where it is set.
 
 B = histories, T = items of the longest, I = items of the catalogue, F = width of all item embeddings side by side,
 W = width of the language model, D = width of queries and item keys, S = tokens of the longest history.

@@ -10,6 +10,7 @@ import contextvars
 import functools
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,9 +98,20 @@ def _cuda_unusable(device: torch.device) -> str | None:
         return "the CUDA kernels need an NVIDIA GPU"
     if isinstance(native(), ImportError):
         return f"the compiled extension hellm._C cannot be loaded: {native()}"
-    if not native().cuda_architectures():
+    built = native().cuda_architectures()
+    if not built:
         return "the extension was built without GPU kernels; building it where nvcc is, with HELLM_CUDA=ON, adds them"
+    found = architecture(device)
+    if found is not None and not any(_runs_on(entry, int(found.removeprefix("sm_"))) for entry in built.split(", ")):
+        return _too_old(device) or f"the extension was built for compute capability {built}, {device} has {found}"
     return _too_old(device)
+
+
+def _runs_on(entry: str, capability: int) -> bool:
+    """Whether a GPU (90 for sm_90) runs what was compiled for an entry like "90", "90a" or "80+PTX"."""
+    number = int(re.match(r"\d+", entry)[0])
+    # A later GPU of the same generation runs the machine code, any later one what it can compile from PTX.
+    return number <= capability and (entry.endswith("+PTX") or number // 10 == capability // 10)
 
 
 def _nvrtc_unusable(device: torch.device) -> str | None:
@@ -108,8 +120,20 @@ def _nvrtc_unusable(device: torch.device) -> str | None:
     if isinstance(native(), ImportError):
         return f"the launch plans are in the compiled extension hellm._C, which cannot be loaded: {native()}"
     if importlib.util.find_spec("cupy") is None:
-        return 'CuPy, which compiles the kernels at first use, is not installed: pip install "hellm[cuda]"'
-    return _too_old(device)
+        extra = f"cuda{(torch.version.cuda or '12').partition('.')[0]}"
+        return f'CuPy, which compiles the kernels at first use, is not installed: pip install "hellm[{extra}]"'
+    # Importing CuPy takes a second, so whatever else stands in the way is asked first.
+    return _too_old(device) or _cupy_failure()
+
+
+@functools.cache
+def _cupy_failure() -> str | None:
+    """What importing CuPy raises; None if nothing."""
+    try:
+        importlib.import_module("cupy")
+    except Exception as error:  # one built for another CUDA version raises whatever its libraries do
+        return f"CuPy cannot be imported: {type(error).__name__}: {error}"
+    return None
 
 
 _UNUSABLE: dict[str, Callable[[torch.device], str | None]] = {
@@ -146,7 +170,7 @@ def untested(name: str, device: torch.device | str) -> str | None:
     found = architecture(device)
     if found is None:
         return "untested on a GPU"
-    if _verified.passed(name, found):
+    if _verified.passed(name, device):
         return None
     return f"untested on {found}: used when asked for by name, or once `hellm info --selftest` has passed here"
 

@@ -5,6 +5,7 @@ U = users, I = items, D = embedding width, B = users asked for at once.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 __all__ = ["Recommender"]
+
+logger = logging.getLogger(__name__)
 
 _BATCH = 1024
 _CONTENT = "content.safetensors"
@@ -308,6 +311,13 @@ class Recommender:
             lost = names[int((~placed).nonzero()[0])]
             raise ValueError(f"features must place every item, but item {lost!r} has none in {', '.join(tensors)}")
         weights = self.content.weights(nearest, self.popularity[: self.content.num_placing] > 0)
+        alone = np.setdiff1d(np.arange(len(names)), weights.indices()[0].numpy())
+        if len(alone):
+            logger.warning(
+                "%d new items, %s first, are like no item with training events: they rank by content alone",
+                len(alone),
+                names[int(alone[0])],
+            )
         self.model.add(NewItems(tensors, titles, self.content, nearest, weights))
         self.content = self.content.extended(tensors, nearest)
         self._append_ids(names, titles, known)

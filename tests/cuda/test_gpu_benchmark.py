@@ -3,26 +3,124 @@
 from __future__ import annotations
 
 import json
+import math
+import subprocess
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from benchmarks import gpu, gpu_cases
+from benchmarks import environment, gpu, gpu_build, gpu_cases, gpu_report
+
+CPU = torch.device("cpu")
+FAKE_CASES = """
+import os, sys, time, torch
+from benchmarks.gpu_cases import Case, Entry
+
+def dies():
+    os._exit(3)
+
+def hangs():
+    time.sleep(600)
+
+def poisons():
+    main = sys.modules["__main__"]
+
+    def no_gpu_any_more(device, results):
+        results.at(60.0, step="cases")
+        os._exit(main._AGAIN)
+
+    main._go_on = no_gpu_any_more
+    raise RuntimeError("an illegal memory access was encountered")
+
+def good():
+    return [torch.ones(3)]
+
+def cases(device, smoke):
+    truth = [torch.ones(3).double()]
+    entries = [
+        Entry("good", good), Entry("dies", dies, kind="cuda"), Entry("not a number", lambda: [truth[0] / 0 * 0]),
+        Entry("hangs", hangs), Entry("poisons", poisons), Entry("also good", good),
+    ]
+    yield "mixed", lambda: Case(list(entries), 6.0, truth=truth, ceiling=("limit", "good"))
+    yield "never made", dies
+    yield "limit", lambda: Case([Entry("good", good)], 6.0)
+"""
 
 
-def test_smoke_run_measures_and_keeps_what_it_has(tmp_path, capsys):
+@pytest.fixture
+def fake(monkeypatch, tmp_path) -> list[str]:
+    """Arguments for cases that die and hang."""
+    (tmp_path / "fake_cases.py").write_text(FAKE_CASES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return ["--device", "cpu", "--smoke", "--cases", "fake_cases", "--out", str(tmp_path / "gpu.json")]
+
+
+@pytest.fixture
+def results(tmp_path) -> gpu.Results:
+    """Of a run that has only begun."""
+    environment.write_json(tmp_path / "gpu.json", {"cases": [], "not_run": [], "failures": {}, "started": 0.0})
+    return gpu.Results(tmp_path / "gpu.json")
+
+
+OPTIONS = gpu.argparse.Namespace(device="cpu", deadline=math.inf)
+
+
+def entries_of(run: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    return {case["name"]: {entry["label"]: entry for entry in case["entries"]} for case in run["cases"]}
+
+
+def test_smoke_run_measures_and_keeps_what_it_has(tmp_path, capfd):
     out = tmp_path / "gpu.json"
-    names = ["ceiling-copy", "conv-sports-1", "propagate", "knn-1"]
+    names = ["ceiling-", "conv-sports-1", "propagate", "knn-1"]
     assert gpu.main(["--device", "cpu", "--smoke", "--out", str(out), "--only", *names]) == 0
     run = json.loads(out.read_text())
-    assert run["kind"] == "gpu" and run["not_run"] == []
-    assert [case["failure"] for case in run["cases"]] == [None] * len(run["cases"])
-    entries = {case["name"]: {entry["label"]: entry for entry in case["entries"]} for case in run["cases"]}
-    assert set(entries) == {"ceiling-copy", "conv-sports-1", "propagate-sports", "knn-18357x4096", "knn-100000x128"}
+    assert run["kind"] == "gpu" and run["not_run"] == [] and run["failures"] == {} and "current" not in run
+    assert run["environment"]["versions"]["torch"] and run["environment"]["cpu"]
+    entries = entries_of(run)
+    assert set(entries) == {
+        "ceiling-copy", "ceiling-matmul", "ceiling-gather", "conv-sports-1", "propagate-sports", "knn-18357x4096",
+        "knn-100000x128",
+    }  # fmt: skip
     for label in ("hellm torch", "two cached CSR products, int32", "published, clique COO"):
         found = entries["conv-sports-1"][label]
         assert found["failure"] is None and found["error"] < 1e-5
         assert 0 < found["seconds"]["warm"]["p20"] <= found["seconds"]["warm"]["p80"]
-    assert "conv-sports-1" in capsys.readouterr().out
+    assert "conv-sports-1" in capfd.readouterr().out
+    page = gpu_report.section(run | {"file": "gpu.json"})
+    assert "of ceiling-gather sports" in page and "%" in page
+
+
+def test_what_dies_or_hangs_costs_one_entry(fake, tmp_path):
+    assert gpu.main([*fake, "--stall-seconds", "3"]) == 1
+    run = json.loads((tmp_path / "gpu.json").read_text())
+    entries = entries_of(run)
+    # Ours first, then the peers as they stand.
+    assert list(entries["mixed"]) == ["dies", "good", "not a number", "hangs", "poisons", "also good"]
+    why = {label: entry["failure"] for label, entry in entries["mixed"].items()}
+    assert why == {
+        "dies": "its process ended with exit status 3",
+        "good": None,
+        "not a number": "not finite",
+        "hangs": "no progress for 3 s: first run",
+        "poisons": "RuntimeError: an illegal memory access was encountered",
+        "also good": None,
+    }
+    assert entries["mixed"]["not a number"]["error"] is None
+    assert {case["name"]: case["failure"] for case in run["cases"]} == {
+        "mixed": None,
+        "never made": "its process ended with exit status 3",
+        "limit": None,
+    }
+    assert gpu.failures(run) == [
+        "mixed: dies: its process ended with exit status 3",
+        "never made: its process ended with exit status 3",
+    ]
+    page = gpu_report.section(run | {"file": "gpu.json"})
+    assert "**no progress for 3 s: first run**" in page and "| also good | " in page and "of limit good" in page
+    assert "**Not finished: its process ended" in page
 
 
 def test_nothing_starts_after_the_budget(tmp_path):
@@ -30,11 +128,49 @@ def test_nothing_starts_after_the_budget(tmp_path):
     gpu.main(["--device", "cpu", "--smoke", "--out", str(out), "--budget-minutes", "-1"])
     run = json.loads(out.read_text())
     assert run["cases"] == []
-    assert run["not_run"] == [name for name, _ in gpu_cases.cases(torch.device("cpu"), True)]
+    assert run["not_run"] == [name for name, _ in gpu_cases.cases(CPU, True)]
+
+
+def test_the_budget_is_checked_before_every_entry(fake, tmp_path, monkeypatch):
+    out = tmp_path / "gpu.json"
+    now = 1000.0
+    environment.write_json(out, {"cases": [], "not_run": [], "failures": {}, "started": now})
+    options = gpu.argparse.Namespace(
+        device="cpu", smoke=True, cases="fake_cases", only=["mixed"], deadline=now + 1, stall_seconds=90.0
+    )
+    times = iter([now] * 3)  # the start of the case, of its first entry, and the record in between
+    monkeypatch.setattr(gpu.time, "time", lambda: next(times, now + 2))
+    monkeypatch.setattr(gpu, "measure_entry", lambda *rest: {"failure": "stand-in"})
+    results = gpu.Results(out)
+    gpu.measure(options, results)
+    (case,) = results.record["cases"]
+    labels = ["dies", "good", "not a number", "hangs", "poisons", "also good"]
+    count = len(case["entries"])
+    assert count < len(labels)
+    assert results.record["not_run"] == [f"mixed: {label}" for label in labels[count:]]
+
+
+@pytest.mark.parametrize("only", [["conv-sport5"], ["knn", "nothing"]])
+def test_an_unknown_case_is_refused(only, capsys):
+    with pytest.raises(SystemExit) as end:
+        gpu.main(["--device", "cpu", "--smoke", "--only", *only])
+    assert end.value.code == 2
+    assert (
+        "must be part of one of ceiling-copy, ceiling-matmul, ceiling-gather, info_nce-35598"
+        in (said := capsys.readouterr().err)
+        and f"got {only[-1]}" in said
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_why(capsys):
+    with pytest.raises(SystemExit) as end:
+        gpu.main([])
+    assert end.value.code == 2 and "error: torch " in capsys.readouterr().err
 
 
 def test_a_wrong_implementation_gets_no_time():
-    timer = gpu.Timer(torch.device("cpu"), True)
+    timer = gpu.Timer(CPU, True)
     found = gpu.measure_entry(timer, lambda: [torch.ones(3)], [torch.full((3,), 1.1).double()], 1e-3, False)
     assert found["failure"] == "error 9.1e-02 > 1e-03"
     assert "seconds" not in found
@@ -42,9 +178,207 @@ def test_a_wrong_implementation_gets_no_time():
     assert failed["failure"].startswith("RuntimeError")
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_result_that_is_not_finite_is_a_failure(value):
+    for truth in (None, [torch.ones(2).double()]):
+        found = gpu.measure_entry(gpu.Timer(CPU, True), lambda: [torch.tensor([1.0, value])], truth, 1e-3, False)
+        assert found == {"failure": "not finite", "error": None}
+
+
+def test_a_failed_capture_keeps_the_eager_times():
+    class Pretended(gpu.Timer):
+        """Times on the CPU, captures like a GPU."""
+
+        def measure(self, run, names=("warm", "flushed", "eager")):
+            return {name: {"median": 1e-3} for name in names}
+
+        def captured(self, run):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        def extra_bytes(self, run):
+            return 0
+
+    timer = Pretended(CPU, True)
+    timer.cuda = True
+    found = gpu.measure_entry(timer, lambda: [torch.ones(2)], [torch.ones(2).double()], 1e-3, True)
+    assert found["failure"] is None and found["seconds"]["warm"]["median"] == 1e-3
+    assert found["graph_failure"] == "RuntimeError: operation not permitted when stream is capturing"
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    environment.write_json(tmp_path / "a.json", {"a": [1.0, math.nan, (math.inf,)], "b": {"c": -math.inf}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1.0, None, [None]], "b": {"c": None}}
+
+
+def test_the_commit_of_a_copy_comes_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("HELLM_COMMIT", "abc")
+    assert environment.commit() == "abc"
+    monkeypatch.delenv("HELLM_COMMIT")
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    assert environment.commit() is None
+
+
+def test_a_compiler_that_is_missing_is_named():
+    with pytest.raises(RuntimeError, match="no-such-compiler cannot be run: "):
+        gpu_build._run(["no-such-compiler"])
+
+
+def test_a_command_is_stopped_and_what_it_printed_is_kept():
+    script = "import time; print('so far', flush=True); time.sleep(60)"
+    assert gpu.bounded([gpu.sys.executable, "-c", script], 2.0, {}) == (None, "so far\n")
+    status, output = gpu.bounded([gpu.sys.executable, "-c", "import os; print(os.environ['A'])"], 60.0, {"A": "b"})
+    assert (status, output) == (0, "b\n")
+
+
+def test_tests_of_every_backend_are_recorded_by_name(results, monkeypatch):
+    said = "tests/cuda/a.py::one[cuda-1] PASSED [ 10%]\ntests/cuda/a.py::two FAILED [ 20%]\n"
+    asked = []
+
+    def bounded(command, seconds, environment):
+        asked.append(environment.get("HELLM_TEST_BACKEND"))
+        return (None if asked[-1] == "triton" else 1), said
+
+    monkeypatch.setattr(gpu, "bounded", bounded)
+    monkeypatch.setattr(gpu, "_usable", lambda options: ["cuda", "triton"])
+    gpu.tests(OPTIONS, results)
+    assert asked == ["cuda", "triton", None]
+    found = results.record["tests"]
+    assert found["cuda"]["passed"] == 1 and found["cuda"]["failed"] == ["tests/cuda/a.py::two"]
+    assert results.record["not_run"] == ["tests triton: stopped after 300 s"]
+    assert gpu.failures(results.record) == ["tests: cuda", "tests: triton", "tests: others"]
+
+
+def test_the_selftest_is_recorded_and_kept_for_this_machine(results, monkeypatch):
+    from hellm.ops import _selftest, _verified
+
+    row = {"op": "knn", "dtype": "float32", "case": "N 97", "worst_error": math.inf, "ok": False}
+    kept = []
+    monkeypatch.setattr(_selftest, "isolated", lambda name, device, seconds: [row])
+    monkeypatch.setattr(_verified, "record", lambda rows, backends: kept.extend(rows))
+    gpu.selftest(OPTIONS, results)
+    assert kept == results.record["selftest"] == [{"backend": "torch", "instruction_set": None, **row}]
+    assert gpu.failures(results.record) == ["selftest: torch knn float32 N 97"]
+    results.keep()
+    assert "self-test of torch: **failed: knn float32 (N 97)**" in "".join(gpu_report._checks(results.record))
+
+
+def test_the_memory_checker_runs_the_selftest_without_a_caching_allocator(results, monkeypatch):
+    asked = []
+
+    def bounded(command, seconds, environment):
+        asked.append((command[-4:], environment))
+        return 9, "Invalid __global__ read"
+
+    monkeypatch.setattr(gpu, "bounded", bounded)
+    monkeypatch.setattr(gpu, "_usable", lambda options: ["cuda", "torch"])
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: name)
+    gpu.memory(OPTIONS, results)
+    assert asked == [(["hellm.ops._selftest", "cuda", "cpu", "small"], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})]
+    assert gpu.failures(results.record) == ["memory: cuda"]
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
+    gpu.memory(OPTIONS, results)
+    assert results.record["not_run"] == ["memory: compute-sanitizer is not installed"]
+
+
+def test_a_failed_build_is_recorded(results, monkeypatch):
+    def build(capability):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(gpu_build, "build", build)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu.build(OPTIONS, results)
+    assert results.record["build"]["file"] is None
+    assert gpu.failures(results.record) == ["build: no space left"]
+
+
+def test_without_pytest_the_tests_are_left_out(results, monkeypatch):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    gpu.tests(OPTIONS, results)
+    assert results.record["not_run"] == ["tests: pytest is not installed"] and gpu.failures(results.record) == []
+
+
+def labels(case: gpu_cases.Case) -> list[str]:
+    return [entry.label for entry in case.entries]
+
+
+def test_labels_are_unique_and_ours_come_first():
+    for name, make in gpu_cases.cases(CPU, True):
+        case = make()
+        assert len(set(labels(case))) == len(case.entries), name
+        kinds = [gpu_cases._KINDS.index(entry.kind) for entry in case.entries]
+        assert kinds == sorted(kinds), name
+
+
+def test_wide_rows_are_listed_where_a_kernel_takes_them(monkeypatch):
+    monkeypatch.setattr(gpu_cases._backends, "unusable", lambda name, device: None)
+    listed = [label for label in labels(gpu_cases._info_nce(CPU, 20, 256, 0.2)) if label.startswith("hellm")]
+    assert listed == [
+        "hellm native, high",
+        "hellm native, highest",
+        "hellm cuda, high",
+        "hellm triton, high",
+        "hellm torch",
+    ]
+    assert not any("attentions" in label for label in labels(gpu_cases._info_nce(CPU, 20, 256, 0.2)))
+    assert "hellm nvrtc, highest" in labels(gpu_cases._info_nce(CPU, 20, 128, 0.2, nvrtc=True))
+
+
 def test_info_nce_peers_agree_with_the_definition():
-    """The stock forms on the CPU; the two attentions need a GPU."""
-    case = gpu_cases._info_nce(torch.device("cpu"), 70, 16, 0.2)
+    """The stock forms on the CPU; the attentions have a test of their own."""
+    case = gpu_cases._info_nce(CPU, 70, 16, 0.2)
     for entry in case.entries:
-        if "compile" not in entry.label and "attention" not in entry.label:
+        if entry.kind != "compile" and "attentions" not in entry.label:
             assert gpu.worst_error([t.detach() for t in entry.run()], case.truth) <= entry.tolerance, entry.label
+
+
+def test_attention_composites_agree_with_the_definition():
+    """Two attentions with float16 operands, as on a GPU."""
+
+    def attend(query, key, value, scale):
+        query, key, value = (t.half().float() for t in (query, key, value))
+        logits = query @ key.T * scale
+        lse = torch.logsumexp(logits, 1)
+        return (torch.exp(logits - lse[:, None]) @ value).half().float(), lse
+
+    case = gpu_cases._info_nce(CPU, 300, 64, 0.2)
+    views = [view.detach() for view in gpu_cases.inputs.views(300, 64)]
+    for found in (gpu_cases.composite(*views, 0.2, attend), gpu_cases.flex_composite(*views, 0.2)):
+        assert gpu.worst_error(found, case.truth) < 1e-3
+
+
+def test_pyg_computes_what_it_is_compared_with():
+    pytest.importorskip("torch_geometric")
+    case = gpu_cases._conv_pyg(CPU, "tiny")
+    (peer,) = (entry for entry in case.entries if "torch_geometric" in entry.label)
+    found = [t.detach() for t in peer.run()]
+    assert len(found) == 2 and gpu.worst_error(found, case.truth) < 1e-5
+
+
+def test_a_peer_that_cannot_be_imported_costs_its_entry(monkeypatch):
+    monkeypatch.setitem(gpu.sys.modules, "torch_geometric.nn", None)
+    case = gpu_cases._conv_pyg(CPU, "tiny")
+    (peer,) = (entry for entry in case.entries if "torch_geometric" in entry.label)
+    found = gpu.measure_entry(gpu.Timer(CPU, True), peer.run, case.truth, peer.tolerance, False)
+    assert found["failure"].startswith("ModuleNotFoundError")
+
+
+def test_cmake_knows_what_the_compiler_can_compile_for(tmp_path):
+    """Architectures by nvcc version, and what the extension says of them."""
+    cmake = gpu_build.shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("needs cmake")
+    text = (gpu_build.ROOT / "CMakeLists.txt").read_text()
+    dropped = text[text.index("  if(CMAKE_CUDA_COMPILER_VERSION") :].partition("endif()\n")
+    named = text[text.index("  string(REGEX") : text.index("  # The target is older")]
+    for version, expected in (
+        ("12.6.77", "80+PTX, 90"),
+        ("12.8.61", "80+PTX, 90, 120"),
+        ("13.0.88", "80+PTX, 90, 120"),
+    ):
+        script: Path = tmp_path / "architectures.cmake"
+        script.write_text(
+            f'set(HELLM_CUDA_ARCHITECTURES "80;90-real;120-real")\nset(CMAKE_CUDA_COMPILER_VERSION {version})\n'
+            f'{dropped[0]}{dropped[1]}{named}message("${{architectures}}")\n'
+        )
+        done = subprocess.run([cmake, "-P", str(script)], capture_output=True, text=True, check=True)
+        assert done.stderr.strip() == expected

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+import torch.nn.functional as F
 from op_cases import DTYPES, GRAPH_CASES, GraphCase, assert_same_bits, assert_within_budget, outputs_and_gradients, rows
 
 from hellm import Hypergraph, ops
@@ -14,7 +17,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none"),
 ]
 
-BACKENDS = [name for name in _backends.BACKENDS if name != "native"]
+# benchmarks.gpu checks one backend a process.
+ASKED = os.environ.get("HELLM_TEST_BACKEND")
+BACKENDS = [name for name in _backends.BACKENDS if name != "native" and ASKED in (None, name)]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -215,3 +220,40 @@ def test_devices_may_not_be_mixed(backend):
 def test_what_was_not_verified_here_is_not_chosen_automatically():
     chosen = _backends.select("cuda")
     assert chosen == "torch" or _backends.untested(chosen, "cuda") is None
+
+
+def test_info_nce_of_keys_beyond_32_bits(backend):
+    """2^31 elements in each view: chosen rows at their end against all keys."""
+    num_keys, dim, t = 2**31 // 64 + 1000, 64, 0.2
+    if backend == "torch":
+        pytest.skip("the definition joins the views in memory")
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GiB of free device memory")
+    generator = torch.Generator("cuda").manual_seed(0)
+    anchor, positive = (torch.randn(num_keys, dim, device="cuda", generator=generator) for _ in range(2))
+    chosen = torch.tensor([num_keys - 1, 5, num_keys - 700], device="cuda")
+    with torch.no_grad():
+        found = ops.info_nce(anchor, positive, t, rows=chosen, reduction="none", precision="high")
+    query = F.normalize(anchor[chosen].double())
+    sums = torch.zeros(len(chosen), dtype=torch.float64, device="cuda")
+    for view in (anchor, positive):
+        for part in view.split(2**20):
+            sums += torch.exp(query @ F.normalize(part.double()).T / t).sum(1)
+        sums -= torch.exp((query * F.normalize(view[chosen].double())).sum(1) / t)
+    aligned = (query * F.normalize(positive[chosen].double())).sum(1) / t
+    expected = F.softplus(sums.log() - aligned)
+    assert torch.allclose(found.double(), expected, rtol=2**-9 / t)
+
+
+def test_knn_of_elements_beyond_32_bits(backend):
+    num_rows, dim, k = 2**31 // 4096 + 8, 4096, 3
+    if backend in ("torch", "triton"):
+        pytest.skip("they store the similarities of all pairs")
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free device memory")
+    x = torch.randn(num_rows, dim, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    index, similarity = ops.knn(x, k)
+    last = F.normalize(x[-4:].double())
+    expected = torch.cat([last @ F.normalize(part.double()).T for part in x.split(2**14)], 1).topk(k)
+    assert torch.equal(index[-4:, 0], torch.arange(num_rows - 4, num_rows, device="cuda"))
+    assert torch.allclose(similarity[-4:].double(), expected.values, rtol=0, atol=2e-6)

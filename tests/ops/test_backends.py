@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 import threading
 import types
@@ -114,6 +115,47 @@ def test_selftest_passes_for_every_backend():
     assert before is None or _backends.native().instruction_set() == before
 
 
+def test_selftest_of_a_backend_in_a_process_of_its_own(monkeypatch):
+    script = 'import sys; print(chr(123) + \'"op": "knn", "ok": true\' + chr(125)); print(\'{"op"\')'
+    for end, message in (
+        ("; sys.stdout.flush(); __import__('os').abort()", "exit status -6: "),
+        ("; sys.stdout.flush(); __import__('time').sleep(60)", "not done after 3 s"),
+    ):
+        monkeypatch.setattr(_selftest, "_COMMAND", [sys.executable, "-c", script + end])
+        done, failed = _selftest.isolated("cuda", "cuda", 3.0)
+        assert done == {"op": "knn", "ok": True}
+        assert failed["op"] == "process" and not failed["ok"] and failed["case"].startswith(message)
+    monkeypatch.setattr(_selftest, "_COMMAND", [sys.executable, "-c", ""])
+    assert _selftest.isolated("cuda", "cuda", 60.0)[0]["case"] == "it printed nothing"
+
+
+def test_selftest_command_prints_the_records_of_a_backend():
+    records = _selftest.isolated("torch", "cpu", 120.0, "small")
+    assert {r["op"] for r in records} == {case.op for case in _selftest._cases("small")}
+    assert all(r["ok"] for r in records)
+
+
+def test_selftest_covers_hubs_wide_rows_and_both_precisions():
+    cases = _selftest._cases("large")
+    losses = {case.name for case in cases if case.op == "info_nce"}
+    for num_rows, dim, precision in itertools.product((97, 1500), (64, 67, 200), ("highest", "high")):
+        assert {f"N {num_rows}, D {dim}, {precision}", f"N {num_rows}, D {dim}, {precision}, some rows"} <= losses
+    assert any("hub of 5000" in case.name for case in cases if case.op == "hypergraph_conv")
+
+
+def test_selftest_sees_a_loss_that_is_wrong_at_one_precision(monkeypatch):
+    right = ops.info_nce
+
+    def wrong(*args, precision, **settings):
+        return right(*args, precision=precision, **settings) * (1.02 if precision == "high" else 1.0)
+
+    monkeypatch.setattr(ops, "info_nce", wrong)
+    with ops.backend("torch"):
+        failed = [r for r in _selftest._check_all("cpu", "small") if not r["ok"]]
+    assert {(r["op"], r["dtype"]) for r in failed} >= {("info_nce", "float32"), ("info_nce", "float64")}
+    assert all("high" in r["case"] and "highest" not in r["case"] for r in failed)
+
+
 def test_selftest_reports_a_wrong_result(monkeypatch):
     right = ops.incidence_product
     monkeypatch.setattr(ops, "incidence_product", lambda x, graph: right(x, graph) * 1.5)
@@ -161,9 +203,41 @@ def test_without_cupy_or_triton_the_next_backend_serves(gpu_of, monkeypatch):
     assert _backends.select("cuda") == "cuda"
     monkeypatch.setattr(_backends, "native", lambda: types.SimpleNamespace(cuda_architectures=lambda: ""))
     assert "HELLM_CUDA=ON" in _backends.unusable("cuda", "cuda")
-    assert _backends.unusable("nvrtc", "cuda").endswith('is not installed: pip install "hellm[cuda]"')
+    for cuda, extra in (("13.0", "cuda13"), ("12.8", "cuda12")):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert _backends.unusable("nvrtc", "cuda").endswith(f'is not installed: pip install "hellm[{extra}]"')
     assert _backends.unusable("triton", "cuda") == "Triton cannot be loaded: No module named 'triton'"
     assert _backends.select("cuda") == "torch"
+
+
+@pytest.mark.parametrize(
+    ("built", "architecture", "usable"),
+    [
+        ("90", "sm_90", True),
+        ("90a", "sm_90", True),
+        ("80, 86", "sm_89", True),
+        ("80, 90", "sm_100", False),
+        ("90", "sm_86", False),
+        ("80+PTX, 90", "sm_120", True),
+        ("90+PTX", "sm_86", False),
+    ],
+)
+def test_an_extension_built_for_other_gpus_is_refused(gpu_of, monkeypatch, built, architecture, usable):
+    gpu_of(architecture)
+    monkeypatch.setattr(_backends, "native", lambda: types.SimpleNamespace(cuda_architectures=lambda: built))
+    reason = f"the extension was built for compute capability {built}, cuda:0 has {architecture}"
+    assert _backends.unusable("cuda", "cuda:0") == (None if usable else reason)
+
+
+def test_cupy_that_cannot_be_imported_is_not_usable(gpu_of, monkeypatch):
+    gpu_of("sm_90")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    _backends._cupy_failure.cache_clear()
+    try:
+        assert _backends.unusable("nvrtc", "cuda").startswith("CuPy cannot be imported: ModuleNotFoundError")
+    finally:
+        _backends._cupy_failure.cache_clear()
 
 
 def test_devices_may_not_be_mixed():

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from op_cases import rows
 
 from hellm import ops
-from hellm.ops import _backends, _verified
+from hellm.ops import _backends
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -184,54 +183,7 @@ def test_triton_that_cannot_be_imported_is_reported(monkeypatch):
         _backends.triton.cache_clear()
 
 
-@pytest.fixture
-def hopper(monkeypatch, tmp_path):
-    """A machine with an H100 and no results of its own; Triton loads."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(_backends, "architecture", lambda device: "sm_90" if device.type == "cuda" else None)
-    monkeypatch.setattr(_backends, "triton", lambda: sys)
-    _verified._of_this_machine.cache_clear()
-    yield
-    _verified._of_this_machine.cache_clear()
-
-
-def result(backend: str, ok: bool) -> dict[str, Any]:
-    return {"backend": backend, "instruction_set": "sm_90", "op": "info_nce", "ok": ok}
-
-
-def test_triton_is_chosen_automatically_only_after_the_selftest_passed(hopper, tmp_path):
-    assert _backends.select("cuda:0") == "torch"
-    assert re.match("untested on sm_90: .*hellm info --selftest", _backends.untested("triton", "cuda:0"))
-    with ops.backend("triton"):
-        assert _backends.select("cuda:0") == "triton"
-    _verified.record([result("native", True)], _backends.GPU_BACKENDS)
-    assert not (tmp_path / "hellm").exists()
-    _verified.record([result("triton", True), result("triton", False)], _backends.GPU_BACKENDS)
-    assert _backends.select("cuda:0") == "torch"
-    _verified.record([result("triton", True)], _backends.GPU_BACKENDS)
-    assert _backends.untested("triton", "cuda:0") is None
-    assert _backends.select("cuda:0") == "triton"
-    assert _backends.select("cpu") != "triton"
-
-
-def test_results_of_this_machine_go_before_the_release(hopper, monkeypatch):
-    monkeypatch.setitem(_verified.RELEASE, "triton", frozenset({"sm_90"}))
-    assert _backends.select("cuda:0") == "triton"
-    _verified.record([result("triton", False)], _backends.GPU_BACKENDS)
-    assert _backends.select("cuda:0") == "torch"
-
-
-def test_results_of_other_versions_do_not_count(hopper, monkeypatch):
-    _verified.record([result("triton", True)], _backends.GPU_BACKENDS)
-    monkeypatch.setattr(torch, "__version__", "0.0")
-    _verified._of_this_machine.cache_clear()
-    assert not _verified.passed("triton", "sm_90")
-    _verified.path().write_text("not json")
-    _verified._of_this_machine.cache_clear()
-    assert not _verified.passed("triton", "sm_90")
-
-
-def test_an_old_gpu_is_refused(hopper, monkeypatch):
+def test_an_old_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(_backends, "triton", lambda: pytest)
     monkeypatch.setattr(_backends, "architecture", lambda device: "sm_75")
     message = "the kernels need compute capability sm_80 or newer, cuda:0 has sm_75"

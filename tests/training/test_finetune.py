@@ -152,10 +152,15 @@ def test_checkpoints_hold_only_what_is_trained(config, small_dataset, runs, tmp_
     ids=" ".join,
 )
 def test_every_ablation_trains_and_scores(overrides, config, small_dataset, runs, tmp_path):
-    config = override_config(replace(config, max_epochs=1), overrides)
-    result = run(config, small_dataset, tmp_path / "run", runs)
-    assert 0 <= result["test"]["recall@5"] <= 1
-    assert np.isfinite(records(tmp_path / "run")[0]["loss"])
+    config = replace(config, max_epochs=1)
+    result = run(override_config(config, overrides), small_dataset, tmp_path / "run", runs)
+    full = run(config, small_dataset, tmp_path / "full", runs)
+    losses = [records(tmp_path / name)[0]["loss"] for name in ("run", "full")]
+    assert np.isfinite(losses).all() and losses[0] != losses[1]
+    same_size = {"dtype=bfloat16", "mixed_precision=bf16", "accumulate=3", "model.sequence_residual=true"}
+    if not same_size & set(overrides):
+        assert result["num_trained_parameters"] != full["num_trained_parameters"] or "titles" in overrides[0]
+    assert result["test"]["num_users"] == small_dataset.num_users
 
 
 def test_the_residual_starts_with_the_scores_of_the_sequence_model(config, small_dataset, runs):
