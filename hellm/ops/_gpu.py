@@ -35,9 +35,13 @@ def _longest_row(indptr: Tensor) -> int:
 
 
 def launch_compiled(name: str, arguments: tuple[Any, ...], device: torch.device) -> None:
-    """Run a launch plan with the kernels in the extension, on the current stream of a device."""
-    stream = torch.cuda.current_stream(device).cuda_stream
-    getattr(native(), f"cuda_{name}")(*arguments, device.index or 0, stream)
+    """Run a launch plan with the kernels in the extension, on the current stream of a device.
+
+    The extension makes the device the current one of this thread; afterwards it is again what it was.
+    """
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        getattr(native(), f"cuda_{name}")(*arguments, torch.cuda.current_device(), stream)
 
 
 def processors_of(device: torch.device) -> int:

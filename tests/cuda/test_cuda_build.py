@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import cuda_build
 import pytest
@@ -187,6 +188,33 @@ def test_a_launch_without_a_driver_says_so():
         pytest.skip("needs an extension built with HELLM_CUDA=ON")
     with pytest.raises(RuntimeError, match=r"CUDA error \d+ at cudaSetDevice.*needs an NVIDIA driver"):
         extension.cuda_incidence_product(16, 32, 48, 0, 64, 0, 1, 4, 1, 1, 0, 0, 0)
+
+
+def test_a_launch_leaves_the_current_device_as_it_was(monkeypatch):
+    current = [0]
+
+    class Guard:
+        def __init__(self, device):
+            self.device = torch.device(device)
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.device.index
+
+        def __exit__(self, *_):
+            current[0] = self.before
+
+    def cuda_knn_unit(*arguments):
+        launched.append(arguments)
+        current[0] = arguments[-2]
+
+    launched: list[tuple] = []
+    stream = SimpleNamespace(cuda_stream=77)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(_gpu, "native", lambda: SimpleNamespace(cuda_knn_unit=cuda_knn_unit))
+    _gpu.launch_compiled("knn_unit", (5,), torch.device("cuda", 1))
+    assert launched == [(5, 1, 77)] and current == [0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
