@@ -25,6 +25,44 @@ class Scales(NamedTuple):
     diagonal: Tensor | None
 
 
+# Entries of a row, as in csrc/cuda/parameters.cuh and kernels/hypergraph_conv.py.
+MEDIUM_ROW, LONG_ROW, HUB_ENTRIES, HUB_CHUNK = 8, 64, 1024, 512
+
+
+class RowSchedule(NamedTuple):
+    """How a GPU shares out the rows of a CSR matrix. The counts size the launches: nothing asks the device for them.
+
+    Attributes:
+        row_order: [R] int32, all rows: hubs (over 1,024 entries), long rows (over 64), those over 8, the others; each
+            group in the order of the matrix, so that rows that a block takes together are about equally long.
+        hub_chunk_begin: [hubs + 1] int32, where the chunks of each hub begin; a chunk is 512 entries.
+        num_long: rows over 64 entries, hubs included.
+        num_hub_chunks: chunks of all hubs.
+    """
+
+    row_order: Tensor
+    hub_chunk_begin: Tensor
+    num_long: int
+    num_hub_chunks: int
+
+    @classmethod
+    def of(cls, indptr: Tensor) -> RowSchedule:
+        """From [R + 1] int64; reads the device once."""
+        count = indptr.diff()
+        group = sum((count <= limit).int() for limit in (HUB_ENTRIES, LONG_ROW, MEDIUM_ROW))
+        chunks = torch.where(group == 0, (count + HUB_CHUNK - 1) // HUB_CHUNK, 0)
+        totals = torch.stack([(group == 0).sum(), (group <= 1).sum(), chunks.sum()])
+        num_hubs, num_long, num_hub_chunks = totals.tolist()
+        row_order = torch.argsort(group, stable=True)
+        hub_chunk_begin = torch.zeros(num_hubs + 1, dtype=torch.int32, device=indptr.device)
+        torch.cumsum(chunks[row_order[:num_hubs]], 0, dtype=torch.int32, out=hub_chunk_begin[1:])
+        return cls(row_order.int(), hub_chunk_begin, num_long, num_hub_chunks)
+
+    def to(self, device: torch.device | str) -> RowSchedule:
+        """The same schedule on `device`."""
+        return self._replace(row_order=self.row_order.to(device), hub_chunk_begin=self.hub_chunk_begin.to(device))
+
+
 class Hypergraph:
     """Sparse incidence matrix H [V, M], stored in both directions.
 
@@ -42,6 +80,7 @@ class Hypergraph:
         vertex_indptr, vertex_edges, vertex_values: CSR of H: [V + 1] int64, [nnz] int32, [nnz] float32 or None;
             the hyperedges of each vertex, ascending.
         edge_indptr, edge_vertices, edge_values: CSR of H^T, likewise: the vertices of each hyperedge.
+        vertex_schedule, edge_schedule: how a GPU shares out the rows of each.
 
     Raises:
         ValueError: an index out of range (which, where, the limit), or a wrong shape, dtype, size or device.
@@ -67,6 +106,7 @@ class Hypergraph:
         self.vertex_indptr, self.vertex_edges, self.vertex_values = _csr(
             vertex, edge, value, self.num_vertices, self.num_hyperedges
         )
+        self.vertex_schedule, self.edge_schedule = map(RowSchedule.of, (self.vertex_indptr, self.edge_indptr))
         self._cache: dict[tuple, tuple] = {}
 
     @property
@@ -110,7 +150,7 @@ class Hypergraph:
             return self
         moved = object.__new__(Hypergraph)
         for name, value in self.__dict__.items():
-            setattr(moved, name, value.to(device) if isinstance(value, Tensor) else value)
+            setattr(moved, name, value.to(device) if isinstance(value, (Tensor, RowSchedule)) else value)
         moved._cache = {}
         return moved
 

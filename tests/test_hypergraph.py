@@ -31,6 +31,27 @@ def test_both_directions_are_stored_in_order(dtype):
     assert repr(graph) == "Hypergraph(num_vertices=5, num_hyperedges=3, num_incidences=5)"
 
 
+def test_schedule_puts_like_rows_together_and_cuts_hubs():
+    sizes = [3, 1025, 64, 9, 0, 1600, 8, 65, 1024]
+    vertex = torch.cat([torch.arange(size) for size in sizes])
+    index = torch.stack([vertex, torch.repeat_interleave(torch.arange(9), torch.tensor(sizes))])
+    schedule = Hypergraph(index).edge_schedule
+    # Hubs, other long rows, those over 8, the rest; each group in the order of the rows.
+    assert schedule.row_order.tolist() == [1, 5, 7, 8, 2, 3, 0, 4, 6]
+    assert schedule.hub_chunk_begin.tolist() == [0, 3, 7]
+    assert (schedule.num_long, schedule.num_hub_chunks) == (4, 7)
+    assert schedule.row_order.dtype == schedule.hub_chunk_begin.dtype == torch.int32
+    nothing = Hypergraph(torch.zeros(2, 0, dtype=torch.int64)).vertex_schedule
+    assert (nothing.row_order.numel(), nothing.hub_chunk_begin.tolist(), *nothing[2:]) == (0, [0], 0, 0)
+
+
+def test_schedule_moves_with_the_hypergraph(graph):
+    moved = graph.to("meta")
+    for schedule in (moved.vertex_schedule, moved.edge_schedule, moved.with_weight(None).edge_schedule):
+        assert schedule.row_order.is_meta and schedule.hub_chunk_begin.is_meta
+    assert moved.vertex_schedule[2:] == graph.vertex_schedule[2:]
+
+
 def test_sizes_default_to_the_largest_index():
     graph = Hypergraph(INDEX)
     assert (graph.num_vertices, graph.num_hyperedges) == (4, 2)
