@@ -227,9 +227,9 @@ class Hypergraph:
             # H[v, e] is the sum over repeats. Subtracting it from the degree inside the sum leaves an exact zero for a
             # vertex that is alone in its hyperedges.
             incidence = _pair_sum(vertex, edge, value, self.num_hyperedges)
-            diagonal = _segment_sum(weight[edge] * value * incidence, vertex, self.num_vertices)
+            diagonal = _row_sum(weight[edge] * value * incidence, self.vertex_indptr, vertex)
             contribution = weight[edge] * value * (size[edge] - incidence)
-        degree = _segment_sum(contribution, vertex, self.num_vertices)
+        degree = _row_sum(contribution, self.vertex_indptr, vertex)
         if normalization == "symmetric":
             root = _power(degree, -0.5)
             scales = (root, edge_scale, root, diagonal)
@@ -400,19 +400,28 @@ def _rows(indptr: Tensor, nnz: int) -> Tensor:
 def _degree(indptr: Tensor, values: Tensor | None) -> Tensor:
     if values is None:
         return indptr.diff().double()
-    return _segment_sum(values.double(), _rows(indptr, values.numel()), indptr.numel() - 1)
+    return _row_sum(values.double(), indptr, _rows(indptr, values.numel()))
 
 
-def _segment_sum(value: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    return value.new_zeros(num_segments).index_add(0, segment, value)
+def _row_sum(value: Tensor, indptr: Tensor, row: Tensor) -> Tensor:
+    """Sums of the entries of each row of a CSR matrix. Without a gradient in their order, on a GPU too.
+
+    torch cannot differentiate that one twice, and on a GPU one thread has a row: fit for once, not for every step.
+    """
+    if torch.is_grad_enabled() and value.requires_grad:
+        return value.new_zeros(indptr.numel() - 1).index_add(0, row, value)
+    return torch.segment_reduce(value, "sum", offsets=indptr, initial=0, unsafe=True)
 
 
 def _pair_sum(vertex: Tensor, edge: Tensor, value: Tensor, num_hyperedges: int) -> Tensor:
-    """For each entry, the sum of the values of all entries of its (vertex, hyperedge) pair; entries are sorted."""
+    """For each entry, the sum of the values of all entries of its (vertex, hyperedge) pair; entries are sorted.
+
+    A few float32 numbers summed in float64: exact, in whatever order a GPU adds them.
+    """
     key = vertex * max(num_hyperedges, 1) + edge
     starts = torch.cat([torch.zeros_like(key[:1]), (key[1:] != key[:-1]).long()])
     pair = starts.cumsum(0)
-    return _segment_sum(value, pair, value.numel())[pair]
+    return value.new_zeros(value.numel()).index_add(0, pair, value)[pair]
 
 
 def _power(degree: Tensor, exponent: float) -> Tensor:

@@ -52,6 +52,21 @@ def test_schedule_moves_with_the_hypergraph(graph):
     assert moved.vertex_schedule[2:] == graph.vertex_schedule[2:]
 
 
+def test_scales_without_a_gradient_are_summed_in_order(monkeypatch):
+    """index_add is not, on a GPU; what is exact in any order may use it."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.stack([torch.randint(7, (90,), generator=generator), torch.randint(5, (90,), generator=generator)])
+    weight = torch.rand(5, generator=generator)
+    graph = Hypergraph(index, incidence_weight=torch.rand(90, generator=generator), hyperedge_weight=weight)
+    learned = graph.with_weight(weight.clone().requires_grad_()).scales(dtype=torch.float64)
+    monkeypatch.setattr(torch.Tensor, "index_add", None)
+    for with_gradient, without in zip(learned, graph.scales(dtype=torch.float64), strict=True):
+        assert with_gradient is without is None or torch.equal(with_gradient, without)
+    assert graph.vertex_degree.tolist() == pytest.approx(
+        [float(graph.vertex_values[a:b].double().sum()) for a, b in graph.vertex_indptr.unfold(0, 2, 1).tolist()]
+    )
+
+
 def test_sizes_default_to_the_largest_index():
     graph = Hypergraph(INDEX)
     assert (graph.num_vertices, graph.num_hyperedges) == (4, 2)
