@@ -190,17 +190,16 @@ void define_all(py::module_& m) {
   m.def("hypergraph_conv_workspace", [](Schedule vertex_schedule, Schedule edge_schedule, int64_t slab_bytes,
                                         int64_t num_vertices, int64_t num_hyperedges, int64_t dim, int num_layers,
                                         int dtype) {
-    return hellm::cuda::hypergraph_conv_workspace(hypergraph_conv(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, vertex_schedule,
-                                                                  edge_schedule, slab_bytes, num_vertices,
-                                                                  num_hyperedges, dim, num_layers, dtype));
+    return hellm::cuda::hypergraph_conv_workspace(
+        hypergraph_conv(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, vertex_schedule, edge_schedule, slab_bytes, num_vertices,
+                        num_hyperedges, dim, num_layers, dtype));
   });
   m.def("bipartite_propagate_workspace", [](Schedule vertex_schedule, Schedule edge_schedule, int64_t slab_bytes,
                                             int64_t num_users, int64_t num_items, int64_t dim, int num_layers,
                                             int dtype) {
-    return hellm::cuda::bipartite_propagate_workspace(bipartite_propagate(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-                                                                          vertex_schedule, edge_schedule, slab_bytes,
-                                                                          num_users, num_items, dim, num_layers,
-                                                                          dtype));
+    return hellm::cuda::bipartite_propagate_workspace(
+        bipartite_propagate(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, vertex_schedule, edge_schedule, slab_bytes, num_users,
+                            num_items, dim, num_layers, dtype));
   });
   m.def("info_nce_workspace", [](int64_t num_keys, int64_t num_rows, int64_t dim, bool gradients,
                                  bool intra_view_negatives, bool highest_precision, int num_processors, int dtype) {

@@ -83,7 +83,8 @@ __device__ __forceinline__ int64 hub_of_chunk(const Gather& p, int64 chunk) {
 // blocks of a side: its shared ones, with a chunk of a hub or a long row for each kLongGroups groups, then those with a
 // short row for each group. As many blocks a processor as go without spills: loads wait for memory, not for registers.
 template <typename A, typename X, int kCount>
-__global__ void __launch_bounds__(kGatherThreads, sizeof(X) == 4 ? 4 : 3) gather_kernel(const GatherParameters parameters) {
+__global__ void __launch_bounds__(kGatherThreads, sizeof(X) == 4 ? 4 : 3)
+    gather_kernel(const GatherParameters parameters) {
   __shared__ A shared[kGatherThreads * kCount];
   const int side = int(blockIdx.x) >= parameters.first_blocks;
   const Gather& p = parameters.side[side];

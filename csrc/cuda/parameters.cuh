@@ -41,8 +41,9 @@ struct GatherParameters {
 
 constexpr int kGatherThreads = 256;
 constexpr int kRowThreads = 128;    // kernels with a warp for each row
-// A sum over more entries is that of kLongGroups sums of every kLongGroups-th entry. No sum depends on how many columns
-// a thread has, so that the same bits come out of every width, pitch and alignment.
+// Up to so many entries of a row are added one after another; more are kLongGroups sums of every kLongGroups-th entry,
+// added one after another, and those of a hub likewise in each of its chunks, whose sums are then added in the same way.
+// Nothing of this depends on the columns of a thread: the same bits come out of every width, pitch and alignment.
 constexpr int kLongRow = 64;
 constexpr int kLongGroups = 16;
 constexpr int kMostLanes = kGatherThreads / kLongGroups;
