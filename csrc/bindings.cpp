@@ -1,6 +1,8 @@
 // The only file that knows pybind11: addresses and sizes in, typed calls out, without the interpreter lock.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -76,40 +78,42 @@ void knn(Address x, Address index, Address similarity, int64_t num_rows, int64_t
 // GPUs: addresses are those of device memory. Each function gives the arguments of a launch plan.
 namespace gpu {
 
-hellm::Csr csr(Address indptr, Address indices, Address values, int64_t num_entries, int64_t longest_row) {
-  return {at<const int64_t>(indptr), at<const int32_t>(indices), at(values), num_entries, longest_row};
+// Of a matrix: addresses of row_order and hub_chunk_begin, num_hubs, num_long, num_hub_chunks.
+using Schedule = std::array<int64_t, 5>;
+
+hellm::Csr csr(Address indptr, Address indices, Address values, const Schedule& s) {
+  return {at<const int64_t>(indptr), at<const int32_t>(indices), at(values), at<const int32_t>(s[0]),
+          at<const int32_t>(s[1]), s[2], s[3], s[4]};
 }
 
 hellm::IncidenceProductArguments incidence_product(Address x, Address indptr, Address indices, Address values,
-                                                   Address out, Address hub_workspace, int64_t rows, int64_t dim,
-                                                   int64_t num_entries, int64_t longest_row, int dtype) {
-  return {at(x), csr(indptr, indices, values, num_entries, longest_row), at(out), rows, dim, DType(dtype), 0,
-          at(hub_workspace)};
+                                                   Address out, Address workspace, Schedule schedule, int64_t rows,
+                                                   int64_t dim, int dtype) {
+  return {at(x), csr(indptr, indices, values, schedule), at(out), rows, dim, DType(dtype), 0, at(workspace)};
 }
 
 hellm::HypergraphConvArguments hypergraph_conv(Address x, Address vertex_indptr, Address vertex_edges,
                                                Address edge_indptr, Address edge_vertices, Address vertex_values,
                                                Address edge_values, Address in_scale, Address edge_scale,
                                                Address out_scale, Address diagonal, Address out, Address workspace,
-                                               Address hub_workspace, int64_t num_vertices, int64_t num_hyperedges,
-                                               int64_t dim, int64_t num_entries, int64_t longest_vertex,
-                                               int64_t longest_edge, int num_layers, int dtype) {
-  return {at(x),          csr(vertex_indptr, vertex_edges, vertex_values, num_entries, longest_vertex),
-          csr(edge_indptr, edge_vertices, edge_values, num_entries, longest_edge),
-          at(in_scale),   at(edge_scale), at(out_scale),  at(diagonal), at(out), at(workspace),
-          num_vertices,   num_hyperedges, dim,            num_layers,   DType(dtype), 0, at(hub_workspace)};
+                                               Schedule vertex_schedule, Schedule edge_schedule, int64_t slab_bytes,
+                                               int64_t num_vertices, int64_t num_hyperedges, int64_t dim,
+                                               int num_layers, int dtype) {
+  return {at(x), csr(vertex_indptr, vertex_edges, vertex_values, vertex_schedule),
+          csr(edge_indptr, edge_vertices, edge_values, edge_schedule), at(in_scale), at(edge_scale), at(out_scale),
+          at(diagonal), at(out), at(workspace), num_vertices, num_hyperedges, dim, num_layers, DType(dtype), 0,
+          slab_bytes};
 }
 
 hellm::BipartitePropagateArguments bipartite_propagate(Address user_x, Address item_x, Address vertex_indptr,
                                                        Address vertex_edges, Address edge_indptr, Address edge_vertices,
                                                        Address user_scale, Address item_scale, Address user_out,
-                                                       Address item_out, Address workspace, Address hub_workspace,
-                                                       int64_t num_users, int64_t num_items, int64_t dim,
-                                                       int64_t num_entries, int64_t longest_vertex,
-                                                       int64_t longest_edge, int num_layers, int dtype) {
-  return {at(user_x), at(item_x), csr(vertex_indptr, vertex_edges, 0, num_entries, longest_vertex),
-          csr(edge_indptr, edge_vertices, 0, num_entries, longest_edge), at(user_scale), at(item_scale), at(user_out),
-          at(item_out), at(workspace), num_users, num_items, dim, num_layers, DType(dtype), 0, at(hub_workspace)};
+                                                       Address item_out, Address workspace, Schedule vertex_schedule,
+                                                       Schedule edge_schedule, int64_t slab_bytes, int64_t num_users,
+                                                       int64_t num_items, int64_t dim, int num_layers, int dtype) {
+  return {at(user_x), at(item_x), csr(vertex_indptr, vertex_edges, 0, vertex_schedule),
+          csr(edge_indptr, edge_vertices, 0, edge_schedule), at(user_scale), at(item_scale), at(user_out),
+          at(item_out), at(workspace), num_users, num_items, dim, num_layers, DType(dtype), 0, slab_bytes};
 }
 
 hellm::InfoNceArguments info_nce(Address anchor, Address positive, Address rows, Address row_order, Address row_begin,
@@ -183,6 +187,20 @@ void define_all(py::module_& m) {
   define(m, "knn_unit", &knn_unit, &hellm::cuda::knn_unit);
   define(m, "knn_select", &knn_select, &hellm::cuda::knn_select);
   define(m, "knn_crowded", &knn_crowded, &hellm::cuda::knn_crowded);
+  m.def("hypergraph_conv_workspace", [](Schedule vertex_schedule, Schedule edge_schedule, int64_t slab_bytes,
+                                        int64_t num_vertices, int64_t num_hyperedges, int64_t dim, int num_layers,
+                                        int dtype) {
+    return hellm::cuda::hypergraph_conv_workspace(
+        hypergraph_conv(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, vertex_schedule, edge_schedule, slab_bytes, num_vertices,
+                        num_hyperedges, dim, num_layers, dtype));
+  });
+  m.def("bipartite_propagate_workspace", [](Schedule vertex_schedule, Schedule edge_schedule, int64_t slab_bytes,
+                                            int64_t num_users, int64_t num_items, int64_t dim, int num_layers,
+                                            int dtype) {
+    return hellm::cuda::bipartite_propagate_workspace(
+        bipartite_propagate(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, vertex_schedule, edge_schedule, slab_bytes, num_users,
+                            num_items, dim, num_layers, dtype));
+  });
   m.def("info_nce_workspace", [](int64_t num_keys, int64_t num_rows, int64_t dim, bool gradients,
                                  bool intra_view_negatives, bool highest_precision, int num_processors, int dtype) {
     const Address wanted = gradients ? 16 : 0;  // any address that is aligned like the real ones

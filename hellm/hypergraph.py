@@ -25,6 +25,44 @@ class Scales(NamedTuple):
     diagonal: Tensor | None
 
 
+# Entries of a row, as in csrc/cuda/parameters.cuh and kernels/hypergraph_conv.py.
+MEDIUM_ROW, LONG_ROW, HUB_ENTRIES, HUB_CHUNK = 8, 64, 1024, 512
+
+
+class RowSchedule(NamedTuple):
+    """How a GPU shares out the rows of a CSR matrix. The counts size the launches: nothing asks the device for them.
+
+    Attributes:
+        row_order: [R] int32, all rows: hubs (over 1,024 entries), long rows (over 64), those over 8, the others; each
+            group in the order of the matrix, so that rows that a block takes together are about equally long.
+        hub_chunk_begin: [hubs + 1] int32, where the chunks of each hub begin; a chunk is 512 entries.
+        num_long: rows over 64 entries, hubs included.
+        num_hub_chunks: chunks of all hubs.
+    """
+
+    row_order: Tensor
+    hub_chunk_begin: Tensor
+    num_long: int
+    num_hub_chunks: int
+
+    @classmethod
+    def of(cls, indptr: Tensor) -> RowSchedule:
+        """From [R + 1] int64; reads the device once."""
+        count = indptr.diff()
+        group = sum((count <= limit).int() for limit in (HUB_ENTRIES, LONG_ROW, MEDIUM_ROW))
+        chunks = torch.where(group == 0, (count + HUB_CHUNK - 1) // HUB_CHUNK, 0)
+        totals = torch.stack([(group == 0).sum(), (group <= 1).sum(), chunks.sum()])
+        num_hubs, num_long, num_hub_chunks = totals.tolist()
+        row_order = torch.argsort(group, stable=True)
+        hub_chunk_begin = torch.zeros(num_hubs + 1, dtype=torch.int32, device=indptr.device)
+        torch.cumsum(chunks[row_order[:num_hubs]], 0, dtype=torch.int32, out=hub_chunk_begin[1:])
+        return cls(row_order.int(), hub_chunk_begin, num_long, num_hub_chunks)
+
+    def to(self, device: torch.device | str) -> RowSchedule:
+        """The same schedule on `device`."""
+        return self._replace(row_order=self.row_order.to(device), hub_chunk_begin=self.hub_chunk_begin.to(device))
+
+
 class Hypergraph:
     """Sparse incidence matrix H [V, M], stored in both directions.
 
@@ -42,6 +80,7 @@ class Hypergraph:
         vertex_indptr, vertex_edges, vertex_values: CSR of H: [V + 1] int64, [nnz] int32, [nnz] float32 or None;
             the hyperedges of each vertex, ascending.
         edge_indptr, edge_vertices, edge_values: CSR of H^T, likewise: the vertices of each hyperedge.
+        vertex_schedule, edge_schedule: how a GPU shares out the rows of each.
 
     Raises:
         ValueError: an index out of range (which, where, the limit), or a wrong shape, dtype, size or device.
@@ -67,6 +106,7 @@ class Hypergraph:
         self.vertex_indptr, self.vertex_edges, self.vertex_values = _csr(
             vertex, edge, value, self.num_vertices, self.num_hyperedges
         )
+        self.vertex_schedule, self.edge_schedule = map(RowSchedule.of, (self.vertex_indptr, self.edge_indptr))
         self._cache: dict[tuple, tuple] = {}
 
     @property
@@ -110,7 +150,7 @@ class Hypergraph:
             return self
         moved = object.__new__(Hypergraph)
         for name, value in self.__dict__.items():
-            setattr(moved, name, value.to(device) if isinstance(value, Tensor) else value)
+            setattr(moved, name, value.to(device) if isinstance(value, (Tensor, RowSchedule)) else value)
         moved._cache = {}
         return moved
 
@@ -187,9 +227,9 @@ class Hypergraph:
             # H[v, e] is the sum over repeats. Subtracting it from the degree inside the sum leaves an exact zero for a
             # vertex that is alone in its hyperedges.
             incidence = _pair_sum(vertex, edge, value, self.num_hyperedges)
-            diagonal = _segment_sum(weight[edge] * value * incidence, vertex, self.num_vertices)
+            diagonal = _row_sum(weight[edge] * value * incidence, self.vertex_indptr, vertex)
             contribution = weight[edge] * value * (size[edge] - incidence)
-        degree = _segment_sum(contribution, vertex, self.num_vertices)
+        degree = _row_sum(contribution, self.vertex_indptr, vertex)
         if normalization == "symmetric":
             root = _power(degree, -0.5)
             scales = (root, edge_scale, root, diagonal)
@@ -360,19 +400,28 @@ def _rows(indptr: Tensor, nnz: int) -> Tensor:
 def _degree(indptr: Tensor, values: Tensor | None) -> Tensor:
     if values is None:
         return indptr.diff().double()
-    return _segment_sum(values.double(), _rows(indptr, values.numel()), indptr.numel() - 1)
+    return _row_sum(values.double(), indptr, _rows(indptr, values.numel()))
 
 
-def _segment_sum(value: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    return value.new_zeros(num_segments).index_add(0, segment, value)
+def _row_sum(value: Tensor, indptr: Tensor, row: Tensor) -> Tensor:
+    """Sums of the entries of each row of a CSR matrix. Without a gradient in their order, on a GPU too.
+
+    torch cannot differentiate that one twice, and on a GPU one thread has a row: fit for once, not for every step.
+    """
+    if torch.is_grad_enabled() and value.requires_grad:
+        return value.new_zeros(indptr.numel() - 1).index_add(0, row, value)
+    return torch.segment_reduce(value, "sum", offsets=indptr, initial=0, unsafe=True)
 
 
 def _pair_sum(vertex: Tensor, edge: Tensor, value: Tensor, num_hyperedges: int) -> Tensor:
-    """For each entry, the sum of the values of all entries of its (vertex, hyperedge) pair; entries are sorted."""
+    """For each entry, the sum of the values of all entries of its (vertex, hyperedge) pair; entries are sorted.
+
+    A few float32 numbers summed in float64: exact, in whatever order a GPU adds them.
+    """
     key = vertex * max(num_hyperedges, 1) + edge
     starts = torch.cat([torch.zeros_like(key[:1]), (key[1:] != key[:-1]).long()])
     pair = starts.cumsum(0)
-    return _segment_sum(value, pair, value.numel())[pair]
+    return value.new_zeros(value.numel()).index_add(0, pair, value)[pair]
 
 
 def _power(degree: Tensor, exponent: float) -> Tensor:

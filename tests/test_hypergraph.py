@@ -31,6 +31,42 @@ def test_both_directions_are_stored_in_order(dtype):
     assert repr(graph) == "Hypergraph(num_vertices=5, num_hyperedges=3, num_incidences=5)"
 
 
+def test_schedule_puts_like_rows_together_and_cuts_hubs():
+    sizes = [3, 1025, 64, 9, 0, 1600, 8, 65, 1024]
+    vertex = torch.cat([torch.arange(size) for size in sizes])
+    index = torch.stack([vertex, torch.repeat_interleave(torch.arange(9), torch.tensor(sizes))])
+    schedule = Hypergraph(index).edge_schedule
+    # Hubs, other long rows, those over 8, the rest; each group in the order of the rows.
+    assert schedule.row_order.tolist() == [1, 5, 7, 8, 2, 3, 0, 4, 6]
+    assert schedule.hub_chunk_begin.tolist() == [0, 3, 7]
+    assert (schedule.num_long, schedule.num_hub_chunks) == (4, 7)
+    assert schedule.row_order.dtype == schedule.hub_chunk_begin.dtype == torch.int32
+    nothing = Hypergraph(torch.zeros(2, 0, dtype=torch.int64)).vertex_schedule
+    assert (nothing.row_order.numel(), nothing.hub_chunk_begin.tolist(), *nothing[2:]) == (0, [0], 0, 0)
+
+
+def test_schedule_moves_with_the_hypergraph(graph):
+    moved = graph.to("meta")
+    for schedule in (moved.vertex_schedule, moved.edge_schedule, moved.with_weight(None).edge_schedule):
+        assert schedule.row_order.is_meta and schedule.hub_chunk_begin.is_meta
+    assert moved.vertex_schedule[2:] == graph.vertex_schedule[2:]
+
+
+def test_scales_without_a_gradient_are_summed_in_order(monkeypatch):
+    """index_add is not, on a GPU; what is exact in any order may use it."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.stack([torch.randint(7, (90,), generator=generator), torch.randint(5, (90,), generator=generator)])
+    weight = torch.rand(5, generator=generator)
+    graph = Hypergraph(index, incidence_weight=torch.rand(90, generator=generator), hyperedge_weight=weight)
+    learned = graph.with_weight(weight.clone().requires_grad_()).scales(dtype=torch.float64)
+    monkeypatch.setattr(torch.Tensor, "index_add", None)
+    for with_gradient, without in zip(learned, graph.scales(dtype=torch.float64), strict=True):
+        assert with_gradient is without is None or torch.equal(with_gradient, without)
+    assert graph.vertex_degree.tolist() == pytest.approx(
+        [float(graph.vertex_values[a:b].double().sum()) for a, b in graph.vertex_indptr.unfold(0, 2, 1).tolist()]
+    )
+
+
 def test_sizes_default_to_the_largest_index():
     graph = Hypergraph(INDEX)
     assert (graph.num_vertices, graph.num_hyperedges) == (4, 2)

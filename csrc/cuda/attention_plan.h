@@ -1,4 +1,4 @@
-// What the launch plans around the attention kernel share: its shapes, its blocks, the workspace.
+// What the launch plans around the attention kernel share: its shapes and its blocks.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,6 @@
 namespace hellm::cuda {
 
 constexpr int kBlocksAProcessor = 2;  // of the attention kernel
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Of the attention kernel.
 struct Shape {
@@ -31,23 +29,6 @@ inline Shape shape_of(int64_t dim, bool both) {
   throw std::invalid_argument("dim must be at most " + std::string(both ? "128" : "256") + " on a GPU, got " +
                               std::to_string(dim));
 }
-
-// Consecutive parts of the workspace, each on a boundary of 256 bytes.
-class Workspace {
- public:
-  explicit Workspace(void* begin) : begin_(static_cast<char*>(begin)) {}
-  template <typename T>
-  T* take(int64_t count) {
-    T* const part = reinterpret_cast<T*>(begin_ + used_);
-    used_ += ceil_div(count * int64_t(sizeof(T)), 256) * 256;
-    return part;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* begin_;
-  int64_t used_ = 0;
-};
 
 inline void tile(AttentionParameters& p, const Shape& shape) {
   p.tile_queries = shape.tile_queries;

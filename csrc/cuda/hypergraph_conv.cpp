@@ -1,6 +1,9 @@
 // Launch plans of the sparse products: one gather for each half of a layer.
 #include "../hypergraph_conv.h"
 
+#include <algorithm>
+#include <vector>
+
 #include "parameters.cuh"
 #include "plan.h"
 
@@ -24,104 +27,219 @@ Type type(DType dtype) {
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+Type accumulated(DType dtype) { return type(dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32); }
 
-void use_csr(GatherParameters& p, const Csr& matrix, int64_t rows, int64_t dim, void* hub_workspace) {
-  p.indptr = reinterpret_cast<const int64*>(matrix.indptr);
-  p.indices = matrix.indices;
-  p.values = matrix.values;
-  p.rows = rows;
-  p.dim = dim;
-  p.num_entries = matrix.num_entries;
-  p.factor = 1.0;
-  p.partial = matrix.longest_row > kHubEntries ? hub_workspace : nullptr;
+Gather gather_of(const Csr& matrix, int64_t rows) {
+  Gather g{};
+  g.indptr = reinterpret_cast<const int64*>(matrix.indptr);
+  g.indices = matrix.indices;
+  g.row_order = matrix.row_order;
+  g.hub_chunk_begin = matrix.hub_chunk_begin;
+  g.values = matrix.values;
+  g.rows = rows;
+  g.num_hubs = matrix.num_hubs;
+  g.num_long = matrix.num_long;
+  g.num_hub_chunks = matrix.num_hub_chunks;
+  g.factor = 1.0;
+  return g;
 }
 
-void gather(GatherParameters p, Type x, const Queue& queue) {
-  const bool wide = p.dim * x.size % 16 == 0 && p.dim % (16 / x.size) == 0 && aligned(p.x) && aligned(p.out) &&
-                    aligned(p.self) && aligned(p.partial);
+// Whether every access of the launch may be one of 16 bytes, or of as many values.
+bool wide(const Gather& g, int64_t dim, int count) {
+  return dim % count == 0 && g.x_pitch % count == 0 && g.self_pitch % count == 0 && g.out_pitch % count == 0 &&
+         aligned(g.x) && aligned(g.self) && aligned(g.out) && aligned(g.partial);
+}
+
+int lanes_of(int64_t dim, int count) {
+  int lanes = 1;
+  while (lanes < kMostLanes && lanes * count < dim) lanes *= 2;
+  return lanes;
+}
+
+// One or two gathers that do not depend on one another, of rows of `dim` columns stored as `x`.
+void gather(const std::vector<Gather>& sides, int64_t dim, Type x, const Queue& queue) {
+  bool all_wide = true, hubs = false;
+  for (const Gather& side : sides) {
+    all_wide = all_wide && wide(side, dim, 16 / x.size);
+    hubs = hubs || side.num_hubs > 0;
+  }
   const std::string accumulation = x.size == 8 ? "double" : "float";
-  const auto launch = [&](const std::string& kernel, int count, int64_t blocks) {
-    p.lanes = 1;
-    while (p.lanes < 32 && p.lanes * count < p.dim) p.lanes *= 2;
-    const int64_t groups = kGatherThreads / p.lanes;
-    enqueue(queue, kernel + ", " + std::to_string(count) + ">", blocks ? blocks : ceil_div(p.rows, groups),
-            ceil_div(p.dim, p.lanes * count), kGatherThreads, 0, p);
+  const auto launch = [&](const std::string& kernel, int count, bool store_hubs) {
+    GatherParameters p{};
+    p.dim = dim;
+    p.lanes = lanes_of(dim, count);
+    const int64_t groups = kGatherThreads / p.lanes, long_rows = groups / kLongGroups;
+    int64_t blocks = 0;
+    for (std::size_t s = 0; s < sides.size(); ++s) {
+      const Gather& side = p.side[s] = sides[s];
+      if (store_hubs) {
+        blocks += ceil_div(side.num_hubs, long_rows);
+      } else {
+        p.shared_blocks[s] = int(ceil_div(side.num_hub_chunks + side.num_long - side.num_hubs, long_rows));
+        blocks += p.shared_blocks[s] + ceil_div(side.rows - side.num_long, groups);
+      }
+      if (s == 0) p.first_blocks = int(blocks);
+    }
+    enqueue(queue, kernel + ", " + std::to_string(count) + ">", blocks, ceil_div(dim, p.lanes * count), kGatherThreads,
+            0, p);
   };
-  const int count = wide ? 16 / x.size : 1;
-  launch("gather_kernel<" + accumulation + ", " + x.name, count, 0);
-  if (p.partial == nullptr) return;
-  launch("hub_partial_kernel<" + accumulation + ", " + x.name, count, ceil_div(p.num_entries, kHubChunk));
-  launch("hub_store_kernel<" + accumulation, wide ? (x.size == 8 ? 2 : 4) : 1, 0);
+  launch("gather_kernel<" + accumulation + ", " + x.name, all_wide ? 16 / x.size : 1, false);
+  if (hubs) launch("hub_store_kernel<" + accumulation, all_wide ? (x.size == 8 ? 2 : 4) : 1, true);
+}
+
+// Columns worked through at a time. The layers of some columns depend on no others, and a table that stays in the cache
+// is worth reading the indices again; below 8 columns of four bytes a row is less than what memory hands out at once.
+int64_t slab_columns(int64_t rows, int64_t dim, DType dtype, int64_t slab_bytes) {
+  const int64_t row_bytes = rows * accumulated(dtype).size;
+  if (row_bytes * dim <= slab_bytes) return dim;
+  int64_t columns = 32;
+  while (columns > 8 && row_bytes * columns > slab_bytes) columns /= 2;
+  return std::min(columns, dim);
+}
+
+const char* at_column(const void* x, int64_t column, Type type) {
+  return static_cast<const char*>(x) + column * type.size;
+}
+char* at_column(void* x, int64_t column, Type type) { return static_cast<char*>(x) + column * type.size; }
+
+// Columns [column, column + dim) of every row of x, packed: whole lines of the cache instead of parts of them.
+void pack(const void* x, int64_t rows, int64_t pitch, int64_t column, int64_t dim, Type x_type, void* out,
+          const Queue& queue) {
+  const int widest = 16 / x_type.size;
+  PackParameters p{at_column(x, column, x_type), out, rows, dim, pitch, 0};
+  const int count = dim % widest == 0 && pitch % widest == 0 && aligned(p.x) && aligned(out) ? widest : 1;
+  p.lanes = lanes_of(dim, count);
+  enqueue(queue, std::string("pack_kernel<") + x_type.name + ", " + std::to_string(count) + ">",
+          ceil_div(rows, kGatherThreads / p.lanes), ceil_div(dim, p.lanes * count), kGatherThreads, 0, p);
+}
+
+struct ConvMemory {
+  int64_t columns;  // of a slab
+  char *edges, *layer, *packed, *partial;
+  int64_t bytes;
+};
+
+ConvMemory memory_of(const HypergraphConvArguments& a) {
+  ConvMemory m{};
+  m.columns = slab_columns(std::max(a.num_vertices, a.num_hyperedges), a.dim, a.dtype, a.slab_bytes);
+  const int64_t row_bytes = m.columns * accumulated(a.dtype).size;
+  Workspace workspace(a.workspace);
+  m.edges = workspace.take<char>(a.num_hyperedges * row_bytes);
+  m.layer = workspace.take<char>(a.num_layers > 1 ? a.num_vertices * row_bytes : 0);
+  m.packed = workspace.take<char>(m.columns < a.dim ? a.num_vertices * m.columns * type(a.dtype).size : 0);
+  m.partial = workspace.take<char>(std::max(a.vertex.num_hub_chunks, a.edge.num_hub_chunks) * row_bytes);
+  m.bytes = workspace.used();
+  return m;
+}
+
+struct PropagateMemory {
+  int64_t columns;
+  char *table[2][2];  // [layer read or written][users, items]
+  char *packed[2], *partial[2];
+  int64_t bytes;
+};
+
+PropagateMemory memory_of(const BipartitePropagateArguments& a) {
+  PropagateMemory m{};
+  const int64_t rows[] = {a.num_users, a.num_items}, chunks[] = {a.user.num_hub_chunks, a.item.num_hub_chunks};
+  m.columns = slab_columns(a.num_users + a.num_items, a.dim, a.dtype, a.slab_bytes);
+  const int64_t row_bytes = m.columns * accumulated(a.dtype).size;
+  Workspace workspace(a.workspace);
+  for (int s = 0; s < 2; ++s) {
+    for (auto& table : m.table) table[s] = workspace.take<char>(a.num_layers > 1 ? rows[s] * row_bytes : 0);
+    m.packed[s] = workspace.take<char>(m.columns < a.dim ? rows[s] * m.columns * type(a.dtype).size : 0);
+    m.partial[s] = workspace.take<char>(chunks[s] * row_bytes);
+  }
+  m.bytes = workspace.used();
+  return m;
 }
 
 }  // namespace
 
+int64_t hypergraph_conv_workspace(const HypergraphConvArguments& a) { return memory_of(a).bytes; }
+int64_t bipartite_propagate_workspace(const BipartitePropagateArguments& a) { return memory_of(a).bytes; }
+
 void incidence_product(const IncidenceProductArguments& a, const Queue& queue) {
-  GatherParameters p{};
-  use_csr(p, a.matrix, a.rows, a.dim, a.hub_workspace);
-  p.x = a.x;
-  p.out = a.out;
-  p.out_storage = type(a.dtype).storage;
-  gather(p, type(a.dtype), queue);
+  Gather g = gather_of(a.matrix, a.rows);
+  g.x = a.x;
+  g.out = a.out;
+  g.out_storage = type(a.dtype).storage;
+  g.x_pitch = g.out_pitch = a.dim;
+  g.partial = a.workspace;
+  gather({g}, a.dim, type(a.dtype), queue);
 }
 
 void hypergraph_conv(const HypergraphConvArguments& a, const Queue& queue) {
-  const Type stored = type(a.dtype), accumulated = type(a.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32);
-  char* const edges = static_cast<char*>(a.workspace);
-  // Its rows are replaced one by one, each after its own old value was read.
-  char* const layer = edges + a.num_hyperedges * a.dim * accumulated.size;
-  for (int l = 0; l < a.num_layers; ++l) {
-    const bool first = l == 0, last = l + 1 == a.num_layers;
-    const Type from = first ? stored : accumulated;
-    GatherParameters join{};
-    use_csr(join, a.edge, a.num_hyperedges, a.dim, a.hub_workspace);
-    join.x = first ? a.x : layer;
-    join.in_scale = a.in_scale;
-    join.out_scale = a.edge_scale;
-    join.out = edges;
-    join.out_storage = accumulated.storage;
-    gather(join, from, queue);
+  const Type stored = type(a.dtype), between = accumulated(a.dtype);
+  const ConvMemory memory = memory_of(a);
+  for (int64_t column = 0; column < a.dim; column += memory.columns) {
+    const int64_t dim = std::min(memory.columns, a.dim - column);
+    const bool slab = dim < a.dim;
+    if (slab) pack(a.x, a.num_vertices, a.dim, column, dim, stored, memory.packed, queue);
+    for (int l = 0; l < a.num_layers; ++l) {
+      const bool first = l == 0, last = l + 1 == a.num_layers;
+      const Type from = first ? stored : between;
+      Gather join = gather_of(a.edge, a.num_hyperedges);
+      // The rows of a layer are replaced one by one, each after its own old value was read.
+      join.x = first ? (slab ? memory.packed : a.x) : memory.layer;
+      join.in_scale = a.in_scale;
+      join.out_scale = a.edge_scale;
+      join.out = memory.edges;
+      join.out_storage = between.storage;
+      join.x_pitch = join.out_pitch = dim;
+      join.partial = memory.partial;
+      gather({join}, dim, from, queue);
 
-    GatherParameters spread{};
-    use_csr(spread, a.vertex, a.num_vertices, a.dim, a.hub_workspace);
-    spread.x = edges;
-    spread.out_scale = a.out_scale;
-    spread.self = a.diagonal ? join.x : nullptr;
-    spread.self_storage = from.storage;
-    spread.diagonal = a.diagonal;
-    spread.diagonal_scale = a.in_scale;
-    spread.out = last ? a.out : layer;
-    spread.out_storage = (last ? stored : accumulated).storage;
-    gather(spread, accumulated, queue);
+      Gather spread = gather_of(a.vertex, a.num_vertices);
+      spread.x = memory.edges;
+      spread.out_scale = a.out_scale;
+      spread.self = a.diagonal ? join.x : nullptr;
+      spread.self_storage = from.storage;
+      spread.diagonal = a.diagonal;
+      spread.diagonal_scale = a.in_scale;
+      spread.out = last ? at_column(a.out, column, stored) : memory.layer;
+      spread.out_storage = (last ? stored : between).storage;
+      spread.x_pitch = spread.self_pitch = dim;
+      spread.out_pitch = last ? a.dim : dim;
+      spread.partial = memory.partial;
+      gather({spread}, dim, between, queue);
+    }
   }
 }
 
 // Horner's scheme: L times h <- x + A h gives the sum of layers 0..L; the last one divides by L + 1.
 void bipartite_propagate(const BipartitePropagateArguments& a, const Queue& queue) {
-  const Type stored = type(a.dtype), accumulated = type(a.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32);
-  const int64_t table_bytes = (a.num_users + a.num_items) * a.dim * accumulated.size;
-  for (int l = 0; l < a.num_layers; ++l) {
-    const bool first = l == 0, last = l + 1 == a.num_layers;
-    char* const read = static_cast<char*>(a.workspace) + l % 2 * table_bytes;
-    char* const written = static_cast<char*>(a.workspace) + (l + 1) % 2 * table_bytes;
-    const int64_t users_bytes = a.num_users * a.dim * accumulated.size;
-    const auto half = [&](const Csr& matrix, int64_t rows, const void* first_x, char* later_x, const void* in_scale,
-                          const void* out_scale, const void* self, void* out, char* later_out) {
-      GatherParameters p{};
-      use_csr(p, matrix, rows, a.dim, a.hub_workspace);
-      p.x = first ? first_x : later_x;
-      p.in_scale = in_scale;
-      p.out_scale = out_scale;
-      p.self = self;
-      p.self_storage = stored.storage;
-      p.factor = p.self_factor = last ? 1.0 / (a.num_layers + 1) : 1.0;
-      p.out = last ? out : later_out;
-      p.out_storage = (last ? stored : accumulated).storage;
-      gather(p, first ? stored : accumulated, queue);
-    };
-    half(a.user, a.num_users, a.item_x, read + users_bytes, a.item_scale, a.user_scale, a.user_x, a.user_out, written);
-    half(a.item, a.num_items, a.user_x, read, a.user_scale, a.item_scale, a.item_x, a.item_out, written + users_bytes);
+  const Type stored = type(a.dtype), between = accumulated(a.dtype);
+  const PropagateMemory memory = memory_of(a);
+  const Csr* const matrix[] = {&a.user, &a.item};
+  const int64_t rows[] = {a.num_users, a.num_items};
+  const void *const x[] = {a.user_x, a.item_x}, *const scale[] = {a.user_scale, a.item_scale};
+  void* const out[] = {a.user_out, a.item_out};
+  for (int64_t column = 0; column < a.dim; column += memory.columns) {
+    const int64_t dim = std::min(memory.columns, a.dim - column);
+    const bool slab = dim < a.dim;
+    for (int s = 0; slab && s < 2; ++s) pack(x[s], rows[s], a.dim, column, dim, stored, memory.packed[s], queue);
+    for (int l = 0; l < a.num_layers; ++l) {
+      const bool first = l == 0, last = l + 1 == a.num_layers;
+      std::vector<Gather> sides;
+      for (int s = 0; s < 2; ++s) {
+        Gather g = gather_of(*matrix[s], rows[s]);
+        g.x = first ? (slab ? memory.packed[1 - s] : x[1 - s]) : memory.table[l % 2][1 - s];
+        g.in_scale = scale[1 - s];
+        g.out_scale = scale[s];
+        g.self = at_column(x[s], column, stored);
+        g.self_storage = stored.storage;
+        g.factor = g.self_factor = last ? 1.0 / (a.num_layers + 1) : 1.0;
+        g.out = last ? at_column(out[s], column, stored) : memory.table[(l + 1) % 2][s];
+        g.out_storage = (last ? stored : between).storage;
+        g.x_pitch = dim;
+        g.self_pitch = a.dim;
+        g.out_pitch = last ? a.dim : dim;
+        g.partial = memory.partial[s];
+        sides.push_back(g);
+      }
+      gather(sides, dim, first ? stored : between, queue);
+    }
   }
 }
 

@@ -9,7 +9,7 @@ constexpr int kBatch = 4;  // rows of x on their way at once
 
 // sum += the entries first, first + step, ... below last, columns [column, column + kCount).
 template <typename A, typename X, int kCount>
-__device__ __forceinline__ void add_entries(const GatherParameters& p, int64 first, int64 last, int step, int64 column,
+__device__ __forceinline__ void add_entries(const Gather& p, int64 first, int64 last, int step, int64 column,
                                             A (&sum)[kCount]) {
   const A *values = static_cast<const A*>(p.values), *in_scale = static_cast<const A*>(p.in_scale);
   const X* const x = static_cast<const X*>(p.x) + column;
@@ -21,7 +21,7 @@ __device__ __forceinline__ void add_entries(const GatherParameters& p, int64 fir
     for (int k = 0; k < kBatch; ++k) index[k] = n + int64(k) * step < last ? p.indices[n + int64(k) * step] : -1;
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
-      if (index[k] >= 0) row[k] = Vector<X, kCount>::load(x + index[k] * p.dim);
+      if (index[k] >= 0) row[k] = Vector<X, kCount>::load(x + index[k] * p.x_pitch);
     }
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
@@ -39,7 +39,7 @@ __device__ __forceinline__ void add_entries(const GatherParameters& p, int64 fir
 
 // The scales, the own term and the store.
 template <typename A, int kCount>
-__device__ __forceinline__ void finish_row(const GatherParameters& p, int64 row, int64 column, A (&sum)[kCount]) {
+__device__ __forceinline__ void finish_row(const Gather& p, int64 row, int64 column, A (&sum)[kCount]) {
   const A *out_scale = static_cast<const A*>(p.out_scale), *diagonal = static_cast<const A*>(p.diagonal);
   const A* const diagonal_scale = static_cast<const A*>(p.diagonal_scale);
   const A scale = A(p.factor) * (out_scale ? out_scale[row] : A(1));
@@ -48,107 +48,112 @@ __device__ __forceinline__ void finish_row(const GatherParameters& p, int64 row,
   if (p.self) {
     const A own = diagonal ? -diagonal[row] * (diagonal_scale ? diagonal_scale[row] : A(1)) * scale : A(p.self_factor);
     A self[kCount];
-    load_any(p.self, p.self_storage, row * p.dim + column, self);
+    load_any(p.self, p.self_storage, row * p.self_pitch + column, self);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sum[i] += own * self[i];
   }
-  store_any(p.out, p.out_storage, row * p.dim + column, sum);
+  store_any(p.out, p.out_storage, row * p.out_pitch + column, sum);
 }
 
-// Sum of the groups' sums, in their order; group 0 gets it. `shared` [kGatherThreads * kCount].
+// Sum of the sums of kLongGroups groups, in their order; the first of them gets it. `shared` [kGatherThreads * kCount].
 template <typename A, int kCount>
 __device__ __forceinline__ void add_groups(A* shared, int lanes, A (&sum)[kCount]) {
-  const int group = threadIdx.x / lanes, lane = threadIdx.x % lanes, groups = kGatherThreads / lanes;
-  __syncthreads();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) shared[threadIdx.x * kCount + i] = sum[i];
   __syncthreads();
-  if (group != 0) return;
-  for (int other = 1; other < groups; ++other) {
+  if (threadIdx.x / lanes % kLongGroups != 0) return;
+  for (int other = 1; other < kLongGroups; ++other) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sum[i] += shared[(other * lanes + lane) * kCount + i];
+    for (int i = 0; i < kCount; ++i) sum[i] += shared[(threadIdx.x + other * lanes) * kCount + i];
   }
 }
 
-// Grid [ceil(rows / groups), ceil(dim / (lanes kCount))]: `lanes` threads share a row, kCount columns each.
-template <typename A, typename X, int kCount>
-__global__ void __launch_bounds__(kGatherThreads) gather_kernel(const GatherParameters p) {
-  __shared__ A shared[kGatherThreads * kCount];
-  const int lanes = p.lanes, group = threadIdx.x / lanes, groups = kGatherThreads / lanes;
-  const int64 column = (int64(blockIdx.y) * lanes + threadIdx.x % lanes) * kCount;
-  const int64 first_row = int64(blockIdx.x) * groups, row = first_row + group;
-  const int64 begin = row < p.rows ? p.indptr[row] : 0, count = row < p.rows ? p.indptr[row + 1] - begin : 0;
-  if (row < p.rows && count <= kLongRow && column < p.dim) {
-    A sum[kCount] = {};
-    add_entries<A, X>(p, begin, begin + count, 1, column, sum);
-    finish_row(p, row, column, sum);
-  }
-  if (!__syncthreads_or(count > kLongRow)) return;
-  for (int64 r = first_row; r < first_row + groups && r < p.rows; ++r) {
-    const int64 first = p.indptr[r], last = p.indptr[r + 1];
-    if (last - first <= kLongRow || (p.partial && last - first > kHubEntries)) continue;
-    A sum[kCount] = {};
-    if (column < p.dim) add_entries<A, X>(p, first + group, last, groups, column, sum);
-    add_groups(shared, lanes, sum);
-    if (group == 0 && column < p.dim) finish_row(p, r, column, sum);
-  }
-}
-
-// The row that holds an entry: the last one that begins at or before it.
-__device__ __forceinline__ int64 row_of_entry(const GatherParameters& p, int64 entry) {
-  int64 low = 0, high = p.rows - 1;
+// The hub that a chunk belongs to: the last one whose chunks begin at or before it.
+__device__ __forceinline__ int64 hub_of_chunk(const Gather& p, int64 chunk) {
+  int64 low = 0, high = p.num_hubs - 1;
   while (low < high) {
     const int64 middle = (low + high + 1) / 2;
-    if (p.indptr[middle] <= entry) low = middle;
+    if (p.hub_chunk_begin[middle] <= chunk) low = middle;
     else high = middle - 1;
   }
   return low;
 }
 
-// Grid [chunks, panels]. Slot 2 c holds what chunk c adds to the hub of its first entry, 2 c + 1 to that of its last.
-// Up to 128 registers: left to itself the compiler takes 48 and spills.
+// Grid [blocks, ceil(dim / (lanes kCount))]: `lanes` threads are a group and share entries, kCount columns each. The
+// blocks of a side: its shared ones, with a chunk of a hub or a long row for each kLongGroups groups, then those with a
+// short row for each group. As many blocks a processor as go without spills: loads wait for memory, not for registers.
 template <typename A, typename X, int kCount>
-__global__ void __launch_bounds__(kGatherThreads, 2) hub_partial_kernel(const GatherParameters p) {
+__global__ void __launch_bounds__(kGatherThreads, sizeof(X) == 4 ? 4 : 3)
+    gather_kernel(const GatherParameters parameters) {
   __shared__ A shared[kGatherThreads * kCount];
-  const int lanes = p.lanes, group = threadIdx.x / lanes, groups = kGatherThreads / lanes;
+  const int side = int(blockIdx.x) >= parameters.first_blocks;
+  const Gather& p = parameters.side[side];
+  const int block = int(blockIdx.x) - side * parameters.first_blocks;
+  const int lanes = parameters.lanes, group = threadIdx.x / lanes, groups = kGatherThreads / lanes;
   const int64 column = (int64(blockIdx.y) * lanes + threadIdx.x % lanes) * kCount;
-  const int64 begin = int64(blockIdx.x) * kHubChunk;
-  const int64 end = begin + kHubChunk < p.num_entries ? begin + kHubChunk : p.num_entries;
-  int64 previous = -1;
-  // Not unrolled: two copies of the sum would spill.
-#pragma unroll 1
-  for (int slot = 0; slot < 2; ++slot) {
-    const int64 row = row_of_entry(p, slot == 0 ? begin : end - 1);
-    const int64 row_begin = p.indptr[row], row_end = p.indptr[row + 1];
-    if (row_end - row_begin <= kHubEntries || row == previous) continue;
-    previous = row;
-    const int64 first = row_begin > begin ? row_begin : begin, last = row_end < end ? row_end : end;
-    A sum[kCount] = {};
-    if (column < p.dim) add_entries<A, X>(p, first + group, last, groups, column, sum);
-    add_groups(shared, lanes, sum);
-    if (group == 0 && column < p.dim) {
-      store_as<A>(p.partial, (2 * int64(blockIdx.x) + slot) * p.dim + column, sum);
-    }
+  const int shared_blocks = parameters.shared_blocks[side];
+  const bool together = block < shared_blocks;
+  int64 place, end = p.rows, chunk = -1;
+  if (together) {
+    place = (int64(block) * groups + group) / kLongGroups;
+    if (place < p.num_hub_chunks) chunk = place;
+    place = chunk >= 0 ? hub_of_chunk(p, chunk) : place - p.num_hub_chunks + p.num_hubs;
+    end = p.num_long;
+  } else {
+    place = p.num_long + int64(block - shared_blocks) * groups + group;
   }
+  const bool present = place < end && column < parameters.dim;
+  int64 row = 0;
+  A sum[kCount] = {};
+  if (present) {
+    row = p.row_order[place];
+    int64 first = p.indptr[row], last = p.indptr[row + 1];
+    if (chunk >= 0) {
+      first += (chunk - p.hub_chunk_begin[place]) * kHubChunk;
+      if (last > first + kHubChunk) last = first + kHubChunk;
+    }
+    const int own = together ? group % kLongGroups : 0;
+    add_entries<A, X>(p, first + own, last, together ? kLongGroups : 1, column, sum);
+  }
+  if (together) add_groups(shared, lanes, sum);
+  if (!present || (together && group % kLongGroups != 0)) return;
+  if (chunk >= 0) store_as<A>(p.partial, chunk * parameters.dim + column, sum);
+  else finish_row(p, row, column, sum);
 }
 
-// Grid as gather_kernel: adds the chunks of every hub in their order.
+// Grid [blocks, panels]: each kLongGroups groups add the chunks of a hub.
 template <typename A, int kCount>
-__global__ void __launch_bounds__(kGatherThreads) hub_store_kernel(const GatherParameters p) {
-  const int lanes = p.lanes, groups = kGatherThreads / lanes;
+__global__ void __launch_bounds__(kGatherThreads, 4) hub_store_kernel(const GatherParameters parameters) {
+  __shared__ A shared[kGatherThreads * kCount];
+  const int side = int(blockIdx.x) >= parameters.first_blocks;
+  const Gather& p = parameters.side[side];
+  const int block = int(blockIdx.x) - side * parameters.first_blocks;
+  const int lanes = parameters.lanes, group = threadIdx.x / lanes, groups = kGatherThreads / lanes;
   const int64 column = (int64(blockIdx.y) * lanes + threadIdx.x % lanes) * kCount;
-  const int64 row = int64(blockIdx.x) * groups + threadIdx.x / lanes;
-  if (row >= p.rows || column >= p.dim) return;
-  const int64 begin = p.indptr[row], end = p.indptr[row + 1];
-  if (end - begin <= kHubEntries) return;
+  const int64 hub = (int64(block) * groups + group) / kLongGroups;
+  const bool present = hub < p.num_hubs && column < parameters.dim;
   A sum[kCount] = {};
-  for (int64 chunk = begin / kHubChunk; chunk <= (end - 1) / kHubChunk; ++chunk) {
-    A part[kCount];
-    load_as<A>(p.partial, (2 * chunk + (chunk * kHubChunk < begin ? 1 : 0)) * p.dim + column, part);
+  if (present) {
+    const int64 end = p.hub_chunk_begin[hub + 1];
+    for (int64 chunk = p.hub_chunk_begin[hub] + group % kLongGroups; chunk < end; chunk += kLongGroups) {
+      A part[kCount];
+      load_as<A>(p.partial, chunk * parameters.dim + column, part);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sum[i] += part[i];
+      for (int i = 0; i < kCount; ++i) sum[i] += part[i];
+    }
   }
-  finish_row(p, row, column, sum);
+  add_groups(shared, lanes, sum);
+  if (present && group % kLongGroups == 0) finish_row(p, p.row_order[hub], column, sum);
+}
+
+// Grid [ceil(rows / groups), panels].
+template <typename X, int kCount>
+__global__ void __launch_bounds__(kGatherThreads) pack_kernel(const PackParameters p) {
+  const int64 row = int64(blockIdx.x) * (kGatherThreads / p.lanes) + threadIdx.x / p.lanes;
+  const int64 column = (int64(blockIdx.y) * p.lanes + threadIdx.x % p.lanes) * kCount;
+  if (row >= p.rows || column >= p.dim) return;
+  const auto values = Vector<X, kCount>::load(static_cast<const X*>(p.x) + row * p.x_pitch + column);
+  values.store(static_cast<X*>(p.out) + row * p.dim + column);
 }
 
 }  // namespace hellm

@@ -9,30 +9,54 @@ enum Storage : int { kStoreFloat32 = 0, kStoreFloat64 = 1, kStoreBFloat16 = 2, k
 
 // out_r = factor * out_scale_r * sum_c value_rc in_scale_c x_c + own_r * self_r with
 // own_r = diagonal ? -diagonal_r diagonal_scale_r factor out_scale_r : self_factor.
-// Null factors are ones; without `self` there is no own term.
-struct GatherParameters {
-  const void* x;          // X [columns, dim]
-  const int64* indptr;    // [rows + 1]
-  const int* indices;     // [nnz]
-  const void* values;     // A [nnz] or null
-  const void* in_scale;   // A [columns] or null
-  const void* out_scale;  // A [rows] or null
-  const void* self;       // [rows, dim] or null
-  const void* diagonal;   // A [rows] or null
+// Null factors are ones; without `self` there is no own term. A pitch is the number of values from row to row.
+struct Gather {
+  const void* x;               // X [columns, dim]
+  const int64* indptr;         // [rows + 1]
+  const int* indices;          // [nnz]
+  const int* row_order;        // [rows]: hubs, other long rows, short rows
+  const int* hub_chunk_begin;  // [num_hubs + 1]
+  const void* values;          // A [nnz] or null
+  const void* in_scale;        // A [columns] or null
+  const void* out_scale;       // A [rows] or null
+  const void* self;            // [rows, dim] or null
+  const void* diagonal;        // A [rows] or null
   const void* diagonal_scale;  // A [rows] or null
-  void* out;              // [rows, dim]
-  void* partial;          // A [2 * chunks, dim], or null: no row has more than kHubEntries entries
-  int64 rows, dim, num_entries;
+  void* out;                   // [rows, dim]
+  void* partial;               // A [num_hub_chunks, dim]
+  int64 rows, num_hubs, num_long, num_hub_chunks;
+  int64 x_pitch, self_pitch, out_pitch;
   double factor, self_factor;
   int self_storage, out_storage;
-  int lanes;              // threads that share a row: a power of two <= 32
+};
+
+// One or two independent gathers of one width in one launch.
+struct GatherParameters {
+  Gather side[2];
+  int64 dim;
+  int first_blocks;       // that serve side 0; the others serve side 1
+  int shared_blocks[2];   // those of a side that come first and take long rows and chunks of hubs
+  int lanes;              // threads that share a row: a power of two <= kMostLanes
 };
 
 constexpr int kGatherThreads = 256;
 constexpr int kRowThreads = 128;    // kernels with a warp for each row
-constexpr int kLongRow = 64;        // more entries: the whole block sums the row
-constexpr int kHubChunk = 2048;     // entries
-constexpr int kHubEntries = 4096;   // more entries: by chunks, over the whole grid; at least two chunks long
+// Up to so many entries of a row are added one after another; more are kLongGroups sums of every kLongGroups-th entry,
+// added one after another, and those of a hub likewise in each of its chunks, whose sums are then added in the same way.
+// Nothing of this depends on the columns of a thread: the same bits come out of every width, pitch and alignment.
+constexpr int kLongRow = 64;
+constexpr int kLongGroups = 16;
+constexpr int kMostLanes = kGatherThreads / kLongGroups;
+constexpr int kHubEntries = 1024;   // more entries: by chunks, over the whole grid
+constexpr int kHubChunk = 512;      // entries
+
+// Some columns of every row, packed.
+struct PackParameters {
+  const void* x;          // X [rows, x_pitch]
+  void* out;              // X [rows, dim]
+  int64 rows, dim, x_pitch;
+  int lanes;
+};
 
 // The rows of a view on the unit sphere, as 16-bit operands of the tensor cores.
 struct NormalizeParameters {

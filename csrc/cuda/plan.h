@@ -38,6 +38,25 @@ void enqueue(const Queue& queue, std::string kernel, int64_t grid_x, int64_t gri
          sizeof(Parameters)});
 }
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Consecutive parts of the workspace, each on a boundary of 256 bytes.
+class Workspace {
+ public:
+  explicit Workspace(void* begin) : begin_(static_cast<char*>(begin)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    T* const part = reinterpret_cast<T*>(begin_ + used_);
+    used_ += ceil_div(count * int64_t(sizeof(T)), 256) * 256;
+    return part;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* begin_;
+  int64_t used_ = 0;
+};
+
 void incidence_product(const IncidenceProductArguments&, const Queue&);
 void hypergraph_conv(const HypergraphConvArguments&, const Queue&);
 void bipartite_propagate(const BipartitePropagateArguments&, const Queue&);
@@ -50,6 +69,8 @@ void knn_select(const KnnArguments&, const Queue&);
 void knn_crowded(const KnnArguments&, const Queue&);
 
 // Bytes of the workspace among the arguments.
+int64_t hypergraph_conv_workspace(const HypergraphConvArguments&);
+int64_t bipartite_propagate_workspace(const BipartitePropagateArguments&);
 int64_t info_nce_workspace(const InfoNceArguments&);
 int64_t item_cross_entropy_workspace(const ItemCrossEntropyArguments&);
 

@@ -71,11 +71,12 @@ def hypergraph_conv(
         normalization, hyperedge_degree=hyperedge_degree, self_loops=self_loops, dtype=_accumulation_dtype(x)
     )
     csr = (*hypergraph.vertex_csr, *hypergraph.edge_csr)
+    schedules = (*hypergraph.vertex_schedule, *hypergraph.edge_schedule)
     if any(scale is not None and scale.requires_grad for scale in scales):
         for _ in range(num_layers):
-            x = torch.ops.hellm.hypergraph_conv(x, *csr, *scales, 1)
+            x = torch.ops.hellm.hypergraph_conv(x, *csr, *scales, 1, *schedules)
         return x
-    return torch.ops.hellm.hypergraph_conv(x, *csr, *scales, num_layers)
+    return torch.ops.hellm.hypergraph_conv(x, *csr, *scales, num_layers, *schedules)
 
 
 def incidence_product(x: Tensor, hypergraph: Hypergraph, *, transpose: bool = False) -> Tensor:
@@ -95,9 +96,10 @@ def incidence_product(x: Tensor, hypergraph: Hypergraph, *, transpose: bool = Fa
     name = "num_vertices" if transpose else "num_hyperedges"
     x = _checked_rows("x", x, size=getattr(hypergraph, name), size_name=f"hypergraph.{name}")
     _check_device("hypergraph", hypergraph.device, x)
-    vertex, edge = hypergraph.vertex_csr, hypergraph.edge_csr
-    csr = (*edge, *vertex) if transpose else (*vertex, *edge)
-    return torch.ops.hellm.incidence_product(x, *csr)
+    vertex = (*hypergraph.vertex_csr, *hypergraph.vertex_schedule)
+    edge = (*hypergraph.edge_csr, *hypergraph.edge_schedule)
+    matrices = (*edge, *vertex) if transpose else (*vertex, *edge)
+    return torch.ops.hellm.incidence_product(x, *matrices)
 
 
 def bipartite_propagate(
@@ -125,9 +127,9 @@ def bipartite_propagate(
     if hypergraph.vertex_values is not None:
         raise ValueError("hypergraph must have no incidence_weight here, got one")
     scales = hypergraph.bipartite_scales(_accumulation_dtype(user_x))
-    return torch.ops.hellm.bipartite_propagate(
-        user_x, item_x, *hypergraph.vertex_csr[:2], *hypergraph.edge_csr[:2], *scales, num_layers
-    )
+    csr = (*hypergraph.vertex_csr[:2], *hypergraph.edge_csr[:2])
+    schedules = (*hypergraph.vertex_schedule, *hypergraph.edge_schedule)
+    return torch.ops.hellm.bipartite_propagate(user_x, item_x, *csr, *scales, num_layers, *schedules)
 
 
 def info_nce(

@@ -1,8 +1,8 @@
 """Calls of the CUDA kernels: allocate outputs and workspace, pass addresses, sizes, a dtype code.
 
 The same launch plans drive the kernels that nvcc compiled into the extension ("cuda") and those that NVRTC compiles at
-first use ("nvrtc"). Every method mirrors a function of `hellm.ops.reference`; nothing waits for the device, except
-once for each new hypergraph.
+first use ("nvrtc"). Every method mirrors a function of `hellm.ops.reference`; those of sparse products take the
+schedules of their matrices after its arguments. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -12,32 +12,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from hellm.hypergraph import RowSchedule
 from hellm.ops import reference
 from hellm.ops._backends import native
 from hellm.ops._native import _DTYPE_CODE, _address, _compute_dtype, _like
 
 # As in csrc/cuda/parameters.cuh.
-_HUB_CHUNK, _HUB_ENTRIES = 2048, 4096
 _MOST_NEIGHBOURS = 128
 # Columns the kernels of the losses take, by whether products have float32 accuracy.
 _MOST_COLUMNS = {True: 128, False: 256}
+# Half of the 50 MB of cache of an H100, whose two halves are not equally near.
+_CACHE_BYTES = 24 * 2**20
 
-_longest_rows: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-
-def _longest_row(indptr: Tensor) -> int:
-    """Entries of the longest row of a CSR matrix; asked of the device once for each matrix."""
-    if indptr not in _longest_rows:
-        _longest_rows[indptr] = int(indptr.diff().max()) if indptr.numel() > 1 else 0
-    return _longest_rows[indptr]
+def _address_schedule(schedule: RowSchedule) -> tuple[int, ...]:
+    row_order, hub_chunk_begin, num_long, num_hub_chunks = schedule
+    return _address(row_order), _address(hub_chunk_begin), hub_chunk_begin.numel() - 1, num_long, num_hub_chunks
 
 
 def launch_compiled(name: str, arguments: tuple[Any, ...], device: torch.device) -> None:
-    """Run a launch plan with the kernels in the extension, on the current stream of a device."""
-    stream = torch.cuda.current_stream(device).cuda_stream
-    getattr(native(), f"cuda_{name}")(*arguments, device.index or 0, stream)
+    """Run a launch plan with the kernels in the extension, on the current stream of a device.
+
+    The extension makes the device the current one of this thread; afterwards it is again what it was.
+    """
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        getattr(native(), f"cuda_{name}")(*arguments, torch.cuda.current_device(), stream)
 
 
 def processors_of(device: torch.device) -> int:
@@ -51,24 +52,27 @@ class Gpu:
     Args:
         launch: (operator, arguments of its plan, device) -> None.
         processors: device -> streaming multiprocessors.
+        cache_bytes: larger tables of convolution and propagation are worked through by slabs of columns.
     """
 
     def __init__(
         self,
         launch: Callable[[str, tuple[Any, ...], torch.device], None],
         processors: Callable[[torch.device], int] = processors_of,
+        cache_bytes: int = _CACHE_BYTES,
     ) -> None:
-        self._launch, self._processors = launch, processors
+        self._launch, self._processors, self._cache_bytes = launch, processors, cache_bytes
 
-    def incidence_product(self, x: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None) -> Tensor:
+    def incidence_product(
+        self, x: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None, schedule: RowSchedule
+    ) -> Tensor:
         x, values = x.contiguous(), _like(values, x)
         out = x.new_empty(indptr.numel() - 1, x.shape[1])
-        longest = _longest_row(indptr)
-        hubs = _hub_workspace(x, indices, longest)
+        workspace = x.new_empty(schedule.num_hub_chunks, x.shape[1], dtype=_compute_dtype(x))
         self._launch(
             "incidence_product",
-            (*map(_address, (x, indptr, indices, values, out, hubs)),
-             out.shape[0], x.shape[1], indices.numel(), longest, _DTYPE_CODE[x.dtype]),
+            (*map(_address, (x, indptr, indices, values, out, workspace)), _address_schedule(schedule),
+             *out.shape, _DTYPE_CODE[x.dtype]),
             x.device,
         )  # fmt: skip
         return out
@@ -87,24 +91,22 @@ class Gpu:
         out_scale: Tensor | None,
         diagonal: Tensor | None,
         num_layers: int,
+        vertex_schedule: RowSchedule,
+        edge_schedule: RowSchedule,
     ) -> Tensor:
+        """Layers in between are stored in the accumulation dtype."""
         x = x.contiguous()
         if num_layers == 0:
             return x.clone()
         factors = [_like(t, x) for t in (vertex_values, edge_values, in_scale, edge_scale, out_scale, diagonal)]
-        num_vertices, num_hyperedges, dim = x.shape[0], edge_indptr.numel() - 1, x.shape[1]
         out = torch.empty_like(x)
-        num_rows = num_hyperedges + (num_vertices if num_layers > 1 else 0)
-        workspace = x.new_empty(num_rows, dim, dtype=_compute_dtype(x))
-        longest = [_longest_row(indptr) for indptr in (vertex_indptr, edge_indptr)]
-        hubs = _hub_workspace(x, vertex_edges, max(longest))
-        tensors = (x, vertex_indptr, vertex_edges, edge_indptr, edge_vertices, *factors, out, workspace, hubs)
-        self._launch(
-            "hypergraph_conv",
-            (*map(_address, tensors),
-             num_vertices, num_hyperedges, dim, vertex_edges.numel(), *longest, num_layers, _DTYPE_CODE[x.dtype]),
-            x.device,
-        )  # fmt: skip
+        schedules = (_address_schedule(vertex_schedule), _address_schedule(edge_schedule))
+        sizes = (x.shape[0], edge_indptr.numel() - 1, x.shape[1], num_layers, _DTYPE_CODE[x.dtype])
+        num_bytes = native().hypergraph_conv_workspace(*schedules, self._cache_bytes, *sizes)
+        workspace = x.new_empty(num_bytes, dtype=torch.uint8)
+        tensors = (x, vertex_indptr, vertex_edges, edge_indptr, edge_vertices, *factors, out, workspace)
+        arguments = (*map(_address, tensors), *schedules, self._cache_bytes, *sizes)
+        self._launch("hypergraph_conv", arguments, x.device)
         return out
 
     def bipartite_propagate(
@@ -118,24 +120,23 @@ class Gpu:
         user_scale: Tensor,
         item_scale: Tensor,
         num_layers: int,
+        vertex_schedule: RowSchedule,
+        edge_schedule: RowSchedule,
     ) -> tuple[Tensor, Tensor]:
+        """Layers in between are stored in the accumulation dtype."""
         user_x, item_x = user_x.contiguous(), item_x.contiguous()
         if num_layers == 0:
             return user_x.clone(), item_x.clone()
         scales = [_like(t, user_x) for t in (user_scale, item_scale)]
         user_out, item_out = torch.empty_like(user_x), torch.empty_like(item_x)
-        num_users, num_items, dim = user_x.shape[0], item_x.shape[0], user_x.shape[1]
-        # The running layer twice: read and written.
-        workspace = user_x.new_empty(2 * (num_users + num_items), dim, dtype=_compute_dtype(user_x))
-        longest = [_longest_row(indptr) for indptr in (vertex_indptr, edge_indptr)]
-        hubs = _hub_workspace(user_x, vertex_edges, max(longest))
+        schedules = (_address_schedule(vertex_schedule), _address_schedule(edge_schedule))
+        sizes = (user_x.shape[0], item_x.shape[0], user_x.shape[1], num_layers, _DTYPE_CODE[user_x.dtype])
+        num_bytes = native().bipartite_propagate_workspace(*schedules, self._cache_bytes, *sizes)
+        workspace = user_x.new_empty(num_bytes, dtype=torch.uint8)
         csr = (vertex_indptr, vertex_edges, edge_indptr, edge_vertices)
-        self._launch(
-            "bipartite_propagate",
-            (*map(_address, (user_x, item_x, *csr, *scales, user_out, item_out, workspace, hubs)),
-             num_users, num_items, dim, vertex_edges.numel(), *longest, num_layers, _DTYPE_CODE[user_x.dtype]),
-            user_x.device,
-        )  # fmt: skip
+        tensors = (user_x, item_x, *csr, *scales, user_out, item_out, workspace)
+        arguments = (*map(_address, tensors), *schedules, self._cache_bytes, *sizes)
+        self._launch("bipartite_propagate", arguments, user_x.device)
         return user_out, item_out
 
     def info_nce(
@@ -285,11 +286,3 @@ def _rows_by(index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The places of `index` in the order of its values, and where those of each value 0..count-1 begin [count + 1]."""
     order = torch.argsort(index, stable=True)
     return order, torch.searchsorted(index[order], torch.arange(count + 1, device=index.device))
-
-
-def _hub_workspace(x: Tensor, indices: Tensor, longest_row: int) -> Tensor | None:
-    """Partial sums of rows that the whole grid sums, where there are any."""
-    if longest_row <= _HUB_ENTRIES:
-        return None
-    chunks = -(-indices.numel() // _HUB_CHUNK)
-    return x.new_empty(2 * chunks, x.shape[1], dtype=_compute_dtype(x))

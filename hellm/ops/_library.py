@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hellm.hypergraph import RowSchedule
 from hellm.ops import _backends, _gpu, _native, _nvrtc, _triton, reference
 
 _library = torch.library.Library("hellm", "DEF")
@@ -90,26 +91,28 @@ def _cast_rows(argument, dtype: torch.dtype):
 # ----------------------------------------------------------------------------------------------- sparse products
 
 
-def _incidence_product_fake(x, indptr, indices, values, *transposed):
+def _incidence_product_fake(x, indptr, *_):
     return x.new_empty(indptr.shape[0] - 1, x.shape[1])
 
 
 _define(
-    "incidence_product(Tensor x, Tensor indptr, Tensor indices, Tensor? values,"
-    " Tensor t_indptr, Tensor t_indices, Tensor? t_values) -> Tensor",
-    lambda ops: lambda x, indptr, indices, values, *_: ops.incidence_product(x, indptr, indices, values),
+    "incidence_product(Tensor x, Tensor indptr, Tensor indices, Tensor? values, Tensor row_order,"
+    " Tensor hub_chunk_begin, int num_long, int num_hub_chunks, Tensor t_indptr, Tensor t_indices, Tensor? t_values,"
+    " Tensor t_row_order, Tensor t_hub_chunk_begin, int t_num_long, int t_num_hub_chunks) -> Tensor",
+    lambda ops: lambda *args: ops.incidence_product(*args[:4], RowSchedule(*args[4:8])),
     _incidence_product_fake,
     autocast=None,
 )
 
 
 def _incidence_product_setup(ctx, inputs, output):
-    ctx.csr = inputs[1:]
+    ctx.matrices = inputs[1:]
 
 
 def _incidence_product_backward(ctx, grad):
-    grad_x = torch.ops.hellm.incidence_product(grad, *ctx.csr[3:], *ctx.csr[:3]) if ctx.needs_input_grad[0] else None
-    return grad_x, *[None] * 6
+    matrix, transposed = ctx.matrices[:7], ctx.matrices[7:]
+    grad_x = torch.ops.hellm.incidence_product(grad, *transposed, *matrix) if ctx.needs_input_grad[0] else None
+    return grad_x, *[None] * 14
 
 
 _register_autograd("incidence_product", _incidence_product_backward, _incidence_product_setup)
@@ -117,17 +120,19 @@ _register_autograd("incidence_product", _incidence_product_backward, _incidence_
 _define(
     "hypergraph_conv(Tensor x, Tensor vertex_indptr, Tensor vertex_edges, Tensor? vertex_values, Tensor edge_indptr,"
     " Tensor edge_vertices, Tensor? edge_values, Tensor? in_scale, Tensor? edge_scale, Tensor? out_scale,"
-    " Tensor? diagonal, int num_layers) -> Tensor",
-    lambda ops: ops.hypergraph_conv,
+    " Tensor? diagonal, int num_layers, Tensor vertex_row_order, Tensor vertex_hub_chunk_begin, int vertex_num_long,"
+    " int vertex_num_hub_chunks, Tensor edge_row_order, Tensor edge_hub_chunk_begin, int edge_num_long,"
+    " int edge_num_hub_chunks) -> Tensor",
+    lambda ops: lambda *args: ops.hypergraph_conv(*args[:12], RowSchedule(*args[12:16]), RowSchedule(*args[16:])),
     lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     autocast=None,
 )
 
 
 def _conv_setup(ctx, inputs, output):
-    x, *csr, in_scale, edge_scale, out_scale, diagonal, ctx.num_layers = inputs
+    x, *csr, in_scale, edge_scale, out_scale, diagonal, ctx.num_layers = inputs[:12]
     scales_need = any(ctx.needs_input_grad[7:11])
-    ctx.csr = csr
+    ctx.csr, ctx.schedules = csr, inputs[12:]
     ctx.save_for_backward(in_scale, edge_scale, out_scale, diagonal, x if scales_need else None)
 
 
@@ -137,17 +142,17 @@ def _conv_backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         # The core H diag(e) H^T - diag(c) is symmetric: the transpose is the same operator, outer scales swapped.
         grad_x = torch.ops.hellm.hypergraph_conv(
-            grad, *ctx.csr, out_scale, edge_scale, in_scale, diagonal, ctx.num_layers
+            grad, *ctx.csr, out_scale, edge_scale, in_scale, diagonal, ctx.num_layers, *ctx.schedules
         )
     grad_scales = [None] * 4
     if x is not None:
         grad_scales = _conv_scale_gradients(ctx, grad, x, in_scale, edge_scale, out_scale, diagonal)
-    return grad_x, *[None] * 6, *grad_scales, None
+    return grad_x, *[None] * 6, *grad_scales, *[None] * 9
 
 
 def _conv_scale_gradients(ctx, grad, x, in_scale, edge_scale, out_scale, diagonal):
     """Gradients of one layer in its four diagonal factors: row-wise dots of what stands left and right of each."""
-    vertex, edge = tuple(ctx.csr[:3]), tuple(ctx.csr[3:])
+    vertex, edge = (*ctx.csr[:3], *ctx.schedules[:4]), (*ctx.csr[3:], *ctx.schedules[4:])
 
     def scaled(rows, scale):
         return rows if scale is None else rows * scale.to(rows.dtype).unsqueeze(1)
@@ -178,8 +183,10 @@ _register_autograd("hypergraph_conv", _conv_backward, _conv_setup)
 
 _define(
     "bipartite_propagate(Tensor user_x, Tensor item_x, Tensor vertex_indptr, Tensor vertex_edges, Tensor edge_indptr,"
-    " Tensor edge_vertices, Tensor user_scale, Tensor item_scale, int num_layers) -> (Tensor, Tensor)",
-    lambda ops: ops.bipartite_propagate,
+    " Tensor edge_vertices, Tensor user_scale, Tensor item_scale, int num_layers, Tensor vertex_row_order,"
+    " Tensor vertex_hub_chunk_begin, int vertex_num_long, int vertex_num_hub_chunks, Tensor edge_row_order,"
+    " Tensor edge_hub_chunk_begin, int edge_num_long, int edge_num_hub_chunks) -> (Tensor, Tensor)",
+    lambda ops: lambda *args: ops.bipartite_propagate(*args[:9], RowSchedule(*args[9:13]), RowSchedule(*args[13:])),
     lambda user_x, item_x, *_: (user_x.new_empty(user_x.shape), item_x.new_empty(item_x.shape)),
     autocast=None,
 )
@@ -195,7 +202,7 @@ def _propagate_backward(ctx, grad_user, grad_item):
         torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
         for grad, (shape, dtype, device) in zip((grad_user, grad_item), ctx.shapes, strict=True)
     ]
-    return *torch.ops.hellm.bipartite_propagate(*grads, *ctx.rest), *[None] * 7
+    return *torch.ops.hellm.bipartite_propagate(*grads, *ctx.rest), *[None] * 15
 
 
 _register_autograd("bipartite_propagate", _propagate_backward, _propagate_setup)

@@ -1,6 +1,7 @@
 """Calls into the compiled extension: allocate the outputs, pass addresses, sizes and a dtype code.
 
 Every function mirrors one of `hellm.ops.reference` and runs on the CPU with `torch.get_num_threads()` threads.
+Schedules of matrices are for GPUs and ignored here as there.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _workspace(rows: int, like: Tensor) -> Tensor:
     return kept[:size].view(dtype).view(rows, like.shape[1])
 
 
-def incidence_product(x: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None) -> Tensor:
+def incidence_product(x: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None, *_: object) -> Tensor:
     x, values = x.contiguous(), _like(values, x)
     out = x.new_empty(indptr.numel() - 1, x.shape[1])
     native().incidence_product(
@@ -70,6 +71,7 @@ def hypergraph_conv(
     out_scale: Tensor | None,
     diagonal: Tensor | None,
     num_layers: int,
+    *_: object,
 ) -> Tensor:
     x = x.contiguous()
     if num_layers == 0:
@@ -96,6 +98,7 @@ def bipartite_propagate(
     user_scale: Tensor,
     item_scale: Tensor,
     num_layers: int,
+    *_: object,
 ) -> tuple[Tensor, Tensor]:
     user_x, item_x = user_x.contiguous(), item_x.contiguous()
     if num_layers == 0:

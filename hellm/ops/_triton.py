@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hellm.hypergraph import RowSchedule
 from hellm.ops import reference
 from hellm.ops._backends import triton
 from hellm.ops._native import _compute_dtype, _like
@@ -30,10 +31,12 @@ def _on_device_of_first(function: Callable) -> Callable:
 
 
 @_on_device_of_first
-def incidence_product(x: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None) -> Tensor:
+def incidence_product(
+    x: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None, schedule: RowSchedule
+) -> Tensor:
     x = x.contiguous()
     out = x.new_empty(indptr.numel() - 1, x.shape[1])
-    triton().hypergraph_conv.incidence_product(x, indptr, indices, _like(values, x), out)
+    triton().hypergraph_conv.incidence_product(x, indptr, indices, _like(values, x), out, schedule)
     return out
 
 
@@ -51,6 +54,8 @@ def hypergraph_conv(
     out_scale: Tensor | None,
     diagonal: Tensor | None,
     num_layers: int,
+    vertex_schedule: RowSchedule,
+    edge_schedule: RowSchedule,
 ) -> Tensor:
     x = x.contiguous()
     if num_layers == 0:
@@ -61,6 +66,7 @@ def hypergraph_conv(
     triton().hypergraph_conv.hypergraph_conv(
         x, vertex_indptr, vertex_edges, _like(vertex_values, x), edge_indptr, edge_vertices, _like(edge_values, x),
         *(_like(scale, x) for scale in (in_scale, edge_scale, out_scale, diagonal)), out, workspace, num_layers,
+        vertex_schedule, edge_schedule,
     )  # fmt: skip
     return out
 
@@ -76,16 +82,19 @@ def bipartite_propagate(
     user_scale: Tensor,
     item_scale: Tensor,
     num_layers: int,
+    vertex_schedule: RowSchedule,
+    edge_schedule: RowSchedule,
 ) -> tuple[Tensor, Tensor]:
     user_x, item_x = user_x.contiguous(), item_x.contiguous()
     if num_layers == 0:
         return user_x.clone(), item_x.clone()
     user_out, item_out = torch.empty_like(user_x), torch.empty_like(item_x)
     num_rows = user_x.shape[0] + item_x.shape[0]
-    workspace = user_x.new_empty(3 * num_rows, user_x.shape[1], dtype=_compute_dtype(user_x))
+    workspace = user_x.new_empty(2 * num_rows, user_x.shape[1], dtype=_compute_dtype(user_x))
     triton().hypergraph_conv.bipartite_propagate(
         user_x, item_x, vertex_indptr, vertex_edges, None, edge_indptr, edge_vertices, None,
         _like(user_scale, user_x), _like(item_scale, user_x), user_out, item_out, workspace, num_layers,
+        vertex_schedule, edge_schedule,
     )  # fmt: skip
     return user_out, item_out
 

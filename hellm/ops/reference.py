@@ -2,7 +2,8 @@
 
 Tests compare each backend with these functions in float64, benchmarks use them as a baseline, and they run where
 nothing faster can. Differentiable by autograd, any floating dtype, any device. On a GPU nothing waits for the device,
-so that all but `knn` can be captured in a CUDA graph.
+so that all but `knn` can be captured in a CUDA graph. Schedules of matrices, which the GPU kernels take after the
+arguments of a sparse product, are ignored.
 
 V = vertices, M = hyperedges, N = rows, I = items, D = columns.
 """
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def incidence_product(x: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None) -> Tensor:
+def incidence_product(x: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None, *_: object) -> Tensor:
     """CSR matrix [rows, columns] times x [columns, D] -> [rows, D]; absent values are ones."""
     num_rows = indptr.numel() - 1
     row = torch.repeat_interleave(torch.arange(num_rows, device=x.device), indptr.diff(), output_size=indices.numel())
@@ -37,6 +38,7 @@ def hypergraph_conv(
     out_scale: Tensor | None,
     diagonal: Tensor | None,
     num_layers: int,
+    *_: object,
 ) -> Tensor:
     """num_layers times x <- out_scale * (H (edge_scale * H^T (in_scale * x)) - diagonal * in_scale * x)."""
     if num_layers == 0:
@@ -61,6 +63,7 @@ def bipartite_propagate(
     user_scale: Tensor,
     item_scale: Tensor,
     num_layers: int,
+    *_: object,
 ) -> tuple[Tensor, Tensor]:
     """Mean of layers 0..num_layers of user <- user_scale * R (item_scale * item), item <- likewise with R^T."""
     user_sum, item_sum = user_x, item_x

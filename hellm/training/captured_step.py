@@ -21,11 +21,12 @@ class CapturedStep:
 
     What changes from step to step, `inputs` and the learning rate, is written into tensors that stay in place. The
     first steps run as they are, the next one is captured, and it and all later ones are replays: every call trains
-    once, and nothing waits for the device. A step whose inputs have other shapes than the first runs as it is, too.
+    once, and nothing waits for the device. A step whose inputs have other shapes than those of (0, 0), as the last
+    of an epoch may, runs as it is, too.
 
     Args:
         optimizer: over parameters on one device; on a GPU made with `capturable=True`.
-        inputs: (epoch, step) -> tensors on the CPU.
+        inputs: (epoch, step) -> tensors on the CPU; asked for (0, 0) at once, for its shapes.
         losses: those tensors, on the device of the parameters -> named weighted loss terms, whose sum is minimised. It
             must not look at values, and depend on nothing but its arguments, the model and torch's generators.
         learning_rate: (epoch, step) -> step size, on a GPU rounded to float32.
@@ -45,7 +46,9 @@ class CapturedStep:
         self._learning_rate, self._capture = learning_rate, capture
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._device = self._parameters[0].device
-        self._fixed: list[Tensor] = []
+        self._fixed = [torch.empty_like(x, device=self._device) for x in inputs(0, 0)]
+        # One for all: torch keeps the freed memory of every stream for that stream alone.
+        self._stream = torch.cuda.Stream(self._device) if capture and self._device.type == "cuda" else None
         self._warm_up_steps = 0
         self._replay: Callable[[], None] | None = None
         self._terms: dict[str, Tensor] = {}
@@ -58,8 +61,6 @@ class CapturedStep:
         given = self._inputs(epoch, step)
         with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
             self._set_rate(self._learning_rate(epoch, step))
-            if not self._fixed:
-                self._fixed = [torch.empty_like(x, device=self._device) for x in given]
             if [x.shape for x in given] != [x.shape for x in self._fixed]:
                 return self._run_as_it_is([x.to(self._device) for x in given])
             for fixed, x in zip(self._fixed, given, strict=True):
@@ -69,10 +70,10 @@ class CapturedStep:
                 return self._run_as_it_is(self._fixed)
             if self._replay is None and self._warm_up_steps < _WARM_UP_STEPS:
                 self._warm_up_steps += 1
-                with _side_stream():
+                with _on(self._stream):
                     return self._run_as_it_is(self._fixed)
             if self._replay is None:
-                self._replay, self._terms = _record(functools.partial(self._run, self._fixed))
+                self._replay, self._terms = _record(functools.partial(self._run, self._fixed), self._stream)
             self._replay()
             # torch does not see that a replay writes, and caches of what follows from the weights ask it.
             for parameter in self._parameters:
@@ -102,20 +103,22 @@ class CapturedStep:
 
 
 @contextlib.contextmanager
-def _side_stream() -> Iterator[None]:
-    """A stream of its own, as torch asks of the steps before a capture."""
-    stream, outer = torch.cuda.Stream(), torch.cuda.current_stream()
+def _on(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Another stream, as torch asks of the steps before a capture, between what comes before and after on this one."""
+    outer = torch.cuda.current_stream()
     stream.wait_stream(outer)
     with torch.cuda.stream(stream):
         yield
     outer.wait_stream(stream)
 
 
-def _record(body: Callable[[], dict[str, Tensor]]) -> tuple[Callable[[], None], dict[str, Tensor]]:
-    """Capture `body` without running it. Returns: what runs it, and where its outputs will stand."""
+def _record(
+    body: Callable[[], dict[str, Tensor]], stream: torch.cuda.Stream | None
+) -> tuple[Callable[[], None], dict[str, Tensor]]:
+    """Capture `body` on a stream without running it. Returns: what runs it, and where its outputs will stand."""
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             outputs = body()
     except torch.OutOfMemoryError:
         raise

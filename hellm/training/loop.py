@@ -224,13 +224,12 @@ def _train_epoch(
     for step in tqdm(range(progress.step, stop), initial=progress.step, total=num_steps, **shown):
         processes.seed_step(progress.epoch, step)
         terms = step_losses(progress.epoch, step)
-        first = step - step % accumulate
-        loss = sum(terms.values()) / (min(first + accumulate, num_steps) - first)
-        captured = isinstance(step_losses, CapturedStep)  # and then done already
-        # A step with fewer histories than there are processes leaves some without a share.
-        without_share = processes.count > 1 and not loss.requires_grad
-        if not (captured or without_share):
-            loss.backward()
+        if not isinstance(step_losses, CapturedStep):  # which has trained already
+            first = step - step % accumulate
+            loss = sum(terms.values()) / (min(first + accumulate, num_steps) - first)
+            # A step with fewer histories than there are processes leaves some without a share.
+            if processes.count == 1 or loss.requires_grad:
+                loss.backward()
         names = list(terms)
         values.append(torch.stack([term.detach() for term in terms.values()]))
         if (step + 1) % accumulate == 0 or step + 1 == num_steps:

@@ -89,11 +89,27 @@ def instructions(object_file: Path) -> dict[tuple[str, str], str]:
     return found
 
 
-def emulated_gpu() -> _gpu.Gpu:
-    """The kernels' own text on CPU tensors, driven by the extension's launch plans, as a GPU of two processors."""
+def extension_with_plans():
+    """The compiled extension; skips the test where it is not there."""
     extension = _backends.native()
     if isinstance(extension, ImportError) or not hasattr(extension, "plan_knn_select"):
         pytest.skip(f"needs the launch plans of the compiled extension: {extension}")
+    return extension
+
+
+def planner(launches: list[tuple[str, tuple[int, int, int]]], **settings) -> _gpu.Gpu:
+    """Runs nothing: notes the kernel and the grid of every launch."""
+    extension = extension_with_plans()
+
+    def launch(name, arguments, device):
+        launches.extend(plan[:2] for plan in getattr(extension, f"plan_{name}")(*arguments))
+
+    return _gpu.Gpu(launch, lambda device: 2, **settings)
+
+
+def emulated_gpu() -> _gpu.Gpu:
+    """The kernels' own text on CPU tensors, driven by the extension's launch plans, as a GPU of two processors."""
+    extension = extension_with_plans()
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler, found neither g++ nor c++")

@@ -73,8 +73,8 @@ Call call(const void* function, const void* parameters) {
 // What the kernels of each family get.
 const std::map<std::string, Call (*)(const void*, const void*)> kCalls = {
     {"gather_kernel", call<hellm::GatherParameters>},
-    {"hub_partial_kernel", call<hellm::GatherParameters>},
     {"hub_store_kernel", call<hellm::GatherParameters>},
+    {"pack_kernel", call<hellm::PackParameters>},
     {"normalize_kernel", call<hellm::NormalizeParameters>},
     {"attention_kernel", call<hellm::AttentionParameters>},
     {"info_nce_row_kernel", call<hellm::RowParameters>},

@@ -6,16 +6,18 @@ import ctypes
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import cuda_build
 import pytest
 import torch
 
+from hellm import hypergraph
 from hellm.ops import _backends, _gpu, _nvrtc
 
 needs_nvcc = pytest.mark.skipif(cuda_build.NVCC is None, reason="needs nvcc, which is not in PATH")
 HOT = re.compile(
-    r"attention_kernel|gather_kernel|hub_partial_kernel|info_nce_\w+_kernel|normalize_kernel"
+    r"attention_kernel|gather_kernel|hub_store_kernel|pack_kernel|info_nce_\w+_kernel|normalize_kernel"
     r"|table_\w+_kernel|item_\w+_kernel|knn_\w+_kernel"
 )
 
@@ -26,7 +28,7 @@ def test_compiles_without_warnings_spills_or_stack(source):
     report = cuda_build.resources(cuda_build.compile_cuda(source)[1])
     assert report or source == "launch.cu"
     for (kernel, architecture), used in report.items():
-        assert HOT.search(kernel) or "hub_store_kernel" in kernel
+        assert HOT.search(kernel)
         assert used["spills"] == 0, f"{kernel} spills on sm_{architecture}"
         assert used["stack"] == 0, f"{kernel} has a stack frame on sm_{architecture}"
         # 128 threads of at most 255 registers: two blocks a processor, as the plan counts on.
@@ -108,8 +110,11 @@ def test_nvrtc_compiles_the_device_code(file):
 def test_constants_of_the_adapter_are_those_of_the_kernels():
     text = (cuda_build.CUDA / "parameters.cuh").read_text(encoding="utf-8")
     constants = {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", text)}
-    assert (constants["kHubChunk"], constants["kHubEntries"]) == (_gpu._HUB_CHUNK, _gpu._HUB_ENTRIES)
-    assert constants["kHubEntries"] >= 2 * constants["kHubChunk"]
+    assert [constants[name] for name in ("kLongRow", "kHubEntries", "kHubChunk")] == [
+        hypergraph.LONG_ROW,
+        hypergraph.HUB_ENTRIES,
+        hypergraph.HUB_CHUNK,
+    ]
     assert constants["kMostNeighbours"] == _gpu._MOST_NEIGHBOURS
 
 
@@ -118,12 +123,13 @@ GPU_ONLY = {
     "row_order",
     "row_begin",
     "workspace",
-    "hub_workspace",
-    "num_entries",
+    "schedule",
+    "vertex_schedule",
+    "edge_schedule",
+    "slab_bytes",
     "highest_precision",
     "num_processors",
 }
-GPU_ONLY |= {"longest_row", "longest_vertex", "longest_edge"}
 
 
 @pytest.mark.parametrize(
@@ -152,7 +158,7 @@ def test_plans_refuse_what_no_gpu_takes():
     with pytest.raises(ValueError, match="fewer than 2\\^31 rows, got 2147483648"):
         extension.info_nce_workspace(2**31, 10, 64, True, True, False, 132, 0)
     with pytest.raises(ValueError, match="more than a GPU takes, for gather_kernel"):
-        extension.plan_incidence_product(0, 0, 0, 0, 0, 0, 2**40, 4, 0, 0, 0)
+        extension.plan_incidence_product(0, 0, 0, 0, 0, 0, (0, 0, 0, 0, 0), 2**40, 4, 0)
     with pytest.raises(ValueError, match="fewer than 2\\^31 rows and items, got 10 and 2147483648"):
         extension.item_cross_entropy_workspace(10, 2**31, 64, True, True, False, 132, 0)
     with pytest.raises(ValueError, match="k of at most 128 and fewer than 2\\^31 rows on a GPU, got 129 and 500"):
@@ -171,12 +177,13 @@ def test_workspace_of_the_losses_is_linear_in_the_rows(num_rows):
 
 def test_offsets_beyond_32_bits_are_kept():
     needs_plans()
+    num_rows = 2**31 - 1
     ((kernel, grid, threads, shared, parameters),) = _backends.native().plan_incidence_product(
-        16, 32, 48, 0, 64, 0, 2**33, 64, 2**34, 5, 0
+        2**40, 32, 48, 0, 64, 0, (80, 96, 0, 0, 0), num_rows, 64, 0
     )
     assert kernel == "gather_kernel<float, float, 4>"
-    assert grid == (2**33 // 16, 1, 1) and threads == 256 and shared == 0
-    assert (2**33).to_bytes(8, "little") in parameters and (2**34).to_bytes(8, "little") in parameters
+    assert grid == (2**31 // 16, 1, 1) and threads == 256 and shared == 0
+    assert (2**40).to_bytes(8, "little") in parameters and num_rows.to_bytes(8, "little") in parameters
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -186,7 +193,34 @@ def test_a_launch_without_a_driver_says_so():
     if not extension.cuda_architectures():
         pytest.skip("needs an extension built with HELLM_CUDA=ON")
     with pytest.raises(RuntimeError, match=r"CUDA error \d+ at cudaSetDevice.*needs an NVIDIA driver"):
-        extension.cuda_incidence_product(16, 32, 48, 0, 64, 0, 1, 4, 1, 1, 0, 0, 0)
+        extension.cuda_incidence_product(16, 32, 48, 0, 64, 0, (80, 96, 0, 0, 0), 1, 4, 0, 0, 0)
+
+
+def test_a_launch_leaves_the_current_device_as_it_was(monkeypatch):
+    current = [0]
+
+    class Guard:
+        def __init__(self, device):
+            self.device = torch.device(device)
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.device.index
+
+        def __exit__(self, *_):
+            current[0] = self.before
+
+    def cuda_knn_unit(*arguments):
+        launched.append(arguments)
+        current[0] = arguments[-2]
+
+    launched: list[tuple] = []
+    stream = SimpleNamespace(cuda_stream=77)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(_gpu, "native", lambda: SimpleNamespace(cuda_knn_unit=cuda_knn_unit))
+    _gpu.launch_compiled("knn_unit", (5,), torch.device("cuda", 1))
+    assert launched == [(5, 1, 77)] and current == [0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from op_cases import DTYPES, GRAPH_CASES, GraphCase, assert_same_bits, assert_within_budget, random_index, rows
 
+from hellm import Hypergraph
 from hellm.ops import reference
 from hellm.ops._gpu import Gpu
 
@@ -33,41 +34,123 @@ def compare(gpu, name, *arguments):
     return found
 
 
+def arguments_of(graph: Hypergraph, dtype: torch.dtype, **settings):
+    """What a convolution takes after the rows: matrices, scales, "layers" of `settings`, schedules."""
+    num_layers = settings.pop("num_layers", 1)
+    scales = graph.scales(**settings, dtype=accumulation(dtype))
+    return *graph.vertex_csr, *graph.edge_csr, *scales, num_layers, graph.vertex_schedule, graph.edge_schedule
+
+
+def propagate_arguments(graph: Hypergraph, dtype: torch.dtype, num_layers: int):
+    """What a propagation takes after the rows."""
+    scales = graph.bipartite_scales(accumulation(dtype))
+    csr = (*graph.vertex_csr[:2], *graph.edge_csr[:2])
+    return *csr, *scales, num_layers, graph.vertex_schedule, graph.edge_schedule
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", GRAPH_CASES)
 def test_sparse_products_match_the_definitions(gpu, case: GraphCase, dtype):
     graph = case.build()
-    csr = (*graph.vertex_csr, *graph.edge_csr)
     x, y = rows(graph.num_vertices, case.dim, dtype=dtype), rows(graph.num_hyperedges, case.dim, dtype=dtype, seed=1)
-    compare(gpu, "incidence_product", y, *graph.vertex_csr)
-    for num_layers, settings in ((0, {}), (1, {"self_loops": False}), (3, {"normalization": "row"})):
-        scales = graph.scales(**settings, dtype=accumulation(dtype))
-        compare(gpu, "hypergraph_conv", x, *csr, *scales, num_layers)
+    compare(gpu, "incidence_product", y, *graph.vertex_csr, graph.vertex_schedule)
+    for settings in ({"num_layers": 0}, {"self_loops": False}, {"normalization": "row", "num_layers": 3}):
+        compare(gpu, "hypergraph_conv", x, *arguments_of(graph, dtype, **settings))
     if graph.vertex_values is None:
-        scales = graph.bipartite_scales(accumulation(dtype))
         for num_layers in (1, 2):
-            compare(gpu, "bipartite_propagate", x, y, *csr[:2], *csr[3:5], *scales, num_layers)
+            compare(gpu, "bipartite_propagate", x, y, *propagate_arguments(graph, dtype, num_layers))
 
 
-# Hyperedge 0 holds everything: the block sums rows over 64 entries, the grid those over 4,096, in chunks of 2,048.
-@pytest.mark.parametrize("num_vertices", [65, 4096, 4097, 7000])
+# Hyperedge 0 holds everything: 16 groups of threads sum rows over 64 entries, the grid those over 1,024 by chunks.
+@pytest.mark.parametrize("num_vertices", [65, 1024, 1025, 1536, 7000])
 @pytest.mark.parametrize("dim", [3, 12])
 def test_long_rows_are_shared(gpu, num_vertices, dim):
     everything = torch.stack([torch.arange(num_vertices), torch.zeros(num_vertices, dtype=torch.int64)])
     index = torch.cat([random_index(num_vertices, 5, 300) + torch.tensor([[0], [1]]), everything], 1)
     graph = GraphCase(index, num_vertices, 6, dim).build()
     x = rows(num_vertices, dim)
-    csr = (*graph.vertex_csr, *graph.edge_csr)
-    found = compare(gpu, "hypergraph_conv", x, *csr, *graph.scales(dtype=torch.float32), 2)
-    again = gpu.hypergraph_conv(x, *csr, *graph.scales(dtype=torch.float32), 2)
-    assert_same_bits([found], [again])
+    arguments = arguments_of(graph, x.dtype, num_layers=2)
+    assert_same_bits([compare(gpu, "hypergraph_conv", x, *arguments)], [gpu.hypergraph_conv(x, *arguments)])
+    compare(gpu, "bipartite_propagate", x, rows(6, dim, seed=1), *propagate_arguments(graph, x.dtype, 2))
 
 
-def test_two_hubs_may_meet_in_one_chunk(gpu):
-    vertex = torch.cat([torch.arange(5000), torch.arange(6000), torch.arange(7)])
-    edge = torch.cat([torch.full((5000,), 1), torch.full((6000,), 2), torch.full((7,), 3)])
-    graph = GraphCase(torch.stack([vertex, edge]), 6000, 5, 4).build()
-    compare(gpu, "incidence_product", rows(6000, 4), *graph.edge_csr)
+def popular_items(num_users: int = 2600) -> Hypergraph:
+    """Every group of rows of a schedule, several of each, on the side of the hyperedges: hubs, long, medium, short."""
+    sizes = [5, 1030, 64, 8, 2600, 65, 9, 0, 1024, 1600, 300, 1, 70]
+    vertex = torch.cat([torch.arange(size) * 7 % num_users for size in sizes])
+    edge = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return Hypergraph(torch.stack([vertex, edge]), num_vertices=num_users, num_hyperedges=len(sizes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_every_length_side_by_side(gpu, dtype):
+    graph = popular_items()
+    for dim in (1, 5, 64, 72):
+        compare(gpu, "incidence_product", rows(2600, dim, dtype=dtype), *graph.edge_csr, graph.edge_schedule)
+
+
+def test_popular_rows_get_blocks_of_their_own():
+    launches = []
+    plan = cuda_build.planner(launches)
+    graph = popular_items()
+    plan.incidence_product(rows(2600, 64), *graph.edge_csr, graph.edge_schedule)
+    (gather, grid), (store, store_grid) = launches
+    assert (gather, store) == ("gather_kernel<float, float, 4>", "hub_store_kernel<float, 4>")
+    # 3 + 6 + 4 chunks of three hubs and four long rows have a block each, six short rows one together.
+    assert grid[0] == 13 + 4 + 1 and store_grid[0] == 3
+    launches.clear()
+    plan.incidence_product(rows(13, 64), *graph.vertex_csr, graph.vertex_schedule)
+    ((_, grid),) = launches
+    assert grid[0] == -(-2600 // 16)
+
+
+def test_sums_do_not_depend_on_width_or_alignment(gpu):
+    graph = popular_items()
+    x = rows(2600, 76)
+    whole = gpu.incidence_product(x, *graph.edge_csr, graph.edge_schedule)
+    for first, last in ((0, 1), (3, 70), (8, 24), (0, 64)):
+        part = gpu.incidence_product(x[:, first:last].contiguous(), *graph.edge_csr, graph.edge_schedule)
+        assert_same_bits([part], [whole[:, first:last]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [6, 12, 41, 72])
+def test_slabs_of_columns_give_the_same_bits(gpu, dim, dtype):
+    graph = popular_items()
+    x, y = rows(2600, dim, dtype=dtype), rows(13, dim, dtype=dtype, seed=1)
+    row_bytes = 2613 * accumulation(dtype).itemsize
+    for settings in ({"num_layers": 1}, {"num_layers": 3, "self_loops": False}):
+        whole = compare(gpu, "hypergraph_conv", x, *arguments_of(graph, dtype, **settings))
+        for columns in (1, 16, 40):
+            slabs = Gpu(gpu._launch, gpu._processors, columns * row_bytes)
+            assert_same_bits([slabs.hypergraph_conv(x, *arguments_of(graph, dtype, **settings))], [whole])
+    arguments = propagate_arguments(graph, dtype, 2)
+    whole = compare(gpu, "bipartite_propagate", x, y, *arguments)
+    assert_same_bits(Gpu(gpu._launch, gpu._processors, 1).bipartite_propagate(x, y, *arguments), whole)
+
+
+def test_slabs_are_as_wide_as_the_cache_takes_and_save_memory():
+    launches = []
+    graph = popular_items()
+    x = rows(2600, 72)
+    arguments = arguments_of(graph, x.dtype, num_layers=2)
+    per_layer = {}
+    for columns in (72, 71, 32, 31, 16, 15, 1):
+        launches.clear()
+        cuda_build.planner(launches, cache_bytes=columns * 2600 * 4).hypergraph_conv(x, *arguments)
+        packs = sum(name.startswith("pack_kernel") for name, _ in launches)
+        gathers = sum(name.startswith("gather_kernel") for name, _ in launches)
+        assert gathers == 4 * max(packs, 1)
+        per_layer[columns] = packs
+    assert per_layer == {72: 0, 71: 3, 32: 3, 31: 5, 16: 5, 15: 9, 1: 9}
+    extension = cuda_build.extension_with_plans()
+    schedule = (0, 0, 0, 0, 0)
+    whole, slabs = (
+        extension.hypergraph_conv_workspace(schedule, schedule, limit, 10**6, 5 * 10**5, 64, 3, 0)
+        for limit in (2**60, 24 * 2**20)
+    )
+    # Edges and vertices of 64 columns; edges, vertices and packed rows of 8.
+    assert whole == pytest.approx(1.5e6 * 64 * 4, rel=1e-4) and slabs == pytest.approx(2.5e6 * 8 * 4, rel=1e-4)
 
 
 def test_rows_off_the_16_byte_grid_are_read_one_by_one(gpu):
@@ -75,7 +158,7 @@ def test_rows_off_the_16_byte_grid_are_read_one_by_one(gpu):
     storage = rows(9 * 8 + 1)
     x = storage[1:].view(9, 8)
     assert x.is_contiguous() and x.data_ptr() % 16
-    compare(gpu, "incidence_product", x, *graph.vertex_csr)
+    compare(gpu, "incidence_product", x, *graph.vertex_csr, graph.vertex_schedule)
 
 
 def info_nce_inputs(num_keys, dim, dtype, *, subset=False):

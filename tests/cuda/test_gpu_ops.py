@@ -209,6 +209,20 @@ def test_another_stream_and_a_graph(backend):
     assert torch.equal(captured, expected)
 
 
+def test_a_hypergraph_may_be_used_first_in_a_capture(backend):
+    """Once the kernels are compiled and the scales are there: nothing else is asked of the device."""
+    popular = torch.stack([torch.arange(3000), torch.zeros(3000, dtype=torch.int64)])
+    known, new = (Hypergraph(popular, num_hyperedges=size).to("cuda") for size in (1, 2))
+    x = rows(3000, 64).cuda()
+    ops.hypergraph_conv(x, known)
+    new.scales()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.hypergraph_conv(x, new)
+    graph.replay()
+    assert torch.allclose(captured, ops.hypergraph_conv(x, known), atol=1e-6)
+
+
 def test_devices_may_not_be_mixed(backend):
     graph = GraphCase(torch.tensor([[0, 1], [0, 0]]), 2, 1, 4).build()
     with pytest.raises(ValueError, match="hypergraph must be on cuda:0 like x, got cpu"):

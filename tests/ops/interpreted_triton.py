@@ -17,8 +17,19 @@ from triton.runtime import interpreter
 from hellm import Hypergraph, ops
 from hellm.ops import _backends, reference
 
-# A row of 75 and one of 40 neighbours go the way of long rows; the short ones beside them do not.
-HUB = GraphCase(torch.stack([torch.cat([torch.arange(75), torch.arange(45)]), torch.arange(120) // 75]), 80, 3, 20)
+# Rows of 75 and 1,600 neighbours, two hubs next to each other in the schedule, and short rows beside them.
+HUB_SIZES = [75, 1600, 45, 1100]
+HUB = GraphCase(
+    torch.stack(
+        [
+            torch.cat([torch.arange(size) for size in HUB_SIZES]),
+            torch.repeat_interleave(torch.arange(4), torch.tensor(HUB_SIZES)),
+        ]
+    ),
+    1600,
+    5,
+    20,
+)
 GRAPH_NAMES = ["three", "one-column", "empty-hyperedge", "alone-in-hyperedges", "repeated", "more-hyperedges"]
 GRAPH_NAMES += ["no-incidence", "no-vertex", "no-hyperedge", "valued"]
 CASES = [pytest.param(GRAPHS[name], id=name) for name in GRAPH_NAMES] + [pytest.param(HUB, id="hub")]
@@ -85,9 +96,9 @@ def test_incidence_product_matches_reference(dtype):
 
 
 @pytest.mark.parametrize("num_layers", [0, 1, 3])
-@pytest.mark.parametrize("name", ["three", "more-hyperedges", "no-hyperedge"])
+@pytest.mark.parametrize("name", ["three", "more-hyperedges", "no-hyperedge", "hub"])
 def test_bipartite_propagate_matches_reference(name, num_layers):
-    graph = GRAPHS[name].build()
+    graph = (GRAPHS | {"hub": HUB})[name].build()
     csr = (*graph.vertex_csr[:2], *graph.edge_csr[:2])
     compare(
         lambda u, i: ops.bipartite_propagate(u, i, graph, num_layers=num_layers),

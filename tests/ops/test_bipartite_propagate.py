@@ -125,10 +125,11 @@ def test_bipartite_propagate_gradcheck(backend):
 def test_bipartite_propagate_opcheck(name, backend):
     graph, inputs = inputs_of(GRAPHS[name])
     csr = (*graph.vertex_csr[:2], *graph.edge_csr[:2])
+    schedules = (*graph.vertex_schedule, *graph.edge_schedule)
     for num_layers in (0, 2):
         torch.library.opcheck(
             torch.ops.hellm.bipartite_propagate.default,
-            (*(x.requires_grad_() for x in inputs), *csr, *graph.bipartite_scales(), num_layers),
+            (*(x.requires_grad_() for x in inputs), *csr, *graph.bipartite_scales(), num_layers, *schedules),
         )
 
 

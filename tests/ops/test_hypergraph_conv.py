@@ -292,9 +292,11 @@ def test_hypergraph_conv_opcheck(name, backend):
     for settings in ({}, {"normalization": "row", "self_loops": False}):
         x = rows(graph.num_vertices, 5).requires_grad_()
         scales = graph.scales(**settings)
-        torch.library.opcheck(torch.ops.hellm.hypergraph_conv.default, (x, *csr, *scales, len(settings)))
+        arguments = (x, *csr, *scales, len(settings), *graph.vertex_schedule, *graph.edge_schedule)
+        torch.library.opcheck(torch.ops.hellm.hypergraph_conv.default, arguments)
+    matrices = (*graph.vertex_csr, *graph.vertex_schedule, *graph.edge_csr, *graph.edge_schedule)
     product = torch.ops.hellm.incidence_product.default
-    torch.library.opcheck(product, (rows(graph.num_hyperedges, 5).requires_grad_(), *csr))
+    torch.library.opcheck(product, (rows(graph.num_hyperedges, 5).requires_grad_(), *matrices))
 
 
 @pytest.mark.parametrize("settings", [{}, {"normalization": "row", "self_loops": False, "num_layers": 2}])

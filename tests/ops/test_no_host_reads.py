@@ -42,18 +42,17 @@ def test_item_cross_entropy_definition_reads_no_value():
 
 @needs_native
 @pytest.mark.parametrize("rows", [None, 5])
-def test_gpu_launches_read_no_value_once_the_graph_is_known(monkeypatch, rows):
+def test_gpu_launches_read_no_value(rows):
     launched = []
     gpu = _gpu.Gpu(lambda name, arguments, device: launched.append(name), processors=lambda device: 4)
     graph = GRAPH_CASES[3].values[0].build()
     scales = [None if t is None else t.to("meta") for t in graph.scales(self_loops=False)]
     csr = [None if t is None else t.to("meta") for t in (*graph.vertex_csr, *graph.edge_csr)]
-    # Asked of the device at the first call, which is never the one that is captured.
-    for indptr in (csr[0], csr[3]):
-        monkeypatch.setitem(_gpu._longest_rows, indptr, 5000)
+    # Never seen before: the counts are those of the hypergraph, wherever its tensors are.
+    schedules = [schedule.to("meta")._replace(num_long=1) for schedule in (graph.vertex_schedule, graph.edge_schedule)]
     x, y = meta(graph.num_vertices, 4), meta(graph.num_hyperedges, 4)
-    assert gpu.hypergraph_conv(x, *csr, *scales, 2).shape == x.shape
-    found = gpu.bipartite_propagate(x, y, *csr[:2], *csr[3:5], meta(len(x)), meta(len(y)), 2)
+    assert gpu.hypergraph_conv(x, *csr, *scales, 2, *schedules).shape == x.shape
+    found = gpu.bipartite_propagate(x, y, *csr[:2], *csr[3:5], meta(len(x)), meta(len(y)), 2, *schedules)
     assert [t.shape for t in found] == [x.shape, y.shape]
     chosen = None if rows is None else meta(rows, dtype=torch.int64)
     inputs = (meta(1100, 64), meta(1100, 64), meta())

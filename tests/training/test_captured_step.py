@@ -51,7 +51,7 @@ def emulated_graph(monkeypatch):
     """Captures and replays on the CPU: recording leaves weights as they were, a replay writes into the outputs."""
     recorded = []
 
-    def record(body):
+    def record(body, stream):
         step = body.func.__self__
         parameters, state = step._parameters, step._optimizer.state
         before = [p.detach().clone() for p in parameters]
@@ -76,7 +76,7 @@ def emulated_graph(monkeypatch):
         return replay, outputs
 
     monkeypatch.setattr(module, "_record", record)
-    monkeypatch.setattr(module, "_side_stream", contextlib.nullcontext)
+    monkeypatch.setattr(module, "_on", lambda stream: contextlib.nullcontext())
     return recorded
 
 
@@ -192,6 +192,56 @@ def test_step_of_another_shape_runs_without_the_graph(emulated_graph):
     assert model.weight.item() == pytest.approx(start - 6 * 4 - 3 * 2)
 
 
+def test_run_resumed_at_the_ragged_last_step_replays_the_others(small_dataset, tmp_path, emulated_graph):
+    config = replace(CONFIG, **SETTINGS["ragged"])
+    num_steps = build_sampler(config, small_dataset).num_steps
+    expected = train(tmp_path / "whole", config, small_dataset, "captured")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "broken", config, small_dataset, "captured", stop_at=num_steps - 1)
+    emulated_graph.clear()
+    found = train(tmp_path / "broken", config, small_dataset, "captured")
+    assert_same((*found[:2], found[2][-1:]), (*expected[:2], expected[2][-1:]))
+    assert len(emulated_graph) == 1
+
+
+def test_warm_up_and_capture_share_a_stream(monkeypatch):
+    streams = []
+    monkeypatch.setattr(module, "_on", lambda stream: streams.append(stream) or contextlib.nullcontext())
+    monkeypatch.setattr(module, "_record", lambda body, stream: (lambda: streams.append(stream), body()))
+    model = nn.Linear(1, 1)
+    step = CapturedStep(
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        lambda epoch, number: [torch.ones(2, 1)],
+        lambda x: {"loss": model(x).sum()},
+        learning_rate=lambda epoch, number: 1.0,
+        capture=True,
+    )
+    step._stream = object()
+    for number in range(5):
+        step(0, number)
+    assert streams == [step._stream] * 5
+
+
+def test_loop_adds_nothing_to_a_captured_step(tmp_path):
+    class Untouchable(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, arguments=(), options=None):
+            added.append(function.__name__) if "add" in function.__name__ or "div" in function.__name__ else None
+            return super().__torch_function__(function, types, arguments, options or {})
+
+    added: list[str] = []
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    step = CapturedStep(
+        optimizer, lambda *_: [torch.ones(2, 1)], lambda x: {"loss": model(x).sum()}, learning_rate=lambda *_: 1.0,
+        capture=False,
+    )  # fmt: skip
+    run = step._run
+    step._run = lambda inputs: {name: term.as_subclass(Untouchable) for name, term in run(inputs).items()}
+    fit(model, optimizer, step, 2, RunDirectory(tmp_path, resume=True), learning_rate=lambda *_: 1.0, max_epochs=1)
+    assert added == []
+
+
 def test_whole_step_reads_no_value(small_dataset):
     config, _ = resolve_config(replace(CONFIG, model=replace(CONFIG.model, backbone="lightgcn")), small_dataset)
     model = build_encoder(config, small_dataset).to("meta")
@@ -224,7 +274,7 @@ def test_capture_without_a_gpu_is_an_error(small_dataset):
 
 def test_step_that_cannot_be_captured_says_what_to_do(monkeypatch):
     class Refusing:
-        def __init__(self, *arguments):
+        def __init__(self, *arguments, **options):
             pass
 
         def __enter__(self):
@@ -237,7 +287,7 @@ def test_step_that_cannot_be_captured_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", Refusing)
     message = r"cannot be captured as a CUDA graph \(operation not permitted when stream is capturing\); capture false"
     with pytest.raises(RuntimeError, match=message):
-        module._record(dict)
+        module._record(dict, None)
 
 
 @pytest.mark.gpu
