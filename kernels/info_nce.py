@@ -137,8 +137,9 @@ def info_nce(
     """loss_r = softplus(lse_r - <u_r, v_r> / t), lse_r over the negatives of row r; u, v the L2-normalised views.
 
     anchor, positive, grad_anchor and grad_positive are [N, D]; rows [R] int64 or None for all; row_grad, row_loss and
-    row_slope [R] float32, R >= 1; without row_grad there are no gradients. row_slope sums to d / d (1 / t). temperature
-    is a tensor of one element, read on the device. precision: "highest", "high" or "medium", see `OPERANDS`.
+    row_slope [R] float32, R >= 1; without row_grad there are no gradients. row_slope sums to d / d (1 / t). A row that
+    is not in [0, N) has loss and gradients NaN. temperature is a tensor of one element, read on the device. precision:
+    "highest", "high" or "medium", see `OPERANDS`.
     """
     num_keys, dim = anchor.shape
     width, block = padded_width(dim), max(1, 2048 // padded_width(dim))
@@ -152,7 +153,8 @@ def info_nce(
     )
     query = unit[:, 1]
     if rows is not None:
-        query, aligned = query[:, rows], aligned[rows]
+        chosen = rows.clamp(0, num_keys - 1)
+        query, aligned = query[:, chosen], aligned[chosen].masked_fill(chosen != rows, float("nan"))
     keys = unit if intra_view_negatives else unit[:, :1]
     scale = temperature.double().reciprocal().float()
     passes = SoftmaxPasses(query, keys, rows, None, scale)

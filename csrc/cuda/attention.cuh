@@ -54,7 +54,8 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
     const auto row = [&](int i) -> int64 {
       const int64 query = first_query + i;
       if (query >= p.queries) return -1;
-      return query_view * p.query_stride + (p.query_rows ? p.query_rows[query] : query);
+      const int64 chosen = p.query_rows ? p.query_rows[query] : query;
+      return chosen >= 0 && chosen < p.query_stride ? query_view * p.query_stride + chosen : -1;
     };
     copy_rows<kWidth, Tile::kQueries, Tile::kThreads>(shared.query(0), p.query_high, row);
     if (kParts == 2) copy_rows<kWidth, Tile::kQueries, Tile::kThreads>(shared.query(kParts - 1), p.query_low, row);

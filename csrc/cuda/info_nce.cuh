@@ -27,7 +27,10 @@ __global__ void __launch_bounds__(kRowThreads) info_nce_row_kernel(const RowPara
   const int64 r = int64(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
   if (r >= p.rows) return;
   const AttentionParameters& a = p.attention;
-  const int64 key = a.query_rows ? a.query_rows[r] : r;
+  const int64 chosen = a.query_rows ? a.query_rows[r] : r;
+  // Nobody looked at the rows on the host: one that does not exist has no loss.
+  const bool exists = chosen >= 0 && chosen < p.num_keys;
+  const int64 key = exists ? chosen : 0;
   const int lane = threadIdx.x % 32;
 
   SoftmaxRow<kColumns> row;
@@ -35,9 +38,9 @@ __global__ void __launch_bounds__(kRowThreads) info_nce_row_kernel(const RowPara
   float u[kColumns], v[kColumns];
   load_row(p.anchor, p.storage, key, p.dim, p.inverse_norm[key], u);
   load_row(p.positive, p.storage, key, p.dim, p.inverse_norm[p.num_keys + key], v);
-  const float aligned = dot(u, v), temperature = float(*a.temperature);
+  const float aligned = exists ? dot(u, v) : not_a_number(), temperature = float(*a.temperature);
   // No negatives: the loss is 0 and so is its slope. Not a number stays one.
-  const bool none = !(row.sum > 0);
+  const bool none = exists && !(row.sum > 0);
   const float lse = none ? 0.0f : row.lse();
   const float margin = lse * kLn2 - aligned / temperature;
   if (lane == 0) {

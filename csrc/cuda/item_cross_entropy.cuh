@@ -73,16 +73,18 @@ __global__ void __launch_bounds__(kRowThreads) item_row_kernel(const ItemRowPara
   const int64 r = int64(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
   if (r >= p.rows) return;
   const AttentionParameters& a = p.attention;
-  const int64 target = p.target[r];
+  // Nobody looked at the targets on the host: a row whose item does not exist has no loss.
+  const bool exists = p.target[r] >= 0 && p.target[r] < a.keys;
+  const int64 target = exists ? p.target[r] : 0;
   const int lane = threadIdx.x % 32;
   SoftmaxRow<kColumns> row;
   row.collect(a, p.blocks, r, p.grad_hidden);
   float hidden[kColumns], item[kColumns];
   load_row(p.hidden, p.storage, r, p.dim, 1.0f, hidden);
   load_row(p.items, p.storage, target, p.dim, 1.0f, item);
-  const float aligned = dot(hidden, item) + (p.bias ? p.bias[target] : 0.0f);
+  const float aligned = exists ? dot(hidden, item) + (p.bias ? p.bias[target] : 0.0f) : not_a_number();
   // No other item: the loss is 0 and so is its gradient. Not a number stays one.
-  const bool none = row.sum == 0;
+  const bool none = exists && row.sum == 0;
   const float margin = row.lse() * kLn2 - aligned;
   if (lane == 0) p.row_loss[r] = none ? 0.0f : softplus(margin);
   if (!p.row_grad) return;

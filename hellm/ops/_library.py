@@ -1,6 +1,6 @@
 """Registration with torch.library: schemas, shapes without data, kernels, autograd and autocast rules.
 
-Arguments are checked in `hellm.ops`; nothing is checked twice here.
+Arguments are checked in `hellm.ops`; only the values of indices are checked here, where compiled code comes by too.
 """
 
 from __future__ import annotations
@@ -85,6 +85,20 @@ def _cast_rows(argument, dtype: torch.dtype):
     """Matrices of rows follow autocast; scales, values and indices (all 1-d) keep their dtype, and so does float64."""
     matrix = isinstance(argument, Tensor) and argument.ndim == 2 and argument.is_floating_point()
     return argument.to(dtype) if matrix and argument.dtype != torch.float64 else argument
+
+
+def _check_in_range(name: str, index: Tensor, count: int) -> None:
+    """Indices on the CPU; looking at those on a GPU would wait for it at every step, and its kernels take any value.
+
+    Raises:
+        ValueError: naming the first index that is not in [0, count).
+    """
+    if not index.is_cpu:
+        return
+    outside = (index < 0) | (index >= count)
+    if bool(outside.any()):
+        place = int(outside.nonzero()[0])
+        raise ValueError(f"{name} must be in [0, {count}), got {int(index[place])} first at position {place}")
 
 
 # ----------------------------------------------------------------------------------------------- sparse products
@@ -223,6 +237,8 @@ def _info_nce_with(implementation: Callable) -> Callable:
 
     def kernel(anchor, positive, temperature, rows, intra_view_negatives, reduction, precision, compute_grad):
         count = anchor.shape[0] if rows is None else rows.shape[0]
+        if rows is not None:
+            _check_in_range("rows", rows, anchor.shape[0])
         row_grad = _row_grad(count, anchor, reduction) if compute_grad and reduction != "none" else None
         row_loss, *grads = implementation(
             anchor, positive, temperature, rows, row_grad, intra_view_negatives, precision
@@ -298,6 +314,7 @@ def _item_cross_entropy_with(implementation: Callable) -> Callable:
     """Loss and, for a scalar reduction, the wanted gradients in the same sweep."""
 
     def kernel(hidden, item_embedding, target, bias, reduction, hidden_grad, items_grad):
+        _check_in_range("target", target, item_embedding.shape[0])
         wanted = (hidden_grad or items_grad) and reduction != "none"
         row_grad = _row_grad(hidden.shape[0], hidden, reduction) if wanted else None
         row_loss, *grads = implementation(hidden, item_embedding, target, bias, row_grad, hidden_grad, items_grad)

@@ -168,6 +168,21 @@ def test_info_nce_hands_on_nan(gpu):
     assert found[1].isnan().any()
 
 
+@pytest.mark.parametrize("intra", [True, False])
+def test_info_nce_of_rows_that_do_not_exist_is_nan(gpu, intra):
+    """Nobody looks at the rows on the host: no address may come of them, and no silent gradient."""
+    anchor, positive, _, row_grad = info_nce_inputs(70, 64, torch.float32)
+    t = torch.tensor(0.2, dtype=torch.float64)
+    chosen = torch.tensor([3, -1, 69, 70, 2**40, -(2**62), 3])
+    wrong = (chosen < 0) | (chosen >= 70)
+    found = gpu.info_nce(anchor, positive, t, chosen, row_grad[:7], intra, "highest")
+    expected = gpu.info_nce(anchor, positive, t, chosen.masked_fill(wrong, 0), row_grad[:7], intra, "highest")
+    assert torch.equal(found[0].isnan(), wrong)
+    assert torch.equal(found[0][~wrong], expected[0][~wrong])
+    assert found[2].isnan().all() and found[3].isnan()
+    assert gpu.info_nce(anchor[:1], positive[:1], t, chosen[1:2], None, intra, "high")[0].isnan()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_what_the_kernels_do_not_take_goes_to_plain_torch(gpu, dtype):
     dim = 300 if dtype == torch.float32 else 8
@@ -275,6 +290,18 @@ def test_item_cross_entropy_at_the_extremes(gpu):
     loss, grad_hidden, *_ = gpu.item_cross_entropy(hidden, items, target, bias, row_grad, True, True)
     assert loss.isnan().nonzero().flatten().tolist() == [3]
     assert grad_hidden.isnan().any(1).nonzero().flatten().tolist() == [3]
+
+
+def test_item_cross_entropy_of_targets_that_do_not_exist_is_nan(gpu):
+    hidden, items, target, bias, row_grad = item_inputs(40, 90, 8)
+    wrong = torch.tensor([1, 5, 17, 39])
+    outside = target.index_put((wrong,), torch.tensor([-1, 90, 2**40, -(2**62)]))
+    loss, grad_hidden, *rest = gpu.item_cross_entropy(hidden, items, outside, bias, row_grad, True, True)
+    expected = gpu.item_cross_entropy(hidden, items, target, bias, row_grad, True, True)
+    right = torch.ones(40, dtype=torch.bool).index_fill(0, wrong, False)
+    for found, wanted in ((loss, expected[0]), (grad_hidden, expected[1])):
+        assert torch.equal(found[right], wanted[right]) and found[wrong].isnan().all()
+    assert all(grad.isnan().all() for grad in rest)
 
 
 @pytest.mark.parametrize(("num_rows", "dim", "dtype"), [(20, 300, torch.float32), (20, 8, torch.float64), (0, 8, None)])

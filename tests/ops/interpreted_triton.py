@@ -15,7 +15,7 @@ from test_info_nce import fused, plain, relative_error, views
 from triton.runtime import interpreter
 
 from hellm import Hypergraph, ops
-from hellm.ops import _backends, reference
+from hellm.ops import _backends, _triton, reference
 
 # A row of 75 and one of 40 neighbours go the way of long rows; the short ones beside them do not.
 HUB = GraphCase(torch.stack([torch.cat([torch.arange(75), torch.arange(45)]), torch.arange(120) // 75]), 80, 3, 20)
@@ -198,6 +198,20 @@ def test_item_cross_entropy_of_large_logits_and_absent_items():
     truth = outputs_and_gradients(lambda h, e: definition(h, e, bias), [x.double() for x in inputs])
     # A float32 logit of 1e4 is known to 1e-3, and so are the shares of two items that are nearly equal.
     assert relative_error(truth, outputs_and_gradients(lambda h, e: function(h, e, bias), inputs)) < 2e-3
+
+
+def test_rows_and_targets_that_do_not_exist_give_nan():
+    """On a GPU nobody looks at them on the host: no address may come of them, and no silent gradient."""
+    anchor, positive = views((20, 16))
+    chosen = torch.tensor([3, -1, 20, 2**40, 19])
+    t = torch.tensor(0.2)
+    loss, _, grad_positive, slope = _triton.info_nce(anchor, positive, t, chosen, torch.ones(5), True, "high")
+    assert loss.isnan().tolist() == [False, True, True, True, False]
+    assert grad_positive.isnan().all() and slope.isnan()
+    hidden, items, bias = item_inputs(5, 20, 16, True)
+    loss, grad_hidden, *grads = _triton.item_cross_entropy(hidden, items, chosen, bias, torch.ones(5), True, True)
+    assert loss.isnan().tolist() == grad_hidden.isnan().any(1).tolist() == [False, True, True, True, False]
+    assert all(grad.isnan().all() for grad in grads)
 
 
 def test_what_the_kernels_do_not_take_is_computed_in_plain_torch():

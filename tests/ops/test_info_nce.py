@@ -410,8 +410,8 @@ def test_info_nce_reads_the_global_precision(monkeypatch):
         ({"rows": torch.zeros(2)}, r"rows must be \[R\] int32 or int64, got \(2,\) torch.float32"),
         ({"rows": torch.zeros(1, 2).long()}, r"rows must be \[R\] int32 or int64, got \(1, 2\) torch.int64"),
         ({"rows": torch.zeros(2, device="meta").long()}, "rows must be on cpu like anchor, got meta"),
-        ({"rows": torch.tensor([0, 4])}, r"rows must be in \[0, 4\), got 4"),
-        ({"rows": torch.tensor([-1, 2])}, r"rows must be in \[0, 4\), got -1"),
+        ({"rows": torch.tensor([0, 4])}, r"rows must be in \[0, 4\), got 4 first at position 1"),
+        ({"rows": torch.tensor([-1, 2])}, r"rows must be in \[0, 4\), got -1 first at position 0"),
         ({"rows": torch.zeros(0).long()}, "rows must have at least one row for the mean, got 0"),
     ],
 )

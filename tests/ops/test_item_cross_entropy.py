@@ -278,6 +278,14 @@ def test_item_cross_entropy_compiles_to_one_graph(reduction):
     assert sum("hellm.item_cross_entropy" in target for target in graphs[0]) == 1
 
 
+def test_item_cross_entropy_compiled_still_looks_at_the_targets(backend):
+    (hidden, items), target = inputs_of((4, 5, 3), bias=False)
+    compiled = torch.compile(ops.item_cross_entropy, fullgraph=True, backend="aot_eager")
+    compiled(hidden, items, target)
+    with pytest.raises(ValueError, match=r"target must be in \[0, 5\), got 5 first at position 3"):
+        compiled(hidden, items, target.index_fill(0, torch.tensor([3]), 5))
+
+
 def test_item_cross_entropy_under_autocast_runs_in_its_dtype(backend):
     (hidden, items), target = inputs_of((20, 30, 8), bias=False)
     inputs = [x.requires_grad_() for x in (hidden, items)]
@@ -322,8 +330,8 @@ def test_item_cross_entropy_under_autocast_runs_in_its_dtype(backend):
         ({"target": torch.zeros(3).long()}, r"target must be \[4\] int64, got \(3,\) torch.int64"),
         ({"target": torch.zeros(4).int()}, r"target must be \[4\] int64, got \(4,\) torch.int32"),
         ({"target": torch.zeros(4, device="meta").long()}, "target must be on cpu like hidden, got meta"),
-        ({"target": torch.tensor([0, 4, 5, 7])}, r"target must be in \[0, 5\), got 5 first in row 2"),
-        ({"target": torch.tensor([0, -1, 5, 7])}, r"target must be in \[0, 5\), got -1 first in row 1"),
+        ({"target": torch.tensor([0, 4, 5, 7])}, r"target must be in \[0, 5\), got 5 first at position 2"),
+        ({"target": torch.tensor([0, -1, 5, 7])}, r"target must be in \[0, 5\), got -1 first at position 1"),
         ({"bias": 0.5}, "bias must be a tensor or an array with __dlpack__, got float"),
         ({"bias": torch.zeros(4)}, r"bias must be \[5\] of a floating dtype, got \(4,\) torch.float32"),
         ({"bias": torch.zeros(5).long()}, r"bias must be \[5\] of a floating dtype, got \(5,\) torch.int64"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from op_cases import GRAPH_CASES, GraphCase, needs_native
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hellm.ops import _gpu, reference
+from hellm import ops
+from hellm.ops import _gpu, _library, reference
 
 
 def meta(*shape, dtype=torch.float32):
@@ -60,3 +62,16 @@ def test_gpu_launches_read_no_value_once_the_graph_is_known(monkeypatch, rows):
     loss, *grads = gpu.info_nce(*inputs, chosen, meta(rows or 1100), True, "high")
     assert loss.shape == (rows or 1100,) and [g.shape for g in grads] == [t.shape for t in inputs]
     assert launched == ["hypergraph_conv", "bipartite_propagate", "info_nce"]
+
+
+def test_losses_of_tensors_on_a_gpu_read_no_value():
+    with FakeTensorMode():
+        x, index = torch.empty(30, 4, device="cuda"), torch.empty(9, dtype=torch.int64, device="cuda")
+        hidden = torch.empty(9, 4, device="cuda")
+        assert ops.item_cross_entropy(hidden, x, index, reduction="none").shape == (9,)
+        assert ops.info_nce(x, x, rows=index, reduction="none").shape == (9,)
+    x, index = meta(30, 4), meta(9, dtype=torch.int64)
+    item_cross_entropy = _library._item_cross_entropy_with(reference.item_cross_entropy_with_gradients)
+    assert item_cross_entropy(x[:9], x, index, None, "mean", True, True)[0].shape == ()
+    info_nce = _library._info_nce_with(reference.info_nce_with_gradients)
+    assert info_nce(x, x, meta(), index, True, "mean", "high", True)[0].shape == ()
