@@ -343,7 +343,7 @@ def test_knn_of_several_panels_with_ties_and_zero_rows(gpu):
     x[[0, 77, 149]] = 0
     x[[3, 20, 141, 90]] = x[10].clone()
     x[50] = x[10] * 1e-18
-    index, similarity = gpu.knn(x, 4, panel_bytes=0)  # 64 rows a panel
+    index, similarity = gpu.knn(x, 4, panel_bytes=0, fewest_rows=64)
     assert (index[[0, 77, 149]] == -1).all() and (similarity[[0, 77, 149]] == 0).all()
     assert (index[[3, 10, 20, 50, 90, 141]] == torch.tensor([3, 10, 20, 50])).all()
     assert_nearest(gpu, x, 100)
@@ -367,7 +367,7 @@ def test_knn_compares_a_crowded_row_with_all(gpu):
 def test_knn_repeats_bit_by_bit(gpu):
     x = rows(120, 20)
     assert_same_bits(gpu.knn(x, 11), gpu.knn(x, 11))
-    assert_same_bits(gpu.knn(x, 11), gpu.knn(x, 11, panel_bytes=0))
+    assert_same_bits(gpu.knn(x, 11), gpu.knn(x, 11, panel_bytes=0, fewest_rows=64))
 
 
 @pytest.mark.parametrize(("dtype", "k"), [(torch.float64, 4), (torch.float32, 150)])
