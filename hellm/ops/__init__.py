@@ -170,7 +170,8 @@ def info_nce(
         ValueError: naming the argument, what it must be, and what it was.
 
     Memory: O(N * D); nothing of size N * N is ever stored. For "mean" and "sum" the gradients come from the same
-    sweep as the loss.
+    sweep as the loss; of float16 rows, as for "none", from another one in the backward pass, where the scale of
+    `torch.amp.GradScaler` is known: without it they would round to zero.
     """
     anchor = _checked_rows("anchor", anchor)
     positive = _checked_rows("positive", positive)
@@ -224,8 +225,8 @@ def item_cross_entropy(
             range.
 
     Memory: O((N + I) * D) and the logits of one strip of rows (96 at most compiled, 64 MiB in plain torch). For "mean"
-    and "sum" the gradients come from the same sweep as the loss; "none" computes the logits again for them. The
-    compiled kernel serves every D: twice as fast as plain torch by blocks at D = 64, even with it at 576 and a tenth
+    and "sum" the gradients come from the same sweep as the loss; "none", and float16 rows, whose gradients round to
+    zero without the scale of `torch.amp.GradScaler`, compute the logits again for them. The compiled kernel serves every D: twice as fast as plain torch by blocks at D = 64, even with it at 576 and a tenth
     slower from 1,024 on, where it is kept because its bits repeat.
     """
     hidden = _checked_rows("hidden", hidden)

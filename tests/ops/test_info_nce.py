@@ -201,6 +201,18 @@ def test_info_nce_keeps_tiny_losses(dtype, kernel):
     assert relative_error(truth, gradients) < 1e-5
 
 
+def test_info_nce_of_float16_is_scaled_before_it_is_rounded(kernel):
+    """The mean's gradients are below the normal float16 numbers, those of the scaled loss are not."""
+    inputs = views((300, 16), torch.float16)
+    truth, found = (
+        outputs_and_gradients(lambda *t, f=f: 2.0**13 * f()(*t), [x.to(d) for x in inputs])
+        for f, d in ((plain, torch.float64), (fused, torch.float16))
+    )
+    for true, value in zip(truth[1:], found[1:], strict=True):
+        near = (true - value.double()).abs() <= 2.0**-10 * true.abs() + 2e-6 * true.abs().max()
+        assert near.all(), float((true - value.double()).abs().max())
+
+
 def test_info_nce_rows_are_a_subset_of_all_rows(kernel):
     anchor, positive = views((63, 20), torch.float64)
     whole = ops.info_nce(anchor, positive, reduction="none")

@@ -278,6 +278,20 @@ def test_item_cross_entropy_compiles_to_one_graph(reduction):
     assert sum("hellm.item_cross_entropy" in target for target in graphs[0]) == 1
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_item_cross_entropy_of_float16_is_scaled_before_it_is_rounded(reduction, kernel):
+    """The mean's gradients are below the normal float16 numbers, those of the scaled loss are not."""
+    inputs, target = inputs_of((1_000, 50, 8), torch.float16)
+    scale = 2.0**13 if reduction == "mean" else 2.0**3
+    truth, found = (
+        outputs_and_gradients(lambda *t, f=f: scale * f(target, reduction)(*t), [x.to(d) for x in inputs])
+        for f, d in ((plain, torch.float64), (fused, torch.float16))
+    )
+    for true, value in zip(truth[1:], found[1:], strict=True):
+        near = (true - value.double()).abs() <= 2.0**-10 * true.abs() + 2e-6 * true.abs().max()
+        assert near.all(), float((true - value.double()).abs().max())
+
+
 def test_item_cross_entropy_compiled_still_looks_at_the_targets(backend):
     (hidden, items), target = inputs_of((4, 5, 3), bias=False)
     compiled = torch.compile(ops.item_cross_entropy, fullgraph=True, backend="aot_eager")

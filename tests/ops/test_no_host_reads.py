@@ -75,3 +75,30 @@ def test_losses_of_tensors_on_a_gpu_read_no_value():
     assert item_cross_entropy(x[:9], x, index, None, "mean", True, True)[0].shape == ()
     info_nce = _library._info_nce_with(reference.info_nce_with_gradients)
     assert info_nce(x, x, meta(), index, True, "mean", "high", True)[0].shape == ()
+
+
+@pytest.fixture
+def float16_sums():
+    """The caller allows float16 accumulation in matrix products."""
+    settings = torch.backends.cuda.matmul
+    if not hasattr(settings, "allow_fp16_accumulation"):
+        pytest.skip("torch before 2.7 has no float16 accumulation")
+    settings.allow_fp16_accumulation = True
+    yield settings
+    settings.allow_fp16_accumulation = False
+
+
+@needs_native
+def test_knn_has_panels_of_512_rows_and_float32_sums(monkeypatch, float16_sums):
+    panels, widened = [], []
+
+    def launch(name, arguments, device):
+        if name == "knn_select":
+            panels.append((arguments[-2], float16_sums.allow_fp16_accumulation))
+
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: widened.append(x.shape) or x.to(torch.float32))
+    index, _ = _gpu.Gpu(launch).knn(meta(100_000, 16), 10)
+    assert index.shape == (100_000, 10)
+    assert panels == [(512, False)] * 195 + [(160, False)]
+    assert widened == [(100_000, 16)]
+    assert float16_sums.allow_fp16_accumulation
