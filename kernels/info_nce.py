@@ -23,6 +23,14 @@ def _store_parts(pointer, x, stride, mask, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _reciprocal_length(x):
+    """1 / |x| of each row, 0 if it is all zero, at most 3e38. In float32 the squares would over- or underflow."""
+    wide = x.to(tl.float64)
+    length = tl.sqrt(tl.sum(wide * wide, 1))
+    return tl.where(length == 0, 0.0, 1.0 / tl.where(length < 3.4e-39, 3.4e-39, length)).to(tl.float32)
+
+
+@triton.jit
 def unit_rows_kernel(
     anchor,  # [N, D]
     positive,  # [N, D]
@@ -43,9 +51,7 @@ def unit_rows_kernel(
     out = row[:, None] * WIDTH + column[None, :]
     v = tl.load(positive + place, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(anchor + place, mask=mask, other=0.0).to(tl.float32)
-    v_length, u_length = tl.sqrt(tl.sum(v * v, 1)), tl.sqrt(tl.sum(u * u, 1))
-    v_reciprocal = 1.0 / tl.where(v_length > 0, v_length, float("inf"))
-    u_reciprocal = 1.0 / tl.where(u_length > 0, u_length, float("inf"))
+    v_reciprocal, u_reciprocal = _reciprocal_length(v), _reciprocal_length(u)
     v, u = v * v_reciprocal[:, None], u * u_reciprocal[:, None]
     view = num_keys.to(tl.int64) * WIDTH
     _store_parts(unit + out, v, 2 * view, live[:, None], PARTS)

@@ -5,6 +5,8 @@
 
 namespace hellm {
 
+constexpr float kLargestInverse = 3e38f;  // rows whose length is no normal float32 number count as longer
+
 // Grid [ceil(rows / warps), 2]: a view for each blockIdx.y.
 template <int kWidth>
 __global__ void __launch_bounds__(kRowThreads) normalize_kernel(const NormalizeParameters p) {
@@ -13,7 +15,12 @@ __global__ void __launch_bounds__(kRowThreads) normalize_kernel(const NormalizeP
   if (row >= p.rows) return;
   float x[kWidth / 32];
   load_row(view ? p.x[1] : p.x[0], p.storage, row, p.dim, 1.0f, x);
-  const float norm = sqrtf(dot(x, x)), inverse = norm > 0 ? 1.0f / norm : norm == 0 ? 0.0f : norm;
+  // In double: the squares of float32 numbers below 1e-19 or above 1e19 are no float32 numbers.
+  double square = 0;
+#pragma unroll
+  for (int i = 0; i < kWidth / 32; ++i) square += double(x[i]) * double(x[i]);
+  const double norm = sqrt(warp_sum(square));
+  const float inverse = norm > 1 / kLargestInverse ? float(1 / norm) : norm > 0 ? kLargestInverse : float(norm);
 #pragma unroll
   for (int i = 0; i < kWidth / 32; ++i) x[i] *= inverse;
   store_halves(p.high, p.low, view * p.rows + row, x);

@@ -226,8 +226,9 @@ def item_cross_entropy(
 
     Memory: O((N + I) * D) and the logits of one strip of rows (96 at most compiled, 64 MiB in plain torch). For "mean"
     and "sum" the gradients come from the same sweep as the loss; "none", and float16 rows, whose gradients round to
-    zero without the scale of `torch.amp.GradScaler`, compute the logits again for them. The compiled kernel serves every D: twice as fast as plain torch by blocks at D = 64, even with it at 576 and a tenth
-    slower from 1,024 on, where it is kept because its bits repeat.
+    zero without the scale of `torch.amp.GradScaler`, compute the logits again for them. The compiled kernel serves
+    every D: twice as fast as plain torch by blocks at D = 64, even with it at 576 and a tenth slower from 1,024 on,
+    where it is kept because its bits repeat.
     """
     hidden = _checked_rows("hidden", hidden)
     item_embedding = _checked_rows("item_embedding", item_embedding)

@@ -152,6 +152,19 @@ def test_info_nce_repeats_bit_by_bit_and_hardly_depends_on_the_processors(gpu):
             assert torch.allclose(left, right, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-36, 1e36])
+def test_info_nce_does_not_depend_on_the_length_of_rows(gpu, scale):
+    anchor, positive, _, row_grad = info_nce_inputs(40, 20, torch.float32)
+    t = torch.tensor(0.2, dtype=torch.float64)
+    expected = gpu.info_nce(anchor, positive, t, None, row_grad, True, "highest")
+    found = list(gpu.info_nce(anchor, positive * scale, t, None, row_grad, True, "highest"))
+    found[2] = found[2].double() * scale
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-6, check_dtype=False)
+    # Subnormal rows are shorter than their inverse lengths can say, and still finite.
+    assert gpu.info_nce(anchor * 1e-41, positive, t, None, None, True, "highest")[0].isfinite().all()
+
+
 def test_info_nce_with_no_weight_has_no_gradient(gpu):
     anchor, positive, _, _ = info_nce_inputs(70, 16, torch.float32)
     t = torch.tensor(0.2, dtype=torch.float64)

@@ -137,6 +137,16 @@ def test_info_nce_zero_rows_and_padding():
     compare(fused(), plain(), [anchor, positive], factor=8)
 
 
+@pytest.mark.parametrize("scale", [1e-36, 1e36])
+def test_info_nce_does_not_depend_on_the_length_of_rows(scale):
+    anchor, positive = views((20, 12))
+    expected = outputs_and_gradients(fused(), [anchor, positive])
+    found = outputs_and_gradients(fused(), [anchor, positive * scale])
+    found[2] = found[2].double() * scale
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-6, check_dtype=False)
+
+
 @pytest.mark.parametrize(
     ("precision", "dtype", "budget"),
     [("high", torch.float16, 3e-4), ("medium", torch.bfloat16, 3e-3)],
