@@ -79,9 +79,24 @@ template <int kWidth>
 __global__ void __launch_bounds__(kRowThreads) info_nce_gradient_kernel(const GradientParameters p) {
   constexpr int kColumns = kWidth / 32;
   const int64 key = int64(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
-  if (key >= p.num_keys) return;
+  const bool exists = key < p.num_keys;
   const int view = blockIdx.y, lane = threadIdx.x % 32;
   const AttentionParameters& a = p.attention;
+
+  // Of the rows of the loss that have this key as their own: sum of row_out, or of their weights.
+  float own[kColumns] = {};
+  const int64 begin = !exists ? 0 : p.row_order ? p.row_begin[key] : key;
+  const int64 end = !exists ? 0 : p.row_order ? p.row_begin[key + 1] : key + 1;
+  sum_lists(begin, end, own, [&](int64 n, auto& sum) {
+    const int64 r = p.row_order ? p.row_order[n] : n;
+    if (view == 1) {
+      sum[0] += p.weight[r];
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) sum[i] += p.row_out[r * kWidth + lane + 32 * i];
+  });
+  if (!exists) return;
 
   float g[kColumns] = {};
   if (view == 1 || p.intra_view_negatives) {
@@ -91,18 +106,12 @@ __global__ void __launch_bounds__(kRowThreads) info_nce_gradient_kernel(const Gr
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) g[i] *= unit;
   }
-
   float u[kColumns], z[kColumns];
   load_row(p.x[0], p.storage, key, p.dim, p.inverse_norm[key], u);
   const float inverse_norm = p.inverse_norm[view * p.num_keys + key];
   load_row(view ? p.x[1] : p.x[0], p.storage, key, p.dim, inverse_norm, z);
-  const int64 begin = p.row_order ? p.row_begin[key] : key, end = p.row_order ? p.row_begin[key + 1] : key + 1;
-  for (int64 n = begin; n < end; ++n) {
-    const int64 r = p.row_order ? p.row_order[n] : n;
-    const float weight = p.weight[r];
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) g[i] += view == 0 ? p.row_out[r * kWidth + lane + 32 * i] : -weight * u[i];
-  }
+  for (int i = 0; i < kColumns; ++i) g[i] += view == 0 ? own[i] : -own[0] * u[i];
   const float along = dot(g, z), factor = inverse_norm / float(*a.temperature);
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {

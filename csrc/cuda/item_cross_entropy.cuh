@@ -66,9 +66,9 @@ __device__ __forceinline__ void negate_halves(void* halves, int64 row) {
   for (int i = 0; i < kColumns; ++i) first[32 * i].bits ^= 0x8000;
 }
 
-// Grid [ceil(rows / warps)], after the first pass.
+// Grid [ceil(rows / warps)], after the first pass. Up to 64 registers: left to itself the compiler takes 32 and spills.
 template <int kWidth>
-__global__ void __launch_bounds__(kRowThreads) item_row_kernel(const ItemRowParameters p) {
+__global__ void __launch_bounds__(kRowThreads, 8) item_row_kernel(const ItemRowParameters p) {
   constexpr int kColumns = kWidth / 32;
   const int64 r = int64(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
   if (r >= p.rows) return;
@@ -112,25 +112,28 @@ __global__ void __launch_bounds__(kRowThreads) item_row_kernel(const ItemRowPara
   atomicMax(p.weight_maximum, __float_as_uint(fabsf(weight)));  // of integers: the same in any order
 }
 
-// Grid [ceil(num_items / warps)]: what the rows take from an item, less what those that aim at it give.
+// Grid [ceil(num_items / warps)]: what the rows take from an item, less what those that aim at it give. Registers as
+// above.
 template <int kWidth>
-__global__ void __launch_bounds__(kRowThreads) item_gradient_kernel(const ItemGradientParameters p) {
+__global__ void __launch_bounds__(kRowThreads, 8) item_gradient_kernel(const ItemGradientParameters p) {
   constexpr int kColumns = kWidth / 32;
   const int64 item = int64(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
-  if (item >= p.num_items) return;
+  const bool exists = item < p.num_items;
   const AttentionParameters& a = p.attention;
   const int lane = threadIdx.x % 32;
-  float g[kColumns], own[kColumns] = {}, total = 0, own_total = 0;
-  collect_sum(a, p.blocks, 0, item, g, &total);
-  for (int64 n = p.row_begin[item]; n < p.row_begin[item + 1]; ++n) {
+  float own[kColumns + 1] = {};  // of the rows that aim at the item: weighted sum, and sum of their weights
+  sum_lists(exists ? p.row_begin[item] : 0, exists ? p.row_begin[item + 1] : 0, own, [&](int64 n, auto& sum) {
     const int64 r = p.row_order[n];
     const float weight = p.weight[r];
     float hidden[kColumns];
     load_row(p.hidden, p.storage, r, p.dim, weight, hidden);
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) own[i] += hidden[i];
-    own_total += weight;
-  }
+    for (int i = 0; i < kColumns; ++i) sum[i] += hidden[i];
+    sum[kColumns] += weight;
+  });
+  if (!exists) return;
+  float g[kColumns], total = 0;
+  collect_sum(a, p.blocks, 0, item, g, &total);
   const float unit = __uint_as_float(*a.weight_maximum) * exp2f(-kWeightShift), size = p.size[0];
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
@@ -138,7 +141,7 @@ __global__ void __launch_bounds__(kRowThreads) item_gradient_kernel(const ItemGr
     const float value[1] = {g[i] * unit * size - own[i]};
     store_any(p.grad_items, p.storage, item * p.dim + lane + 32 * i, value);
   }
-  if (p.grad_bias && lane == 0) p.grad_bias[item] = total * unit - own_total;
+  if (p.grad_bias && lane == 0) p.grad_bias[item] = total * unit - own[kColumns];
 }
 
 }  // namespace hellm

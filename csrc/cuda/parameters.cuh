@@ -30,7 +30,7 @@ struct GatherParameters {
 
 constexpr int kGatherThreads = 256;
 constexpr int kRowThreads = 128;    // kernels with a warp for each row
-constexpr int kLongRow = 64;        // more entries: the whole block sums the row
+constexpr int kLongRow = 64;        // more entries: the whole block sums them
 constexpr int kHubChunk = 2048;     // entries
 constexpr int kHubEntries = 4096;   // more entries: by chunks, over the whole grid; at least two chunks long
 

@@ -165,6 +165,26 @@ def test_info_nce_does_not_depend_on_the_length_of_rows(gpu, scale):
     assert gpu.info_nce(anchor * 1e-41, positive, t, None, None, True, "highest")[0].isfinite().all()
 
 
+# Up to 64 rows of a key are summed by its warp, more by the warps of its block.
+@pytest.mark.parametrize("repeats", [64, 65, 150])
+def test_long_lists_of_rows_are_shared(gpu, repeats):
+    chosen = torch.cat([torch.arange(9), torch.full((repeats - 1,), 4), torch.full((99,), 7), torch.full((67,), 20)])
+    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))]
+    anchor, positive, _, _ = info_nce_inputs(21, 40, torch.float32)
+    t, row_grad = torch.tensor(0.2, dtype=torch.float64), rows(len(chosen), seed=5)
+    arguments = (anchor, positive, t, chosen, row_grad, True, "highest")
+    found = gpu.info_nce(*arguments)
+    assert_same_bits(found, gpu.info_nce(*arguments))
+    truth = reference.info_nce_with_gradients(*in_float64(*arguments))
+    assert_within_budget(truth, reference.info_nce_with_gradients(*arguments), found, factor=8.0)
+    hidden, bias = rows(len(chosen), 40, seed=2), rows(21, seed=3)
+    arguments = (hidden, anchor, chosen, bias, row_grad, True, True)
+    found = gpu.item_cross_entropy(*arguments)
+    assert_same_bits(found, gpu.item_cross_entropy(*arguments))
+    truth = reference.item_cross_entropy_with_gradients(*in_float64(*arguments))
+    assert_within_budget(truth, reference.item_cross_entropy_with_gradients(*arguments), found, factor=8.0)
+
+
 def test_info_nce_with_no_weight_has_no_gradient(gpu):
     anchor, positive, _, _ = info_nce_inputs(70, 16, torch.float32)
     t = torch.tensor(0.2, dtype=torch.float64)
