@@ -14,10 +14,17 @@ __device__ __forceinline__ float power_of_two(int n) { return __uint_as_float(un
 
 // Every lane gets the largest size of the finite entries of every kMaximumWarps-th piece of 32.
 __device__ __forceinline__ float largest_entry(const void* x, int storage, int64 count, int64 first) {
+  constexpr int kStep = 32 * kMaximumWarps;
   float largest = 0;
-  for (int64 i = first; i < count; i += 32 * kMaximumWarps) {
-    const float size = fabsf(load_one(x, storage, i));
-    if (size < infinity()) largest = fmaxf(largest, size);
+#pragma unroll 1
+  for (int64 i = first; i < count; i += 4 * kStep) {
+    float size[4];  // four loads on their way at once
+#pragma unroll
+    for (int j = 0; j < 4; ++j) size[j] = i + j * kStep < count ? fabsf(load_one(x, storage, i + j * kStep)) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (size[j] < infinity()) largest = fmaxf(largest, size[j]);
+    }
   }
   return warp_maximum(largest);
 }
@@ -30,32 +37,34 @@ __global__ void __launch_bounds__(kRowThreads) table_maximum_kernel(const TableP
   if (threadIdx.x % 32 == 0) p.warp_maximum[table * kMaximumWarps + warp] = largest;
 }
 
-// Every entry of the table is less than 2 to this.
-__device__ __forceinline__ int table_exponent(const TableParameters& p, int table) {
-  float largest = 0;
-  for (int i = threadIdx.x % 32; i < kMaximumWarps; i += 32) {
-    largest = fmaxf(largest, p.warp_maximum[table * kMaximumWarps + i]);
+// One warp: the powers of two of both tables, and what goes with them.
+__global__ void __launch_bounds__(32) table_size_kernel(const TableParameters p) {
+  double product = 1;
+#pragma unroll
+  for (int table = 0; table < 2; ++table) {
+    float largest = 0;
+#pragma unroll 8
+    for (int i = threadIdx.x; i < kMaximumWarps; i += 32) {
+      largest = fmaxf(largest, p.warp_maximum[table * kMaximumWarps + i]);
+    }
+    const int exponent = int(__float_as_uint(warp_maximum(largest)) >> 23) - 126;  // every entry is less than 2 to this
+    const float size = power_of_two((exponent < kLeastExponent ? kLeastExponent : exponent) - kHalfExponent);
+    product *= double(size);
+    if (threadIdx.x == 0) p.size[table] = size;
   }
-  const int exponent = int(__float_as_uint(warp_maximum(largest)) >> 23) - 126;
-  return exponent < kLeastExponent ? kLeastExponent : exponent;
+  if (threadIdx.x != 0) return;
+  *p.temperature = 1.0 / product;
+  *p.weight_maximum = 0;
 }
 
 // Grid [ceil(rows / warps), 2]: a table for each blockIdx.y.
 template <int kWidth>
 __global__ void __launch_bounds__(kRowThreads) table_halves_kernel(const TableParameters p) {
   const int64 row = int64(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
-  const int table = blockIdx.y, shift = kHalfExponent - table_exponent(p, table);
-  if (row == 0) {
-    const float size = power_of_two(-shift), other = power_of_two(table_exponent(p, 1 - table) - kHalfExponent);
-    if (threadIdx.x == 0) {
-      p.size[table] = size;
-      *p.temperature = 1.0 / (double(size) * double(other));
-      *p.weight_maximum = 0;
-    }
-  }
+  const int table = blockIdx.y;
   if (row >= (table ? p.rows[1] : p.rows[0])) return;
   float x[kWidth / 32];
-  load_row(table ? p.x[1] : p.x[0], p.storage, row, p.dim, power_of_two(shift), x);
+  load_row(table ? p.x[1] : p.x[0], p.storage, row, p.dim, 1.0f / p.size[table], x);  // a power of two
   store_halves(table ? p.high[1] : p.high[0], table ? p.low[1] : p.low[0], row, x);
 }
 

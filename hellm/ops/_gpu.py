@@ -42,8 +42,13 @@ def launch_compiled(name: str, arguments: tuple[Any, ...], device: torch.device)
 
 
 def processors_of(device: torch.device) -> int:
-    """Streaming multiprocessors of a device: the work is dealt to two blocks for each."""
+    """Streaming multiprocessors of a device: the work of the losses is dealt to the blocks that they hold."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def shared_bytes_of(device: torch.device) -> int:
+    """Shared memory of each of them; where torch does not say, what every one since sm_80 has."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_multiprocessor", 100 * 1024)
 
 
 class Gpu:
@@ -52,14 +57,16 @@ class Gpu:
     Args:
         launch: (operator, arguments of its plan, device) -> None.
         processors: device -> streaming multiprocessors.
+        shared_bytes: device -> shared memory of each.
     """
 
     def __init__(
         self,
         launch: Callable[[str, tuple[Any, ...], torch.device], None],
         processors: Callable[[torch.device], int] = processors_of,
+        shared_bytes: Callable[[torch.device], int] = shared_bytes_of,
     ) -> None:
-        self._launch, self._processors = launch, processors
+        self._launch, self._processors, self._shared_bytes = launch, processors, shared_bytes
 
     def incidence_product(self, x: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None) -> Tensor:
         x, values = x.contiguous(), _like(values, x)
@@ -171,7 +178,8 @@ class Gpu:
         # d loss / d (1 / temperature) of each row, already times row_grad.
         row_slope = anchor.new_empty(num_rows if gradients else 0, dtype=torch.float32)
         grads = [torch.empty_like(t) if gradients else t.new_empty(0) for t in (anchor, positive)]
-        settings = (intra_view_negatives, highest, self._processors(anchor.device), _DTYPE_CODE[anchor.dtype])
+        held = self._processors(anchor.device), self._shared_bytes(anchor.device)
+        settings = (intra_view_negatives, highest, *held, _DTYPE_CODE[anchor.dtype])
         num_bytes = native().info_nce_workspace(num_keys, num_rows, dim, gradients, *settings)
         workspace = anchor.new_empty(num_bytes, dtype=torch.uint8)
         tensors = (anchor, positive, rows, row_order, row_begin, row_grad, row_loss, *grads, row_slope, workspace)
@@ -212,7 +220,8 @@ class Gpu:
         grad_hidden = torch.empty_like(hidden) if hidden_grad else None
         grad_items = torch.empty_like(items) if items_grad else None
         grad_bias = row_loss.new_empty(num_items) if items_grad and bias is not None else None
-        settings = (highest, self._processors(hidden.device), _DTYPE_CODE[hidden.dtype])
+        held = self._processors(hidden.device), self._shared_bytes(hidden.device)
+        settings = (highest, *held, _DTYPE_CODE[hidden.dtype])
         num_bytes = native().item_cross_entropy_workspace(num_rows, num_items, dim, hidden_grad, items_grad, *settings)
         workspace = hidden.new_empty(num_bytes, dtype=torch.uint8)
         tensors = (hidden, items, target, row_order, row_begin, values, row_grad)

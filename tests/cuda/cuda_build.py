@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import importlib.util
 import re
@@ -89,17 +90,23 @@ def instructions(object_file: Path) -> dict[tuple[str, str], str]:
     return found
 
 
-def emulated_gpu() -> _gpu.Gpu:
-    """The kernels' own text on CPU tensors, driven by the extension's launch plans, as a GPU of two processors."""
-    extension = _backends.native()
-    if isinstance(extension, ImportError) or not hasattr(extension, "plan_knn_select"):
-        pytest.skip(f"needs the launch plans of the compiled extension: {extension}")
+@functools.cache
+def emulated_library() -> ctypes.CDLL:
+    """The kernels' own text for the CPU, by `launch`; `set_accumulator_bits` of the emulated tensor cores."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler, found neither g++ nor c++")
     command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-include", "emulated_gpu.h", "emulated_gpu.cpp"]
     text = [HERE / "emulated_gpu.h", HERE / "emulated_gpu.cpp", *sorted(CUDA.glob("*.cu*")), CUDA / "kernels.h"]
-    library = ctypes.CDLL(str(_cached("emulated", ".so", text, command)[0]))
+    return ctypes.CDLL(str(_cached("emulated", ".so", text, command)[0]))
+
+
+def emulated_gpu() -> _gpu.Gpu:
+    """That library on CPU tensors, driven by the extension's launch plans, as a GPU of two processors."""
+    extension = _backends.native()
+    if isinstance(extension, ImportError) or not hasattr(extension, "plan_knn_select"):
+        pytest.skip(f"needs the launch plans of the compiled extension: {extension}")
+    library = emulated_library()
 
     def launch(name, arguments, device):
         for kernel, grid, threads, shared_bytes, parameters in getattr(extension, f"plan_{name}")(*arguments):
@@ -107,4 +114,4 @@ def emulated_gpu() -> _gpu.Gpu:
             status = library.launch(kernel.encode(), grid[0], grid[1], threads, shared_bytes, parameters)
             assert status == 0, f"no kernel {kernel}"
 
-    return _gpu.Gpu(launch, lambda device: 2)
+    return _gpu.Gpu(launch, lambda device: 2, lambda device: 228 * 1024)

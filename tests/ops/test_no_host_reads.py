@@ -46,7 +46,7 @@ def test_item_cross_entropy_definition_reads_no_value():
 @pytest.mark.parametrize("rows", [None, 5])
 def test_gpu_launches_read_no_value_once_the_graph_is_known(monkeypatch, rows):
     launched = []
-    gpu = _gpu.Gpu(lambda name, arguments, device: launched.append(name), processors=lambda device: 4)
+    gpu = _gpu.Gpu(lambda name, arguments, device: launched.append(name), lambda device: 4, lambda device: 2**17)
     graph = GRAPH_CASES[3].values[0].build()
     scales = [None if t is None else t.to("meta") for t in graph.scales(self_loops=False)]
     csr = [None if t is None else t.to("meta") for t in (*graph.vertex_csr, *graph.edge_csr)]
