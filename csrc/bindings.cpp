@@ -120,11 +120,11 @@ hellm::InfoNceArguments info_nce(Address anchor, Address positive, Address rows,
                                  Address row_grad, Address row_loss, Address grad_anchor, Address grad_positive,
                                  Address row_slope, Address workspace, int64_t num_keys, int64_t num_rows, int64_t dim,
                                  Address temperature, bool intra_view_negatives, bool highest_precision,
-                                 int num_processors, int dtype) {
+                                 int num_processors, int shared_bytes, int dtype) {
   return {at(anchor), at(positive), at<const int64_t>(rows), at(row_grad), at(row_loss), at(grad_anchor),
           at(grad_positive), at(row_slope), num_keys, num_rows, dim, 0.0, intra_view_negatives, highest_precision, DType(dtype), 0,
           at<const double>(temperature), at<const int64_t>(row_order), at<const int64_t>(row_begin), at(workspace),
-          num_processors};
+          num_processors, shared_bytes};
 }
 
 hellm::ItemCrossEntropyArguments item_cross_entropy(Address hidden, Address item_embedding, Address target,
@@ -132,11 +132,12 @@ hellm::ItemCrossEntropyArguments item_cross_entropy(Address hidden, Address item
                                                     Address row_grad, Address row_loss, Address grad_hidden,
                                                     Address grad_items, Address grad_bias, Address workspace,
                                                     int64_t num_rows, int64_t num_items, int64_t dim,
-                                                    bool highest_precision, int num_processors, int dtype) {
+                                                    bool highest_precision, int num_processors, int shared_bytes,
+                                                    int dtype) {
   return {at(hidden), at(item_embedding), at<const int64_t>(target), at(bias), at(row_grad), at(row_loss),
           at(grad_hidden), at(grad_items), at(grad_bias), num_rows, num_items, dim, DType(dtype), 0,
           at<const int64_t>(row_order), at<const int64_t>(row_begin), at(workspace), highest_precision,
-          num_processors};
+          num_processors, shared_bytes};
 }
 
 hellm::KnnArguments knn_unit(Address x, Address unit, Address inverse_norm, int64_t num_rows, int64_t dim, int dtype) {
@@ -202,18 +203,20 @@ void define_all(py::module_& m) {
                             num_items, dim, num_layers, dtype));
   });
   m.def("info_nce_workspace", [](int64_t num_keys, int64_t num_rows, int64_t dim, bool gradients,
-                                 bool intra_view_negatives, bool highest_precision, int num_processors, int dtype) {
+                                 bool intra_view_negatives, bool highest_precision, int num_processors,
+                                 int shared_bytes, int dtype) {
     const Address wanted = gradients ? 16 : 0;  // any address that is aligned like the real ones
     return hellm::cuda::info_nce_workspace(info_nce(0, 0, 0, 0, 0, wanted, 0, wanted, wanted, 0, 0, num_keys, num_rows,
                                                     dim, 0, intra_view_negatives, highest_precision, num_processors,
-                                                    dtype));
+                                                    shared_bytes, dtype));
   });
   m.def("item_cross_entropy_workspace", [](int64_t num_rows, int64_t num_items, int64_t dim, bool hidden_grad,
-                                           bool items_grad, bool highest_precision, int num_processors, int dtype) {
+                                           bool items_grad, bool highest_precision, int num_processors,
+                                           int shared_bytes, int dtype) {
     const Address hidden = hidden_grad ? 16 : 0, items = items_grad ? 16 : 0;
     return hellm::cuda::item_cross_entropy_workspace(item_cross_entropy(0, 0, 0, 0, 0, 0, 0, 0, hidden, items, 0, 0,
                                                                         num_rows, num_items, dim, highest_precision,
-                                                                        num_processors, dtype));
+                                                                        num_processors, shared_bytes, dtype));
   });
 #if defined(HELLM_CUDA)
   m.def("cuda_architectures", &hellm::cuda::architectures, "Compute capabilities of the compiled kernels.");

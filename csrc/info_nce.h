@@ -26,7 +26,7 @@ struct InfoNceArguments {
   const int64_t* row_order = nullptr;          // [num_rows] stable argsort of `rows`, or null with it
   const int64_t* row_begin = nullptr;          // [num_keys + 1] where the rows of each key begin in row_order
   void* workspace = nullptr;                   // info_nce_workspace() bytes
-  int num_processors = 0;
+  int num_processors = 0, shared_bytes = 0;  // shared memory of each
 };
 
 }  // namespace hellm

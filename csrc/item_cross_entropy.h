@@ -25,7 +25,7 @@ struct ItemCrossEntropyArguments {
   const int64_t* row_begin = nullptr;  // [num_items + 1] where the rows of each target begin in row_order
   void* workspace = nullptr;           // item_cross_entropy_workspace() bytes
   bool highest_precision = false;
-  int num_processors = 0;
+  int num_processors = 0, shared_bytes = 0;  // shared memory of each
 };
 
 }  // namespace hellm

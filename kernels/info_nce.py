@@ -23,6 +23,14 @@ def _store_parts(pointer, x, stride, mask, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _reciprocal_length(x):
+    """1 / |x| of each row, 0 if it is all zero, at most 3e38. In float32 the squares would over- or underflow."""
+    wide = x.to(tl.float64)
+    length = tl.sqrt(tl.sum(wide * wide, 1))
+    return tl.where(length == 0, 0.0, 1.0 / tl.where(length < 3.4e-39, 3.4e-39, length)).to(tl.float32)
+
+
+@triton.jit
 def unit_rows_kernel(
     anchor,  # [N, D]
     positive,  # [N, D]
@@ -43,9 +51,7 @@ def unit_rows_kernel(
     out = row[:, None] * WIDTH + column[None, :]
     v = tl.load(positive + place, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(anchor + place, mask=mask, other=0.0).to(tl.float32)
-    v_length, u_length = tl.sqrt(tl.sum(v * v, 1)), tl.sqrt(tl.sum(u * u, 1))
-    v_reciprocal = 1.0 / tl.where(v_length > 0, v_length, float("inf"))
-    u_reciprocal = 1.0 / tl.where(u_length > 0, u_length, float("inf"))
+    v_reciprocal, u_reciprocal = _reciprocal_length(v), _reciprocal_length(u)
     v, u = v * v_reciprocal[:, None], u * u_reciprocal[:, None]
     view = num_keys.to(tl.int64) * WIDTH
     _store_parts(unit + out, v, 2 * view, live[:, None], PARTS)
@@ -137,8 +143,9 @@ def info_nce(
     """loss_r = softplus(lse_r - <u_r, v_r> / t), lse_r over the negatives of row r; u, v the L2-normalised views.
 
     anchor, positive, grad_anchor and grad_positive are [N, D]; rows [R] int64 or None for all; row_grad, row_loss and
-    row_slope [R] float32, R >= 1; without row_grad there are no gradients. row_slope sums to d / d (1 / t). temperature
-    is a tensor of one element, read on the device. precision: "highest", "high" or "medium", see `OPERANDS`.
+    row_slope [R] float32, R >= 1; without row_grad there are no gradients. row_slope sums to d / d (1 / t). A row that
+    is not in [0, N) has loss and gradients NaN. temperature is a tensor of one element, read on the device. precision:
+    "highest", "high" or "medium", see `OPERANDS`.
     """
     num_keys, dim = anchor.shape
     width, block = padded_width(dim), max(1, 2048 // padded_width(dim))
@@ -152,7 +159,8 @@ def info_nce(
     )
     query = unit[:, 1]
     if rows is not None:
-        query, aligned = query[:, rows], aligned[rows]
+        chosen = rows.clamp(0, num_keys - 1)
+        query, aligned = query[:, chosen], aligned[chosen].masked_fill(chosen != rows, float("nan"))
     keys = unit if intra_view_negatives else unit[:, :1]
     scale = temperature.double().reciprocal().float()
     passes = SoftmaxPasses(query, keys, rows, None, scale)

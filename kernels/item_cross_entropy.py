@@ -22,22 +22,28 @@ def target_logits_kernel(
     bias,  # [I] float32 or None
     aligned,  # [R] float32
     num_rows,
+    num_items,
     dim,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """aligned_r = <hidden_r, item_t> + bias_t, t = target_r, in float32 whatever the precision of the products."""
+    """aligned_r = <hidden_r, item_t> + bias_t, t = target_r, in float32 whatever the precision of the products.
+
+    NaN, and with it the loss, where there is no item t.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, WIDTH)
     live = row < num_rows
     mask = live[:, None] & (column < dim)[None, :]
-    item = tl.load(target + row, mask=live, other=0)
+    chosen = tl.load(target + row, mask=live, other=0)
+    exists = (chosen >= 0) & (chosen < num_items)
+    item = tl.where(exists, chosen, 0)
     rows = tl.load(hidden + row[:, None] * dim + column[None, :], mask=mask, other=0.0).to(tl.float32)
     items = tl.load(item_embedding + item[:, None] * dim + column[None, :], mask=mask, other=0.0).to(tl.float32)
     logit = tl.sum(rows * items, 1)
     if bias is not None:
         logit += tl.load(bias + item, mask=live, other=0.0)
-    tl.store(aligned + row, logit, mask=live)
+    tl.store(aligned + row, tl.where(exists, logit, float("nan")), mask=live)
 
 
 def _operand(x: Tensor, width: int, precision: str) -> tuple[Tensor, Tensor]:
@@ -68,21 +74,23 @@ def item_cross_entropy(
     """loss_r = lse_j(<h_r, e_j> + b_j) - (<h_r, e_t> + b_t) and the gradients of sum_r row_grad_r loss_r.
 
     hidden [R, D], item_embedding [I, D], target [R] int64; bias, row_grad, row_loss and grad_bias float32; R >= 1.
+    A row whose target is not in [0, I) has loss and gradients NaN.
     precision: of float32 rows, "highest", "high" or "medium", see `OPERANDS`; 16-bit rows are multiplied as they are.
     """
-    num_rows, dim = hidden.shape
+    (num_rows, dim), num_items = hidden.shape, item_embedding.shape[0]
     width = padded_width(dim)
     aligned = torch.empty_like(row_loss)
     block = max(1, 2048 // width)
     target_logits_kernel[(triton.cdiv(num_rows, block),)](
-        hidden, item_embedding, target, bias, aligned, num_rows, dim, WIDTH=width, BLOCK=block
+        hidden, item_embedding, target, bias, aligned, num_rows, num_items, dim, WIDTH=width, BLOCK=block
     )
     query, query_size = _operand(hidden, width, precision)
     keys, key_size = _operand(item_embedding, width, precision)
     passes = SoftmaxPasses(query, keys.unsqueeze(1), target, bias, query_size * key_size)
     passes.rows(aligned, row_grad, row_loss, None, mean=grad_hidden is not None)
     if grad_hidden is not None:
-        own = passes.weight.unsqueeze(1) * item_embedding[target]
+        # The weight of a row whose target does not exist is NaN, whatever stands beside it.
+        own = passes.weight.unsqueeze(1) * item_embedding[target.clamp(0, num_items - 1)]
         grad_hidden.copy_(passes.weighted_mean[:, :dim] * key_size - own)
         passes.weighted_mean = None
     if grad_items is not None:

@@ -95,7 +95,7 @@ class ServedContract(RecommenderContract):
     def test_candidates_and_filter(self, data, scorer):
         lists = scorer.recommend(["u0", "u1"], k=5, candidates=["i1", "i2", "i4"], filter=lambda item: item != "i2")
         # Each has one of the two already, or none.
-        assert all(0 < len(only.items) and {one.item for one in only} <= {"i1", "i4"} for only in lists)
+        assert all(len(only.items) > 0 and {one.item for one in only} <= {"i1", "i4"} for only in lists)
 
     def test_reasons_lie_in_the_block(self, data, scorer):
         (reason,) = scorer.explain("i9", history=["i0", "i1", "i2"], k=1)

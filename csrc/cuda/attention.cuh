@@ -22,7 +22,7 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
   static constexpr bool kSum = kWeights != kByKey;
 
   const AttentionParameters& p;
-  int64 query_view, first_query;
+  int query_view, first_query;  // rows are fewer than 2^31
   float temperature_scale, bias_shift;
   float maximum[kBands][2], sum[kBands][2];
 
@@ -36,8 +36,8 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
   }
 
   __device__ __forceinline__ void begin_tile(int64 tile) {
-    query_view = tile / p.query_tiles;
-    first_query = tile % p.query_tiles * Tile::kQueries;
+    query_view = int(tile / p.query_tiles);
+    first_query = int(tile % p.query_tiles) * Tile::kQueries;
 #pragma unroll
     for (int b = 0; b < kBands; ++b) {
 #pragma unroll
@@ -52,21 +52,21 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
       }
     }
     const auto row = [&](int i) -> int64 {
-      const int64 query = first_query + i;
+      const int query = first_query + i;
       if (query >= p.queries) return -1;
-      return query_view * p.query_stride + (p.query_rows ? p.query_rows[query] : query);
+      const int64 chosen = p.query_rows ? p.query_rows[query] : query;
+      return chosen >= 0 && chosen < p.query_stride ? query_view * p.query_stride + chosen : -1;
     };
     copy_rows<kWidth, Tile::kQueries, Tile::kThreads>(shared.query(0), p.query_high, row);
     if (kParts == 2) copy_rows<kWidth, Tile::kQueries, Tile::kThreads>(shared.query(kParts - 1), p.query_low, row);
   }
 
-  __device__ __forceinline__ void load_keys(int64 tile, int stage) {
-    const int64 view = tile / p.key_tiles, first = tile % p.key_tiles * Tile::kKeys;
+  __device__ __forceinline__ void load_keys(int view, int first, int stage) {
     const auto row = [&](int i) -> int64 { return first + i < p.keys ? view * p.keys + first + i : -1; };
     copy_rows<kWidth, Tile::kKeys, Tile::kThreads>(shared.key(stage, 0), p.key_high, row);
     if (kParts == 2) copy_rows<kWidth, Tile::kKeys, Tile::kThreads>(shared.key(stage, kParts - 1), p.key_low, row);
     for (int i = threadIdx.x; i < Tile::kKeys; i += Tile::kThreads) {
-      const int64 key = first + i;
+      const int key = first + i;
       const bool present = key < p.keys;
       shared.id(stage)[i] = !present ? -1 : int(p.key_ids ? p.key_ids[key] : key);
       if (!kMaximum) shared.scale(stage)[i] = present ? p.key_scale[key] : 0.0f;
@@ -79,11 +79,10 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
   }
 
   // `value` where the key is padding or has the id of the query.
-  __device__ __forceinline__ void mask(int64 tile, int stage, float value, float (&s)[kBands][kKeyBands][4]) {
-    const int64 first_key = tile % p.key_tiles * Tile::kKeys;
-    const bool apart = first_key >= first_query + Tile::kQueries || first_key + Tile::kKeys <= first_query;
+  __device__ __forceinline__ void mask(int first_key, int stage, float value, float (&s)[kBands][kKeyBands][4]) {
+    const bool apart = first_key - first_query >= Tile::kQueries || first_query - first_key >= Tile::kKeys;
     const int* const id = shared.id(stage);
-    if (first_key + Tile::kKeys <= p.keys && !(p.query_ids || p.key_ids ? meet(first_key, id) : !apart)) return;
+    if (p.keys - first_key >= Tile::kKeys && !(p.query_ids || p.key_ids ? meet(first_key, id) : !apart)) return;
 #pragma unroll
     for (int b = 0; b < kBands; ++b) {
 #pragma unroll
@@ -102,30 +101,30 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
   }
 
   // Whether a query of this warp may have the id of a key; that of every pair is asked only then.
-  __device__ __forceinline__ bool meet(int64 first_key, const int* id) const {
+  __device__ __forceinline__ bool meet(int first_key, const int* id) const {
     bool any = p.query_ids && p.key_ids;
     if (!p.key_ids) {
 #pragma unroll
       for (int b = 0; b < kBands; ++b) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) any |= unsigned(query_id(b, h) - int(first_key)) < unsigned(Tile::kKeys);
+        for (int h = 0; h < 2; ++h) any |= unsigned(query_id(b, h) - first_key) < unsigned(Tile::kKeys);
       }
     } else if (!p.query_ids) {
 #pragma unroll
       for (int j = 0; j < kKeyBands; ++j) {
-        any |= unsigned(id[j * 8 + lane / 4] - int(first_query)) < unsigned(Tile::kQueries);
+        any |= unsigned(id[j * 8 + lane / 4] - first_query) < unsigned(Tile::kQueries);
       }
     }
     return __any_sync(kAllLanes, any);
   }
 
   __device__ __forceinline__ int query_id(int band, int h) const {
-    const int64 query = query_of(band, h);
+    const int query = query_of(band, h);
     return query >= p.queries ? -2 : int(p.query_ids ? p.query_ids[query] : query);
   }
 
   // Number of the query whose values this lane has in half h (0: elements 0 and 1, 1: elements 2 and 3) of a band.
-  __device__ __forceinline__ int64 query_of(int band, int h) const { return first_query + local_query(band, h); }
+  __device__ __forceinline__ int query_of(int band, int h) const { return first_query + local_query(band, h); }
   __device__ __forceinline__ int local_query(int band, int h) const {
     return (warp * kBands + band) * 16 + h * 8 + lane / 4;
   }
@@ -196,7 +195,7 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
     for (int b = 0; b < kBands; ++b) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int64 query = query_of(b, h);
+        const int query = query_of(b, h);
         query_bias[b][h] = kQueryBias && p.query_bias && query < p.queries ? p.query_bias[query] * kLog2E : 0.0f;
       }
     }
@@ -226,6 +225,7 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
     const float* const scale = shared.scale(stage);
 #pragma unroll
     for (int j = 0; j < kKeyBands; ++j) {
+      __syncwarp();  // the scales of one band after the other: all at once, the compiler spills
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float key_scale = scale[j * 8 + lane % 4 * 2 + i];
@@ -244,7 +244,8 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
     for (int b = 0; b < kBands; ++b) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int64 query = query_of(b, h), place = slot < 0 ? query : slot * Tile::kQueries + local_query(b, h);
+        const int query = query_of(b, h);
+        const int64 place = slot < 0 ? query : slot * Tile::kQueries + local_query(b, h);
         float total = sum[b][h];
         if (kSum) {
           total += __shfl_xor_sync(kAllLanes, total, 1);
@@ -270,27 +271,31 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
     }
   }
 
-  // Tiles of keys [begin, end).
-  __device__ __forceinline__ void run(int64 begin, int64 end) {
-    load_keys(begin, 0);
-    for (int64 tile = begin; tile < end; ++tile) {
-      const int stage = int((tile - begin) % 2);
-      if (tile + 1 < end) {
-        load_keys(tile + 1, 1 - stage);
+  // `count` tiles of keys from `begin` on.
+  __device__ __forceinline__ void run(int64 begin, int count) {
+    int view = int(begin / p.key_tiles), first = int(begin % p.key_tiles) * Tile::kKeys;
+    load_keys(view, first, 0);
+    for (int tile = 0; tile < count; ++tile) {
+      const int stage = tile % 2, first_key = first;
+      if (tile + 1 < count) {
+        const bool last = p.keys - first <= Tile::kKeys;  // of its view
+        view += last;
+        first = last ? 0 : first + Tile::kKeys;
+        load_keys(view, first, 1 - stage);
         ptx::wait_copies<1>();
       } else {
         ptx::wait_copies<0>();
       }
       __syncthreads();
-      if (tile == begin) this->hold_queries();
+      if (tile == 0) this->hold_queries();
       float s[kBands][kKeyBands][4];
       this->similarities(stage, s);
       if constexpr (kMaximum) {
-        mask(tile, stage, -infinity(), s);
+        mask(first_key, stage, -infinity(), s);
         weigh_running(stage, s);
       } else {
         weigh_by_key(stage, s);
-        mask(tile, stage, 0.0f, s);
+        mask(first_key, stage, 0.0f, s);
         if constexpr (kSum) add_signed_weights(stage, s);
       }
       if constexpr (kOutput) this->add_values(stage, s);
@@ -300,7 +305,7 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
 };
 
 template <int kWidth, int kParts, Weights kWeights, bool kOutput>
-__global__ void __launch_bounds__(128) attention_kernel(const AttentionParameters p) {
+__global__ void __launch_bounds__(128, kAttentionBlocks<kOutput>) attention_kernel(const AttentionParameters p) {
   Attention<kWidth, kParts, kWeights, kOutput> attention(p);
   const int64 tiles = p.key_tiles * p.key_views, units = p.query_tiles * p.query_views * tiles;
   const int64 end = first_unit(units, int64(blockIdx.x) + 1, gridDim.x);
@@ -308,7 +313,7 @@ __global__ void __launch_bounds__(128) attention_kernel(const AttentionParameter
     const int64 begin_key = unit % tiles;
     const int64 end_key = begin_key + (end - unit) < tiles ? begin_key + (end - unit) : tiles;
     attention.begin_tile(unit / tiles);
-    attention.run(begin_key, end_key);
+    attention.run(begin_key, int(end_key - begin_key));
     const bool whole = begin_key == 0 && end_key == tiles;
     attention.store(whole ? -1 : 2 * int64(blockIdx.x) + (begin_key == 0 ? 1 : 0));
     unit += end_key - begin_key;

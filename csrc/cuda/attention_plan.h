@@ -8,12 +8,11 @@
 
 namespace hellm::cuda {
 
-constexpr int kBlocksAProcessor = 2;  // of the attention kernel
 
 // Of the attention kernel.
 struct Shape {
   int width, parts, tile_queries, tile_keys;
-  unsigned shared_bytes;
+  unsigned shared_bytes;  // of a block
 };
 
 template <int kWidth, int kParts>
@@ -36,9 +35,19 @@ inline void tile(AttentionParameters& p, const Shape& shape) {
   p.key_tiles = ceil_div(p.keys, shape.tile_keys);
 }
 
-inline int count_blocks(const AttentionParameters& p, int num_processors) {
+// What the work is dealt to.
+struct Processors {
+  int64_t count, shared_bytes;  // shared_bytes: of each
+};
+
+// Blocks that run at the same time. More would come in a second wave, which leaves most processors idle.
+inline int count_blocks(const AttentionParameters& p, const Shape& shape, bool output, const Processors& processors) {
+  constexpr int64_t kReservedBytes = 1024;  // by the driver, for each block
+  const int64_t by_memory = processors.shared_bytes / (shape.shared_bytes + kReservedBytes);
+  const int64_t by_registers = output ? kAttentionBlocks<true> : kAttentionBlocks<false>;
+  const int64_t blocks = std::max<int64_t>(1, std::min(by_memory, by_registers)) * processors.count;
   const int64_t units = p.query_tiles * p.query_views * p.key_tiles * p.key_views;
-  return int(std::min<int64_t>(units, int64_t(kBlocksAProcessor) * num_processors));
+  return int(std::min(units, blocks));
 }
 
 inline void enqueue_attention(const Queue& queue, const Shape& shape, const char* weights, bool output, int blocks,

@@ -133,8 +133,8 @@ struct AttentionProducts {
     }
 #pragma unroll
     for (int c = 0; c < kColumnBands; c += 2) {
-      // Tensor cores truncate when they add: for float32 accuracy a tile of keys is summed by itself.
-      float fresh[kParts == 2 ? kBands : 1][2][4] = {};
+      // Tensor cores truncate when they add, which over all keys would be 1e-4 of the sum: a tile is summed by itself.
+      float fresh[kBands][2][4] = {};
 #pragma unroll
       for (int k = 0; k < kKeyBands / 2; ++k) {
         unsigned value[kParts][4];
@@ -151,20 +151,17 @@ struct AttentionProducts {
             const int left = pair == 2 ? 1 : 0, right = pair == 1 ? 1 : 0;
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-              float(&to)[4] = kParts == 2 ? fresh[kParts == 2 ? b : 0][n] : out[b][c + n];
-              ptx::multiply_16x8x16(to, weight[left][b][k], value[right][2 * n], value[right][2 * n + 1]);
+              ptx::multiply_16x8x16(fresh[b][n], weight[left][b][k], value[right][2 * n], value[right][2 * n + 1]);
             }
           }
         }
       }
-      if constexpr (kParts == 2) {
 #pragma unroll
-        for (int b = 0; b < kBands; ++b) {
+      for (int b = 0; b < kBands; ++b) {
 #pragma unroll
-          for (int n = 0; n < 2; ++n) {
+        for (int n = 0; n < 2; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) out[b][c + n][i] += fresh[b][n][i];
-          }
+          for (int i = 0; i < 4; ++i) out[b][c + n][i] += fresh[b][n][i];
         }
       }
     }

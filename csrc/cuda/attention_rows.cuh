@@ -108,6 +108,40 @@ __device__ __forceinline__ void collect_sum(const AttentionParameters& a, int bl
   }
 }
 
+// sum += what add(n, sum) adds for each n of [begin, end), the list of this thread's warp. All warps of a block must come,
+// one without a list with an empty one: they share the long lists, and add their parts in the order of the warps.
+template <int kValues, typename Add>
+__device__ __forceinline__ void sum_lists(int64 begin, int64 end, float (&sum)[kValues], Add add) {
+  constexpr int kWarps = kRowThreads / 32;
+  __shared__ int64 first[kWarps], last[kWarps];
+  __shared__ float part[kWarps][kValues][32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool is_long = end - begin > kLongRow;
+  if (!is_long) {
+#pragma unroll 4
+    for (int64 n = begin; n < end; ++n) add(n, sum);
+  }
+  if (lane == 0) {
+    first[warp] = begin;
+    last[warp] = end;
+  }
+  if (!__syncthreads_or(is_long)) return;
+  for (int owner = 0; owner < kWarps; ++owner) {
+    if (last[owner] - first[owner] <= kLongRow) continue;
+    float own[kValues] = {};
+#pragma unroll 4
+    for (int64 n = first[owner] + warp; n < last[owner]; n += kWarps) add(n, own);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) part[warp][i][lane] = own[i];
+    __syncthreads();
+    for (int other = 0; other < kWarps && warp == owner; ++other) {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) sum[i] += part[other][i][lane];
+    }
+    __syncthreads();
+  }
+}
+
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
 }  // namespace hellm

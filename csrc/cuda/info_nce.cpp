@@ -25,6 +25,7 @@ Plan make_plan(const InfoNceArguments& a) {
     throw std::invalid_argument("info_nce takes fewer than 2^31 rows, got " + std::to_string(n));
   }
   using Bits = unsigned short;
+  const Processors processors{a.num_processors, a.shared_bytes};
   Workspace memory(a.workspace);
 
   NormalizeParameters& normalize = plan.normalize;
@@ -58,7 +59,7 @@ Plan make_plan(const InfoNceArguments& a) {
   first.out[0] = first.out[1] = plan.gradients ? memory.take<float>(r * width) : nullptr;
   first.maximum = memory.take<float>(r);
   first.sum = memory.take<float>(r);
-  plan.blocks[0] = count_blocks(first, a.num_processors);
+  plan.blocks[0] = count_blocks(first, plan.shape, plan.gradients, processors);
 
   RowParameters& row = plan.row;
   AttentionParameters& second = plan.second;
@@ -82,7 +83,7 @@ Plan make_plan(const InfoNceArguments& a) {
     second.keys = r;
     second.key_views = 1;
     tile(second, plan.shape);
-    plan.blocks[1] = count_blocks(second, a.num_processors);
+    plan.blocks[1] = count_blocks(second, plan.shape, true, processors);
     // Where the gradients have the layout of the sums, the sums are put there and replaced row by row.
     const bool in_place = a.dtype == DType::kFloat32 && a.dim == width;
     const bool anchor_elsewhere = a.intra_view_negatives && !in_place;

@@ -5,6 +5,8 @@
 
 namespace hellm {
 
+constexpr float kLargestInverse = 3e38f;  // rows whose length is no normal float32 number count as longer
+
 // Grid [ceil(rows / warps), 2]: a view for each blockIdx.y.
 template <int kWidth>
 __global__ void __launch_bounds__(kRowThreads) normalize_kernel(const NormalizeParameters p) {
@@ -13,7 +15,12 @@ __global__ void __launch_bounds__(kRowThreads) normalize_kernel(const NormalizeP
   if (row >= p.rows) return;
   float x[kWidth / 32];
   load_row(view ? p.x[1] : p.x[0], p.storage, row, p.dim, 1.0f, x);
-  const float norm = sqrtf(dot(x, x)), inverse = norm > 0 ? 1.0f / norm : norm == 0 ? 0.0f : norm;
+  // In double: the squares of float32 numbers below 1e-19 or above 1e19 are no float32 numbers.
+  double square = 0;
+#pragma unroll
+  for (int i = 0; i < kWidth / 32; ++i) square += double(x[i]) * double(x[i]);
+  const double norm = sqrt(warp_sum(square));
+  const float inverse = norm > 1 / kLargestInverse ? float(1 / norm) : norm > 0 ? kLargestInverse : float(norm);
 #pragma unroll
   for (int i = 0; i < kWidth / 32; ++i) x[i] *= inverse;
   store_halves(p.high, p.low, view * p.rows + row, x);
@@ -27,7 +34,10 @@ __global__ void __launch_bounds__(kRowThreads) info_nce_row_kernel(const RowPara
   const int64 r = int64(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
   if (r >= p.rows) return;
   const AttentionParameters& a = p.attention;
-  const int64 key = a.query_rows ? a.query_rows[r] : r;
+  const int64 chosen = a.query_rows ? a.query_rows[r] : r;
+  // Nobody looked at the rows on the host: one that does not exist has no loss.
+  const bool exists = chosen >= 0 && chosen < p.num_keys;
+  const int64 key = exists ? chosen : 0;
   const int lane = threadIdx.x % 32;
 
   SoftmaxRow<kColumns> row;
@@ -35,9 +45,9 @@ __global__ void __launch_bounds__(kRowThreads) info_nce_row_kernel(const RowPara
   float u[kColumns], v[kColumns];
   load_row(p.anchor, p.storage, key, p.dim, p.inverse_norm[key], u);
   load_row(p.positive, p.storage, key, p.dim, p.inverse_norm[p.num_keys + key], v);
-  const float aligned = dot(u, v), temperature = float(*a.temperature);
+  const float aligned = exists ? dot(u, v) : not_a_number(), temperature = float(*a.temperature);
   // No negatives: the loss is 0 and so is its slope. Not a number stays one.
-  const bool none = !(row.sum > 0);
+  const bool none = exists && !(row.sum > 0);
   const float lse = none ? 0.0f : row.lse();
   const float margin = lse * kLn2 - aligned / temperature;
   if (lane == 0) {
@@ -69,9 +79,24 @@ template <int kWidth>
 __global__ void __launch_bounds__(kRowThreads) info_nce_gradient_kernel(const GradientParameters p) {
   constexpr int kColumns = kWidth / 32;
   const int64 key = int64(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
-  if (key >= p.num_keys) return;
+  const bool exists = key < p.num_keys;
   const int view = blockIdx.y, lane = threadIdx.x % 32;
   const AttentionParameters& a = p.attention;
+
+  // Of the rows of the loss that have this key as their own: sum of row_out, or of their weights.
+  float own[kColumns] = {};
+  const int64 begin = !exists ? 0 : p.row_order ? p.row_begin[key] : key;
+  const int64 end = !exists ? 0 : p.row_order ? p.row_begin[key + 1] : key + 1;
+  sum_lists(begin, end, own, [&](int64 n, auto& sum) {
+    const int64 r = p.row_order ? p.row_order[n] : n;
+    if (view == 1) {
+      sum[0] += p.weight[r];
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) sum[i] += p.row_out[r * kWidth + lane + 32 * i];
+  });
+  if (!exists) return;
 
   float g[kColumns] = {};
   if (view == 1 || p.intra_view_negatives) {
@@ -81,18 +106,12 @@ __global__ void __launch_bounds__(kRowThreads) info_nce_gradient_kernel(const Gr
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) g[i] *= unit;
   }
-
   float u[kColumns], z[kColumns];
   load_row(p.x[0], p.storage, key, p.dim, p.inverse_norm[key], u);
   const float inverse_norm = p.inverse_norm[view * p.num_keys + key];
   load_row(view ? p.x[1] : p.x[0], p.storage, key, p.dim, inverse_norm, z);
-  const int64 begin = p.row_order ? p.row_begin[key] : key, end = p.row_order ? p.row_begin[key + 1] : key + 1;
-  for (int64 n = begin; n < end; ++n) {
-    const int64 r = p.row_order ? p.row_order[n] : n;
-    const float weight = p.weight[r];
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) g[i] += view == 0 ? p.row_out[r * kWidth + lane + 32 * i] : -weight * u[i];
-  }
+  for (int i = 0; i < kColumns; ++i) g[i] += view == 0 ? own[i] : -own[0] * u[i];
   const float along = dot(g, z), factor = inverse_norm / float(*a.temperature);
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {

@@ -87,6 +87,7 @@ Plan make_plan(const ItemCrossEntropyArguments& a) {
     throw std::invalid_argument("item_cross_entropy takes fewer than 2^31 rows and items, got " +
                                 std::to_string(a.num_rows) + " and " + std::to_string(a.num_items));
   }
+  const Processors processors{a.num_processors, a.shared_bytes};
   Workspace memory(a.workspace);
   TableParameters& tables = plan.tables;
   plan_tables(a, plan.shape, memory, tables);
@@ -102,7 +103,7 @@ Plan make_plan(const ItemCrossEntropyArguments& a) {
   first.out[0] = first.out[1] = a.grad_hidden ? memory.take<float>(a.num_rows * width) : nullptr;
   first.maximum = memory.take<float>(a.num_rows);
   first.sum = memory.take<float>(a.num_rows);
-  plan.blocks[0] = count_blocks(first, a.num_processors);
+  plan.blocks[0] = count_blocks(first, plan.shape, a.grad_hidden, processors);
 
   AttentionParameters& second = plan.gradient.attention;
   if (a.grad_items) {
@@ -121,7 +122,7 @@ Plan make_plan(const ItemCrossEntropyArguments& a) {
     second.out[0] = in_place ? static_cast<float*>(a.grad_items) : memory.take<float>(a.num_items * width);
     second.out[1] = second.out[0];
     second.sum = memory.take<float>(a.num_items);
-    plan.blocks[1] = count_blocks(second, a.num_processors);
+    plan.blocks[1] = count_blocks(second, plan.shape, true, processors);
   }
   const int64_t slots = 2 * int64_t(std::max(plan.blocks[0], plan.blocks[1])) * plan.shape.tile_queries;
   first.slot_out = second.slot_out = a.grad_hidden || a.grad_items ? memory.take<float>(slots * width) : nullptr;
@@ -140,6 +141,7 @@ int64_t item_cross_entropy_workspace(const ItemCrossEntropyArguments& a) { retur
 void item_cross_entropy(const ItemCrossEntropyArguments& a, const Queue& queue) {
   const Plan plan = make_plan(a);
   enqueue(queue, "table_maximum_kernel", kMaximumWarps / (kRowThreads / 32), 2, kRowThreads, 0, plan.tables);
+  enqueue(queue, "table_size_kernel", 1, 1, 32, 0, plan.tables);
   enqueue_rows(queue, "table_halves_kernel", plan.shape, std::max(a.num_rows, a.num_items), 2, plan.tables);
   enqueue_attention(queue, plan.shape, "kRunningBiased", a.grad_hidden, plan.blocks[0], plan.row.attention);
   enqueue_rows(queue, "item_row_kernel", plan.shape, a.num_rows, 1, plan.row);

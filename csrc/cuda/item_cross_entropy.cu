@@ -8,6 +8,7 @@ namespace hellm::cuda {
 KernelTable item_cross_entropy_kernels() {
   static const Kernel kernels[] = {
       HELLM_KERNEL(table_maximum_kernel),
+      HELLM_KERNEL(table_size_kernel),
       HELLM_KERNEL(table_halves_kernel<64>),
       HELLM_KERNEL(table_halves_kernel<128>),
       HELLM_KERNEL(table_halves_kernel<256>),

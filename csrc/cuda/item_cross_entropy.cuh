@@ -14,10 +14,17 @@ __device__ __forceinline__ float power_of_two(int n) { return __uint_as_float(un
 
 // Every lane gets the largest size of the finite entries of every kMaximumWarps-th piece of 32.
 __device__ __forceinline__ float largest_entry(const void* x, int storage, int64 count, int64 first) {
+  constexpr int kStep = 32 * kMaximumWarps;
   float largest = 0;
-  for (int64 i = first; i < count; i += 32 * kMaximumWarps) {
-    const float size = fabsf(load_one(x, storage, i));
-    if (size < infinity()) largest = fmaxf(largest, size);
+#pragma unroll 1
+  for (int64 i = first; i < count; i += 4 * kStep) {
+    float size[4];  // four loads on their way at once
+#pragma unroll
+    for (int j = 0; j < 4; ++j) size[j] = i + j * kStep < count ? fabsf(load_one(x, storage, i + j * kStep)) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (size[j] < infinity()) largest = fmaxf(largest, size[j]);
+    }
   }
   return warp_maximum(largest);
 }
@@ -30,32 +37,34 @@ __global__ void __launch_bounds__(kRowThreads) table_maximum_kernel(const TableP
   if (threadIdx.x % 32 == 0) p.warp_maximum[table * kMaximumWarps + warp] = largest;
 }
 
-// Every entry of the table is less than 2 to this.
-__device__ __forceinline__ int table_exponent(const TableParameters& p, int table) {
-  float largest = 0;
-  for (int i = threadIdx.x % 32; i < kMaximumWarps; i += 32) {
-    largest = fmaxf(largest, p.warp_maximum[table * kMaximumWarps + i]);
+// One warp: the powers of two of both tables, and what goes with them.
+__global__ void __launch_bounds__(32) table_size_kernel(const TableParameters p) {
+  double product = 1;
+#pragma unroll
+  for (int table = 0; table < 2; ++table) {
+    float largest = 0;
+#pragma unroll 8
+    for (int i = threadIdx.x; i < kMaximumWarps; i += 32) {
+      largest = fmaxf(largest, p.warp_maximum[table * kMaximumWarps + i]);
+    }
+    const int exponent = int(__float_as_uint(warp_maximum(largest)) >> 23) - 126;  // every entry is less than 2 to this
+    const float size = power_of_two((exponent < kLeastExponent ? kLeastExponent : exponent) - kHalfExponent);
+    product *= double(size);
+    if (threadIdx.x == 0) p.size[table] = size;
   }
-  const int exponent = int(__float_as_uint(warp_maximum(largest)) >> 23) - 126;
-  return exponent < kLeastExponent ? kLeastExponent : exponent;
+  if (threadIdx.x != 0) return;
+  *p.temperature = 1.0 / product;
+  *p.weight_maximum = 0;
 }
 
 // Grid [ceil(rows / warps), 2]: a table for each blockIdx.y.
 template <int kWidth>
 __global__ void __launch_bounds__(kRowThreads) table_halves_kernel(const TableParameters p) {
   const int64 row = int64(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
-  const int table = blockIdx.y, shift = kHalfExponent - table_exponent(p, table);
-  if (row == 0) {
-    const float size = power_of_two(-shift), other = power_of_two(table_exponent(p, 1 - table) - kHalfExponent);
-    if (threadIdx.x == 0) {
-      p.size[table] = size;
-      *p.temperature = 1.0 / (double(size) * double(other));
-      *p.weight_maximum = 0;
-    }
-  }
+  const int table = blockIdx.y;
   if (row >= (table ? p.rows[1] : p.rows[0])) return;
   float x[kWidth / 32];
-  load_row(table ? p.x[1] : p.x[0], p.storage, row, p.dim, power_of_two(shift), x);
+  load_row(table ? p.x[1] : p.x[0], p.storage, row, p.dim, 1.0f / p.size[table], x);  // a power of two
   store_halves(table ? p.high[1] : p.high[0], table ? p.low[1] : p.low[0], row, x);
 }
 
@@ -66,23 +75,25 @@ __device__ __forceinline__ void negate_halves(void* halves, int64 row) {
   for (int i = 0; i < kColumns; ++i) first[32 * i].bits ^= 0x8000;
 }
 
-// Grid [ceil(rows / warps)], after the first pass.
+// Grid [ceil(rows / warps)], after the first pass. Up to 64 registers: left to itself the compiler takes 32 and spills.
 template <int kWidth>
-__global__ void __launch_bounds__(kRowThreads) item_row_kernel(const ItemRowParameters p) {
+__global__ void __launch_bounds__(kRowThreads, 8) item_row_kernel(const ItemRowParameters p) {
   constexpr int kColumns = kWidth / 32;
   const int64 r = int64(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
   if (r >= p.rows) return;
   const AttentionParameters& a = p.attention;
-  const int64 target = p.target[r];
+  // Nobody looked at the targets on the host: a row whose item does not exist has no loss.
+  const bool exists = p.target[r] >= 0 && p.target[r] < a.keys;
+  const int64 target = exists ? p.target[r] : 0;
   const int lane = threadIdx.x % 32;
   SoftmaxRow<kColumns> row;
   row.collect(a, p.blocks, r, p.grad_hidden);
   float hidden[kColumns], item[kColumns];
   load_row(p.hidden, p.storage, r, p.dim, 1.0f, hidden);
   load_row(p.items, p.storage, target, p.dim, 1.0f, item);
-  const float aligned = dot(hidden, item) + (p.bias ? p.bias[target] : 0.0f);
+  const float aligned = exists ? dot(hidden, item) + (p.bias ? p.bias[target] : 0.0f) : not_a_number();
   // No other item: the loss is 0 and so is its gradient. Not a number stays one.
-  const bool none = row.sum == 0;
+  const bool none = exists && row.sum == 0;
   const float margin = row.lse() * kLn2 - aligned;
   if (lane == 0) p.row_loss[r] = none ? 0.0f : softplus(margin);
   if (!p.row_grad) return;
@@ -110,25 +121,28 @@ __global__ void __launch_bounds__(kRowThreads) item_row_kernel(const ItemRowPara
   atomicMax(p.weight_maximum, __float_as_uint(fabsf(weight)));  // of integers: the same in any order
 }
 
-// Grid [ceil(num_items / warps)]: what the rows take from an item, less what those that aim at it give.
+// Grid [ceil(num_items / warps)]: what the rows take from an item, less what those that aim at it give. Registers as
+// above.
 template <int kWidth>
-__global__ void __launch_bounds__(kRowThreads) item_gradient_kernel(const ItemGradientParameters p) {
+__global__ void __launch_bounds__(kRowThreads, 8) item_gradient_kernel(const ItemGradientParameters p) {
   constexpr int kColumns = kWidth / 32;
   const int64 item = int64(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
-  if (item >= p.num_items) return;
+  const bool exists = item < p.num_items;
   const AttentionParameters& a = p.attention;
   const int lane = threadIdx.x % 32;
-  float g[kColumns], own[kColumns] = {}, total = 0, own_total = 0;
-  collect_sum(a, p.blocks, 0, item, g, &total);
-  for (int64 n = p.row_begin[item]; n < p.row_begin[item + 1]; ++n) {
+  float own[kColumns + 1] = {};  // of the rows that aim at the item: weighted sum, and sum of their weights
+  sum_lists(exists ? p.row_begin[item] : 0, exists ? p.row_begin[item + 1] : 0, own, [&](int64 n, auto& sum) {
     const int64 r = p.row_order[n];
     const float weight = p.weight[r];
     float hidden[kColumns];
     load_row(p.hidden, p.storage, r, p.dim, weight, hidden);
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) own[i] += hidden[i];
-    own_total += weight;
-  }
+    for (int i = 0; i < kColumns; ++i) sum[i] += hidden[i];
+    sum[kColumns] += weight;
+  });
+  if (!exists) return;
+  float g[kColumns], total = 0;
+  collect_sum(a, p.blocks, 0, item, g, &total);
   const float unit = __uint_as_float(*a.weight_maximum) * exp2f(-kWeightShift), size = p.size[0];
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
@@ -136,7 +150,7 @@ __global__ void __launch_bounds__(kRowThreads) item_gradient_kernel(const ItemGr
     const float value[1] = {g[i] * unit * size - own[i]};
     store_any(p.grad_items, p.storage, item * p.dim + lane + 32 * i, value);
   }
-  if (p.grad_bias && lane == 0) p.grad_bias[item] = total * unit - own_total;
+  if (p.grad_bias && lane == 0) p.grad_bias[item] = total * unit - own[kColumns];
 }
 
 }  // namespace hellm

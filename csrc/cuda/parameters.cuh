@@ -112,6 +112,10 @@ struct AttentionTile {
   static constexpr int kSharedBytes = kParts * (kQueries + 2 * kKeys) * kPitch * 2 + 2 * kKeys * 4 * 4;
 };
 
+// Blocks of the attention kernel whose registers a processor holds: the kernel is compiled for so many.
+template <bool kOutput>
+constexpr int kAttentionBlocks = kOutput ? 2 : 3;
+
 // One row of the loss, from what attention over its negatives left.
 struct RowParameters {
   AttentionParameters attention;
@@ -153,7 +157,7 @@ struct TableParameters {
   int storage;
 };
 
-constexpr int kMaximumWarps = 256;
+constexpr int kMaximumWarps = 1024;  // of each table, to fill the processors
 
 // One row of the cross-entropy, from what attention over the other items left.
 struct ItemRowParameters {

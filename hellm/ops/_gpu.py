@@ -7,7 +7,8 @@ schedules of their matrices after its arguments. Nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,8 +43,13 @@ def launch_compiled(name: str, arguments: tuple[Any, ...], device: torch.device)
 
 
 def processors_of(device: torch.device) -> int:
-    """Streaming multiprocessors of a device: the work is dealt to two blocks for each."""
+    """Streaming multiprocessors of a device: the work of the losses is dealt to the blocks that they hold."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def shared_bytes_of(device: torch.device) -> int:
+    """Shared memory of each of them; where torch does not say, what every one since sm_80 has."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_multiprocessor", 100 * 1024)
 
 
 class Gpu:
@@ -52,6 +58,7 @@ class Gpu:
     Args:
         launch: (operator, arguments of its plan, device) -> None.
         processors: device -> streaming multiprocessors.
+        shared_bytes: device -> shared memory of each.
         cache_bytes: larger tables of convolution and propagation are worked through by slabs of columns.
     """
 
@@ -59,9 +66,11 @@ class Gpu:
         self,
         launch: Callable[[str, tuple[Any, ...], torch.device], None],
         processors: Callable[[torch.device], int] = processors_of,
+        shared_bytes: Callable[[torch.device], int] = shared_bytes_of,
         cache_bytes: int = _CACHE_BYTES,
     ) -> None:
-        self._launch, self._processors, self._cache_bytes = launch, processors, cache_bytes
+        self._launch, self._processors = launch, processors
+        self._shared_bytes, self._cache_bytes = shared_bytes, cache_bytes
 
     def incidence_product(
         self, x: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None, schedule: RowSchedule
@@ -171,7 +180,8 @@ class Gpu:
         # d loss / d (1 / temperature) of each row, already times row_grad.
         row_slope = anchor.new_empty(num_rows if gradients else 0, dtype=torch.float32)
         grads = [torch.empty_like(t) if gradients else t.new_empty(0) for t in (anchor, positive)]
-        settings = (intra_view_negatives, highest, self._processors(anchor.device), _DTYPE_CODE[anchor.dtype])
+        held = self._processors(anchor.device), self._shared_bytes(anchor.device)
+        settings = (intra_view_negatives, highest, *held, _DTYPE_CODE[anchor.dtype])
         num_bytes = native().info_nce_workspace(num_keys, num_rows, dim, gradients, *settings)
         workspace = anchor.new_empty(num_bytes, dtype=torch.uint8)
         tensors = (anchor, positive, rows, row_order, row_begin, row_grad, row_loss, *grads, row_slope, workspace)
@@ -212,7 +222,8 @@ class Gpu:
         grad_hidden = torch.empty_like(hidden) if hidden_grad else None
         grad_items = torch.empty_like(items) if items_grad else None
         grad_bias = row_loss.new_empty(num_items) if items_grad and bias is not None else None
-        settings = (highest, self._processors(hidden.device), _DTYPE_CODE[hidden.dtype])
+        held = self._processors(hidden.device), self._shared_bytes(hidden.device)
+        settings = (highest, *held, _DTYPE_CODE[hidden.dtype])
         num_bytes = native().item_cross_entropy_workspace(num_rows, num_items, dim, hidden_grad, items_grad, *settings)
         workspace = hidden.new_empty(num_bytes, dtype=torch.uint8)
         tensors = (hidden, items, target, row_order, row_begin, values, row_grad)
@@ -225,10 +236,12 @@ class Gpu:
         like = (hidden, items, row_loss if bias is None else bias)
         return row_loss, *(t.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True))
 
-    def knn(self, x: Tensor, k: int, *, panel_bytes: int = 24 * 2**20) -> tuple[Tensor, Tensor]:
-        """Panels of float16 products, small enough to stay in cache, choose candidates; sums in float64 rank them.
+    def knn(self, x: Tensor, k: int, *, panel_bytes: int = 24 * 2**20, fewest_rows: int = 512) -> tuple[Tensor, Tensor]:
+        """Panels of float16 products choose candidates; sums in float64 rank them.
 
-        float64 rows and k > 128 go to panels of torch products, exact to what its float32 matmul precision says.
+        A panel stays in cache where that leaves it enough rows for a fast product, and for few launches: 4 N bytes for
+        each of 512 rows, 195 MiB for N = 100,000. float64 rows and k > 128 go to panels of torch products, exact to
+        what its float32 matmul precision says.
         """
         (num_rows, dim), device = x.shape, x.device
         if x.dtype == torch.float64 or k > _MOST_NEIGHBOURS or dim == 0:
@@ -242,21 +255,42 @@ class Gpu:
         similarity = x.new_empty(num_rows, k, dtype=torch.float32)
         sizes, code = (num_rows, dim), _DTYPE_CODE[x.dtype]
         self._launch("knn_unit", (*map(_address, (x, unit, inverse_norm)), *sizes, code), device)
-        panel_rows = max(64, panel_bytes // (4 * padded_rows) // 64 * 64)
-        for start in range(0, num_rows, panel_rows):
-            panel = _float16_product(unit[start : min(start + panel_rows, num_rows)], unit)
-            tensors = (x, inverse_norm, panel, index, similarity, crowded)
-            self._launch("knn_select", (*map(_address, tensors), *sizes, k, start, len(panel), code), device)
+        panel_rows = max(fewest_rows, panel_bytes // (4 * padded_rows) // 64 * 64)
+        product = _products_with(unit)
+        with _float32_sums():
+            for start in range(0, num_rows, panel_rows):
+                panel = product(start, min(start + panel_rows, num_rows))
+                tensors = (x, inverse_norm, panel, index, similarity, crowded)
+                self._launch("knn_select", (*map(_address, tensors), *sizes, k, start, len(panel), code), device)
         tensors = (x, inverse_norm, crowded, index, similarity)
         self._launch("knn_crowded", (*map(_address, tensors), *sizes, k, code), device)
         return index, similarity
 
 
-def _float16_product(left: Tensor, right: Tensor) -> Tensor:
-    """left right^T in float32; where torch has no such product the operands are widened, which changes none of them."""
-    if left.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
-        return torch.mm(left, right.T, out_dtype=torch.float32)
-    return left.float() @ right.float().T
+def _products_with(unit: Tensor) -> Callable[[int, int], Tensor]:
+    """(start, stop) -> unit[start:stop] unit^T in float32, of float16 rows.
+
+    Where torch has no such product the rows are widened, once, which changes none of them.
+    """
+    if unit.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
+        return lambda start, stop: torch.mm(unit[start:stop], unit.T, out_dtype=torch.float32)
+    wide = unit.float()
+    return lambda start, stop: wide[start:stop] @ wide.T
+
+
+@contextlib.contextmanager
+def _float32_sums() -> Iterator[None]:
+    """No float16 accumulation in products, whatever the caller allows: what knn skips, it skips by an error bound."""
+    settings = torch.backends.cuda.matmul
+    allowed = getattr(settings, "allow_fp16_accumulation", False)  # from torch 2.7 on
+    if not allowed:
+        yield
+        return
+    settings.allow_fp16_accumulation = False
+    try:
+        yield
+    finally:
+        settings.allow_fp16_accumulation = allowed
 
 
 def _nearest_by_panels(x: Tensor, k: int, panel_bytes: int = 2**28) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Registration with torch.library: schemas, shapes without data, kernels, autograd and autocast rules.
 
-Arguments are checked in `hellm.ops`; nothing is checked twice here.
+Arguments are checked in `hellm.ops`; only the values of indices are checked here, where compiled code comes by too.
 """
 
 from __future__ import annotations
@@ -86,6 +86,20 @@ def _cast_rows(argument, dtype: torch.dtype):
     """Matrices of rows follow autocast; scales, values and indices (all 1-d) keep their dtype, and so does float64."""
     matrix = isinstance(argument, Tensor) and argument.ndim == 2 and argument.is_floating_point()
     return argument.to(dtype) if matrix and argument.dtype != torch.float64 else argument
+
+
+def _check_in_range(name: str, index: Tensor, count: int) -> None:
+    """Indices on the CPU; looking at those on a GPU would wait for it at every step, and its kernels take any value.
+
+    Raises:
+        ValueError: naming the first index that is not in [0, count).
+    """
+    if not index.is_cpu:
+        return
+    outside = (index < 0) | (index >= count)
+    if bool(outside.any()):
+        place = int(outside.nonzero()[0])
+        raise ValueError(f"{name} must be in [0, {count}), got {int(index[place])} first at position {place}")
 
 
 # ----------------------------------------------------------------------------------------------- sparse products
@@ -225,12 +239,27 @@ def _row_grad(row_count: int, like: Tensor, reduction: str) -> Tensor:
     return torch.full((row_count,), scale, dtype=_loss_dtype(like), device=like.device)
 
 
+def _with_loss(x: Tensor, reduction: str) -> bool:
+    """Whether the gradients of the loss, a scalar, come from its own sweep, to be scaled in the backward pass.
+
+    Those of a mean are too small for float16: they must be multiplied by the loss scale before they are rounded.
+    """
+    return reduction != "none" and x.dtype != torch.float16
+
+
+def _row_grad_of(grad: Tensor, row_count: int, reduction: str) -> Tensor:
+    """Gradient in each row's loss from that in the reduced loss."""
+    return grad if reduction == "none" else grad.expand(row_count) / (row_count if reduction == "mean" else 1)
+
+
 def _info_nce_with(implementation: Callable) -> Callable:
-    """Loss and, for a scalar reduction, both gradients in the same sweep."""
+    """Loss and, for a scalar reduction, both gradients in the same sweep, but see `_with_loss`."""
 
     def kernel(anchor, positive, temperature, rows, intra_view_negatives, reduction, precision, compute_grad):
         count = anchor.shape[0] if rows is None else rows.shape[0]
-        row_grad = _row_grad(count, anchor, reduction) if compute_grad and reduction != "none" else None
+        if rows is not None:
+            _check_in_range("rows", rows, anchor.shape[0])
+        row_grad = _row_grad(count, anchor, reduction) if compute_grad and _with_loss(anchor, reduction) else None
         row_loss, *grads = implementation(
             anchor, positive, temperature, rows, row_grad, intra_view_negatives, precision
         )
@@ -242,7 +271,7 @@ def _info_nce_with(implementation: Callable) -> Callable:
 def _info_nce_fake(anchor, positive, temperature, rows, intra_view_negatives, reduction, precision, compute_grad):
     count = anchor.shape[0] if rows is None else rows.shape[0]
     loss = anchor.new_empty((count,) if reduction == "none" else (), dtype=_loss_dtype(anchor))
-    if not compute_grad or reduction == "none":
+    if not compute_grad or not _with_loss(anchor, reduction):
         return loss, anchor.new_empty(0), anchor.new_empty(0), temperature.new_empty(0)
     return loss, anchor.new_empty(anchor.shape), positive.new_empty(positive.shape), temperature.new_empty(())
 
@@ -287,9 +316,10 @@ def _info_nce_backward(ctx, grad, *_):
         needed = [t for t, need in zip((anchor, positive, temperature), ctx.needs_input_grad, strict=False) if need]
         found = iter(torch.autograd.grad(_reduce(row_loss, reduction), needed, grad, create_graph=True))
         grads = [next(found) if need else None for need in ctx.needs_input_grad[:3]]
-    elif reduction == "none":
+    elif not _with_loss(anchor, reduction):
+        row_grad = _row_grad_of(grad, (anchor if rows is None else rows).shape[0], reduction)
         grads = torch.ops.hellm.info_nce_backward(
-            anchor, positive, temperature, rows, grad, intra_view_negatives, precision
+            anchor, positive, temperature, rows, row_grad, intra_view_negatives, precision
         )
     else:
         grads = [g * grad.to(g.dtype) for g in computed]
@@ -302,10 +332,11 @@ _register_autograd("info_nce", _info_nce_backward, _info_nce_setup)
 
 
 def _item_cross_entropy_with(implementation: Callable) -> Callable:
-    """Loss and, for a scalar reduction, the wanted gradients in the same sweep."""
+    """Loss and, for a scalar reduction, the wanted gradients in the same sweep, but see `_with_loss`."""
 
     def kernel(hidden, item_embedding, target, bias, reduction, hidden_grad, items_grad):
-        wanted = (hidden_grad or items_grad) and reduction != "none"
+        _check_in_range("target", target, item_embedding.shape[0])
+        wanted = (hidden_grad or items_grad) and _with_loss(hidden, reduction)
         row_grad = _row_grad(hidden.shape[0], hidden, reduction) if wanted else None
         row_loss, *grads = implementation(hidden, item_embedding, target, bias, row_grad, hidden_grad, items_grad)
         return _reduce(row_loss, reduction), *grads
@@ -323,10 +354,10 @@ def _item_cross_entropy_gradient_shapes(hidden, item_embedding, bias, hidden_gra
 
 
 def _item_cross_entropy_fake(hidden, item_embedding, target, bias, reduction, hidden_grad, items_grad):
-    none = reduction == "none"
-    loss = hidden.new_empty((hidden.shape[0],) if none else (), dtype=_loss_dtype(hidden))
+    loss = hidden.new_empty((hidden.shape[0],) if reduction == "none" else (), dtype=_loss_dtype(hidden))
+    now = _with_loss(hidden, reduction)
     return loss, *_item_cross_entropy_gradient_shapes(
-        hidden, item_embedding, bias, hidden_grad and not none, items_grad and not none
+        hidden, item_embedding, bias, hidden_grad and now, items_grad and now
     )
 
 
@@ -368,9 +399,10 @@ def _item_cross_entropy_backward(ctx, grad, *_):
         needed = [t for t, wanted in zip((hidden, item_embedding, bias), need, strict=True) if wanted]
         found = iter(torch.autograd.grad(_reduce(row_loss, ctx.reduction), needed, grad, create_graph=True))
         grads = [next(found) if wanted else None for wanted in need]
-    elif ctx.reduction == "none":
+    elif not _with_loss(hidden, ctx.reduction):
+        row_grad = _row_grad_of(grad, hidden.shape[0], ctx.reduction)
         grads = torch.ops.hellm.item_cross_entropy_backward(
-            hidden, item_embedding, target, bias, grad, need[0], need[1] or need[2]
+            hidden, item_embedding, target, bias, row_grad, need[0], need[1] or need[2]
         )
     else:
         grads = [g * grad.to(g.dtype) for g in computed]

@@ -122,8 +122,13 @@ def knn(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _unit(x: Tensor) -> Tensor:
     """Rows over their lengths; a row that is all zero stays zero and has gradient 0."""
-    norm = x.norm(dim=1, keepdim=True)
-    return x / norm.masked_fill(norm == 0, float("inf"))
+    return x / _length(x)
+
+
+def _length(x: Tensor) -> Tensor:
+    """[N, 1], infinite for rows that are all zero. Squares of float32 numbers are float64 numbers: none is lost."""
+    norm = x.norm(dim=1, keepdim=True, dtype=torch.float64).to(x.dtype)
+    return norm.masked_fill(norm == 0, float("inf"))
 
 
 def _scale(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -148,8 +153,7 @@ def info_nce_with_gradients(
     z1, z2 = anchor.to(compute), positive.to(compute)
     inverse = 1.0 / temperature.double()
     inverse_t = inverse.to(compute)
-    norms = [z.norm(dim=1, keepdim=True) for z in (z1, z2)]
-    norms = [norm.masked_fill(norm == 0, float("inf")) for norm in norms]
+    norms = [_length(z) for z in (z1, z2)]
     u, v = z1 / norms[0], z2 / norms[1]
     index = torch.arange(u.shape[0], device=u.device) if rows is None else rows.long()
     keys = torch.cat([v, u]) if intra_view_negatives else v

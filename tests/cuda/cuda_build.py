@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import importlib.util
 import re
@@ -107,15 +108,21 @@ def planner(launches: list[tuple[str, tuple[int, int, int]]], **settings) -> _gp
     return _gpu.Gpu(launch, lambda device: 2, **settings)
 
 
-def emulated_gpu() -> _gpu.Gpu:
-    """The kernels' own text on CPU tensors, driven by the extension's launch plans, as a GPU of two processors."""
-    extension = extension_with_plans()
+@functools.cache
+def emulated_library() -> ctypes.CDLL:
+    """The kernels' own text for the CPU, by `launch`; `set_accumulator_bits` of the emulated tensor cores."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler, found neither g++ nor c++")
     command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-include", "emulated_gpu.h", "emulated_gpu.cpp"]
     text = [HERE / "emulated_gpu.h", HERE / "emulated_gpu.cpp", *sorted(CUDA.glob("*.cu*")), CUDA / "kernels.h"]
-    library = ctypes.CDLL(str(_cached("emulated", ".so", text, command)[0]))
+    return ctypes.CDLL(str(_cached("emulated", ".so", text, command)[0]))
+
+
+def emulated_gpu() -> _gpu.Gpu:
+    """That library on CPU tensors, driven by the extension's launch plans, as a GPU of two processors."""
+    extension = extension_with_plans()
+    library = emulated_library()
 
     def launch(name, arguments, device):
         for kernel, grid, threads, shared_bytes, parameters in getattr(extension, f"plan_{name}")(*arguments):
@@ -123,4 +130,4 @@ def emulated_gpu() -> _gpu.Gpu:
             status = library.launch(kernel.encode(), grid[0], grid[1], threads, shared_bytes, parameters)
             assert status == 0, f"no kernel {kernel}"
 
-    return _gpu.Gpu(launch, lambda device: 2)
+    return _gpu.Gpu(launch, lambda device: 2, lambda device: 228 * 1024)

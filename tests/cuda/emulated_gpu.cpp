@@ -21,6 +21,7 @@ std::function<void()> body;
 namespace hellm::ptx {
 std::vector<unsigned char> shared_memory;
 std::vector<Copies> copies;
+int accumulator_bits = 24;
 }  // namespace hellm::ptx
 
 namespace {
@@ -80,6 +81,7 @@ const std::map<std::string, Call (*)(const void*, const void*)> kCalls = {
     {"info_nce_row_kernel", call<hellm::RowParameters>},
     {"info_nce_gradient_kernel", call<hellm::GradientParameters>},
     {"table_maximum_kernel", call<hellm::TableParameters>},
+    {"table_size_kernel", call<hellm::TableParameters>},
     {"table_halves_kernel", call<hellm::TableParameters>},
     {"item_row_kernel", call<hellm::ItemRowParameters>},
     {"item_gradient_kernel", call<hellm::ItemGradientParameters>},
@@ -89,6 +91,8 @@ const std::map<std::string, Call (*)(const void*, const void*)> kCalls = {
 };
 
 }  // namespace
+
+extern "C" void set_accumulator_bits(int bits) { hellm::ptx::accumulator_bits = bits; }
 
 // 0, or 1 if there is no such kernel.
 extern "C" int launch(const char* kernel, unsigned grid_x, unsigned grid_y, unsigned threads, unsigned shared_bytes,

@@ -102,6 +102,8 @@ inline uint16_t float_to_half(float value) {
 
 inline void __syncthreads() { emulated::meet_block(nullptr, [](void**) {}); }
 
+inline void __syncwarp() { emulated::meet_warp(nullptr, [](void**) {}); }
+
 inline int __syncthreads_or(int value) {
   emulated::meet_block(&value, [](void** all) {
     int any = 0;
@@ -175,6 +177,16 @@ inline unsigned short to_bfloat16(float value) {
 inline unsigned pack_halves(float first, float second) { return unsigned(to_half(second)) << 16 | to_half(first); }
 inline float exp2_fast(float x) { return std::exp2(x); }
 
+// The accumulator of tensor cores: they truncate when they add. Fewer bits than the 24 of float32 show where many sums
+// go through it.
+extern int accumulator_bits;
+inline float truncated(double sum) {
+  if (sum == 0 || !std::isfinite(sum)) return float(sum);
+  int exponent;
+  const double mantissa = std::frexp(sum, &exponent);
+  return float(std::ldexp(std::trunc(std::ldexp(mantissa, accumulator_bits)), exponent - accumulator_bits));
+}
+
 // Operand layouts as in the PTX manual's "Matrix Fragments for mma.m16n8k16": group = lane / 4, pair = lane % 4.
 inline void multiply_16x8x16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   struct Slot { float* c; unsigned a[4], b[2]; } slot{c, {a[0], a[1], a[2], a[3]}, {b0, b1}};
@@ -197,7 +209,7 @@ inline void multiply_16x8x16(float (&c)[4], const unsigned (&a)[4], unsigned b0,
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
         double sum = out[i];
         for (int k = 0; k < 16; ++k) sum += double(left[row][k]) * double(right[k][column]);
-        out[i] = float(sum);
+        out[i] = truncated(sum);
       }
     }
   });

@@ -17,6 +17,10 @@ def gpu() -> Gpu:
     return cuda_build.emulated_gpu()
 
 
+def of_processors(gpu, count: int) -> Gpu:
+    return Gpu(gpu._launch, lambda device: count, lambda device: 100 * 1024)
+
+
 def in_float64(*tensors):
     return [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tensors]
 
@@ -230,9 +234,42 @@ def test_info_nce_repeats_bit_by_bit_and_hardly_depends_on_the_processors(gpu):
     found = gpu.info_nce(*arguments)
     assert_same_bits(found, gpu.info_nce(*arguments))
     for processors in (1, 7, 100):  # one piece, odd pieces, a piece for each tile
-        other = Gpu(gpu._launch, lambda device, count=processors: count).info_nce(*arguments)
+        other = of_processors(gpu, processors).info_nce(*arguments)
         for left, right in zip(found, other, strict=True):
             assert torch.allclose(left, right, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e36])
+def test_info_nce_does_not_depend_on_the_length_of_rows(gpu, scale):
+    anchor, positive, _, row_grad = info_nce_inputs(40, 20, torch.float32)
+    t = torch.tensor(0.2, dtype=torch.float64)
+    expected = gpu.info_nce(anchor, positive, t, None, row_grad, True, "highest")
+    found = list(gpu.info_nce(anchor, positive * scale, t, None, row_grad, True, "highest"))
+    found[2] = found[2].double() * scale
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-6, check_dtype=False)
+    # Subnormal rows are shorter than their inverse lengths can say, and still finite.
+    assert gpu.info_nce(anchor * 1e-41, positive, t, None, None, True, "highest")[0].isfinite().all()
+
+
+# Up to 64 rows of a key are summed by its warp, more by the warps of its block.
+@pytest.mark.parametrize("repeats", [64, 65, 150])
+def test_long_lists_of_rows_are_shared(gpu, repeats):
+    chosen = torch.cat([torch.arange(9), torch.full((repeats - 1,), 4), torch.full((99,), 7), torch.full((67,), 20)])
+    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))]
+    anchor, positive, _, _ = info_nce_inputs(21, 40, torch.float32)
+    t, row_grad = torch.tensor(0.2, dtype=torch.float64), rows(len(chosen), seed=5)
+    arguments = (anchor, positive, t, chosen, row_grad, True, "highest")
+    found = gpu.info_nce(*arguments)
+    assert_same_bits(found, gpu.info_nce(*arguments))
+    truth = reference.info_nce_with_gradients(*in_float64(*arguments))
+    assert_within_budget(truth, reference.info_nce_with_gradients(*arguments), found, factor=8.0)
+    hidden, bias = rows(len(chosen), 40, seed=2), rows(21, seed=3)
+    arguments = (hidden, anchor, chosen, bias, row_grad, True, True)
+    found = gpu.item_cross_entropy(*arguments)
+    assert_same_bits(found, gpu.item_cross_entropy(*arguments))
+    truth = reference.item_cross_entropy_with_gradients(*in_float64(*arguments))
+    assert_within_budget(truth, reference.item_cross_entropy_with_gradients(*arguments), found, factor=8.0)
 
 
 def test_info_nce_with_no_weight_has_no_gradient(gpu):
@@ -249,6 +286,21 @@ def test_info_nce_hands_on_nan(gpu):
     found = gpu.info_nce(anchor, positive, torch.tensor(0.2, dtype=torch.float64), None, row_grad, True, "high")
     assert found[0].isnan().all()
     assert found[1].isnan().any()
+
+
+@pytest.mark.parametrize("intra", [True, False])
+def test_info_nce_of_rows_that_do_not_exist_is_nan(gpu, intra):
+    """Nobody looks at the rows on the host: no address may come of them, and no silent gradient."""
+    anchor, positive, _, row_grad = info_nce_inputs(70, 64, torch.float32)
+    t = torch.tensor(0.2, dtype=torch.float64)
+    chosen = torch.tensor([3, -1, 69, 70, 2**40, -(2**62), 3])
+    wrong = (chosen < 0) | (chosen >= 70)
+    found = gpu.info_nce(anchor, positive, t, chosen, row_grad[:7], intra, "highest")
+    expected = gpu.info_nce(anchor, positive, t, chosen.masked_fill(wrong, 0), row_grad[:7], intra, "highest")
+    assert torch.equal(found[0].isnan(), wrong)
+    assert torch.equal(found[0][~wrong], expected[0][~wrong])
+    assert found[2].isnan().all() and found[3].isnan()
+    assert gpu.info_nce(anchor[:1], positive[:1], t, chosen[1:2], None, intra, "high")[0].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -319,8 +371,12 @@ def test_item_cross_entropy_gives_what_is_asked_for(gpu):
         found = gpu.item_cross_entropy(*arguments, hidden_grad, items_grad)
         wanted = (True, hidden_grad, items_grad, items_grad)
         for value, whole, want in zip(found, everything, wanted, strict=True):
-            # Losses alone come from fewer products, but from the same ones.
-            assert torch.equal(value, whole) if want else value.numel() == 0
+            if not want:
+                assert value.numel() == 0
+            elif hidden_grad:
+                assert torch.equal(value, whole)
+            else:  # a first pass without sums of rows is dealt to more blocks
+                torch.testing.assert_close(value, whole, rtol=1e-5, atol=1e-6)
     assert [t.numel() for t in gpu.item_cross_entropy(*arguments[:4], None, True, True)] == [70, 0, 0, 0]
 
 
@@ -328,9 +384,43 @@ def test_item_cross_entropy_hardly_depends_on_the_processors(gpu):
     arguments = item_inputs(210, 150, 64)
     found = gpu.item_cross_entropy(*arguments, True, True)
     for processors in (1, 7, 100):  # one piece, odd pieces, a piece for each tile
-        other = Gpu(gpu._launch, lambda device, count=processors: count).item_cross_entropy(*arguments, True, True)
+        other = of_processors(gpu, processors).item_cross_entropy(*arguments, True, True)
         for left, right in zip(found, other, strict=True):
             assert torch.allclose(left, right, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("place", [0, 32_767, 32_768, 3 * 32_768 + 5, 139_999])
+def test_the_largest_entry_of_a_table_is_found_wherever_it_is(gpu, place):
+    """Warps stride over 32,768 entries, four strides at a time: one that they missed would overflow a half."""
+    items = rows(2000, 70)
+    items.view(-1)[place] = 1e3
+    hidden, target, row_grad = 1e-3 * rows(3, 70, seed=1), torch.tensor([0, 7, 1999]), torch.ones(3)
+    found = gpu.item_cross_entropy(hidden, items, target, None, row_grad, True, True)
+    truth = reference.item_cross_entropy_with_gradients(*in_float64(hidden, items, target, None, row_grad), True, True)
+    for true, value in zip(truth[:2], found[:2], strict=True):
+        assert float((true - value.double()).abs().max()) <= 2e-6 * float(true.abs().max())
+
+
+@pytest.fixture
+def coarse_tensor_cores(gpu):
+    """What tensor cores truncate when they add is visible in short sums."""
+    library = cuda_build.emulated_library()
+    yield library.set_accumulator_bits
+    library.set_accumulator_bits(24)
+
+
+@pytest.mark.parametrize("dim", [8, 80, 200])
+def test_truncation_does_not_add_up_over_the_keys(gpu, coarse_tensor_cores, dim, monkeypatch):
+    """All terms have one sign: over 125 products in one accumulator the sums would lose 2e-3, over a tile 1e-4."""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    hidden, items = 1e-3 * rows(5, dim), rows(2000, dim, seed=1).abs()
+    arguments = (hidden, items, torch.arange(5), None, torch.ones(5), True, True)
+    alone = of_processors(gpu, 1)
+    exact = alone.item_cross_entropy(*arguments)[1]
+    coarse_tensor_cores(14)
+    coarse = alone.item_cross_entropy(*arguments)[1]
+    mean = items.mean(0)
+    assert float(((exact - coarse).abs() / mean).max()) < 5e-4
 
 
 def test_item_cross_entropy_at_the_extremes(gpu):
@@ -358,6 +448,18 @@ def test_item_cross_entropy_at_the_extremes(gpu):
     loss, grad_hidden, *_ = gpu.item_cross_entropy(hidden, items, target, bias, row_grad, True, True)
     assert loss.isnan().nonzero().flatten().tolist() == [3]
     assert grad_hidden.isnan().any(1).nonzero().flatten().tolist() == [3]
+
+
+def test_item_cross_entropy_of_targets_that_do_not_exist_is_nan(gpu):
+    hidden, items, target, bias, row_grad = item_inputs(40, 90, 8)
+    wrong = torch.tensor([1, 5, 17, 39])
+    outside = target.index_put((wrong,), torch.tensor([-1, 90, 2**40, -(2**62)]))
+    loss, grad_hidden, *rest = gpu.item_cross_entropy(hidden, items, outside, bias, row_grad, True, True)
+    expected = gpu.item_cross_entropy(hidden, items, target, bias, row_grad, True, True)
+    right = torch.ones(40, dtype=torch.bool).index_fill(0, wrong, False)
+    for found, wanted in ((loss, expected[0]), (grad_hidden, expected[1])):
+        assert torch.equal(found[right], wanted[right]) and found[wrong].isnan().all()
+    assert all(grad.isnan().all() for grad in rest)
 
 
 @pytest.mark.parametrize(("num_rows", "dim", "dtype"), [(20, 300, torch.float32), (20, 8, torch.float64), (0, 8, None)])
@@ -399,7 +501,7 @@ def test_knn_of_several_panels_with_ties_and_zero_rows(gpu):
     x[[0, 77, 149]] = 0
     x[[3, 20, 141, 90]] = x[10].clone()
     x[50] = x[10] * 1e-18
-    index, similarity = gpu.knn(x, 4, panel_bytes=0)  # 64 rows a panel
+    index, similarity = gpu.knn(x, 4, panel_bytes=0, fewest_rows=64)
     assert (index[[0, 77, 149]] == -1).all() and (similarity[[0, 77, 149]] == 0).all()
     assert (index[[3, 10, 20, 50, 90, 141]] == torch.tensor([3, 10, 20, 50])).all()
     assert_nearest(gpu, x, 100)
@@ -423,7 +525,7 @@ def test_knn_compares_a_crowded_row_with_all(gpu):
 def test_knn_repeats_bit_by_bit(gpu):
     x = rows(120, 20)
     assert_same_bits(gpu.knn(x, 11), gpu.knn(x, 11))
-    assert_same_bits(gpu.knn(x, 11), gpu.knn(x, 11, panel_bytes=0))
+    assert_same_bits(gpu.knn(x, 11), gpu.knn(x, 11, panel_bytes=0, fewest_rows=64))
 
 
 @pytest.mark.parametrize(("dtype", "k"), [(torch.float64, 4), (torch.float32, 150)])

@@ -15,7 +15,7 @@ from test_info_nce import fused, plain, relative_error, views
 from triton.runtime import interpreter
 
 from hellm import Hypergraph, ops
-from hellm.ops import _backends, reference
+from hellm.ops import _backends, _triton, reference
 
 # Rows of 75 and 1,600 neighbours, two hubs next to each other in the schedule, and short rows beside them.
 HUB_SIZES = [75, 1600, 45, 1100]
@@ -148,6 +148,16 @@ def test_info_nce_zero_rows_and_padding():
     compare(fused(), plain(), [anchor, positive], factor=8)
 
 
+@pytest.mark.parametrize("scale", [1e-36, 1e36])
+def test_info_nce_does_not_depend_on_the_length_of_rows(scale):
+    anchor, positive = views((20, 12))
+    expected = outputs_and_gradients(fused(), [anchor, positive])
+    found = outputs_and_gradients(fused(), [anchor, positive * scale])
+    found[2] = found[2].double() * scale
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-6, check_dtype=False)
+
+
 @pytest.mark.parametrize(
     ("precision", "dtype", "budget"),
     [("high", torch.float16, 3e-4), ("medium", torch.bfloat16, 3e-3)],
@@ -209,6 +219,20 @@ def test_item_cross_entropy_of_large_logits_and_absent_items():
     truth = outputs_and_gradients(lambda h, e: definition(h, e, bias), [x.double() for x in inputs])
     # A float32 logit of 1e4 is known to 1e-3, and so are the shares of two items that are nearly equal.
     assert relative_error(truth, outputs_and_gradients(lambda h, e: function(h, e, bias), inputs)) < 2e-3
+
+
+def test_rows_and_targets_that_do_not_exist_give_nan():
+    """On a GPU nobody looks at them on the host: no address may come of them, and no silent gradient."""
+    anchor, positive = views((20, 16))
+    chosen = torch.tensor([3, -1, 20, 2**40, 19])
+    t = torch.tensor(0.2)
+    loss, _, grad_positive, slope = _triton.info_nce(anchor, positive, t, chosen, torch.ones(5), True, "high")
+    assert loss.isnan().tolist() == [False, True, True, True, False]
+    assert grad_positive.isnan().all() and slope.isnan()
+    hidden, items, bias = item_inputs(5, 20, 16, True)
+    loss, grad_hidden, *grads = _triton.item_cross_entropy(hidden, items, chosen, bias, torch.ones(5), True, True)
+    assert loss.isnan().tolist() == grad_hidden.isnan().any(1).tolist() == [False, True, True, True, False]
+    assert all(grad.isnan().all() for grad in grads)
 
 
 def test_what_the_kernels_do_not_take_is_computed_in_plain_torch():

@@ -278,6 +278,28 @@ def test_item_cross_entropy_compiles_to_one_graph(reduction):
     assert sum("hellm.item_cross_entropy" in target for target in graphs[0]) == 1
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_item_cross_entropy_of_float16_is_scaled_before_it_is_rounded(reduction, kernel):
+    """The mean's gradients are below the normal float16 numbers, those of the scaled loss are not."""
+    inputs, target = inputs_of((1_000, 50, 8), torch.float16)
+    scale = 2.0**13 if reduction == "mean" else 2.0**3
+    truth, found = (
+        outputs_and_gradients(lambda *t, f=f: scale * f(target, reduction)(*t), [x.to(d) for x in inputs])
+        for f, d in ((plain, torch.float64), (fused, torch.float16))
+    )
+    for true, value in zip(truth[1:], found[1:], strict=True):
+        near = (true - value.double()).abs() <= 2.0**-10 * true.abs() + 2e-6 * true.abs().max()
+        assert near.all(), float((true - value.double()).abs().max())
+
+
+def test_item_cross_entropy_compiled_still_looks_at_the_targets(backend):
+    (hidden, items), target = inputs_of((4, 5, 3), bias=False)
+    compiled = torch.compile(ops.item_cross_entropy, fullgraph=True, backend="aot_eager")
+    compiled(hidden, items, target)
+    with pytest.raises(ValueError, match=r"target must be in \[0, 5\), got 5 first at position 3"):
+        compiled(hidden, items, target.index_fill(0, torch.tensor([3]), 5))
+
+
 def test_item_cross_entropy_under_autocast_runs_in_its_dtype(backend):
     (hidden, items), target = inputs_of((20, 30, 8), bias=False)
     inputs = [x.requires_grad_() for x in (hidden, items)]
@@ -322,8 +344,8 @@ def test_item_cross_entropy_under_autocast_runs_in_its_dtype(backend):
         ({"target": torch.zeros(3).long()}, r"target must be \[4\] int64, got \(3,\) torch.int64"),
         ({"target": torch.zeros(4).int()}, r"target must be \[4\] int64, got \(4,\) torch.int32"),
         ({"target": torch.zeros(4, device="meta").long()}, "target must be on cpu like hidden, got meta"),
-        ({"target": torch.tensor([0, 4, 5, 7])}, r"target must be in \[0, 5\), got 5 first in row 2"),
-        ({"target": torch.tensor([0, -1, 5, 7])}, r"target must be in \[0, 5\), got -1 first in row 1"),
+        ({"target": torch.tensor([0, 4, 5, 7])}, r"target must be in \[0, 5\), got 5 first at position 2"),
+        ({"target": torch.tensor([0, -1, 5, 7])}, r"target must be in \[0, 5\), got -1 first at position 1"),
         ({"bias": 0.5}, "bias must be a tensor or an array with __dlpack__, got float"),
         ({"bias": torch.zeros(4)}, r"bias must be \[5\] of a floating dtype, got \(4,\) torch.float32"),
         ({"bias": torch.zeros(5).long()}, r"bias must be \[5\] of a floating dtype, got \(5,\) torch.int64"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from op_cases import GRAPH_CASES, GraphCase, needs_native
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hellm.ops import _gpu, reference
+from hellm import ops
+from hellm.ops import _gpu, _library, reference
 
 
 def meta(*shape, dtype=torch.float32):
@@ -44,7 +46,7 @@ def test_item_cross_entropy_definition_reads_no_value():
 @pytest.mark.parametrize("rows", [None, 5])
 def test_gpu_launches_read_no_value(rows):
     launched = []
-    gpu = _gpu.Gpu(lambda name, arguments, device: launched.append(name), processors=lambda device: 4)
+    gpu = _gpu.Gpu(lambda name, arguments, device: launched.append(name), lambda device: 4, lambda device: 2**17)
     graph = GRAPH_CASES[3].values[0].build()
     scales = [None if t is None else t.to("meta") for t in graph.scales(self_loops=False)]
     csr = [None if t is None else t.to("meta") for t in (*graph.vertex_csr, *graph.edge_csr)]
@@ -59,3 +61,43 @@ def test_gpu_launches_read_no_value(rows):
     loss, *grads = gpu.info_nce(*inputs, chosen, meta(rows or 1100), True, "high")
     assert loss.shape == (rows or 1100,) and [g.shape for g in grads] == [t.shape for t in inputs]
     assert launched == ["hypergraph_conv", "bipartite_propagate", "info_nce"]
+
+
+def test_losses_of_tensors_on_a_gpu_read_no_value():
+    with FakeTensorMode():
+        x, index = torch.empty(30, 4, device="cuda"), torch.empty(9, dtype=torch.int64, device="cuda")
+        hidden = torch.empty(9, 4, device="cuda")
+        assert ops.item_cross_entropy(hidden, x, index, reduction="none").shape == (9,)
+        assert ops.info_nce(x, x, rows=index, reduction="none").shape == (9,)
+    x, index = meta(30, 4), meta(9, dtype=torch.int64)
+    item_cross_entropy = _library._item_cross_entropy_with(reference.item_cross_entropy_with_gradients)
+    assert item_cross_entropy(x[:9], x, index, None, "mean", True, True)[0].shape == ()
+    info_nce = _library._info_nce_with(reference.info_nce_with_gradients)
+    assert info_nce(x, x, meta(), index, True, "mean", "high", True)[0].shape == ()
+
+
+@pytest.fixture
+def float16_sums():
+    """The caller allows float16 accumulation in matrix products."""
+    settings = torch.backends.cuda.matmul
+    if not hasattr(settings, "allow_fp16_accumulation"):
+        pytest.skip("torch before 2.7 has no float16 accumulation")
+    settings.allow_fp16_accumulation = True
+    yield settings
+    settings.allow_fp16_accumulation = False
+
+
+@needs_native
+def test_knn_has_panels_of_512_rows_and_float32_sums(monkeypatch, float16_sums):
+    panels, widened = [], []
+
+    def launch(name, arguments, device):
+        if name == "knn_select":
+            panels.append((arguments[-2], float16_sums.allow_fp16_accumulation))
+
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: widened.append(x.shape) or x.to(torch.float32))
+    index, _ = _gpu.Gpu(launch).knn(meta(100_000, 16), 10)
+    assert index.shape == (100_000, 10)
+    assert panels == [(512, False)] * 195 + [(160, False)]
+    assert widened == [(100_000, 16)]
+    assert float16_sums.allow_fp16_accumulation
