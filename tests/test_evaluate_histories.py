@@ -52,10 +52,12 @@ def dataset():
 
 def test_scores_are_those_of_each_users_history():
     model = NextItem()
-    scorer = HistoryScorer(model, np.array([0, 2, 2, 5]), np.array([1, 3, 0, 2, 4]))
+    scorer = HistoryScorer(model, np.array([0, 2, 2, 5]), np.array([1, 3, 0, 3, 4]))
     scores = scorer.scores(torch.tensor([2, 0, 1, 2]))
-    assert model.asked == [[[0, 2, 4], [1, 3], [], [0, 2, 4]]]
+    assert model.asked == [[[0, 3, 4], [1, 3], [], [0, 3, 4]]]
     expected = torch.zeros(4, 5)
+    # Without a history: how often each item is in the histories.
+    expected[2] = torch.tensor([1.0, 1, 0, 2, 1])
     expected[0, 0] = expected[1, 4] = expected[3, 0] = 1
     assert torch.equal(scores, expected) and not scores.requires_grad
     assert scorer.num_items == 5
