@@ -8,7 +8,6 @@
 
 namespace hellm::cuda {
 
-
 // Of the attention kernel.
 struct Shape {
   int width, parts, tile_queries, tile_keys;
@@ -41,10 +40,11 @@ struct Processors {
 };
 
 // Blocks that run at the same time. More would come in a second wave, which leaves most processors idle.
-inline int count_blocks(const AttentionParameters& p, const Shape& shape, bool output, const Processors& processors) {
+inline int count_blocks(const AttentionParameters& p, const Shape& shape, const Processors& processors) {
   constexpr int64_t kReservedBytes = 1024;  // by the driver, for each block
   const int64_t by_memory = processors.shared_bytes / (shape.shared_bytes + kReservedBytes);
-  const int64_t by_registers = output ? kAttentionBlocks<true> : kAttentionBlocks<false>;
+  // Of the kernel with an output, for both: a loss alone then has the bits of a loss with its gradients.
+  const int64_t by_registers = kAttentionBlocks<true>;
   const int64_t blocks = std::max<int64_t>(1, std::min(by_memory, by_registers)) * processors.count;
   const int64_t units = p.query_tiles * p.query_views * p.key_tiles * p.key_views;
   return int(std::min(units, blocks));

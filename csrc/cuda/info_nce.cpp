@@ -59,7 +59,7 @@ Plan make_plan(const InfoNceArguments& a) {
   first.out[0] = first.out[1] = plan.gradients ? memory.take<float>(r * width) : nullptr;
   first.maximum = memory.take<float>(r);
   first.sum = memory.take<float>(r);
-  plan.blocks[0] = count_blocks(first, plan.shape, plan.gradients, processors);
+  plan.blocks[0] = count_blocks(first, plan.shape, processors);
 
   RowParameters& row = plan.row;
   AttentionParameters& second = plan.second;
@@ -83,7 +83,7 @@ Plan make_plan(const InfoNceArguments& a) {
     second.keys = r;
     second.key_views = 1;
     tile(second, plan.shape);
-    plan.blocks[1] = count_blocks(second, plan.shape, true, processors);
+    plan.blocks[1] = count_blocks(second, plan.shape, processors);
     // Where the gradients have the layout of the sums, the sums are put there and replaced row by row.
     const bool in_place = a.dtype == DType::kFloat32 && a.dim == width;
     const bool anchor_elsewhere = a.intra_view_negatives && !in_place;

@@ -103,7 +103,7 @@ Plan make_plan(const ItemCrossEntropyArguments& a) {
   first.out[0] = first.out[1] = a.grad_hidden ? memory.take<float>(a.num_rows * width) : nullptr;
   first.maximum = memory.take<float>(a.num_rows);
   first.sum = memory.take<float>(a.num_rows);
-  plan.blocks[0] = count_blocks(first, plan.shape, a.grad_hidden, processors);
+  plan.blocks[0] = count_blocks(first, plan.shape, processors);
 
   AttentionParameters& second = plan.gradient.attention;
   if (a.grad_items) {
@@ -122,7 +122,7 @@ Plan make_plan(const ItemCrossEntropyArguments& a) {
     second.out[0] = in_place ? static_cast<float*>(a.grad_items) : memory.take<float>(a.num_items * width);
     second.out[1] = second.out[0];
     second.sum = memory.take<float>(a.num_items);
-    plan.blocks[1] = count_blocks(second, plan.shape, true, processors);
+    plan.blocks[1] = count_blocks(second, plan.shape, processors);
   }
   const int64_t slots = 2 * int64_t(std::max(plan.blocks[0], plan.blocks[1])) * plan.shape.tile_queries;
   first.slot_out = second.slot_out = a.grad_hidden || a.grad_items ? memory.take<float>(slots * width) : nullptr;

@@ -126,9 +126,10 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _length(x: Tensor) -> Tensor:
-    """[N, 1], infinite for rows that are all zero. Squares of float32 numbers are float64 numbers: none is lost."""
-    norm = x.norm(dim=1, keepdim=True, dtype=torch.float64).to(x.dtype)
-    return norm.masked_fill(norm == 0, float("inf"))
+    """[N, 1], infinite for rows that are all zero. Over the largest entry first: no square overflows or is lost."""
+    largest = x.detach().abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
+    largest = largest.masked_fill(largest == 0, float("inf"))
+    return largest * (x / largest).norm(dim=1, keepdim=True).masked_fill(largest.isinf(), 1.0)
 
 
 def _scale(x: Tensor, scale: Tensor | None) -> Tensor:
