@@ -133,7 +133,12 @@ def test_mistakes_are_one_line_and_leave_nothing(fails, argv, tmp_path, monkeypa
         (gpt / file).write_bytes((tokenizer / file).read_bytes())
     out = tmp_path / "out"
     argv = [*argv, "--out", out]
-    fails(*argv, f"llm={gpt}", match=r"have self_attn\.k_proj and self_attn\.v_proj; .*gpt \(GPT2LMHeadModel\)")
+    fails(
+        *argv,
+        f"llm={gpt}",
+        "model.learned_prefix=true",
+        match=r"have self_attn\.k_proj and self_attn\.v_proj; .*gpt \(GPT2LMHeadModel\)",
+    )
     fails(*argv, "model.max_length=2000", match=r"max_length 2000 makes prompts of up to .* longer than the context")
     fails(*argv, f"llm={tmp_path / 'none'}", match="language model folder .*none does not exist")
     find = importlib.util.find_spec

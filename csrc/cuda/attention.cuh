@@ -305,7 +305,7 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
 };
 
 template <int kWidth, int kParts, Weights kWeights, bool kOutput>
-__global__ void __launch_bounds__(128, kAttentionBlocks<kOutput>) attention_kernel(const AttentionParameters p) {
+__global__ void __launch_bounds__(128, kAttentionBlocks) attention_kernel(const AttentionParameters p) {
   Attention<kWidth, kParts, kWeights, kOutput> attention(p);
   const int64 tiles = p.key_tiles * p.key_views, units = p.query_tiles * p.query_views * tiles;
   const int64 end = first_unit(units, int64(blockIdx.x) + 1, gridDim.x);

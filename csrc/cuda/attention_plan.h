@@ -43,9 +43,7 @@ struct Processors {
 inline int count_blocks(const AttentionParameters& p, const Shape& shape, const Processors& processors) {
   constexpr int64_t kReservedBytes = 1024;  // by the driver, for each block
   const int64_t by_memory = processors.shared_bytes / (shape.shared_bytes + kReservedBytes);
-  // Of the kernel with an output, for both: a loss alone then has the bits of a loss with its gradients.
-  const int64_t by_registers = kAttentionBlocks<true>;
-  const int64_t blocks = std::max<int64_t>(1, std::min(by_memory, by_registers)) * processors.count;
+  const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(by_memory, kAttentionBlocks)) * processors.count;
   const int64_t units = p.query_tiles * p.query_views * p.key_tiles * p.key_views;
   return int(std::min(units, blocks));
 }

@@ -113,8 +113,7 @@ struct AttentionTile {
 };
 
 // Blocks of the attention kernel whose registers a processor holds: the kernel is compiled for so many.
-template <bool kOutput>
-constexpr int kAttentionBlocks = kOutput ? 2 : 3;
+constexpr int kAttentionBlocks = 2;
 
 // One row of the loss, from what attention over its negatives left.
 struct RowParameters {

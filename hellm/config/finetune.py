@@ -19,7 +19,7 @@ class LLMConfig:
         graph_context: how the graph enters; "prefix" (keys/values before every layer's own, one history per pass, as
             published), "causal" (added at every item: all positions in one pass) or "none".
         num_prefix_tokens: prefix keys/values per layer.
-        learned_prefix: use the learned prefix, the same for all histories.
+        learned_prefix: use a learned prefix, the same for all histories (the published model has one).
         prefix_gate: a gate per layer and head on the prefix values that starts at 0.
         prefix_dropout: dropout probability of the MLPs that make the graph prefix.
         gram_rank: width to which graph embeddings are compressed before their Gram matrix; null keeps them.
@@ -37,7 +37,7 @@ class LLMConfig:
 
     graph_context: Literal["prefix", "causal", "none"] = "causal"
     num_prefix_tokens: int = 10
-    learned_prefix: bool = True
+    learned_prefix: bool = False
     prefix_gate: bool = True
     prefix_dropout: float = 0.3
     gram_rank: int | None = 32

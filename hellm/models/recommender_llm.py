@@ -84,7 +84,7 @@ class RecommenderLLM(nn.Module):
         sequence_model: nn.Module | None = None,
         graph_context: str = "causal",
         num_prefix_tokens: int = 10,
-        learned_prefix: bool = True,
+        learned_prefix: bool = False,
         prefix_gate: bool = True,
         prefix_dropout: float = 0.3,
         gram_rank: int | None = 32,

@@ -63,12 +63,14 @@ ABLATIONS: Mapping[str, Ablation] = MappingProxyType(
         "no-graph": Ablation("no stage-1 embeddings at all", ("model.graph_context=none",), without_input="graph"),
         # The residual is made of the scores of the sequence model, so it goes as well.
         "no-sequence": Ablation("no SASRec embeddings", ("model.sequence_residual=false",), without_input="sequence"),
+        "learned-prefix": Ablation("a learned prefix, the same for all histories", ("model.learned_prefix=true",)),
         "no-learned-prefix": Ablation("no learned prefix", ("model.learned_prefix=false",)),
         "no-lora": Ablation("the language model stays as it is", ("model.lora_rank=0",)),
         "head-trained": Ablation("scores against a trained table of items", ("model.head=trained",)),
         "head-frozen": Ablation("scores against a random table of items, as published", ("model.head=frozen",)),
         "prefix": Ablation(
-            "graph context as a prefix, one history per pass, as published", ("model.graph_context=prefix",)
+            "graph context and a learned prefix before every layer, one history per pass, as published",
+            ("model.graph_context=prefix", "model.learned_prefix=true"),
         ),
         "titles": Ablation("item titles in the prompt", ("model.titles=true",)),
         "text": Ablation("text features in the item tokens", with_input="text"),

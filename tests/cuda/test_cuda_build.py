@@ -31,9 +31,8 @@ def test_compiles_without_warnings_spills_or_stack(source):
         assert HOT.search(kernel)
         assert used["spills"] == 0, f"{kernel} spills on sm_{architecture}"
         assert used["stack"] == 0, f"{kernel} has a stack frame on sm_{architecture}"
-        # 128 threads: two blocks a processor, and three of an attention without output, as the plan counts on.
-        blocks = 3 if "attention_kernel" in kernel and "ELb0EEEv" in kernel else 2
-        assert used["registers"] <= min(255, 65536 // (128 * blocks) // 8 * 8)
+        # Two blocks of 128 threads a processor, as the plan counts on.
+        assert used["registers"] * 128 * 2 <= 65536
 
 
 @needs_nvcc
@@ -180,22 +179,23 @@ def test_workspace_of_the_losses_is_linear_in_the_rows(num_rows):
     assert extra <= 6 * num_rows * 64 * 4
 
 
-# Blocks by shared memory (with a KiB for the driver each): 5, 4, 3 on an H100; 2, 1, 1 where a processor has 100 KiB.
+# Blocks by shared memory (with a KiB for the driver each): 5, 4, 3 on an H100, of which registers leave 2; 2, 1, 1 with
+# the 100 KiB of smaller GPUs. As many without gradients, so that a loss has the same bits.
 @pytest.mark.parametrize(
-    ("dim", "highest", "shared_bytes", "loss_alone", "with_gradients"),
+    ("dim", "highest", "shared_bytes", "blocks"),
     [
-        (64, False, H100_SHARED_BYTES, 3, 2),
-        (64, True, H100_SHARED_BYTES, 3, 2),
-        (128, True, H100_SHARED_BYTES, 3, 2),
-        (64, False, 100 * 1024, 2, 2),
-        (64, True, 100 * 1024, 1, 1),
-        (256, False, 100 * 1024, 1, 1),
+        (64, False, H100_SHARED_BYTES, 2),
+        (64, True, H100_SHARED_BYTES, 2),
+        (128, True, H100_SHARED_BYTES, 2),
+        (64, False, 100 * 1024, 2),
+        (64, True, 100 * 1024, 1),
+        (256, False, 100 * 1024, 1),
     ],
 )
-def test_as_many_blocks_as_run_at_the_same_time(dim, highest, shared_bytes, loss_alone, with_gradients):
+def test_as_many_blocks_as_run_at_the_same_time(dim, highest, shared_bytes, blocks):
     needs_plans()
     sizes = (100_000, 100_000, dim, 16)
-    for grad, blocks in ((0, loss_alone), (16, with_gradients)):
+    for grad in (0, 16):
         arguments = (16, 16, 0, 0, 0, grad, 16, grad, grad, 16, 16, *sizes, True, highest, 132, shared_bytes, 0)
         plan = _backends.native().plan_info_nce(*arguments)
         attention = [grid for kernel, grid, *_ in plan if kernel.startswith("attention_kernel")]

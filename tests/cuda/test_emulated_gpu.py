@@ -258,18 +258,22 @@ def test_long_lists_of_rows_are_shared(gpu, repeats):
     chosen = torch.cat([torch.arange(9), torch.full((repeats - 1,), 4), torch.full((99,), 7), torch.full((67,), 20)])
     chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))]
     anchor, positive, _, _ = info_nce_inputs(21, 40, torch.float32)
-    t, row_grad = torch.tensor(0.2, dtype=torch.float64), rows(len(chosen), seed=5)
-    arguments = (anchor, positive, t, chosen, row_grad, True, "highest")
-    found = gpu.info_nce(*arguments)
-    assert_same_bits(found, gpu.info_nce(*arguments))
-    truth = reference.info_nce_with_gradients(*in_float64(*arguments))
-    assert_within_budget(truth, reference.info_nce_with_gradients(*arguments), found, factor=8.0)
-    hidden, bias = rows(len(chosen), 40, seed=2), rows(21, seed=3)
-    arguments = (hidden, anchor, chosen, bias, row_grad, True, True)
-    found = gpu.item_cross_entropy(*arguments)
-    assert_same_bits(found, gpu.item_cross_entropy(*arguments))
-    truth = reference.item_cross_entropy_with_gradients(*in_float64(*arguments))
-    assert_within_budget(truth, reference.item_cross_entropy_with_gradients(*arguments), found, factor=8.0)
+    t, bias = torch.tensor(0.2, dtype=torch.float64), rows(21, seed=3)
+    hidden = rows(len(chosen), 40, seed=2)
+    # What plain torch loses in the gradient of t, one number, is chance: several weights make a budget of it.
+    weights = [rows(len(chosen), seed=seed) for seed in range(5, 9)]
+    for name, first, last in (
+        ("info_nce", (anchor, positive, t, chosen), (True, "highest")),
+        ("item_cross_entropy", (hidden, anchor, chosen, bias), (True, True)),
+    ):
+        results = []
+        for row_grad in weights:
+            arguments = (*first, row_grad, *last)
+            found, baseline = getattr(gpu, name)(*arguments), getattr(reference, f"{name}_with_gradients")(*arguments)
+            assert_same_bits(found, getattr(gpu, name)(*arguments))
+            truth = getattr(reference, f"{name}_with_gradients")(*in_float64(*arguments))
+            results.append((truth, baseline, found))
+        assert_within_budget(*(list(map(torch.stack, zip(*kind, strict=True))) for kind in zip(*results, strict=True)))
 
 
 def test_info_nce_with_no_weight_has_no_gradient(gpu):

@@ -24,9 +24,12 @@ OFFICIAL = {"compat": "official", **OFFICIAL_LLM}
 # What changes the way through the model.
 WAYS = {
     "causal": {},
-    "none": {"graph_context": "none", "learned_prefix": False},
+    "causal, learned prefix": {"learned_prefix": True},
+    "learned prefix, one softmax": {"learned_prefix": True, "prefix_gate": False},
+    "none": {"graph_context": "none"},
     "prefix": {"graph_context": "prefix"},
-    "prefix, one softmax": {"graph_context": "prefix", "prefix_gate": False},
+    "both prefixes": {"graph_context": "prefix", "learned_prefix": True},
+    "both prefixes, one softmax": {"graph_context": "prefix", "learned_prefix": True, "prefix_gate": False},
     "causal, titles": {"titles": True, "max_title_tokens": 3},
     "prefix, titles": {"graph_context": "prefix", "titles": True},
     "residual": {"sequence_residual": True},
@@ -56,15 +59,15 @@ def test_alone_equals_in_a_padded_batch(settings):
 
 
 @families
-@pytest.mark.parametrize("context", ["prefix", "causal"])
-def test_families_of_models(kind, context):
-    model = recommender(kind, graph_context=context)
+@pytest.mark.parametrize("name", ["causal", "causal, learned prefix", "both prefixes"])
+def test_families_of_models(kind, name):
+    model = recommender(kind, **WAYS[name])
     together = model.embed(*flat(HISTORIES))
     alone = torch.cat([model.embed(*flat([history])) for history in HISTORIES])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["causal", "none", "causal, titles", "residual", "trained head"])
+@pytest.mark.parametrize("name", [name for name in WAYS if not {"prefix", "official"} & set(WAYS[name].values())])
 def test_every_position_is_the_query_of_the_history_up_to_it(name):
     model = recommender(**WAYS[name])
     items, mask = pad_histories(*flat(HISTORIES))
@@ -77,7 +80,7 @@ def test_every_position_is_the_query_of_the_history_up_to_it(name):
 
 def test_shared_instruction_equals_an_instruction_per_row():
     """Values and gradients of the trained parts, against one plain sequence per row."""
-    shared = recommender(prefix_gate=False, lora_dropout=0.0).double()
+    shared = recommender(learned_prefix=True, prefix_gate=False, lora_dropout=0.0).double()
     per_row = copy.deepcopy(shared)
     items, mask = pad_histories(*flat([[3, 1, 4], [1, 5, 9]]))
     cotangent = torch.randn(2, 3, 16, dtype=torch.float64)
@@ -247,7 +250,7 @@ def test_heads_with_a_table(head):
 
 
 def test_ablations_leave_their_parts_out():
-    model = recommender(graph_context="none", learned_prefix=False, lora_rank=0, tables={"text": torch.randn(6, 3)})
+    model = recommender(graph_context="none", lora_rank=0, tables={"text": torch.randn(6, 3)})
     names = {name.split(".")[0] for name in model.trainable_state_dict()}
     assert names == {"items", "query_projector", "log_scale"}
     assert model.prompted.prefix is None and scores(model, [[1, 2]]).shape == (1, 6)
@@ -523,7 +526,7 @@ def test_settings_are_those_of_the_config():
             "max_length must be at most 50, that of sequence_model, got 51",
         ),
         (
-            {"max_length": 500},
+            {"max_length": 500, "learned_prefix": True},
             r"max_length 500 makes prompts of up to 580 tokens \(500 of items\), longer than the context of 512 tokens",
         ),
         ({"tables": {}}, r"item_embeddings must hold at least one table \[items, width\], got none"),
@@ -548,13 +551,13 @@ def test_official_is_for_llama():
 
 def test_a_prefix_needs_a_model_with_projections():
     with pytest.raises(ValueError, match=r"\(GPT2LMHeadModel\) has"):
-        recommender("gpt2")
-    model = recommender("gpt2", learned_prefix=False, graph_context="none", lora_targets=("c_fc",), lora_rank=0)
+        recommender("gpt2", learned_prefix=True)
+    model = recommender("gpt2", graph_context="none", lora_targets=("c_fc",), lora_rank=0)
     assert scores(model, [[1], []]).shape == (2, NUM_ITEMS)
 
 
 def test_wrong_histories():
-    model = recommender()
+    model = recommender(learned_prefix=True)
     with pytest.raises(ValueError, match=r"items must be in \[0, 12\), got 12"):
         model.embed(*flat([[1, 12]]))
     with pytest.raises(ValueError, match="indptr must run from 0 to the number of items 2"):

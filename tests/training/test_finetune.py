@@ -137,7 +137,7 @@ def test_checkpoints_hold_only_what_is_trained(config, small_dataset, runs, tmp_
     [
         ["model.graph_context=prefix"],
         ["model.graph_context=none", "item_inputs=[sequence]"],
-        ["model.learned_prefix=false"],
+        ["model.learned_prefix=true"],
         ["model.head=trained"],
         ["model.head=frozen"],
         ["model.lora_rank=0"],
@@ -204,6 +204,7 @@ def test_plan_counts_the_work_and_changes_nothing(config, small_dataset, runs):
 
 
 def test_weight_decay_spares_vectors_and_prefixes(config, small_dataset, runs):
+    config = override_config(config, ["model.learned_prefix=true"])
     model = build_recommender_llm(config, small_dataset, load_item_inputs(config, small_dataset, **runs))
     decayed, plain = build_optimizer(config, model).param_groups
     assert decayed["weight_decay"] == config.weight_decay and plain["weight_decay"] == 0
@@ -242,6 +243,7 @@ def test_official_histories_are_cut_before_the_split(config, small_dataset, runs
 
 OFFICIAL_OVERRIDES = {
     "graph_context": "prefix",
+    "learned_prefix": "true",
     "prefix_gate": "false",
     "gram_rank": "null",
     "head": "frozen",

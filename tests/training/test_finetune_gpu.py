@@ -24,8 +24,9 @@ pytestmark = [
 ]
 MODELS = {
     "causal": {},
-    "prefix": {"graph_context": "prefix"},
-    "one-softmax": {"graph_context": "prefix", "prefix_gate": False},
+    "learned-prefix": {"learned_prefix": True},
+    "prefix": {"graph_context": "prefix", "learned_prefix": True},
+    "one-softmax": {"graph_context": "prefix", "learned_prefix": True, "prefix_gate": False},
     "titles": {"titles": True},
     "residual": {"sequence_residual": True},
 }

@@ -23,10 +23,11 @@ from hellm.training.processes import Processes, launched_processes
 WORKER = Path(__file__).with_name("finetune_worker.py")
 ROOT = Path(__file__).parents[2]
 NO_DROPOUT = ["model.lora_dropout=0", "model.prefix_dropout=0"]
+PREFIX = ["model.graph_context=prefix", "model.learned_prefix=true"]
 # 180 targets make batches of 179 and of 1, of which one of two processes has no share.
 CASES = {
     "causal": [*NO_DROPOUT, "accumulate=3", "max_grad_norm=0.5", "validate_steps=5"],
-    "prefix": [*NO_DROPOUT, "model.graph_context=prefix", "batch_size=179", "batch_tokens=99999"],
+    "prefix": [*NO_DROPOUT, *PREFIX, "batch_size=179", "batch_tokens=99999"],
 }
 
 
