@@ -344,6 +344,26 @@ class TestEvaluate:
         assert [model["kind"] for model in report["models"]] == ["baseline", "baseline"]
         assert report["best"] == "itemknn"
 
+    def test_runs_of_several_seeds_are_one_row(self, call, fails, shop, run, tmp_path):
+        other = tmp_path / "other"
+        assert call("pretrain", "--data", shop, "--out", other, *FAST, "max_epochs=1", "seed=5")[0] == 0
+        argv = [f"both={run},{other}", f"one={run}", f"{other}", "mean=popularity", "--data", shop, "--ks", "10"]
+        _, out, _ = call("evaluate", *argv)
+        assert re.search(r"both \(2 runs\) +\S+ ±", out) and "(of several runs: their t-interval)" in out
+        both, one, two, baseline = last_json(call("evaluate", *argv, "--json")[1])["models"]
+        names = [model["name"] for model in (both, one, two, baseline)]
+        assert names == ["both", "one", str(other), "mean"] and baseline["kind"] == "baseline"
+        low, high = both["confidence_intervals"]["ndcg@10"]
+        a, b = (model["metrics"]["ndcg@10"] for model in (one, two))
+        assert a != b and [seed["ndcg@10"] for seed in both["seeds"]] == [a, b]
+        assert both["metrics"]["ndcg@10"] == pytest.approx((a + b) / 2)
+        # Two runs: t of one degree of freedom, times |a - b| / sqrt(2) / sqrt(2).
+        assert (high - low) / 2 == pytest.approx(12.7062 * abs(a - b) / 2, rel=1e-4)
+        assert "seeds" not in one
+        fails("evaluate", f"x={run},popularity", "--data", shop, match="MODEL must be run directories where it is sev")
+        fails("evaluate", f"x={run}", "x=popularity", "--data", shop, match="must have a name of its own, got 'x'")
+        fails("evaluate", f"x={run},absent", "--data", shop, match="MODEL must be a run directory .* got 'absent'")
+
     def test_errors(self, fails, call, shop, run, tmp_path):
         fails("evaluate", "populariti", "--data", shop, match=r"got 'populariti'; did you mean 'popularity'\?")
         fails("evaluate", "popularity", "--data", shop, "--split", "train", match="--split must be test or valid")

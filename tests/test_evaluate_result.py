@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from hellm.evaluate import RankingResult, get_protocol, paired_bootstrap, seeds_summary
+from hellm.evaluate import RankingResult, get_protocol, mean_result, paired_bootstrap, seeds_summary
 from hellm.evaluate import result as result_module
 
 
@@ -148,3 +148,19 @@ def test_seeds_summary_without_scipy_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     with pytest.raises(ImportError, match=r'seeds_summary needs scipy: pip install "hellm\[baselines\]"'):
         seeds_summary([{"a": 1.0}, {"a": 2.0}])
+
+
+def test_mean_of_results_is_by_user():
+    mean = mean_result([make_result([0.0, 1.0, 0.5]), make_result([1.0, 1.0, 0.0])])
+    assert mean.per_user["recall@10"].tolist() == [0.5, 1.0, 0.25]
+    assert mean.metrics == {"recall@10": pytest.approx(7 / 12)} and mean.users.tolist() == [0, 1, 2]
+    for other, match in (
+        (make_result([1.0, 0.0, 1.0], split="valid"), "the same split, number 1 differs"),
+        (make_result([1.0, 0.0, 1.0], protocol="official"), "the same protocol, number 1 differs"),
+        (make_result([1.0, 0.0, 1.0], users=np.array([0, 1, 3])), "the same users and metrics, number 1 differs"),
+        (make_result([1.0, 0.0, 1.0], name="ndcg@10"), "the same users and metrics, number 1 differs"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            mean_result([make_result([0.0, 1.0, 0.5]), other])
+    with pytest.raises(ValueError, match="results must have at least one, got none"):
+        mean_result([])

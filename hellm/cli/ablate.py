@@ -187,17 +187,19 @@ def _intervals(tests: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]
 
 def _test_result(row: Mapping[str, Any], protocol, out: Path):
     """The row's test with each user's mean over the seeds; None where a run has no values of single users."""
-    from hellm.evaluate import RankingResult
+    from hellm.evaluate import RankingResult, mean_result
     from hellm.training.ablation import read_test_users
 
     found = [read_test_users(out / one["run"]) for one in row["runs"].values()]
     if any(one is None for one in found):
         return None
-    users = found[0][0]
-    per_user = {name: np.mean([values[name] for _, values in found], axis=0) for name in found[0][1]}
-    metrics = {name: float(values.mean()) for name, values in per_user.items()}
     num_items = next(iter(row["runs"].values()))["test"]["num_items"]
-    return RankingResult(metrics, per_user, users, num_items, protocol, "test")
+    return mean_result(
+        [
+            RankingResult({name: float(one.mean()) for name, one in values.items()}, values, users, num_items, protocol)
+            for users, values in found
+        ]
+    )
 
 
 def _differences(row: Mapping[str, Any], full: Mapping[str, Any], a, b) -> dict[str, dict[str, Any]]:

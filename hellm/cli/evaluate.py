@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ _BASELINES = ("popularity", "itemknn", "bpr", "als")
 def run(argv: Sequence[str]) -> int:
     parser = new_parser(
         "evaluate",
-        "RUN_OR_BASELINE ... --data DIR [options]",
+        "MODEL ... --data DIR [options]",
         "Score run directories and baselines on the same users of the same split, in one table with confidence "
         f"intervals and paired differences to the best. Baselines: {', '.join(_BASELINES)} (all but popularity need "
-        'pip install "hellm[baselines]"). Runs with model.backbone=lightgcn or mf and no hypergraphs serve as those.',
+        'pip install "hellm[baselines]"). Runs with model.backbone=lightgcn or mf and no hypergraphs serve as those. '
+        "NAME=RUN,RUN,... is one row of several runs, say of other seeds: their mean, with an interval over them.",
     )
-    parser.add_argument("models", nargs="+", type=str, metavar="RUN_OR_BASELINE", help="run directory or baseline name")
+    parser.add_argument("models", nargs="+", type=str, metavar="MODEL", help="run directory, baseline or NAME=RUN,...")
     parser.add_argument("--data", required=True, metavar="DIR", help="data set, the one that the runs were trained on")
     parser.add_argument("--split", default="test", metavar="NAME", help="held-out events to score: test or valid")
     parser.add_argument(
@@ -43,13 +45,12 @@ def run(argv: Sequence[str]) -> int:
         raise ValueError(f"--split must be test or valid, got {args.split!r}")
     from hellm.data import load_dataset
 
-    for name in args.models:
-        _kind(name)
+    models = _named(args.models)
     # Here --split names the held-out events; how the data are split is --data-split, or as the runs have it.
-    split = args.data_split or _split_of_runs(args.models)
+    split = args.data_split or _split_of_runs([one for runs in models.values() for one in runs])
     dataset = load_dataset(args.data, **reading_options(args) | {"split": split})
     comparison = compare(
-        args.models,
+        models,
         dataset,
         split=args.split,
         protocol=args.protocol,
@@ -66,7 +67,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def compare(
-    models: Sequence[str],
+    models: Sequence[str] | Mapping[str, Sequence[str]],
     dataset,
     *,
     split: str = "test",
@@ -78,28 +79,36 @@ def compare(
 ) -> dict[str, Any]:
     """Evaluate run directories and named baselines alike.
 
-    The last of `ks` of the first of `metrics` decides which is the best; each other one is compared with it on the
-    same users by paired bootstrap. Runs are scored on `device`, baselines on the CPU.
+    A mapping gives rows their names, and to each one run or several, whose mean it shows. The last of `ks` of the first
+    of `metrics` decides which is the best; each other one is compared with it on the same users by paired bootstrap.
+    Runs are scored on `device`, baselines on the CPU.
 
     Returns: plain values: data, split, protocol, best, compared (the deciding metric), per model its metrics,
-        intervals, users_per_second and difference_to_best, and a verdict on each language model: whether it beats the
-        best of the others, and at what speed.
-    Raises: ValueError, an unknown baseline or metric, a run of other data, or a device that is not there.
+        intervals (over users, or over the runs where there are several), "seeds" (metrics of each run, then),
+        users_per_second (of the median run) and difference_to_best, and a verdict on each language model: whether it
+        beats the best of the others, and at what speed.
+    Raises: ValueError, an unknown baseline or metric, a run of other data, or a device that is not there; ImportError,
+        several runs in a row without scipy.
     """
-    from hellm.evaluate import evaluate_dataset, paired_bootstrap
+    from hellm.evaluate import evaluate_dataset, mean_result, paired_bootstrap, seeds_summary
     from hellm.training.stage import resolve_device
 
     device = resolve_device(device)
-    models = list(dict.fromkeys(models))
-    kinds = {name: _kind(name) for name in models}
-    results, speeds = {}, {}
-    for name in models:
-        scorer = _run_scorer(name, dataset, split, device) if kinds[name] == "run" else _baseline(name, dataset, seed)
-        started = time.perf_counter()
-        results[name] = evaluate_dataset(scorer, dataset, split=split, protocol=protocol, ks=ks)
-        speeds[name] = results[name].num_users / (time.perf_counter() - started)
+    models = dict(models) if isinstance(models, Mapping) else {name: [name] for name in models}
+    kinds = {name: _kind(runs[0]) for name, runs in models.items()}
+    if any(len(runs) > 1 for runs in models.values()):
+        seeds_summary([{}, {}])  # a missing package shows now, not after the scoring
+    single, results, speeds = {}, {}, {}
+    for name, runs in models.items():
+        single[name], speed = [], []
+        for one in runs:
+            scorer = _run_scorer(one, dataset, split, device) if kinds[name] == "run" else _baseline(one, dataset, seed)
+            started = time.perf_counter()
+            single[name].append(evaluate_dataset(scorer, dataset, split=split, protocol=protocol, ks=ks))
+            speed.append(len(single[name][-1].users) / (time.perf_counter() - started))
+        results[name], speeds[name] = mean_result(single[name]), statistics.median(speed)
     shown = [f"{metric}@{k}" for k in sorted(set(ks)) for metric in metrics]
-    first = results[models[0]]
+    first = next(iter(results.values()))
     for name in shown:
         if name not in first.per_user:
             known = dict.fromkeys(one.partition("@")[0] for one in first.per_user)
@@ -107,9 +116,16 @@ def compare(
     decisive = f"{metrics[0]}@{max(ks)}"
     best = max(models, key=lambda name: results[name].metrics[decisive])
     rows = []
-    for name in models:
-        row = {"name": name, "kind": kinds[name], "stage": _stage(name, kinds[name])}
+    for name, runs in models.items():
+        row = {"name": name, "kind": kinds[name], "stage": _stage(runs[0], kinds[name])}
         row |= results[name].to_dict(level=0.95, seed=seed)
+        if len(runs) > 1:
+            row["seeds"] = [one.metrics for one in single[name]]
+            over_seeds = seeds_summary(row["seeds"])
+            row["confidence_intervals"] = {
+                metric: [over_seeds[metric]["low"], over_seeds[metric]["high"]]
+                for metric in row["confidence_intervals"]
+            }
         row |= {"users_per_second": speeds[name], "difference_to_best": None}
         if name != best:
             row["difference_to_best"] = vars(paired_bootstrap(results[name], results[best], decisive, seed=seed))
@@ -149,9 +165,11 @@ def print_comparison(comparison: dict[str, Any]) -> None:
         for name in shown:
             low, high = model["confidence_intervals"][name]
             cells.append(f"{model['metrics'][name]:.4f} ±{(high - low) / 2:.4f}")
-        rows.append([model["name"], *cells, _difference(model), f"{model['users_per_second']:,.0f}"])
+        several = f" ({len(model['seeds'])} runs)" if "seeds" in model else ""
+        rows.append([model["name"] + several, *cells, _difference(model), f"{model['users_per_second']:,.0f}"])
     print(table(("model", *shown, f"{decisive} - best", "users/s"), rows))
-    print("± is half the 95% bootstrap interval over users; differences to the best are paired, user by user.")
+    over_runs = " (of several runs: their t-interval)" if any("seeds" in one for one in comparison["models"]) else ""
+    print(f"± is half the 95% bootstrap interval over users{over_runs}; differences to the best are paired by user.")
     for verdict in comparison["verdicts"]:
         print(verdict)
 
@@ -185,6 +203,21 @@ def _difference(model: dict[str, Any]) -> str:
     return f"{difference['difference']:+.4f} [{low:+.4f}, {high:+.4f}]{verdict}"
 
 
+def _named(models: Sequence[str]) -> dict[str, list[str]]:
+    """Row -> its runs, of what was given on the command line."""
+    rows = {}
+    for given in models:
+        name, sign, runs = given.partition("=")
+        runs = list(dict.fromkeys(runs.split(","))) if sign and not Path(given).is_dir() else [given]
+        name = given if runs == [given] else name
+        if len(runs) > 1 and "baseline" in map(_kind, runs):
+            raise ValueError(f"MODEL must be run directories where it is several, got {given!r}")
+        if rows.setdefault(name, runs) != runs:
+            raise ValueError(f"MODEL must have a name of its own, got {name!r} for two")
+        _kind(runs[0])
+    return rows
+
+
 def _kind(name: str) -> str:
     if name in _BASELINES:
         return "baseline"
@@ -192,7 +225,7 @@ def _kind(name: str) -> str:
         return "run"
     nearest = difflib.get_close_matches(name, _BASELINES, n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"RUN_OR_BASELINE must be a run directory or one of {', '.join(_BASELINES)}, got {name!r}{hint}")
+    raise ValueError(f"MODEL must be a run directory or one of {', '.join(_BASELINES)}, got {name!r}{hint}")
 
 
 def _baseline(name: str, dataset, seed: int):

@@ -6,7 +6,7 @@ from .datasets import evaluate_dataset
 from .histories import HistoryModel, HistoryScorer, evaluate_histories
 from .protocols import PROTOCOLS, Protocol, get_protocol
 from .ranking import Scorer, ranking_metrics, top_items
-from .result import PairedComparison, RankingResult, paired_bootstrap, seeds_summary
+from .result import PairedComparison, RankingResult, mean_result, paired_bootstrap, seeds_summary
 
 __all__ = [
     "PROTOCOLS",
@@ -19,6 +19,7 @@ __all__ = [
     "evaluate_dataset",
     "evaluate_histories",
     "get_protocol",
+    "mean_result",
     "paired_bootstrap",
     "ranking_metrics",
     "seeds_summary",

@@ -6,7 +6,7 @@ Shape letters: U evaluated users, M metrics, S bootstrap samples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -134,6 +134,27 @@ def paired_bootstrap(
     means = _bootstrap_means(differences[:, None], num_samples, seed)
     low, high = _percentile_interval(means, level)
     return PairedComparison(metric, float(differences.mean()), float(low[0]), float(high[0]), level, a.num_users)
+
+
+def mean_result(results: Sequence[RankingResult]) -> RankingResult:
+    """Each user's mean over results of the same users, split, protocol and metrics, for instance of several seeds.
+
+    Raises: ValueError, no results, or results that differ in one of these.
+    """
+    if not results:
+        raise ValueError("results must have at least one, got none")
+    first = results[0]
+    for place, one in enumerate(results):
+        for what in ("split", "protocol", "num_items"):
+            if getattr(one, what) != getattr(first, what):
+                raise ValueError(f"results must have the same {what}, number {place} differs from the first")
+        if not np.array_equal(one.users, first.users) or list(one.metrics) != list(first.metrics):
+            raise ValueError(f"results must be of the same users and metrics, number {place} differs from the first")
+    return replace(
+        first,
+        metrics={name: float(np.mean([one.metrics[name] for one in results])) for name in first.metrics},
+        per_user={name: np.mean([one.per_user[name] for one in results], axis=0) for name in first.per_user},
+    )
 
 
 def seeds_summary(runs: Sequence[Mapping[str, float]], *, level: float = 0.95) -> dict[str, dict[str, float]]:
