@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import ROOT, commit, cpu_name, gpu_versions, write_json
+from hellm._devices import no_cuda_reason
 from hellm.ops import _backends
 
 OUT = ROOT / "benchmarks" / "results" / "gpu.json"
@@ -569,7 +570,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.record.pop("current", None)
         results.keep()
         return 0
-    if torch.device(options.device).type == "cuda" and (reason := _backends.no_cuda_reason()):
+    if torch.device(options.device).type == "cuda" and (reason := no_cuda_reason()):
         parser.error(reason)
     every = [name for name, _ in _cases(argparse.Namespace(**{**vars(options), "only": None}))]
     if unknown := [part for part in options.only or () if not any(part in name for name in every)]:

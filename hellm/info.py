@@ -90,7 +90,8 @@ def _cpu_model() -> str:
 
 
 def _backends() -> list[dict[str, Any]]:
-    from hellm.ops._backends import BACKENDS, no_cuda_reason, untested, unusable
+    from hellm._devices import no_cuda_reason
+    from hellm.ops._backends import BACKENDS, untested, unusable
 
     rows = []
     for device in ("cpu", "cuda"):

@@ -13,6 +13,7 @@ import pytest
 from command_line import last_json
 from saved_llm import save_tiny_llm
 
+from hellm import _devices
 from hellm.cli import VERBS, main
 from hellm.cli._output import duration, table
 
@@ -316,7 +317,6 @@ class TestEvaluate:
 
     def test_device_is_that_of_the_scorer(self, fails, call, shop, run, monkeypatch):
         from hellm.recommend import Recommender
-        from hellm.training import stage
 
         report = [
             last_json(call("evaluate", run, "--data", shop, "--device", one, "--json")[1]) for one in ("auto", "cpu")
@@ -333,7 +333,7 @@ class TestEvaluate:
         )
         fails("evaluate", run, "--data", shop, "--device", "cuda:77", match="device must be usable, got 'cuda:77'")
         asked, original = [], Recommender.scorer
-        monkeypatch.setattr(stage, "resolve_device", lambda name: "cuda:1" if name == "cuda" else name)
+        monkeypatch.setattr(_devices, "resolve_device", lambda name: "cuda:1" if name == "cuda" else name)
         monkeypatch.setattr(Recommender, "scorer", lambda self, *where: asked.append(where) or original(self, where[0]))
         assert call("evaluate", run, "--data", shop, "--device", "cuda")[0] == 0
         assert asked == [("test", "cuda:1")]

@@ -51,6 +51,8 @@ def test_errors_exit_with_2_and_leave_nothing(shop, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["features", shop, "--out", str(out), "--text", "/nowhere", "--cache", str(tmp_path / "cache")]) == 2
     assert "hellm: error: text encoder /nowhere: no such folder" in capsys.readouterr().err
+    assert main(["features", shop, "--out", str(out), "--device", "cuda:77"]) == 2
+    assert "hellm: error: device must be usable, got 'cuda:77'" in capsys.readouterr().err
     assert main(["features", shop, "--out", str(out), "--text", "none", "--image", "none"]) == 2
     assert "leaves nothing to encode: its items have text and image" in capsys.readouterr().err
     assert not out.exists()

@@ -90,8 +90,8 @@ def compare(
     Raises: ValueError, an unknown baseline or metric, a run of other data, or a device that is not there; ImportError,
         several runs in a row without scipy.
     """
+    from hellm._devices import resolve_device
     from hellm.evaluate import evaluate_dataset, mean_result, paired_bootstrap, seeds_summary
-    from hellm.training.stage import resolve_device
 
     device = resolve_device(device)
     models = dict(models) if isinstance(models, Mapping) else {name: [name] for name in models}

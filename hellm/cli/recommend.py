@@ -35,8 +35,8 @@ def run(argv: Sequence[str]) -> int:
     given = [name for name in ("users", "history", "similar_to") if args[name] is not None]
     if len(given) != 1:
         raise ValueError(f"give one of --users, --history and --similar-to, got {len(given)} of them")
+    from hellm._devices import resolve_device
     from hellm.recommend import Recommender
-    from hellm.training.stage import resolve_device
 
     recommender = Recommender.load(args.run, device=resolve_device(args.device))
     if args.similar_to is not None:

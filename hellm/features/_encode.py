@@ -21,7 +21,6 @@ __all__ = [
     "load_transformers",
     "pooled",
     "require",
-    "resolve_device",
 ]
 
 INSTALL = 'pip install "hellm[encoders]"'
@@ -137,11 +136,3 @@ def require(kind: str, name: str, package: str, load: Callable[[], Any]) -> Any:
 def check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-
-
-def resolve_device(device: str) -> str:
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from hellm._devices import resolve_device
 from hellm.data import ItemFeatures
 from hellm.features._encode import (
     check_batch_size,
@@ -24,7 +25,6 @@ from hellm.features._encode import (
     load_transformers,
     pooled,
     require,
-    resolve_device,
 )
 from hellm.features.cache import FeatureCache, content_key, encoder_key
 

@@ -56,20 +56,6 @@ def triton() -> ModuleType | ImportError:
     return module
 
 
-def no_cuda_reason() -> str | None:
-    """Why torch has no GPU here: its build, no driver, a driver that is too old; None where it has one."""
-    if torch.cuda.is_available():
-        return None
-    if torch.version.cuda is None and torch.version.hip is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    try:
-        torch.cuda.init()
-    except RuntimeError as error:
-        # Its first sentence names the versions of a driver that is too old.
-        return f"torch sees no CUDA device: {str(error).splitlines()[0]}"
-    return "torch sees no CUDA device"
-
-
 def unusable(name: str, device: torch.device | str) -> str | None:
     """Why backend `name` cannot run on a device ("cpu", "cuda", "cuda:1"); None if it can."""
     if name == "torch":

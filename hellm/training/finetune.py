@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hellm._devices import resolve_device
 from hellm._files import atomic_path
 from hellm.config import FinetuneConfig
 from hellm.data import Dataset
@@ -33,7 +34,6 @@ from hellm.training.stage import (
     open_run,
     readable_memory_errors,
     resolve_common,
-    resolve_device,
     tensorboard,
     write_curves,
 )

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from hellm._devices import resolve_device
 from hellm._files import atomic_path
 from hellm.data import Dataset, load_dataset
-from hellm.ops._backends import no_cuda_reason
 from hellm.training.loop import Progress
 from hellm.training.plots import plot_curves
 from hellm.training.processes import Processes
@@ -28,7 +28,6 @@ __all__ = [
     "open_run",
     "readable_memory_errors",
     "resolve_common",
-    "resolve_device",
     "tensorboard",
     "write_curves",
 ]
@@ -134,25 +133,6 @@ def resolve_common(config: ConfigT, dataset: Dataset) -> tuple[ConfigT, list[str
     if not (dataset.split == 1).any():
         notes.append("no validation events: trained for max_epochs, the last weights are kept")
     return replace(config, device=resolve_device(config.device)), notes
-
-
-def resolve_device(name: str) -> str:
-    """`name` with "auto" decided. Raises: ValueError, another device than CPU and CUDA, or one that is not there."""
-    if name == "auto":
-        return "cpu" if no_cuda_reason() else "cuda"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        kind = None
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f'device must be "auto", "cpu", "cuda" or "cuda:N", got {name!r}')
-    reason = no_cuda_reason() if kind == "cuda" else None
-    if reason is not None:
-        raise ValueError(f"device must be usable, got {name!r}: {reason}")
-    count, index = torch.cuda.device_count(), torch.device(name).index
-    if kind == "cuda" and index is not None and index >= count:
-        raise ValueError(f"device must be usable, got {name!r} where torch sees {count} CUDA device(s)")
-    return name
 
 
 @contextlib.contextmanager

@@ -253,21 +253,3 @@ def test_devices_may_not_be_mixed():
     ):
         with pytest.raises(ValueError, match=message):
             call()
-
-
-def test_why_there_is_no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert _backends.no_cuda_reason() is None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert _backends.no_cuda_reason() == f"torch {torch.__version__} is built without CUDA"
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-
-    def init():
-        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nUpdate it.")
-
-    monkeypatch.setattr(torch.cuda, "init", init)
-    reason = "torch sees no CUDA device: The NVIDIA driver on your system is too old (found version 11040)."
-    assert _backends.no_cuda_reason() == reason
-    monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    assert _backends.no_cuda_reason() == "torch sees no CUDA device"
