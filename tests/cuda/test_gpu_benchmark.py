@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import environment, gpu, gpu_build, gpu_cases, gpu_report
+from benchmarks import environment, gpu, gpu_build, gpu_cases, gpu_report, gpu_timing
 
 CPU = torch.device("cpu")
 FAKE_CASES = """
@@ -170,23 +170,25 @@ def test_without_a_gpu_it_says_why(capsys):
 
 
 def test_a_wrong_implementation_gets_no_time():
-    timer = gpu.Timer(CPU, True)
-    found = gpu.measure_entry(timer, lambda: [torch.ones(3)], [torch.full((3,), 1.1).double()], 1e-3, False)
+    timer = gpu_timing.Timer(CPU, True)
+    found = gpu_timing.measure_entry(timer, lambda: [torch.ones(3)], [torch.full((3,), 1.1).double()], 1e-3, False)
     assert found["failure"] == "error 9.1e-02 > 1e-03"
     assert "seconds" not in found
-    failed = gpu.measure_entry(timer, lambda: torch.ones(2) @ torch.ones(3), None, 1e-3, False)
+    failed = gpu_timing.measure_entry(timer, lambda: torch.ones(2) @ torch.ones(3), None, 1e-3, False)
     assert failed["failure"].startswith("RuntimeError")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_result_that_is_not_finite_is_a_failure(value):
     for truth in (None, [torch.ones(2).double()]):
-        found = gpu.measure_entry(gpu.Timer(CPU, True), lambda: [torch.tensor([1.0, value])], truth, 1e-3, False)
+        found = gpu_timing.measure_entry(
+            gpu_timing.Timer(CPU, True), lambda: [torch.tensor([1.0, value])], truth, 1e-3, False
+        )
         assert found == {"failure": "not finite", "error": None}
 
 
 def test_a_failed_capture_keeps_the_eager_times():
-    class Pretended(gpu.Timer):
+    class Pretended(gpu_timing.Timer):
         """Times on the CPU, captures like a GPU."""
 
         def measure(self, run, names=("warm", "flushed", "eager")):
@@ -200,7 +202,7 @@ def test_a_failed_capture_keeps_the_eager_times():
 
     timer = Pretended(CPU, True)
     timer.cuda = True
-    found = gpu.measure_entry(timer, lambda: [torch.ones(2)], [torch.ones(2).double()], 1e-3, True)
+    found = gpu_timing.measure_entry(timer, lambda: [torch.ones(2)], [torch.ones(2).double()], 1e-3, True)
     assert found["failure"] is None and found["seconds"]["warm"]["median"] == 1e-3
     assert found["graph_failure"] == "RuntimeError: operation not permitted when stream is capturing"
 
@@ -328,7 +330,7 @@ def test_info_nce_peers_agree_with_the_definition():
     case = gpu_cases._info_nce(CPU, 70, 16, 0.2)
     for entry in case.entries:
         if entry.kind != "compile" and "attentions" not in entry.label:
-            assert gpu.worst_error([t.detach() for t in entry.run()], case.truth) <= entry.tolerance, entry.label
+            assert gpu_timing.worst_error([t.detach() for t in entry.run()], case.truth) <= entry.tolerance, entry.label
 
 
 def test_attention_composites_agree_with_the_definition():
@@ -343,7 +345,7 @@ def test_attention_composites_agree_with_the_definition():
     case = gpu_cases._info_nce(CPU, 300, 64, 0.2)
     views = [view.detach() for view in gpu_cases.inputs.views(300, 64)]
     for found in (gpu_cases.composite(*views, 0.2, attend), gpu_cases.flex_composite(*views, 0.2)):
-        assert gpu.worst_error(found, case.truth) < 1e-3
+        assert gpu_timing.worst_error(found, case.truth) < 1e-3
 
 
 def test_pyg_computes_what_it_is_compared_with():
@@ -351,14 +353,14 @@ def test_pyg_computes_what_it_is_compared_with():
     case = gpu_cases._conv_pyg(CPU, "tiny")
     (peer,) = (entry for entry in case.entries if "torch_geometric" in entry.label)
     found = [t.detach() for t in peer.run()]
-    assert len(found) == 2 and gpu.worst_error(found, case.truth) < 1e-5
+    assert len(found) == 2 and gpu_timing.worst_error(found, case.truth) < 1e-5
 
 
 def test_a_peer_that_cannot_be_imported_costs_its_entry(monkeypatch):
     monkeypatch.setitem(gpu.sys.modules, "torch_geometric.nn", None)
     case = gpu_cases._conv_pyg(CPU, "tiny")
     (peer,) = (entry for entry in case.entries if "torch_geometric" in entry.label)
-    found = gpu.measure_entry(gpu.Timer(CPU, True), peer.run, case.truth, peer.tolerance, False)
+    found = gpu_timing.measure_entry(gpu_timing.Timer(CPU, True), peer.run, case.truth, peer.tolerance, False)
     assert found["failure"].startswith("ModuleNotFoundError")
 
 
