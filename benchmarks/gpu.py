@@ -71,7 +71,7 @@ def failures(record: dict[str, Any]) -> list[str]:
     """What went wrong, by the rules of the exit code."""
     found = [f"{step}: {text}" for step, text in record["failures"].items()]
     found += [
-        f"selftest: {row['backend']} {row['op']} {row['dtype']} {row['case']}"
+        f"selftest: {row['backend']} {row['op']} {row['dtype']} {row['case']}: {row['failure'] or row['worst_error']}"
         for row in record.get("selftest", [])
         if not row["ok"]
     ]
@@ -124,7 +124,12 @@ def nvidia_smi(query: str) -> str | None:
 
 
 def build(options: argparse.Namespace, results: Results) -> None:
-    """Compile the extension for the GPU at hand; later children load it."""
+    """Compile the extension for the GPU at hand; later children load it.
+
+    Where it was not asked for, only if there is no extension for that GPU yet: no later step can do without.
+    """
+    if options.steps and "build" not in options.steps and _backends.unusable("cuda", options.device) is None:
+        return
     from benchmarks import gpu_build
 
     seconds = max(1.0, min(900.0, options.deadline - time.time()))
@@ -167,11 +172,18 @@ def tests(options: argparse.Namespace, results: Results) -> None:
         seconds = _share(options, 300.0)
         results.at(seconds + 60.0, step="tests")
         command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=10", "-m", "gpu"]
-        command += ["-p", "no:cacheprovider", *(["tests/cuda"] if name != "others" else others)]
+        command += [
+            "-p",
+            "no:cacheprovider",
+            "--continue-on-collection-errors",
+            *(["tests/cuda"] if name != "others" else others),
+        ]
         start = time.perf_counter()
         status, output = bounded(command, seconds, {} if name == "others" else {"HELLM_TEST_BACKEND": name})
         outcomes = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", output, re.MULTILINE)
-        failed = sorted({test for test, outcome in outcomes if outcome in ("FAILED", "ERROR")})
+        failed = {test for test, outcome in outcomes if outcome in ("FAILED", "ERROR")}
+        # A file that cannot be imported is told of at the end, and the others run.
+        failed = sorted(failed | set(re.findall(r"^ERROR (\S+\.py)(?= - |$)", output, re.MULTILINE)))
         passed = sum(outcome == "PASSED" for _, outcome in outcomes)
         found[name] = {"status": status, "passed": passed, "failed": failed, "output": output[-6000:]}
         found[name]["seconds"] = time.perf_counter() - start
@@ -376,6 +388,8 @@ def _run_steps(
     record = {"schema": 2, "kind": "gpu", "environment": {}, "failures": {}, "cases": [], "not_run": []}
     write_json(path, record | {"started": now})
     supervise("describe", arguments, options, path)
+    if torch.device(options.device).type == "cuda":
+        steps = ["build", *steps]
     for step in (step for step in STEPS if step in steps):
         if time.time() < options.deadline:
             supervise(step, arguments, options, path)

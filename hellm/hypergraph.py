@@ -333,12 +333,16 @@ def _checked_features(features: Mapping[str, Tensor], masks: Mapping[str, Tensor
         first = next(iter(blocks.values()), x)
         if x.shape[0] != first.shape[0]:
             raise ValueError(f"features[{modality!r}] must have {first.shape[0]} rows, got {x.shape[0]}")
+        if x.device != first.device:
+            raise ValueError(f"features[{modality!r}] must be on {first.device} like the first, got {x.device}")
         if masks is not None and modality in masks:
             mask = torch.as_tensor(masks[modality])
             if mask.shape != x.shape[:1] or mask.dtype != torch.bool:
                 raise ValueError(
                     f"masks[{modality!r}] must be [{x.shape[0]}] bool, got {tuple(mask.shape)} {mask.dtype}"
                 )
+            if mask.device != x.device:
+                raise ValueError(f"masks[{modality!r}] must be on {x.device} like the features, got {mask.device}")
             x = torch.where(mask.unsqueeze(1), x, torch.zeros((), dtype=x.dtype))
         blocks[modality] = x
     return blocks

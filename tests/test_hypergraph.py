@@ -265,6 +265,16 @@ X = torch.ones(3, 2)
             {"masks": {"image": torch.ones(3)}},
             r"masks\['image'\] must be \[3\] bool, got \(3,\) torch.float32",
         ),
+        (
+            {"image": X},
+            {"masks": {"image": torch.ones(3, dtype=torch.bool, device="meta")}},
+            r"masks\['image'\] must be on cpu like the features, got meta",
+        ),
+        (
+            {"image": X, "text": X.to("meta")},
+            {},
+            r"features\['text'\] must be on cpu like the first, got meta",
+        ),
         ({"image": X}, {"k": 4}, r"features\['image'\]: k must be between 1 and the number of rows 3, got 4"),
         ({"text": X / 0}, {}, r"features\['text'\]: x must be finite, got NaN or infinity first in row 0"),
     ],

@@ -84,6 +84,7 @@ def row(ok: bool) -> dict:
         "worst_error": 3.2e-7 if ok else 0.5,
         "budget": 1e-5,
         "ok": ok,
+        "failure": None if ok else "RuntimeError: no such kernel",
         "seconds": 0.1,
     }
 
@@ -96,6 +97,7 @@ def test_selftest_table_and_exit_code(capsys, monkeypatch, rows, code, text):
     assert main(["info", "--selftest"]) == code
     out = capsys.readouterr().out
     assert text in out and ("3.2e-07" in out and "N 97, D 67, high" in out)
+    assert ("N 97, D 67, high: RuntimeError: no such kernel" in out) == (code == 1)
     assert main(["info", "--selftest", "--json"]) == code
     assert json.loads(capsys.readouterr().out)["selftest"] == rows
 

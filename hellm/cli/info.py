@@ -63,7 +63,7 @@ def _selftest_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['worst_error']:.1e}",
             f"{row['budget']:.1e}",
             "ok" if row["ok"] else "FAILED",
-            row["case"],
+            f"{row['case']}: {row['failure']}" if row["failure"] else row["case"],
         ]
         for row in rows
     ]

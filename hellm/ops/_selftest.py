@@ -1,7 +1,7 @@
 """Checks every usable backend and instruction set on this machine against the definitions in float64.
 
-GPU backends are checked one process each, since a kernel that goes astray leaves a process no usable GPU:
-python -m hellm.ops._selftest BACKEND DEVICE [small] prints the records of one, a line of JSON each.
+Operators of GPU backends are checked in processes of their own, since a kernel that goes astray leaves a process no
+usable GPU: python -m hellm.ops._selftest BACKEND DEVICE [SIZE [OPERATOR]] prints the records, a line of JSON each.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import contextlib
 import functools
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +59,8 @@ def selftest(*, seconds: float = 600.0) -> list[dict[str, Any]]:
         One record for each backend, instruction set, operator and dtype: "backend", "instruction_set" (on a GPU its
         architecture, "sm_90"; None for plain torch on the CPU), "op", "dtype", "case" (the inputs that came nearest to
         their budget), "worst_error" (the largest difference from float64 there, relative to the largest value),
-        "budget" (what it may be), "ok", "seconds". A GPU backend whose process died or took too long has a record
-        more, with "op" "process".
+        "budget" (what it may be), "ok", "failure" (what was raised, if so), "seconds". An operator of a GPU backend
+        whose process died or took too long has a record more, with "dtype" "-".
     """
     found = []
     for backend, instruction_set in _cpu_kernels():
@@ -73,8 +75,20 @@ def selftest(*, seconds: float = 600.0) -> list[dict[str, Any]]:
 
 
 def isolated(backend: str, device: str, seconds: float, size: str = "large") -> list[dict[str, Any]]:
-    """The records of one backend from a process of its own, and a failed one more if that did not end well."""
-    command = [*_COMMAND, backend, device, size]
+    """The records of one backend: of each operator from a process of its own, as many at a time as there are cores.
+
+    Most of the time goes into compilation, where there is one.
+    """
+    operators = list(dict.fromkeys(case.op for case in _cases(size)))
+    deadline = time.monotonic() + seconds
+    with ThreadPoolExecutor(min(len(operators), os.cpu_count() or 1)) as pool:
+        rows = pool.map(lambda op: _apart(op, (backend, device, size, op), deadline - time.monotonic()), operators)
+        return [row for one in rows for row in one]
+
+
+def _apart(op: str, arguments: Sequence[str], seconds: float) -> list[dict[str, Any]]:
+    """The records of an operator from a process of its own, and a failed one more if that did not end well."""
+    command, seconds = [*_COMMAND, *arguments], max(seconds, 0.0)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
         out, failure = done.stdout, f"exit status {done.returncode}: {done.stderr[-500:]}" if done.returncode else None
@@ -83,7 +97,7 @@ def isolated(backend: str, device: str, seconds: float, size: str = "large") -> 
     # What was cut off in the middle of a line is none.
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
     if failure is not None or not rows:
-        rows.append({"op": "process", "dtype": "-", "case": failure or "it printed nothing"})
+        rows.append({"op": op, "dtype": "-", "case": "its process", "failure": failure or "it printed nothing"})
         rows[-1] |= {"worst_error": float("inf"), "budget": 0.0, "ok": False, "seconds": 0.0}
     return rows
 
@@ -104,9 +118,11 @@ def _cpu_kernels() -> Iterator[tuple[str, str | None]]:
         yield "torch", None
 
 
-def _check_all(device: str, size: str) -> Iterator[dict[str, Any]]:
+def _check_all(device: str, size: str, operator: str | None = None) -> Iterator[dict[str, Any]]:
     """The records of the backend in use; for each operator and dtype, the case that came nearest to its budget."""
     for op, cases in itertools.groupby(_cases(size), lambda case: case.op):
+        if operator not in (None, op):
+            continue
         cases = list(cases)
         for dtype in _DTYPES:
             start = time.perf_counter()
@@ -122,11 +138,12 @@ def _check_all(device: str, size: str) -> Iterator[dict[str, Any]]:
 
 def _check(case: Case, device: str, dtype: torch.dtype) -> dict[str, Any]:
     budget = 1e-10 if dtype == torch.float64 else max(32 * torch.finfo(dtype).eps, case.budget)
+    failure = None
     try:
         error = _worst_error(case, [x.to(device, dtype) for x in case.inputs])
-    except Exception:  # a kernel that cannot run is a finding, not the end of the test
-        error = float("inf")
-    return {"case": case.name, "worst_error": error, "budget": budget, "ok": error <= budget}
+    except Exception as raised:  # a kernel that cannot run is a finding, not the end of the test
+        error, failure = float("inf"), f"{type(raised).__name__}: {str(raised)[:300]}"
+    return {"case": case.name, "worst_error": error, "budget": budget, "ok": error <= budget, "failure": failure}
 
 
 @functools.lru_cache(maxsize=1)
@@ -283,7 +300,7 @@ def _outputs_and_gradients(function: Function, inputs: list[Tensor]) -> list[Ten
 
 
 if __name__ == "__main__":
-    name, where, size = (*sys.argv[1:], "large")[:3]
+    name, where, *which = sys.argv[1:]
     with ops.backend(name):
-        for record in _check_all(where, size):
+        for record in _check_all(where, *(which or ["large"])):
             print(json.dumps(record), flush=True)

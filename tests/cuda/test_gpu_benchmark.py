@@ -65,7 +65,7 @@ def results(tmp_path) -> gpu.Results:
     return gpu.Results(tmp_path / "gpu.json")
 
 
-OPTIONS = gpu.argparse.Namespace(device="cpu", deadline=math.inf)
+OPTIONS = gpu.argparse.Namespace(device="cpu", deadline=math.inf, steps=None)
 
 
 def entries_of(run: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -234,6 +234,7 @@ def test_a_command_is_stopped_and_what_it_printed_is_kept():
 
 def test_tests_of_every_backend_are_recorded_by_name(results, monkeypatch):
     said = "tests/cuda/a.py::one[cuda-1] PASSED [ 10%]\ntests/cuda/a.py::two FAILED [ 20%]\n"
+    said += "=== short test summary info ===\nERROR tests/test_b.py - ModuleNotFoundError: No module named 'polars'\n"
     asked = []
 
     def bounded(command, seconds, environment):
@@ -245,7 +246,7 @@ def test_tests_of_every_backend_are_recorded_by_name(results, monkeypatch):
     gpu.tests(OPTIONS, results)
     assert asked == ["cuda", "triton", None]
     found = results.record["tests"]
-    assert found["cuda"]["passed"] == 1 and found["cuda"]["failed"] == ["tests/cuda/a.py::two"]
+    assert found["cuda"]["passed"] == 1 and found["cuda"]["failed"] == ["tests/cuda/a.py::two", "tests/test_b.py"]
     assert results.record["not_run"] == ["tests triton: stopped after 300 s"]
     assert gpu.failures(results.record) == ["tests: cuda", "tests: triton", "tests: others"]
 
@@ -254,12 +255,13 @@ def test_the_selftest_is_recorded_and_kept_for_this_machine(results, monkeypatch
     from hellm.ops import _selftest, _verified
 
     row = {"op": "knn", "dtype": "float32", "case": "N 97", "worst_error": math.inf, "ok": False}
+    row["failure"] = "RuntimeError: no such kernel"
     kept = []
     monkeypatch.setattr(_selftest, "isolated", lambda name, device, seconds: [row])
     monkeypatch.setattr(_verified, "record", lambda rows, backends: kept.extend(rows))
     gpu.selftest(OPTIONS, results)
     assert kept == results.record["selftest"] == [{"backend": "torch", "instruction_set": None, **row}]
-    assert gpu.failures(results.record) == ["selftest: torch knn float32 N 97"]
+    assert gpu.failures(results.record) == ["selftest: torch knn float32 N 97: RuntimeError: no such kernel"]
     results.keep()
     assert "self-test of torch: **failed: knn float32 (N 97)**" in "".join(gpu_report._checks(results.record))
 
@@ -291,6 +293,19 @@ def test_a_failed_build_is_recorded(results, monkeypatch):
     gpu.build(OPTIONS, results)
     assert results.record["build"]["file"] is None
     assert gpu.failures(results.record) == ["build: no space left"]
+
+
+def test_steps_without_a_build_build_where_there_is_nothing_for_the_gpu(results, monkeypatch):
+    built = []
+    monkeypatch.setattr(gpu_build, "build", lambda capability: built.append(capability) or gpu.Path("_C.so"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    options = gpu.argparse.Namespace(**{**vars(OPTIONS), "steps": ["cases"]})
+    monkeypatch.setattr(gpu._backends, "unusable", lambda name, device: None)
+    gpu.build(options, results)
+    assert not built and "build" not in results.record
+    monkeypatch.setattr(gpu._backends, "unusable", lambda name, device: "it has no kernels")
+    gpu.build(options, results)
+    assert built == [(9, 0)] and results.record["build"]["file"] == "_C.so"
 
 
 def test_without_pytest_the_tests_are_left_out(results, monkeypatch):

@@ -122,11 +122,14 @@ def test_selftest_of_a_backend_in_a_process_of_its_own(monkeypatch):
         ("; sys.stdout.flush(); __import__('time').sleep(60)", "not done after 3 s"),
     ):
         monkeypatch.setattr(_selftest, "_COMMAND", [sys.executable, "-c", script + end])
-        done, failed = _selftest.isolated("cuda", "cuda", 3.0)
+        done, failed = _selftest._apart("knn", [], 3.0)
         assert done == {"op": "knn", "ok": True}
-        assert failed["op"] == "process" and not failed["ok"] and failed["case"].startswith(message)
+        assert failed["op"] == "knn" and not failed["ok"] and failed["failure"].startswith(message)
     monkeypatch.setattr(_selftest, "_COMMAND", [sys.executable, "-c", ""])
-    assert _selftest.isolated("cuda", "cuda", 60.0)[0]["case"] == "it printed nothing"
+    silent = _selftest.isolated("cuda", "cuda", 60.0)
+    assert [row["op"] for row in silent] == list(dict.fromkeys(case.op for case in _selftest._cases("large")))
+    assert {row["failure"] for row in silent} == {"it printed nothing"} and not any(row["ok"] for row in silent)
+    assert _selftest._apart("knn", [], -1.0)[0]["failure"] == "not done after 0 s"
 
 
 def test_selftest_command_prints_the_records_of_a_backend():
@@ -168,7 +171,7 @@ def test_selftest_reports_an_operator_that_raises(no_extension, monkeypatch):
 
     monkeypatch.setattr(ops, "knn", broken)
     records = [r for r in _selftest.selftest() if r["op"] == "knn"]
-    assert records
+    assert {r["failure"] for r in records} == {"RuntimeError: no such kernel"}
     assert all(not r["ok"] and r["worst_error"] == float("inf") for r in records)
 
 
