@@ -42,6 +42,7 @@ checker, a case or one of our own implementations failed (a peer that fails is a
 device"""
 # A child that found its GPU unusable: the next one gets a fresh context.
 _AGAIN = 75
+_CHECKS = (("cuda", "memcheck"), ("cuda", "racecheck"), ("cuda", "synccheck"), ("triton", "memcheck"))
 # Exit statuses of pytest: passed, nothing to run, stopped because the time was up.
 _NO_FAILURE = (0, 5, None)
 
@@ -198,22 +199,29 @@ def tests(options: argparse.Namespace, results: Results) -> None:
 
 
 def memory(options: argparse.Namespace, results: Results) -> None:
-    """The small inputs of the self-test under compute-sanitizer, every tensor an allocation of its own."""
+    """The small inputs of the self-test under compute-sanitizer, every tensor an allocation of its own.
+
+    Triton makes its own barriers: only ours are looked at for races.
+    """
     found = results.record["memory"] = {}
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         results.record["not_run"].append("memory: compute-sanitizer is not installed")
         return
-    for name in (name for name in _usable(options) if name in ("cuda", "triton")):
+    usable = _usable(options)
+    for name, check in _CHECKS:
+        if name not in usable:
+            continue
         seconds = _share(options, 240.0)
         results.at(seconds + 60.0, step="memory")
-        command = [tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
+        command = [tool, "--tool", check, "--error-exitcode", "9"]
+        command += ["--report-api-errors", "no"] if check == "memcheck" else []
         command += [sys.executable, "-m", "hellm.ops._selftest", name, options.device, "small"]
         status, output = bounded(command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-        found[name] = {"status": status, "output": output[-6000:]}
+        found[f"{name}, {check}"] = {"status": status, "output": output[-6000:]}
         if status is None:
-            results.record["not_run"].append(f"memory {name}: stopped after {seconds:.0f} s")
-        print(f"memory checker {name}: exit status {status}", flush=True)
+            results.record["not_run"].append(f"{check} {name}: stopped after {seconds:.0f} s")
+        print(f"{check} of {name}: exit status {status}", flush=True)
 
 
 def _usable(options: argparse.Namespace) -> list[str]:

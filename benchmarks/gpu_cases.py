@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import inputs
 from hellm import ops
+from hellm.config import PRESETS, PretrainConfig
 from hellm.hypergraph import Hypergraph, user_hypergraph
 from hellm.ops import _backends, _gpu, reference
 
@@ -85,6 +86,7 @@ def cases(device: torch.device, smoke: bool) -> Iterator[tuple[str, Callable[[],
         yield f"conv-sports-{layers}", partial(_conv, device, sports, layers, passes, nvrtc=layers == 1)
     yield "propagate-sports", partial(_propagate, device, sports)
     yield "info_nce-100000", partial(_info_nce, device, small(100_000), DIM, 0.2)
+    yield f"step-{sports}", partial(_step, device, sports)
     yield "info_nce-50000", partial(_info_nce, device, small(50_000), DIM, 0.2)
     yield "conv-large", partial(_conv_large, device, smoke)
     for num_rows, num_items in ((12_800, 12_101), (4_096, 100_000)):
@@ -370,7 +372,7 @@ def _info_nce(device: torch.device, num_rows: int, dim: int, temperature: float,
             run = partial(composite, *views, temperature, attend)
             entries.append(Entry(f"two {label} attentions (float16)", run, 2e-3))
     run = partial(compiled(partial(flex_composite, temperature=temperature)), *views)
-    entries.append(Entry("two FlexAttentions (float16)", run, 2e-3, "compile"))
+    entries.append(Entry("two Flex attentions (float16)", run, 2e-3, "compile"))
     for label, function in (("published, chunks of 4096", published), ("chunks checkpointed", checkpointed)):
         for name, at in _PRECISIONS:
             run = at(gradients(partial(function, temperature=temperature), views, (None,)))
@@ -533,6 +535,36 @@ def _propagate(device: torch.device, size_name: str) -> Case:
     ]
     work, parameters = 8.0 * graph.num_incidences * DIM * 4, {"nnz": graph.num_incidences, "layers": 2}
     return Case(entries, work, "byte", [t.detach() for t in truth], ceiling=_GATHER, parameters=parameters)
+
+
+def _step(device: torch.device, size_name: str) -> Case:
+    """Forward, losses, backward and Adam of stage 1 with the published settings, beside the published code's step.
+
+    The step size is too small to move a weight, so that every run does the same work.
+    """
+    from benchmarks.training_step import HellmStep, PublishedStep
+    from hellm.training.samplers import TripleSampler
+
+    config = PRESETS[PretrainConfig]["mmhcl-sports"]
+    model = replace(config.model, modalities=None)
+    config = replace(config, model=model, learning_rate=1e-30, device=str(device), capture=False)
+    size = inputs.SIZES[size_name]
+    dataset = inputs.synthetic_dataset(size, dim=8 if size_name == "tiny" else 128)
+    batch_size = min(config.batch_size, size.num_interactions)
+    triples = [TripleSampler(*dataset.pairs("train"), *size[:2], batch_size=batch_size).sample(0, 0)]
+    like = HellmStep(config, dataset, triples)
+    published = PublishedStep(config, dataset, triples, like)
+    truth = [t.detach().double() for t in published()]
+    entries = []
+    for precision, tolerance in (("high", 2e-2), ("highest", 1e-3)):
+        for name in usable_backends(device):
+            step = HellmStep(config, dataset, triples, precision)
+            entries.append(Entry(f"hellm {name}, {precision}", on(name, step), tolerance, name))
+    entries.append(Entry("published: clique COO, losses over all pairs", published, 1e-3))
+    rows = size.num_users**2 + size.num_items**2
+    parameters = {"users": size.num_users, "items": size.num_items, "events": size.num_interactions}
+    parameters |= {"D": config.model.embedding_dim, "batch": batch_size}
+    return Case(entries, 12.0 * rows * config.model.embedding_dim, truth=truth, ceiling=_PRODUCT, parameters=parameters)
 
 
 # ------------------------------------------------------------------------------- item cross-entropy, neighbours

@@ -2,13 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-UNMEASURED = """## GPUs
+_UNMEASURED = """## GPUs
 
 Unmeasured: no GPU kernel of this commit has run on a GPU yet, and none is chosen automatically. `python -m
-benchmarks.gpu` builds, tests and measures them in one run.
+benchmarks.gpu` builds, tests and measures them in one run. What they are held to, on an H100:
 """
+
+
+class Target(NamedTuple):
+    """What the fastest of our entries of a case, or those of one `kind`, must reach on an H100.
+
+    Either at most `milliseconds`, or `factor` times the speed of the fastest entry whose label holds `peer`.
+    """
+
+    case: str
+    milliseconds: float = 0.0
+    peer: str = ""
+    factor: float = 0.0
+    kind: str = ""
+
+
+TARGETS = (
+    Target("info_nce-10000", 0.30),
+    Target("info_nce-35598", 3.0),
+    Target("info_nce-100000", 23.0),
+    Target("info_nce-35598", peer="published", factor=20),
+    Target("info_nce-35598", peer="torch.compile", factor=8),
+    Target("info_nce-10000", peer="attentions", factor=1),
+    Target("info_nce-35598", peer="attentions", factor=1),
+    Target("info_nce-50000", peer="attentions", factor=1),
+    Target("info_nce-35598", peer="hellm cuda", factor=1 / 1.5, kind="triton"),
+    Target("conv-sports-1", 0.028),
+    Target("conv-sports-2", 0.110),
+    Target("conv-sports-2", peer="published", factor=40),
+    Target("conv-sports-2", peer="two cached CSR", factor=2),
+    Target("conv-pyg", peer="torch_geometric", factor=5),
+    Target("conv-large", 2.6),
+    Target("conv-sports-1", peer="hellm cuda", factor=1 / 1.5, kind="triton"),
+    Target("knn-18357x4096", 7.0),
+    Target("knn-100000x128", 8.0),
+    Target("step-sports", 5.0),
+)
+
+
+def unmeasured() -> str:
+    """The section where there is no run."""
+    return _UNMEASURED + "\n" + _targets([])
 
 
 def section(run: dict[str, Any]) -> str:
@@ -19,6 +60,7 @@ def section(run: dict[str, Any]) -> str:
     parts.append("".join(f"- {name}: {value}\n" for name, value in environment.items()))
     parts += [f"**{step} failed: {_first_line(text)}**\n" for step, text in run["failures"].items()]
     parts += _checks(run)
+    parts.append(_targets(run["cases"]))
     limits = {
         (case["name"], entry["label"]): case["work"] / _best(entry)
         for case in run["cases"]
@@ -36,6 +78,33 @@ def section(run: dict[str, Any]) -> str:
     if run["not_run"]:
         parts.append("Not run: " + ", ".join(run["not_run"]) + "\n")
     return "\n".join(parts)
+
+
+def _targets(cases: list[dict[str, Any]]) -> str:
+    """What is required beside what was measured, if it was."""
+    entries = {case["name"]: [one for one in case["entries"] if not one["failure"]] for case in cases}
+    rows = [["case", "required", "measured", ""], ["---"] * 4]
+    for target in TARGETS:
+        ours = [
+            _best(one)
+            for one in entries.get(target.case, [])
+            if (one["kind"] == target.kind if target.kind else one["hellm"])
+        ]
+        who = target.kind or "ours"
+        if target.milliseconds:
+            required, measured = f"{who} within {target.milliseconds:g} ms", _ms(min(ours)) if ours else None
+            met = bool(ours) and min(ours) * 1e3 <= target.milliseconds
+        else:
+            peers = [_best(one) for one in entries.get(target.case, []) if target.peer in one["label"]]
+            required = f"{who} at least {target.factor:.3g} times as fast as {target.peer}"
+            ratio = min(peers) / min(ours) if ours and peers else None
+            measured, met = (
+                None if ratio is None else f"{ratio:.3g} times",
+                ratio is not None and ratio >= target.factor,
+            )
+        verdict = "" if measured is None else "met" if met else "**missed**"
+        rows.append([target.case, required, measured or "unmeasured", verdict])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
 def _checks(run: dict[str, Any]) -> list[str]:

@@ -63,7 +63,7 @@ def render(runs: Sequence[dict[str, Any]], notes: str = "") -> str:
         head = ("case", "what", "against", "at least / most", "reached", "")
         parts.append("## Targets\n\n" + markdown_table(head, targets))
     gpu_runs, runs = [run for run in runs if run["kind"] == "gpu"], [run for run in runs if run["kind"] != "gpu"]
-    parts += [gpu_report.section(run) for run in gpu_runs] or [gpu_report.UNMEASURED]
+    parts += [gpu_report.section(run) for run in gpu_runs] or [gpu_report.unmeasured()]
     for run in runs:
         sections = {"cases": _case_sections, "scale": _scale_section, "llm": _llm_section}[run["kind"]](run)
         parts.append(f"## Run `{run['file']}`\n\n" + _environment(run["environment"]))

@@ -16,22 +16,25 @@ from torch import Tensor
 from benchmarks import peers
 from hellm.config import PretrainConfig
 from hellm.data import Dataset
-from hellm.training.pretrain import build_encoder, pretrain_losses
+from hellm.training.pretrain import build_encoder, build_optimizer, pretrain_losses
 from hellm.training.samplers import Triples
 
 
 class HellmStep:
-    """Forward, losses, backward and Adam with `hellm`; each call takes the next of `triples`, round and round."""
+    """Forward, losses, backward and Adam with `hellm`; each call takes the next of `triples`, round and round.
+
+    It runs on `config.device`, where a CUDA graph can hold it.
+    """
 
     def __init__(
         self, config: PretrainConfig, dataset: Dataset, triples: Sequence[Triples], precision: str | None = "highest"
     ) -> None:
         torch.manual_seed(config.seed)
-        self.model = build_encoder(config, dataset)
+        self.model = build_encoder(config, dataset).to(config.device)
         self.config, self.precision = config, precision
         self.tables = list(self.model.parameters())
-        self.optimizer = torch.optim.Adam(self.tables, lr=config.learning_rate)
-        self.next_triples = _cycle(triples)
+        self.optimizer = build_optimizer(config, self.model)
+        self.next_triples = _cycle(triples, config.device)
 
     def __call__(self) -> tuple[Tensor, ...]:
         """The loss terms [3], then the gradient of each table."""
@@ -61,17 +64,18 @@ class PublishedStep:
         values = None if graph.vertex_values is None else graph.vertex_values.double().numpy()
         shape = (graph.num_vertices, graph.num_hyperedges)
         neighbours = peers.incidence(graph.hyperedge_index.numpy(), shape, values)
-        self.bipartite = peers.coo_tensor(peers.bipartite(interacted))
-        self.user_clique = peers.coo_tensor(peers.clique_row(interacted))
-        self.item_clique = peers.coo_tensor(peers.clique_symmetric(neighbours))
+        self.bipartite = peers.coo_tensor(peers.bipartite(interacted)).to(config.device)
+        self.user_clique = peers.coo_tensor(peers.clique_row(interacted)).to(config.device)
+        self.item_clique = peers.coo_tensor(peers.clique_symmetric(neighbours)).to(config.device)
         self.tables = [table.detach().clone().requires_grad_() for table in like.tables]
-        self.optimizer = torch.optim.Adam(self.tables, lr=config.learning_rate)
-        self.next_triples = _cycle(triples)
+        on_gpu = self.tables[0].is_cuda
+        self.optimizer = torch.optim.Adam(self.tables, lr=config.learning_rate, capturable=on_gpu)
+        self.next_triples = _cycle(triples, config.device)
 
     def __call__(self) -> tuple[Tensor, ...]:
         """The loss terms [3], then the gradient of each table."""
         config = self.config
-        users, positives, negatives = (torch.from_numpy(ids) for ids in self.next_triples())
+        users, positives, negatives = self.next_triples()
         user_table, item_table, user_view, item_view = self.tables
         for _ in range(config.model.num_item_layers):
             item_view = torch.sparse.mm(self.item_clique, item_view)
@@ -96,7 +100,8 @@ def _finish(terms: list[Tensor], tables: list[Tensor], optimizer: torch.optim.Op
     return torch.stack([term.detach() for term in terms]), *(table.grad for table in tables)
 
 
-def _cycle(triples: Sequence[Triples]) -> Callable[[], Triples]:
+def _cycle(triples: Sequence[Triples], device: str) -> Callable[[], Triples]:
+    triples = [Triples(*(torch.as_tensor(ids).to(device) for ids in one)) for one in triples]
     place = -1
 
     def following() -> Triples:

@@ -93,6 +93,30 @@ def test_smoke_run_measures_and_keeps_what_it_has(tmp_path, capfd):
     assert "of ceiling-gather sports" in page and "%" in page
 
 
+def test_targets_stand_beside_what_was_measured():
+    def entry(label, kind, milliseconds, failure=None):
+        seconds = {"warm": {"median": milliseconds / 1e3}}
+        return {"label": label, "kind": kind, "hellm": kind != "peer", "failure": failure, "seconds": seconds}
+
+    entries = [
+        entry("hellm cuda, high", "cuda", 2.5),
+        entry("hellm triton, high", "triton", 5.0),
+        entry("published, in chunks", "peer", 100.0),
+        entry("two flash attentions", "peer", 2.0),
+        entry("torch.compile, float32", "peer", 1.0, failure="out of memory"),
+    ]
+    page = gpu_report._targets([{"name": "info_nce-35598", "entries": entries}])
+    assert "| info_nce-35598 | ours within 3 ms | 2.5 ms | met |" in page
+    assert "| info_nce-35598 | ours at least 20 times as fast as published | 40 times | met |" in page
+    assert "| info_nce-35598 | ours at least 8 times as fast as torch.compile | unmeasured |  |" in page
+    assert "| info_nce-35598 | ours at least 1 times as fast as attentions | 0.8 times | **missed** |" in page
+    assert "| info_nce-35598 | triton at least 0.667 times as fast as hellm cuda | 0.5 times | **missed** |" in page
+    assert "| step-sports | ours within 5 ms | unmeasured |  |" in page
+    known = {name for name, _ in gpu_cases.cases(CPU, False)}
+    assert {target.case for target in gpu_report.TARGETS} <= known
+    assert gpu_report.unmeasured().count("| unmeasured |") == len(gpu_report.TARGETS)
+
+
 def test_what_dies_or_hangs_costs_one_entry(fake, tmp_path):
     assert gpu.main([*fake, "--stall-seconds", "3"]) == 1
     run = json.loads((tmp_path / "gpu.json").read_text())
@@ -270,15 +294,17 @@ def test_the_memory_checker_runs_the_selftest_without_a_caching_allocator(result
     asked = []
 
     def bounded(command, seconds, environment):
-        asked.append((command[-4:], environment))
+        asked.append((command[2], command[-4:], environment))
         return 9, "Invalid __global__ read"
 
     monkeypatch.setattr(gpu, "bounded", bounded)
     monkeypatch.setattr(gpu, "_usable", lambda options: ["cuda", "torch"])
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: name)
     gpu.memory(OPTIONS, results)
-    assert asked == [(["hellm.ops._selftest", "cuda", "cpu", "small"], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})]
-    assert gpu.failures(results.record) == ["memory: cuda"]
+    selftest, apart = ["hellm.ops._selftest", "cuda", "cpu", "small"], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    checks = ("memcheck", "racecheck", "synccheck")
+    assert asked == [(check, selftest, apart) for check in checks]
+    assert gpu.failures(results.record) == [f"memory: cuda, {check}" for check in checks]
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
     gpu.memory(OPTIONS, results)
     assert results.record["not_run"] == ["memory: compute-sanitizer is not installed"]
