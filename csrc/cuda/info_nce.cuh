@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kRowThreads) info_nce_gradient_kernel(const Gr
   float own[kColumns] = {};
   const int64 begin = !exists ? 0 : p.row_order ? p.row_begin[key] : key;
   const int64 end = !exists ? 0 : p.row_order ? p.row_begin[key + 1] : key + 1;
-  sum_lists(begin, end, own, [&](int64 n, auto& sum) {
+  sum_lists(begin, end, own, [&](int64 n, float (&sum)[kColumns]) {
     const int64 r = p.row_order ? p.row_order[n] : n;
     if (view == 1) {
       sum[0] += p.weight[r];

@@ -131,7 +131,8 @@ __global__ void __launch_bounds__(kRowThreads, 8) item_gradient_kernel(const Ite
   const AttentionParameters& a = p.attention;
   const int lane = threadIdx.x % 32;
   float own[kColumns + 1] = {};  // of the rows that aim at the item: weighted sum, and sum of their weights
-  sum_lists(exists ? p.row_begin[item] : 0, exists ? p.row_begin[item + 1] : 0, own, [&](int64 n, auto& sum) {
+  const int64 begin = exists ? p.row_begin[item] : 0, end = exists ? p.row_begin[item + 1] : 0;
+  sum_lists(begin, end, own, [&](int64 n, float (&sum)[kColumns + 1]) {
     const int64 r = p.row_order[n];
     const float weight = p.weight[r];
     float hidden[kColumns];

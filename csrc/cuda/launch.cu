@@ -15,8 +15,11 @@ constexpr unsigned kSharedBytesWithoutAsking = 48 * 1024;
 void check(cudaError_t status, const std::string& what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // the next call starts afresh
+  const bool driver = status == cudaErrorInsufficientDriver || status == cudaErrorNoDevice ||
+                      status == cudaErrorUnsupportedPtxVersion || status == cudaErrorSystemDriverMismatch ||
+                      status == cudaErrorCompatNotSupportedOnDevice;
   std::string help;
-  if (status == cudaErrorInsufficientDriver || status == cudaErrorNoDevice) {
+  if (driver) {
     help = "; this build needs an NVIDIA driver for CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
            std::to_string(CUDART_VERSION % 1000 / 10) + " or newer";
   } else if (status == cudaErrorNoKernelImageForDevice) {

@@ -1,4 +1,4 @@
-"""Compiling the device code without a GPU: by nvcc, and by the host compiler for the emulated GPU."""
+"""Compiling the device code without a GPU: by nvcc, by NVRTC, and by the host compiler for the emulated GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hellm.ops import _backends, _gpu
+from hellm.ops import _backends, _gpu, _nvrtc
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -90,6 +90,36 @@ def instructions(object_file: Path) -> dict[tuple[str, str], str]:
     return found
 
 
+@functools.cache
+def nvrtc() -> ctypes.CDLL | None:
+    """NVRTC of the package nvidia-cuda-nvrtc, in nvidia/cu13, or of nvidia-cuda-nvrtc-cu12, in nvidia/cuda_nvrtc."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for library in sorted(Path(folder).glob("*/lib/libnvrtc.so.*")):
+            # NVRTC opens it by name alone, which finds it once it is loaded.
+            for builtins in library.parent.glob("libnvrtc-builtins.so.*"):
+                ctypes.CDLL(str(builtins))
+            return ctypes.CDLL(str(library))
+    return None
+
+
+def compile_nvrtc(file: str, names: list[str], architecture: str) -> None:
+    """Kernels of one .cuh as at first use: machine code for sm_<n>, PTX for compute_<n>."""
+    library, program, size = nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
+    text = _nvrtc.source(file).encode()
+    assert library.nvrtcCreateProgram(ctypes.byref(program), text, file.encode(), 0, None, None) == 0
+    for name in names:
+        assert library.nvrtcAddNameExpression(program, name.encode()) == 0
+    options = [option.encode() for option in (*_nvrtc._OPTIONS, f"--gpu-architecture={architecture}")]
+    status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    said = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, said)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    errors = [line for line in said.value.decode().splitlines() if "error" in line]
+    assert status == 0, f"NVRTC error {status}: {errors[:5]}"
+
+
 def extension_with_plans():
     """The compiled extension; skips the test where it is not there."""
     extension = _backends.native()
@@ -110,7 +140,10 @@ def planner(launches: list[tuple[str, tuple[int, int, int]]], **settings) -> _gp
 
 @functools.cache
 def emulated_library() -> ctypes.CDLL:
-    """The kernels' own text for the CPU, by `launch`; `set_accumulator_bits` of the emulated tensor cores."""
+    """The kernels' own text for the CPU, by `launch`; `set_accumulator_bits` of the emulated tensor cores.
+
+    `set_order` takes the seed of the order of threads and blocks, or 0 for the order of their numbers.
+    """
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler, found neither g++ nor c++")

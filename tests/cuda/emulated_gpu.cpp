@@ -4,7 +4,10 @@
 #include "../../csrc/cuda/item_cross_entropy.cu"
 #include "../../csrc/cuda/knn.cu"
 
+#include <algorithm>
 #include <map>
+#include <numeric>
+#include <random>
 #include <string>
 
 uint3_ threadIdx, blockIdx, gridDim;
@@ -25,6 +28,18 @@ int accumulator_bits = 24;
 }  // namespace hellm::ptx
 
 namespace {
+
+// Nothing may depend on who goes first. With `shuffled`, blocks, warps and lanes go in any order, and a warp goes on
+// until it waits for the others of its block.
+bool shuffled;
+std::mt19937 random_bits;
+
+std::vector<unsigned> in_order(unsigned count) {
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), 0u);
+  if (shuffled) std::shuffle(order.begin(), order.end(), random_bits);
+  return order;
+}
 
 void run_thread() {
   emulated::body();
@@ -50,12 +65,19 @@ void run_block(unsigned num_threads, unsigned shared_bytes) {
   }
   for (bool any = true; any;) {
     any = false;
-    for (unsigned t = 0; t < num_threads; ++t) {
-      if (threads[t].done) continue;
-      any = true;
-      current = int(t);
-      threadIdx = {t, 0, 0};
-      swapcontext(&scheduler, &threads[t].context);
+    for (const unsigned warp : in_order(num_threads / 32)) {
+      unsigned long before;
+      do {
+        before = warp_meeting[warp].generation;
+        for (const unsigned lane : in_order(32)) {
+          const unsigned t = warp * 32 + lane;
+          if (threads[t].done) continue;
+          any = true;
+          current = int(t);
+          threadIdx = {t, 0, 0};
+          swapcontext(&scheduler, &threads[t].context);
+        }
+      } while (shuffled && warp_meeting[warp].generation != before);
     }
   }
   for (const Meeting& meeting : warp_meeting) {
@@ -94,6 +116,12 @@ const std::map<std::string, Call (*)(const void*, const void*)> kCalls = {
 
 extern "C" void set_accumulator_bits(int bits) { hellm::ptx::accumulator_bits = bits; }
 
+// Of the blocks of a grid and the threads of a block: by number, or shuffled from a seed that is not 0.
+extern "C" void set_order(unsigned seed) {
+  shuffled = seed != 0;
+  random_bits.seed(seed);
+}
+
 // 0, or 1 if there is no such kernel.
 extern "C" int launch(const char* kernel, unsigned grid_x, unsigned grid_y, unsigned threads, unsigned shared_bytes,
                       const void* parameters) {
@@ -105,11 +133,9 @@ extern "C" int launch(const char* kernel, unsigned grid_x, unsigned grid_y, unsi
       if (name != table.kernels[i].name) continue;
       emulated::body = kCalls.at(name.substr(0, name.find('<')))(table.kernels[i].function, parameters);
       gridDim = {grid_x, grid_y, 1};
-      for (unsigned y = 0; y < grid_y; ++y) {
-        for (unsigned x = 0; x < grid_x; ++x) {
-          blockIdx = {x, y, 0};
-          run_block(threads, shared_bytes);
-        }
+      for (const unsigned block : in_order(grid_x * grid_y)) {
+        blockIdx = {block % grid_x, block / grid_x, 0};
+        run_block(threads, shared_bytes);
       }
       return 0;
     }

@@ -276,6 +276,59 @@ def test_long_lists_of_rows_are_shared(gpu, repeats):
         assert_within_budget(*(list(map(torch.stack, zip(*kind, strict=True))) for kind in zip(*results, strict=True)))
 
 
+@pytest.fixture
+def set_order(gpu):
+    library = cuda_build.emulated_library()
+    yield library.set_order
+    library.set_order(0)
+
+
+def calls_of_every_kernel(gpu, family: str) -> list:
+    if family == "sparse products":
+        graph = popular_items()
+        x, y = rows(2600, 20), rows(13, 20, seed=1)
+        slabs = Gpu(gpu._launch, gpu._processors, cache_bytes=1)
+        layers, sides = arguments_of(graph, x.dtype, num_layers=2), propagate_arguments(graph, x.dtype, 1)
+        return [(slabs.hypergraph_conv, x, *layers), (gpu.bipartite_propagate, x, y, *sides)]
+    if family == "knn":
+        return [(gpu.knn, rows(120, 20), 11), (gpu.knn, crowded_rows(), 4)]
+    chosen = torch.cat([torch.arange(40), torch.full((70,), 4)])  # a list of rows that the warps of a block share
+    t, highest = torch.tensor(0.2, dtype=torch.float64), family.endswith("highest")
+    calls = []
+    for dim in (64, 100) if highest else (20, 100, 200):
+        anchor, positive, _, _ = info_nce_inputs(90, dim, torch.float32)
+        hidden, bias, row_grad = rows(110, dim, seed=2), rows(90, seed=3), rows(110, seed=5)
+        if family.startswith("info_nce"):
+            precision = "highest" if highest else "high"
+            calls.append((gpu.info_nce, anchor, positive, t, chosen, row_grad, True, precision))
+        else:
+            calls.append((gpu.item_cross_entropy, hidden, anchor, chosen, bias, row_grad, True, True))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "sparse products",
+        "info_nce high",
+        "info_nce highest",
+        "item_cross_entropy high",
+        "item_cross_entropy highest",
+        "knn",
+    ],
+)
+def test_every_order_of_threads_gives_the_same_bits(gpu, set_order, family, monkeypatch):
+    """Threads that run in the order of their numbers would hide a wait that is missing."""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: family.split()[-1])
+    for call, *arguments in calls_of_every_kernel(gpu, family):
+        results = []
+        for seed in (0, 1):
+            set_order(seed)
+            found = call(*arguments)
+            results.append(found if isinstance(found, tuple) else (found,))
+        assert_same_bits(*results)
+
+
 def test_info_nce_with_no_weight_has_no_gradient(gpu):
     anchor, positive, _, _ = info_nce_inputs(70, 16, torch.float32)
     t = torch.tensor(0.2, dtype=torch.float64)
@@ -512,13 +565,17 @@ def test_knn_of_several_panels_with_ties_and_zero_rows(gpu):
         assert torch.equal(gpu.knn(x, k)[0], reference.knn(x.double(), k)[0])
 
 
-def test_knn_compares_a_crowded_row_with_all(gpu):
+def crowded_rows() -> torch.Tensor:
     """Row 9 is orthogonal to all but two: more rows than there is room for, within what halves can tell apart."""
     x = rows(1030, 6)
     x[:, 0] = 0
     x[9] = torch.tensor([3.0, 0, 0, 0, 0, 0])
     x[700, 0], x[800, 0] = 5e-4, -5e-4
-    index = assert_nearest(gpu, x, 4)
+    return x
+
+
+def test_knn_compares_a_crowded_row_with_all(gpu):
+    index = assert_nearest(gpu, crowded_rows(), 4)
     assert index[9].tolist() == [9, 700, 0, 1]
 
 
