@@ -58,7 +58,7 @@ def _store_rows(
     tl.store(out + place, (total / num_summed).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_long", "num_rows"])
 def short_kernel(
     x,  # [*, D]
     indptr,  # [R + 1] int64
@@ -97,7 +97,7 @@ def short_kernel(
     _store_rows(total, row, live, column, inside, self_x, self_scale, diagonal, out_scale, out, num_summed, dim, A)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_hubs", "num_hub_chunks"])
 def long_kernel(
     x,
     indptr,

@@ -30,7 +30,7 @@ def _reciprocal_length(x):
     return tl.where(length == 0, 0.0, 1.0 / tl.where(length < 3.4e-39, 3.4e-39, length)).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys"])
 def unit_rows_kernel(
     anchor,  # [N, D]
     positive,  # [N, D]
@@ -53,7 +53,7 @@ def unit_rows_kernel(
     u = tl.load(anchor + place, mask=mask, other=0.0).to(tl.float32)
     v_reciprocal, u_reciprocal = _reciprocal_length(v), _reciprocal_length(u)
     v, u = v * v_reciprocal[:, None], u * u_reciprocal[:, None]
-    view = num_keys.to(tl.int64) * WIDTH
+    view = tl.cast(num_keys, tl.int64) * WIDTH
     _store_parts(unit + out, v, 2 * view, live[:, None], PARTS)
     _store_parts(unit + view + out, u, 2 * view, live[:, None], PARTS)
     tl.store(reciprocal + row, v_reciprocal, mask=live)
@@ -70,7 +70,7 @@ def _store_tangent(out, gradient, unit, reciprocal, place, mask):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys"])
 def info_nce_gradient_kernel(
     anchor,  # [N, D]
     positive,  # [N, D]
@@ -104,9 +104,10 @@ def info_nce_gradient_kernel(
         row_weight = tl.zeros((BLOCK,), tl.float32)
         mean = tl.zeros((BLOCK, WIDTH), tl.float32)
         for k in range(0, tl.max(count, 0)):
-            row = tl.load(row_order + begin + k, mask=k < count, other=0)
-            row_weight += tl.load(weight + row, mask=k < count, other=0.0)
-            mean += tl.load(weighted_mean + row[:, None] * WIDTH + column, mask=(k < count)[:, None], other=0.0)
+            taken = (k < count)[:, None]
+            row = tl.load(row_order + (begin + k)[:, None], mask=taken, other=0)
+            mean += tl.load(weighted_mean + row * WIDTH + column, mask=taken, other=0.0)
+            row_weight += tl.sum(tl.load(weight + row, mask=taken, other=0.0), 1)
 
     mask = live[:, None] & (column < dim)
     place = key[:, None] * dim + column
@@ -116,11 +117,12 @@ def info_nce_gradient_kernel(
     v = tl.load(positive + place, mask=mask, other=0.0).to(tl.float32) * v_reciprocal[:, None]
     u = tl.load(anchor + place, mask=mask, other=0.0).to(tl.float32) * u_reciprocal[:, None]
     dv, du = tl.zeros((BLOCK, WIDTH), tl.float32), tl.zeros((BLOCK, WIDTH), tl.float32)
+    view = tl.cast(num_keys, tl.int64) * WIDTH
     for split in tl.static_range(SPLITS):
-        part = gradient + ((split * VIEWS) * num_keys.to(tl.int64) + key)[:, None] * WIDTH + column
+        part = gradient + split * VIEWS * view + key[:, None] * WIDTH + column
         dv += tl.load(part, mask=live[:, None], other=0.0)
         if VIEWS == 2:
-            du += tl.load(part + num_keys.to(tl.int64) * WIDTH, mask=live[:, None], other=0.0)
+            du += tl.load(part + view, mask=live[:, None], other=0.0)
     du = (du * largest + mean - row_weight[:, None] * v) * inverse_t
     dv = (dv * largest - row_weight[:, None] * u) * inverse_t
     _store_tangent(grad_anchor, du, u, u_reciprocal, place, mask)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .softmax_passes import OPERANDS, SoftmaxPasses, padded_width
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_items"])
 def target_logits_kernel(
     hidden,  # [R, D]
     item_embedding,  # [I, D]

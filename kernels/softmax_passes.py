@@ -121,7 +121,7 @@ def _sweep_keys(
     return top, total, mean
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_keys"])
 def softmax_rows_kernel(
     query,  # [P, R, D]
     query_stride,  # between its parts
@@ -184,7 +184,7 @@ def _log1p(e):
     return 2.0 * z * series
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def row_losses_kernel(
     query,  # [P, R, D]
     query_stride,  # between its parts
@@ -282,7 +282,7 @@ def _sweep_rows(
     return gradient, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_keys"])
 def softmax_keys_kernel(
     query,  # [P, R, D]
     query_stride,  # between its parts
@@ -354,7 +354,7 @@ def tile_sizes(width: int, parts: int) -> dict[str, int]:
     sizes = {
         (64, 1): (128, 64, 4, 3),
         (128, 1): (128, 64, 8, 2),
-        (256, 1): (64, 32, 4, 2),
+        (256, 1): (64, 32, 8, 2),
         (64, 2): (64, 32, 4, 2),
         (128, 2): (64, 32, 8, 2),
     }[max(64, width), parts]

@@ -9,10 +9,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from op_cases import rows
 
 from hellm import ops
@@ -20,6 +22,8 @@ from hellm.ops import _backends
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+without_slow = pytest.mark.skipif(not os.environ.get("HELLM_SLOW"), reason="takes minutes; set HELLM_SLOW=1")
+SLOW = [pytest.mark.slow, without_slow]
 
 
 @needs_triton
@@ -78,15 +82,15 @@ def test_launchers_take_the_arguments_of_the_headers_in_order(op, module):
 # ---------------------------------------------------------------------------------------------- compiled code
 
 
+def softmax_passes():
+    return sys.modules[_backends.triton().info_nce.__package__ + ".softmax_passes"]
+
+
 def compiled(kernel, arch: int, pointers: dict[str, str | None], constants: dict[str, Any], **options):
-    """Resources and opcode counts of a kernel compiled for an architecture, integers divisible by 16.
+    """A kernel compiled for an architecture; pointers and the integers that are specialised are divisible by 16.
 
     pointers: argument -> element type, None for an absent one; the remaining arguments are int32.
     """
-    from triton import compile as triton_compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     signature, values, hints = {}, dict(constants), {}
     for position, name in enumerate(kernel.arg_names):
         kind = pointers.get(name, "i32")
@@ -95,26 +99,39 @@ def compiled(kernel, arch: int, pointers: dict[str, str | None], constants: dict
             values.setdefault(name, None)
         else:
             signature[name] = f"*{kind}" if name in pointers else kind
-            if name not in ("num_rows", "num_keys"):
+            if not kernel.params[position].do_not_specialize:
                 hints[(position,)] = [["tt.divisibility", 16]]
+    return machine_code(arch, kernel, signature, values, hints, options)
+
+
+def machine_code(arch: int, kernel, signature: dict, values: dict, hints: dict, options: dict):
+    from triton import compile as triton_compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     return triton_compile(
         ASTSource(kernel, signature, values, hints), target=GPUTarget("cuda", arch, 32), options=options
     )
 
 
-def disassembled(binary: bytes, folder: Path) -> tuple[dict[str, int], str]:
-    """Registers and bytes of stack and local memory of a kernel, and its instructions."""
+def dumped(binary: bytes, folder: Path, option: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     path = folder / "kernel.cubin"
     path.write_bytes(binary)
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
-    def run(option: str) -> str:
-        return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
-    resources = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", run("--dump-resource-usage")))
-    return {name: int(value) for name, value in resources.items()}, run("-sass")
+def resource_usage(binary: bytes, folder: Path) -> dict[str, int]:
+    """Registers and bytes of stack and local memory of a kernel."""
+    found = re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dumped(binary, folder, "--dump-resource-usage"))
+    return {name: int(value) for name, value in found}
+
+
+def disassembled(binary: bytes, folder: Path) -> tuple[dict[str, int], str]:
+    """Resources of a kernel, and its instructions."""
+    return resource_usage(binary, folder), dumped(binary, folder, "-sass")
 
 
 def assert_no_spills(resources: dict[str, int], instructions: str) -> None:
@@ -150,12 +167,14 @@ def test_convolution_loads_16_bytes_at_a_time(part, arch, dtype, tmp_path):
 
 @needs_triton
 @pytest.mark.parametrize("part", ["rows", "keys"])
-@pytest.mark.parametrize(("arch", "parts"), [(80, 1), (90, 1), (90, 2)])
-def test_softmax_passes_use_tensor_cores(arch, parts, part, tmp_path):
-    module = sys.modules[_backends.triton().info_nce.__package__ + ".softmax_passes"]
-    sizes = module.tile_sizes(64, parts)
+@pytest.mark.parametrize(
+    ("arch", "parts", "width"), [(80, 1, 64), (90, 1, 64), (90, 2, 64), pytest.param(90, 1, 256, marks=SLOW)]
+)
+def test_softmax_passes_use_tensor_cores(arch, parts, width, part, tmp_path):
+    module = softmax_passes()
+    sizes = module.tile_sizes(width, parts)
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
-    constants = {"SPLITS": 2, "PARTS": parts, "DIM": 64, **sizes}
+    constants = {"SPLITS": 2, "PARTS": parts, "DIM": width, **sizes}
     pointers = {"query": "fp16", "keys": "fp16", "own": None, "bias": None, "scale": "fp32"}
     if part == "rows":
         constants["VIEWS"] = 2
@@ -170,6 +189,166 @@ def test_softmax_passes_use_tensor_cores(arch, parts, part, tmp_path):
     assert len(re.findall(r"\bHGMMA\b" if arch == 90 else r"\bHMMA\b", instructions)) >= 16
     # Loads of the next tiles go past the registers.
     assert "LDGSTS" in instructions
+
+
+ELEMENTS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+ELEMENTS |= {torch.int32: "i32", torch.int64: "i64"}
+# More than a block of rows and tiles for every split.
+MANY = 4096
+
+
+def launched(call: Callable[[], None]) -> list[tuple]:
+    """What the launches of `call` have Triton compile, each once: kernel, signature, values, hints and options.
+
+    Nothing runs: tensors may hold anything. Arguments are specialised as at a launch: an int of 1 is a constant.
+    """
+    from triton import JITFunction
+
+    found = {}
+
+    def run(kernel, *args, grid, warmup, **named):
+        options = {name: named.pop(name) for name in list(named) if name not in kernel.arg_names}
+        named |= dict(zip(kernel.arg_names, args, strict=False))
+        signature, values, hints = {}, {}, {}
+        for position, parameter in enumerate(kernel.params):
+            name, value = parameter.name, named[parameter.name]
+            specialised = not parameter.do_not_specialize
+            is_tensor = isinstance(value, torch.Tensor)
+            if parameter.is_constexpr or value is None or (not is_tensor and value == 1 and specialised):
+                signature[name], values[name] = "constexpr", value
+                continue
+            signature[name] = f"*{ELEMENTS[value.dtype]}" if is_tensor else "i32"
+            if specialised and (value.data_ptr() if is_tensor else value) % 16 == 0:
+                hints[(position,)] = [["tt.divisibility", 16]]
+        key = str((kernel.__name__, signature, values, hints, options))
+        found.setdefault(key, (kernel, signature, values, hints, options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", run)
+        call()
+    return list(found.values())
+
+
+def launch_convolutions(
+    dim: int,
+    dtype: torch.dtype,
+    *,
+    num_rows: int = MANY,
+    num_long: int = 5,
+    num_hubs: int = 2,
+    num_chunks: int = 7,
+    plain: bool = False,
+) -> None:
+    """Short rows, long rows and hubs, with everything that goes into a row and, if `plain`, with nothing."""
+    module = _backends.triton().hypergraph_conv
+    x = torch.empty(num_rows, dim, dtype=dtype)
+    scale = torch.empty(num_rows, dtype=torch.promote_types(dtype, torch.float32))
+    workspace = scale.new_empty(4 * num_rows, dim)
+    csr = torch.empty(num_rows + 1, dtype=torch.int64), torch.empty(num_rows, dtype=torch.int32), scale
+    hub_chunk_begin = torch.empty(num_hubs + 1, dtype=torch.int32)
+    schedule = torch.empty(num_rows, dtype=torch.int32), hub_chunk_begin, num_long, num_chunks
+    module.hypergraph_conv(x, *csr, *csr, *[scale] * 4, x, workspace, 1, schedule, schedule)
+    if plain:
+        csr = (*csr[:2], None)
+        module.incidence_product(x, *csr, x, schedule)
+        module.bipartite_propagate(x, x, *csr, *csr, scale, scale, x, x, workspace, 2, schedule, schedule)
+
+
+def launch_info_nce(
+    dim: int, dtype: torch.dtype, precision: str, *, num_keys: int = MANY, chosen: bool = False, views: int = 2
+) -> None:
+    x = torch.empty(num_keys, dim, dtype=dtype)
+    rows = torch.zeros(num_keys, dtype=torch.int64) if chosen else None
+    gradients = [torch.empty(num_keys), torch.empty(num_keys), x, x, torch.empty(num_keys)]
+    _backends.triton().info_nce.info_nce(x, x, rows, *gradients, torch.ones(1), views == 2, precision)
+
+
+def launch_item_cross_entropy(
+    dim: int, dtype: torch.dtype, precision: str, *, num_items: int = MANY, num_rows: int = MANY, bias: bool = True
+) -> None:
+    hidden, items = torch.zeros(num_rows, dim, dtype=dtype), torch.zeros(num_items, dim, dtype=dtype)
+    target, row = torch.zeros(num_rows, dtype=torch.int64), torch.empty(num_rows)
+    of_items = torch.empty(num_items) if bias else None
+    _backends.triton().item_cross_entropy.item_cross_entropy(
+        hidden, items, target, of_items, row, row, hidden, items, of_items, precision
+    )
+
+
+def slow(name: str, call: Callable[[], None]):
+    return pytest.param(call, id=name, marks=SLOW)
+
+
+FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+LAUNCHES = [
+    pytest.param(lambda: launch_convolutions(64, FP32), id="conv-64"),
+    pytest.param(lambda: launch_info_nce(64, FP32, "high", chosen=True), id="info-nce-64-rows"),
+    pytest.param(lambda: launch_info_nce(256, FP32, "high"), id="info-nce-256"),
+    pytest.param(lambda: launch_item_cross_entropy(1, FP16, "high", num_items=1, num_rows=1), id="cross-entropy-one"),
+    slow("conv-1", lambda: launch_convolutions(1, FP32)),
+    slow("conv-256", lambda: launch_convolutions(256, FP32)),
+    slow("conv-64-plain", lambda: launch_convolutions(64, FP32, plain=True)),
+    slow("conv-100-bf16", lambda: launch_convolutions(100, BF16)),
+    slow("conv-64-fp64", lambda: launch_convolutions(64, FP64)),
+    slow("info-nce-64", lambda: launch_info_nce(64, FP32, "highest")),
+    slow("info-nce-128-rows", lambda: launch_info_nce(128, FP32, "highest", chosen=True)),
+    slow("info-nce-256-rows", lambda: launch_info_nce(256, BF16, "medium", chosen=True, views=1)),
+    slow("info-nce-one", lambda: launch_info_nce(1, FP32, "high", num_keys=1)),
+    slow("cross-entropy-64", lambda: launch_item_cross_entropy(64, FP32, "highest")),
+    slow("cross-entropy-128", lambda: launch_item_cross_entropy(128, FP32, "highest", bias=False)),
+    slow("cross-entropy-256", lambda: launch_item_cross_entropy(256, BF16, "high")),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("call", LAUNCHES)
+def test_launches_compile_without_spills(call, arch, tmp_path):
+    for kernel, *source in launched(call):
+        binary = machine_code(arch, kernel, *source)
+        resources = resource_usage(binary.asm["cubin"], tmp_path)
+        assert resources["STACK"] == 0 and resources["LOCAL"] == 0, (kernel.__name__, resources)
+        assert binary.metadata.shared <= 99 * 1024, kernel.__name__
+
+
+@needs_triton
+def test_every_kernel_is_among_the_launches_that_are_compiled():
+    from triton import JITFunction
+
+    package = _backends.triton()
+    kernels = {
+        name
+        for module in (package.hypergraph_conv, package.info_nce, package.item_cross_entropy, softmax_passes())
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel")
+    }
+    taken = {kernel.__name__ for param in LAUNCHES if not param.marks for kernel, *_ in launched(param.values[0])}
+    assert taken == kernels
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("launch", "settings", "sizes", "others"),
+    [
+        (
+            launch_convolutions,
+            (64, FP32),
+            {"num_rows": 4096, "num_long": 32, "num_hubs": 16, "num_chunks": 48},
+            {"num_rows": 4093, "num_long": 3, "num_hubs": 1, "num_chunks": 2},
+        ),
+        (launch_info_nce, (64, FP32, "highest"), {"num_keys": 4096}, {"num_keys": 4093}),
+        (
+            launch_item_cross_entropy,
+            (64, FP32, "high"),
+            {"num_rows": 4096, "num_items": 4096},
+            {"num_rows": 4093, "num_items": 4091},
+        ),
+    ],
+)
+def test_other_sizes_of_a_batch_do_not_compile_anew(launch, settings, sizes, others):
+    def sources(sizes):
+        return {(kernel.__name__, str(source)) for kernel, *source in launched(lambda: launch(*settings, **sizes))}
+
+    assert sources(sizes) == sources(others)
 
 
 # ------------------------------------------------------------------------------------------ choice and messages
