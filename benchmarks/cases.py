@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -375,7 +376,7 @@ def _as_tensor(triples) -> Tensor:
 
 @case("step-tiktok", "Stage-1 training", "one training step on TikTok: graphs, losses, backward, Adam")
 def _step(*, tiny: bool, with_compile: bool) -> Workload:
-    config = PRESETS[PretrainConfig]["mmhcl-tiktok"]
+    config = replace(PRESETS[PretrainConfig]["mmhcl-tiktok"], device="cpu")
     dataset = inputs.tiktok(tiny)
     users, items = dataset.pairs("train")
     sampler = TripleSampler(users, items, dataset.num_users, dataset.num_items, batch_size=16 if tiny else 1024)

@@ -372,7 +372,7 @@ def _info_nce(device: torch.device, num_rows: int, dim: int, temperature: float,
             run = partial(composite, *views, temperature, attend)
             entries.append(Entry(f"two {label} attentions (float16)", run, 2e-3))
     run = partial(compiled(partial(flex_composite, temperature=temperature)), *views)
-    entries.append(Entry("two Flex attentions (float16)", run, 2e-3, "compile"))
+    entries.append(Entry("two FlexAttentions (float16)", run, 2e-3, "compile"))
     for label, function in (("published, chunks of 4096", published), ("chunks checkpointed", checkpointed)):
         for name, at in _PRECISIONS:
             run = at(gradients(partial(function, temperature=temperature), views, (None,)))

@@ -14,7 +14,7 @@ benchmarks.gpu` builds, tests and measures them in one run. What they are held t
 class Target(NamedTuple):
     """What the fastest of our entries of a case, or those of one `kind`, must reach on an H100.
 
-    Either at most `milliseconds`, or `factor` times the speed of the fastest entry whose label holds `peer`.
+    Either at most `milliseconds`, or `factor` times the speed of the fastest whose label holds `peer`, in any case.
     """
 
     case: str
@@ -95,7 +95,7 @@ def _targets(cases: list[dict[str, Any]]) -> str:
             required, measured = f"{who} within {target.milliseconds:g} ms", _ms(min(ours)) if ours else None
             met = bool(ours) and min(ours) * 1e3 <= target.milliseconds
         else:
-            peers = [_best(one) for one in entries.get(target.case, []) if target.peer in one["label"]]
+            peers = [_best(one) for one in entries.get(target.case, []) if target.peer.lower() in one["label"].lower()]
             required = f"{who} at least {target.factor:.3g} times as fast as {target.peer}"
             ratio = min(peers) / min(ours) if ours and peers else None
             measured, met = (

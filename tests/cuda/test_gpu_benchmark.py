@@ -102,7 +102,7 @@ def test_targets_stand_beside_what_was_measured():
         entry("hellm cuda, high", "cuda", 2.5),
         entry("hellm triton, high", "triton", 5.0),
         entry("published, in chunks", "peer", 100.0),
-        entry("two flash attentions", "peer", 2.0),
+        entry("two FlexAttentions", "peer", 2.0),
         entry("torch.compile, float32", "peer", 1.0, failure="out of memory"),
     ]
     page = gpu_report._targets([{"name": "info_nce-35598", "entries": entries}])
