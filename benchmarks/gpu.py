@@ -127,7 +127,7 @@ def nvidia_smi(query: str) -> str | None:
 def build(options: argparse.Namespace, results: Results) -> None:
     """Compile the extension for the GPU at hand; later children load it.
 
-    Where it was not asked for, only if there is no extension for that GPU yet: no later step can do without.
+    Where it was not asked for, only if there is no extension for that GPU yet: later steps would leave its kernels out.
     """
     if options.steps and "build" not in options.steps and _backends.unusable("cuda", options.device) is None:
         return
@@ -173,12 +173,8 @@ def tests(options: argparse.Namespace, results: Results) -> None:
         seconds = _share(options, 300.0)
         results.at(seconds + 60.0, step="tests")
         command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=10", "-m", "gpu"]
-        command += [
-            "-p",
-            "no:cacheprovider",
-            "--continue-on-collection-errors",
-            *(["tests/cuda"] if name != "others" else others),
-        ]
+        command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
+        command += ["tests/cuda"] if name != "others" else others
         start = time.perf_counter()
         status, output = bounded(command, seconds, {} if name == "others" else {"HELLM_TEST_BACKEND": name})
         outcomes = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", output, re.MULTILINE)

@@ -5,6 +5,7 @@ Torch only: a GPU machine may have nothing else. N = rows, D = columns, V = vert
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -558,7 +559,8 @@ def _step(device: torch.device, size_name: str) -> Case:
     entries = []
     for precision, tolerance in (("high", 2e-2), ("highest", 1e-3)):
         for name in usable_backends(device):
-            step = HellmStep(config, dataset, triples, precision)
+            step = copy.deepcopy(like)
+            step.precision = precision
             entries.append(Entry(f"hellm {name}, {precision}", on(name, step), tolerance, name))
     entries.append(Entry("published: clique COO, losses over all pairs", published, 1e-3))
     rows = size.num_users**2 + size.num_items**2
