@@ -1,6 +1,6 @@
 """What `benchmarks.gpu` measures: the operators on every usable backend beside the forms others offer.
 
-Torch only: a GPU machine may have nothing else. N = rows, D = columns, V = vertices, M = hyperedges.
+N = rows, D = columns, V = vertices, M = hyperedges.
 """
 
 from __future__ import annotations
@@ -8,159 +8,80 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
+import scipy.sparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
-from torch.utils.checkpoint import checkpoint
 
-from benchmarks import inputs
+from benchmarks import attention_peers, inputs, peers
+from benchmarks.gpu_entries import PRECISIONS, Case, Entry, at_precision, compiled, gradients, on, usable_backends
 from hellm import ops
 from hellm.config import PRESETS, PretrainConfig
-from hellm.hypergraph import Hypergraph, user_hypergraph
+from hellm.hypergraph import Hypergraph, item_hypergraph, user_hypergraph
 from hellm.ops import _backends, _gpu, reference
 
 DIM = 64
 _PUBLISHED_USERS = {"normalization": "row", "hyperedge_degree": False, "self_loops": False}
-# In this order: what the time must suffice for comes first, what needs minutes of compiling last.
-_KINDS = ("native", "cuda", "peer", "triton", "torch", "compile", "nvrtc")
-# The largest pads that torch's attentions take: width 256.
-_WIDEST_ATTENTION = 256
+_PUBLISHED_ITEMS = {"normalization": "symmetric", "hyperedge_degree": False}
 _GATHER, _LARGE_GATHER = ("ceiling-gather", "sports"), ("ceiling-gather", "large")
 _PRODUCT = ("ceiling-matmul", "float16")
-
-Run = Callable[[], Sequence[Tensor]]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One implementation: `kind` is a backend of ours, "peer", or "compile" for a peer that torch.compile makes.
-
-    `tolerance` is its largest error relative to the largest true value.
-    """
-
-    label: str
-    run: Run
-    tolerance: float = 1e-4
-    kind: str = "peer"
-
-    @property
-    def hellm(self) -> bool:
-        """Whether it runs a kernel of ours."""
-        return self.kind in _backends.GPU_BACKENDS or self.kind == "native"
-
-
-@dataclass
-class Case:
-    """Implementations of the same work, in `unit`s; entries come out in the order of their kinds.
-
-    `truth` is the float64 result, if any; `graph`: capture them as CUDA graphs too; `ceiling`: the case and entry whose
-    rate is the limit.
-    """
-
-    entries: list[Entry]
-    work: float
-    unit: str = "FLOP"
-    truth: list[Tensor] | None = None
-    graph: bool = True
-    ceiling: tuple[str, str] | None = None
-    parameters: dict[str, object] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.entries.sort(key=lambda entry: _KINDS.index(entry.kind))
 
 
 def cases(device: torch.device, smoke: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
     """Names and builders, the most important first. "nvrtc" compiles the text of "cuda": once for each operator."""
     small = partial(min, 70) if smoke else (lambda n: n)
-    sports, tiktok = ("tiny", "tiny") if smoke else ("sports", "tiktok")
+    info_nce = lambda n, dim=DIM, t=0.2, **more: partial(_info_nce, device, small(n), dim, t, **more)  # noqa: E731
+    conv = lambda name, *more, **settings: partial(_conv, device, name, smoke, *more, **settings)  # noqa: E731
+    knn = lambda n, dim, k=10, **more: partial(_knn, device, small(n), small(dim), k, **more)  # noqa: E731
     yield "ceiling-copy", partial(_copy, device, smoke)
     yield "ceiling-matmul", partial(_matmul, device, smoke)
     yield "ceiling-gather", partial(_gather, device, smoke)
-    for num_rows in (35_598, 10_000):
-        nvrtc = num_rows == 35_598
-        yield f"info_nce-{num_rows}", partial(_info_nce, device, small(num_rows), DIM, 0.2, nvrtc=nvrtc)
-    for layers, passes in ((1, 1), (2, 2)):
-        yield f"conv-sports-{layers}", partial(_conv, device, sports, layers, passes, nvrtc=layers == 1)
-    yield "propagate-sports", partial(_propagate, device, sports)
-    yield "info_nce-100000", partial(_info_nce, device, small(100_000), DIM, 0.2)
-    yield f"step-{sports}", partial(_step, device, sports)
-    yield "info_nce-50000", partial(_info_nce, device, small(50_000), DIM, 0.2)
-    yield "conv-large", partial(_conv_large, device, smoke)
+    yield "info_nce-35598", info_nce(35_598, nvrtc=True)
+    yield "info_nce-10000", info_nce(10_000)
+    yield "conv-sports-1", conv("sports", 1, 1, with_compile=True, nvrtc=True)
+    yield "conv-sports-2", conv("sports", 2, 2, with_compile=True)
+    yield "propagate-sports", partial(_propagate, device, smoke)
+    yield "info_nce-100000", info_nce(100_000)
+    yield "step-sports", partial(_step, device, "tiny" if smoke else "sports")
+    yield "info_nce-50000", info_nce(50_000)
+    yield "conv-large", conv("large", 1, 1)
     for num_rows, num_items in ((12_800, 12_101), (4_096, 100_000)):
         build = partial(_item_cross_entropy, device, small(num_rows), small(num_items), nvrtc=num_rows == 12_800)
         yield f"item_cross_entropy-{num_items}", build
-    yield "knn-18357x4096", partial(_knn, device, small(18_357), 16 if smoke else 4096, nvrtc=True)
-    yield "knn-100000x128", partial(_knn, device, small(100_000), 16 if smoke else 128)
-    yield "conv-pyg", partial(_conv_pyg, device, sports)
-    yield "conv-sports-bfloat16", partial(_conv, device, sports, 1, 1, torch.bfloat16)
-    yield "conv-tiktok-3", partial(_conv, device, tiktok, 3, 1)
+    yield "knn-18357x4096", knn(18_357, 4_096, nvrtc=True)
+    yield "knn-100000x128", knn(100_000, 128)
+    yield "conv-pyg", partial(_conv_pyg, device, smoke)
+    yield "conv-sports-bfloat16", conv("sports", 1, 1, dtype=torch.bfloat16)
+    yield "conv-tiktok-3", conv("tiktok", 3, 1)
+    for name in ("items-5", "items-10"):
+        yield f"conv-{name}", conv(name, 2, 2)
     for dim in (128, 256):
-        yield f"info_nce-d{dim}", partial(_info_nce, device, small(18_357), dim, 0.2)
+        yield f"info_nce-d{dim}", info_nce(18_357, dim)
     for temperature in (0.05, 1.0):
-        yield f"info_nce-t{temperature}", partial(_info_nce, device, small(18_357), DIM, temperature)
-
-
-def usable_backends(device: torch.device, nvrtc: bool = False) -> list[str]:
-    """Backends that can run there, plain torch last; those in question are asked for by name."""
-    names = [name for name in _backends.BACKENDS if _backends.unusable(name, device) is None]
-    return [name for name in names if nvrtc or name != "nvrtc"]
+        yield f"info_nce-t{temperature}", info_nce(18_357, t=temperature)
+    for kind in inputs.VIEWS:
+        if kind != "related":
+            yield f"info_nce-{kind}", info_nce(18_357, kind=kind, every_peer=False)
+    yield "info_nce-200000", info_nce(200_000, every_peer=False)
+    yield "info_nce-2000", info_nce(2_000)
+    yield "info_nce-d32", info_nce(18_357, 32)
+    for name in ("middle", "empty", "singletons"):
+        yield f"conv-{name}", conv(name, 1, 1)
+    for dim in (1, 60, 128, 256):
+        yield f"conv-sports-d{dim}", conv("sports", 1, 1, dim=dim)
+    for num_rows, dim, k in ((6_710, 128, 5), (18_357, 1_024, 32), (50_000, 768, 10), (100_000, 4_096, 10)):
+        yield f"knn-{num_rows}x{dim}", knn(num_rows, dim, k)
+    # Minutes of compiling.
+    yield "info_nce-autotuned", info_nce(18_357, every_peer=False, autotuned=True)
 
 
 def most_rows_with_truth(device: torch.device) -> int:
     """Beyond this, all pairs in float64 take longer than the measuring."""
     return 200_000 if device.type == "cuda" else 40_000
-
-
-def on(backend: str, function: Callable, *arguments, **settings) -> Callable:
-    """A call under an explicit backend."""
-
-    def run(*more):
-        with ops.backend(backend):
-            return function(*arguments, *more, **settings)
-
-    return run
-
-
-def at_precision(precision: str, run: Run) -> Run:
-    """Under a float32 matmul precision of torch, which its products and the operators without an argument follow."""
-
-    def set_and_run() -> Sequence[Tensor]:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(precision)
-        try:
-            return run()
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-    return set_and_run
-
-
-def gradients(function: Callable, leaves: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Run:
-    """Outputs and the gradients in the leaves."""
-
-    def run() -> Sequence[Tensor]:
-        found = function(*leaves)
-        found = found if isinstance(found, tuple) else (found,)
-        return [*found, *torch.autograd.grad(found, leaves, cotangents)]
-
-    return run
-
-
-def compiled(function: Callable) -> Callable:
-    """torch.compile at the first call, for the shapes of that call and with nothing left of earlier ones."""
-    made: list[Callable] = []
-
-    def call(*arguments):
-        if not made:
-            torch._dynamo.reset()
-            made.append(torch.compile(function, dynamic=False))
-        return made[0](*arguments)
-
-    return call
 
 
 # ---------------------------------------------------------------------------------------------------- ceilings
@@ -209,146 +130,19 @@ def _gather(device: torch.device, smoke: bool) -> Case:
 # ------------------------------------------------------------------------------------------------------ InfoNCE
 
 
-def _unit_views(anchor: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    return F.normalize(anchor), F.normalize(positive)
-
-
-def published(anchor: Tensor, positive: Tensor, temperature: float, chunk: int = 4096) -> Tensor:
-    """The published loss in eager torch; autograd keeps every block of exponentials."""
-    first, second = _unit_views(anchor, positive)
-    losses = [_published_block(first, second, start, chunk, temperature) for start in range(0, len(first), chunk)]
-    return torch.cat(losses).mean()
-
-
-def checkpointed(anchor: Tensor, positive: Tensor, temperature: float, chunk: int = 4096) -> Tensor:
-    """The same with every block recomputed in backward: the low-memory form without new kernels."""
-    first, second = _unit_views(anchor, positive)
-    losses = [
-        checkpoint(_published_block, first, second, start, chunk, temperature, use_reentrant=False)
-        for start in range(0, len(first), chunk)
-    ]
-    return torch.cat(losses).mean()
-
-
-def _published_block(first: Tensor, second: Tensor, start: int, chunk: int, temperature: float) -> Tensor:
-    within = torch.exp(first[start : start + chunk] @ first.T / temperature)
-    across = torch.exp(first[start : start + chunk] @ second.T / temperature)
-    own = across.diagonal(start)
-    return -torch.log(own / (within.sum(1) + across.sum(1) - within.diagonal(start)))
-
-
-def unbatched(anchor: Tensor, positive: Tensor, temperature: float) -> Tensor:
-    """All rows at once, for torch.compile."""
-    return _published_block(*_unit_views(anchor, positive), 0, len(anchor), temperature).mean()
-
-
-def flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """FlashAttention-2 in float16: [Q, D], [K, D], [K, D] -> output [Q, D] float32, log-sum-exp [Q] float32."""
-    parts = (t.half()[None, None] for t in (query, key, value))
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*parts, 0.0, False, False, scale=scale)
-    return out[0, 0].float(), lse[0, 0]
-
-
-def cudnn_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The same by cuDNN, which has a kernel for Hopper."""
-    parts = (t.half()[None, None] for t in (query, key, value))
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*parts, None, True, 0.0, False, scale=scale)
-    return out[0, 0].float(), lse.reshape(-1)
-
-
-def composite(anchor: Tensor, positive: Tensor, temperature: float, attend: Callable) -> Sequence[Tensor]:
-    """Loss and gradients from two calls of torch's own attention: the strongest stock form.
-
-    Attention of the anchors over [u; v] with log-sum-exp gives the row side; a second one with a bias for each key,
-    folded into extra columns, the key side. Its sums hold the diagonal, which is taken out again afterwards.
-    """
-    with torch.no_grad():
-        norms = [z.norm(dim=1, keepdim=True) for z in (anchor, positive)]
-        u, v = anchor / norms[0], positive / norms[1]
-        count, scale = len(u), 1.0 / temperature
-        keys = torch.cat([u, v])
-        mean, lse = attend(u, keys, keys, scale)
-        aligned = (u * v).sum(1)
-        # Out with the two diagonals: share of the own anchor (similarity 1) and of the positive.
-        own, other = torch.exp(scale - lse), torch.exp(aligned * scale - lse)
-        rest = (1 - own - other).clamp_min(1e-12)
-        mean = (mean - own[:, None] * u - other[:, None] * v) / rest[:, None]
-        lse = lse + rest.log()
-        margin = lse - aligned * scale
-        weight = torch.sigmoid(margin) / count
-        # Un-normalised weights exp(s / t) w_j / exp(lse_j): the bias is two columns of the keys against ones, its
-        # float16 value and what that leaves.
-        bias = (weight.log() - lse) * temperature
-        high = bias.half().float()
-        keys_and_bias = torch.cat([u, torch.stack([high, bias - high], 1), u.new_zeros(count, 6)], 1)
-        queries = torch.cat([keys, keys.new_ones(2 * count, 2), keys.new_zeros(2 * count, 6)], 1)
-        spread, total = attend(queries, keys_and_bias, F.pad(u, (0, 8)), scale)
-        spread = spread[:, : u.shape[1]] * torch.exp(total)[:, None]
-        spread[:count] -= (torch.exp(scale - lse) * weight)[:, None] * u
-        spread[count:] -= (torch.exp(aligned * scale - lse) * weight)[:, None] * u
-        return _loss_and_gradients((u, v), norms, scale, margin, weight, mean, spread)
-
-
-def flex_composite(anchor: Tensor, positive: Tensor, temperature: float) -> Sequence[Tensor]:
-    """The same by FlexAttention, which leaves the diagonals out and adds the bias itself; for torch.compile."""
-    with torch.no_grad():
-        norms = [z.norm(dim=1, keepdim=True) for z in (anchor, positive)]
-        u, v = anchor / norms[0], positive / norms[1]
-        count, scale = len(u), 1.0 / temperature
-        keys = torch.cat([u, v])
-        half_u, half_keys = (t.half()[None, None] for t in (u, keys))
-
-        def apart(score, batch, head, query, key):
-            return torch.where(key % count == query, float("-inf"), score)
-
-        mean, lse = flex_attention(half_u, half_keys, half_keys, score_mod=apart, scale=scale, return_lse=True)
-        mean, lse = mean[0, 0].float(), lse[0, 0]
-        margin = lse - (u * v).sum(1) * scale
-        weight = torch.sigmoid(margin) / count
-        bias = weight.log() - lse
-
-        def apart_with_bias(score, batch, head, query, key):
-            return torch.where(query % count == key, float("-inf"), score + bias[key])
-
-        spread, total = flex_attention(
-            half_keys, half_u, half_u, score_mod=apart_with_bias, scale=scale, return_lse=True
-        )
-        spread = spread[0, 0].float() * torch.exp(total[0, 0])[:, None]
-        return _loss_and_gradients((u, v), norms, scale, margin, weight, mean, spread)
-
-
-def _loss_and_gradients(units, norms, scale, margin, weight, mean, spread) -> Sequence[Tensor]:
-    """From the mean key of each anchor and what every anchor spreads over each key [2N, D]."""
-    (u, v), count = units, len(units[0])
-    grads = []
-    for grad, unit, norm in (
-        (weight[:, None] * (mean - v) + spread[:count], u, norms[0]),
-        (spread[count:] - weight[:, None] * u, v, norms[1]),
-    ):
-        grads.append((grad - (grad * unit).sum(1, keepdim=True) * unit) * scale / norm)
-    return [F.softplus(margin).mean(), *grads]
-
-
-def in_bfloat16(run: Run) -> Run:
-    """Under autocast."""
-
-    def cast_and_run() -> Sequence[Tensor]:
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            return run()
-
-    return cast_and_run
-
-
-# What stock products of float32 rows can be told to do.
-_PRECISIONS: tuple[tuple[str, Callable[[Run], Run]], ...] = (
-    ("float32", partial(at_precision, "highest")),
-    ("TF32", partial(at_precision, "high")),
-    ("bfloat16", in_bfloat16),
-)
-
-
-def _info_nce(device: torch.device, num_rows: int, dim: int, temperature: float, nvrtc: bool = False) -> Case:
-    views = [t.detach().to(device).requires_grad_() for t in inputs.views(num_rows, dim)]
+def _info_nce(
+    device: torch.device,
+    num_rows: int,
+    dim: int,
+    temperature: float,
+    *,
+    kind: str = "related",
+    every_peer: bool = True,
+    autotuned: bool = False,
+    nvrtc: bool = False,
+) -> Case:
+    """Loss and both gradients. Without `every_peer` beside two attentions and the checkpointed form alone."""
+    views = [t.detach().to(device).requires_grad_() for t in inputs.views(num_rows, dim, kind=kind)]
     truth = None
     if num_rows <= most_rows_with_truth(device):
         row_grad = torch.full((num_rows,), 1.0 / num_rows, dtype=torch.float64, device=device)
@@ -368,126 +162,178 @@ def _info_nce(device: torch.device, num_rows: int, dim: int, temperature: float,
             call = on(backend, lambda a, p, q=precision: ops.info_nce(a, p, temperature, precision=q))
             label = "hellm torch" if backend == "torch" else f"hellm {backend}, {precision}"
             entries.append(Entry(label, gradients(call, views, (None,)), tolerance, backend))
-    if dim + 8 <= _WIDEST_ATTENTION:
-        for label, attend in (("flash", flash_attention), ("cuDNN", cudnn_attention)):
-            run = partial(composite, *views, temperature, attend)
+    if dim + 8 <= attention_peers.WIDEST:
+        for label, attend in (("flash", attention_peers.flash_attention), ("cuDNN", attention_peers.cudnn_attention)):
+            run = partial(attention_peers.composite, *views, temperature, attend)
             entries.append(Entry(f"two {label} attentions (float16)", run, 2e-3))
-    run = partial(compiled(partial(flex_composite, temperature=temperature)), *views)
-    entries.append(Entry("two FlexAttentions (float16)", run, 2e-3, "compile"))
-    for label, function in (("published, chunks of 4096", published), ("chunks checkpointed", checkpointed)):
-        for name, at in _PRECISIONS:
+    in_chunks = [("chunks checkpointed", peers.info_nce_checkpointed)]
+    if every_peer:
+        run = partial(compiled(partial(attention_peers.flex_composite, temperature=temperature)), *views)
+        entries.append(Entry("two FlexAttentions (float16)", run, 2e-3, "compile"))
+        in_chunks.insert(0, ("published, chunks of 4096", peers.info_nce_published))
+    for label, function in in_chunks:
+        for name, at in PRECISIONS:
             run = at(gradients(partial(function, temperature=temperature), views, (None,)))
             entries.append(Entry(f"{label}, {name}", run, 2e-3))
-    if num_rows <= 40_000 and (dim, temperature) == (DIM, 0.2):  # all pairs at once
-        for name, at in _PRECISIONS:
-            run = at(gradients(compiled(partial(unbatched, temperature=temperature)), views, (None,)))
-            entries.append(Entry(f"torch.compile, unbatched, {name}", run, 2e-3, "compile"))
-    parameters = {"N": num_rows, "D": dim, "temperature": temperature, "budget_bytes": 6 * num_rows * dim * 4}
+    mode = "max-autotune-no-cudagraphs" if autotuned else None
+    at_once = every_peer and num_rows <= 40_000 and (dim, temperature) == (DIM, 0.2)
+    for name, at in PRECISIONS if at_once or autotuned else ():
+        unbatched = compiled(partial(peers.info_nce_unbatched, temperature=temperature), mode)
+        label = f"torch.compile, unbatched, {name}" + (", autotuned" if autotuned else "")
+        entries.append(Entry(label, at(gradients(unbatched, views, (None,))), 2e-3, "compile"))
+    parameters = {"N": num_rows, "D": dim, "temperature": temperature, "rows": kind}
+    parameters |= {"budget_bytes": 6 * num_rows * dim * 4}
     return Case(entries, 16.0 * num_rows**2 * dim, truth=truth, ceiling=_PRODUCT, parameters=parameters)
 
 
 # ----------------------------------------------------------------------------------------- hypergraph convolution
 
 
-def _csr(matrix: Tensor, index_dtype: torch.dtype = torch.int32) -> Tensor:
-    csr = matrix.to_sparse_csr()
-    index = (part.to(index_dtype) for part in (csr.crow_indices(), csr.col_indices()))
-    return torch.sparse_csr_tensor(*index, csr.values(), size=csr.shape)
+class _Graph(NamedTuple):
+    """A hypergraph on a device, and the settings of the published convolution over it."""
+
+    hypergraph: Hypergraph
+    settings: dict[str, object]
+
+    def incidence(self) -> scipy.sparse.csr_matrix:
+        """H [V, M] in float64."""
+        graph = self.hypergraph
+        return peers.incidence(graph.hyperedge_index.cpu().numpy(), (graph.num_vertices, graph.num_hyperedges))
 
 
-class TwoProducts(torch.autograd.Function):
-    """D^-1 (H H^T - diag) x by two cached CSR products, their transposes cached too, scales folded in."""
+class _Sizes(NamedTuple):
+    """Of a synthetic hypergraph: `empty` is the share of hyperedges without vertices, `hub` how many one more has."""
 
-    @staticmethod
-    def forward(ctx, x: Tensor, matrices: tuple[Tensor, ...]) -> Tensor:
-        ctx.matrices = matrices
-        scaled, gather, _, _, diagonal = matrices
-        return (scaled @ (gather @ x)).addcmul_(x, diagonal, value=-1)
+    num_vertices: int
+    num_hyperedges: int
+    num_incidences: int
+    empty: float = 0.0
+    hub: int = 0
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        _, _, spread, gather_scaled, diagonal = ctx.matrices
-        return (spread @ (gather_scaled @ grad)).addcmul_(grad, diagonal, value=-1), None
+
+_SYNTHETIC = {
+    "large": _Sizes(10**6, 5 * 10**5, 2 * 10**7, hub=50_000),
+    "middle": _Sizes(10**5, 5 * 10**4, 2 * 10**6),
+    "empty": _Sizes(10**5, 5 * 10**4, 10**6, empty=0.3),
+    "singletons": _Sizes(10**5, 10**5, 10**5),
+}
+_SMOKE = _Sizes(300, 50, 900, empty=0.3, hub=200)
 
 
 @functools.lru_cache(maxsize=1)
-def _interactions(size_name: str, device: torch.device) -> tuple[Tensor, Hypergraph]:
-    size = inputs.SIZES[size_name]
+def _graph(name: str, device: torch.device, smoke: bool) -> _Graph:
+    """User graphs of the sizes of data sets, kNN item graphs "items-K", and the synthetic ones."""
+    if name in _SYNTHETIC:
+        return _Graph(_synthetic(name, _SMOKE if smoke else _SYNTHETIC[name]).to(device), _PUBLISHED_ITEMS)
+    if name.startswith("items-"):
+        num_items = 50 if smoke else inputs.SIZES["tiktok"].num_items
+        features = {modality: inputs.rows(num_items, 16, seed) for seed, modality in enumerate(("image", "audio"))}
+        return _Graph(item_hypergraph(features, int(name.removeprefix("items-"))).to(device), _PUBLISHED_ITEMS)
+    size = inputs.SIZES["tiny" if smoke else name]
     index = torch.from_numpy(inputs.interactions(size))
-    return index, user_hypergraph(index, size.num_users, size.num_items).to(device)
+    return _Graph(user_hypergraph(index, size.num_users, size.num_items).to(device), _PUBLISHED_USERS)
 
 
-@functools.lru_cache(maxsize=1)
-def _published_matrices(size_name: str, device: torch.device):
-    """The clique matrix in COO, and the factors for TwoProducts."""
-    (users, items), index = inputs.SIZES[size_name][:2], _interactions(size_name, device)[0]
-    h = torch.sparse_coo_tensor(index, torch.ones(index.shape[1], dtype=torch.float64), (users, items)).coalesce()
-    degree = torch.bincount(index[0], minlength=users).double()
-    row_sum = (h @ (h.T @ torch.ones(users, 1, dtype=torch.float64))).squeeze(1) - degree
-    inverse = torch.where(row_sum > 0, 1 / row_sum, 0.0)
-    scaled = torch.sparse_coo_tensor(h.indices(), h.values() * inverse[h.indices()[0]], h.shape).coalesce()
-    square = torch.sparse.mm(h, h.T.coalesce()).coalesce()
-    apart = square.indices()[0] != square.indices()[1]
-    clique_index = square.indices()[:, apart]
-    clique_values = square.values()[apart] * inverse[clique_index[0]]
-    clique = torch.sparse_coo_tensor(clique_index, clique_values.float(), square.shape).coalesce().to(device)
-    parts = [_csr(part.float().coalesce()).to(device) for part in (scaled, h.T.coalesce(), h, scaled.T.coalesce())]
-    return clique, (*parts, (degree * inverse).float().unsqueeze(1).to(device))
+def _synthetic(name: str, sizes: _Sizes) -> Hypergraph:
+    """Uniform vertices in hyperedges of a power law; "singletons": vertex v alone in hyperedge v."""
+    if name == "singletons":
+        alone = torch.arange(min(sizes.num_vertices, sizes.num_hyperedges))
+        return Hypergraph(
+            torch.stack([alone, alone]), num_vertices=sizes.num_vertices, num_hyperedges=sizes.num_hyperedges
+        )
+    generator = torch.Generator().manual_seed(0)
+    occupied = int(sizes.num_hyperedges * (1 - sizes.empty))
+    vertex = torch.randint(sizes.num_vertices, (sizes.num_incidences,), generator=generator)
+    edge = (torch.rand(sizes.num_incidences, generator=generator) ** 2 * occupied).long()
+    # The hyperedges that are empty lie among the others.
+    edge = torch.randperm(sizes.num_hyperedges, generator=generator)[edge]
+    hub = torch.arange(sizes.hub)
+    index = torch.stack([torch.cat([vertex, hub]), torch.cat([edge, torch.zeros_like(hub)])])
+    return Hypergraph(index, num_vertices=sizes.num_vertices, num_hyperedges=sizes.num_hyperedges)
 
 
 def _conv(
-    device: torch.device, size_name: str, layers: int, passes: int, dtype=torch.float32, nvrtc: bool = False
+    device: torch.device,
+    name: str,
+    smoke: bool,
+    layers: int,
+    passes: int,
+    *,
+    dim: int = DIM,
+    dtype: torch.dtype = torch.float32,
+    with_compile: bool = False,
+    nvrtc: bool = False,
 ) -> Case:
     """One pass is forward alone, two are forward and backward."""
-    size, graph = inputs.SIZES[size_name], _interactions(size_name, device)[1]
-    x = inputs.rows(size.num_users, DIM).to(device=device, dtype=dtype).requires_grad_(passes == 2)
-    cotangent = inputs.rows(size.num_users, DIM, seed=1).to(device=device, dtype=dtype)
+    graph, settings = _graph(name, device, smoke)
+    x = inputs.rows(graph.num_vertices, dim).to(device=device, dtype=dtype).requires_grad_(passes == 2)
+    cotangent = inputs.rows(graph.num_vertices, dim, seed=1).to(device=device, dtype=dtype)
 
-    def repeated(layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def run(x: Tensor) -> Tensor:
-            for _ in range(layers):
-                x = layer(x)
-            return x
-
-        return run
-
-    def entry(label: str, function: Callable[[Tensor], Tensor], **settings) -> Entry:
+    def entry(label: str, function: Callable[[Tensor], Tensor], **more) -> Entry:
         run = gradients(function, (x,), (cotangent,)) if passes == 2 else (lambda: (function(x),))
-        return Entry(label, run, 1e-4 if dtype == torch.float32 else 3e-2, **settings)
+        return Entry(label, run, 1e-4 if dtype == torch.float32 else 3e-2, **more)
 
-    def conv(x: Tensor, graph: Hypergraph = graph) -> Tensor:
-        return ops.hypergraph_conv(x, graph, num_layers=layers, **_PUBLISHED_USERS)
-
+    conv = partial(ops.hypergraph_conv, hypergraph=graph, num_layers=layers, **settings)
     wide = x.detach().double().requires_grad_(passes == 2)
     with ops.backend("torch"):
         truth = gradients(conv, (wide,), (cotangent.double(),))() if passes == 2 else [conv(wide)]
-    entries = [entry(f"hellm {name}", on(name, conv), kind=name) for name in usable_backends(device, nvrtc)]
+    entries = [entry(f"hellm {backend}", on(backend, conv), kind=backend) for backend in usable_backends(device, nvrtc)]
     if dtype == torch.float32:
-        clique, factors = _published_matrices(size_name, device)
-        entries.append(entry("two cached CSR products, int32", repeated(lambda x: TwoProducts.apply(x, factors))))
-        entries.append(entry("published, clique COO", repeated(lambda x: torch.sparse.mm(clique, x))))
-    work = 2.0 * passes * layers * graph.num_incidences * DIM * x.element_size()
-    parameters = {"V": size.num_users, "M": size.num_items, "nnz": graph.num_incidences, "layers": layers, "D": DIM}
-    parameters |= {"passes": passes, "dtype": str(dtype)}
-    return Case(entries, work, "byte", [t.detach() for t in truth], ceiling=_GATHER, parameters=parameters)
+        entries += [entry(*one) for one in _conv_peers(device, name, smoke, layers)]
+        entries.append(
+            entry("two index_add, torch.compile", compiled(_index_add(graph, settings, layers)), kind="compile")
+        )
+    work = 2.0 * passes * layers * graph.num_incidences * dim * x.element_size()
+    parameters = {"V": graph.num_vertices, "M": graph.num_hyperedges, "nnz": graph.num_incidences, "layers": layers}
+    parameters |= {"D": dim, "passes": passes, "dtype": str(dtype)}
+    ceiling = _LARGE_GATHER if name == "large" else _GATHER
+    return Case(entries, work, "byte", [t.detach() for t in truth], ceiling=ceiling, parameters=parameters)
 
 
-def _conv_pyg(device: torch.device, size_name: str) -> Case:
+@functools.lru_cache(maxsize=1)
+def _conv_peers(device: torch.device, name: str, smoke: bool, layers: int) -> list[tuple[str, Callable]]:
+    """Two cached CSR products, and of real sizes the published clique."""
+    graph = _graph(name, device, smoke)
+    h, symmetric = graph.incidence(), graph.settings is _PUBLISHED_ITEMS
+
+    def repeated(layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: functools.reduce(lambda x, _: layer(x), range(layers), x)
+
+    found = []
+    for index_dtype in (torch.int32,) if name in _SYNTHETIC else (torch.int32, torch.int64):
+        products = peers.TwoProducts(h, symmetric=symmetric, index_dtype=index_dtype, device=device)
+        found.append((f"two cached CSR products, {str(index_dtype).removeprefix('torch.')}", repeated(products)))
+    if name not in _SYNTHETIC:
+        clique = peers.coo_tensor((peers.clique_symmetric if symmetric else peers.clique_row)(h)).to(device)
+        found.append(("published, clique COO", repeated(partial(torch.sparse.mm, clique))))
+    return found
+
+
+def _index_add(graph: Hypergraph, settings: dict[str, object], layers: int) -> Callable[[Tensor], Tensor]:
+    """Gathering and index_add, twice a layer; for torch.compile."""
+    vertex, edge = graph.hyperedge_index
+    in_scale, _, out_scale, diagonal = (
+        None if scale is None else scale.unsqueeze(1) for scale in graph.scales(**settings)
+    )
+
+    def run(x: Tensor) -> Tensor:
+        for _ in range(layers):
+            x = x if in_scale is None else in_scale * x
+            joined = x.new_zeros(graph.num_hyperedges, x.shape[1]).index_add(0, edge, x[vertex])
+            out = x.new_zeros(x.shape).index_add(0, vertex, joined[edge])
+            x = out_scale * (out if diagonal is None else out - diagonal * x)
+        return x
+
+    return run
+
+
+def _conv_pyg(device: torch.device, smoke: bool) -> Case:
     """Forward and backward of what PyG's layer computes without its weights, beside that layer."""
-    size, (index, graph) = inputs.SIZES[size_name], _interactions(size_name, device)
-    index = index.to(device)
-    x = inputs.rows(size.num_users, DIM).to(device).requires_grad_()
-    cotangent = inputs.rows(size.num_users, DIM, seed=1).to(device)
+    graph, _ = _graph("sports", device, smoke)
+    x = inputs.rows(graph.num_vertices, DIM).to(device).requires_grad_()
+    cotangent = inputs.rows(graph.num_vertices, DIM, seed=1).to(device)
     conv = partial(ops.hypergraph_conv, hypergraph=graph, normalization="row")
-
-    @functools.cache
-    def layer() -> torch.nn.Module:
-        from torch_geometric.nn import HypergraphConv
-
-        made = HypergraphConv(DIM, DIM, bias=False)
-        made.lin = torch.nn.Identity()
-        return made.to(device)
-
+    layer = functools.cache(lambda: peers.pyg_conv(graph.hyperedge_index, DIM, graph.num_hyperedges))
     wide = x.detach().double().requires_grad_()
     with ops.backend("torch"):
         truth = gradients(conv, (wide,), (cotangent.double(),))()
@@ -495,34 +341,16 @@ def _conv_pyg(device: torch.device, size_name: str) -> Case:
         Entry(f"hellm {name}", gradients(on(name, conv), (x,), (cotangent,)), kind=name)
         for name in usable_backends(device)
     ]
-    run = gradients(lambda x: layer()(x, index, num_edges=size.num_items), (x,), (cotangent,))
-    entries.append(Entry("torch_geometric HypergraphConv", run))
+    entries.append(Entry("torch_geometric HypergraphConv", gradients(lambda x: layer()(x), (x,), (cotangent,))))
     work, parameters = 4.0 * graph.num_incidences * DIM * 4, {"nnz": graph.num_incidences, "D": DIM}
     return Case(entries, work, "byte", [t.detach() for t in truth], ceiling=_GATHER, parameters=parameters)
 
 
-def _conv_large(device: torch.device, smoke: bool) -> Case:
-    """A million vertices, half a million hyperedges, twenty million incidences, one hyperedge of 50,000 vertices."""
-    num_vertices, num_hyperedges, nnz, hub = (300, 50, 900, 200) if smoke else (10**6, 5 * 10**5, 2 * 10**7, 50_000)
-    generator = torch.Generator().manual_seed(0)
-    vertex = torch.randint(num_vertices, (nnz,), generator=generator)
-    edge = (torch.rand(nnz, generator=generator) ** 2 * num_hyperedges).long()
-    index = torch.stack([torch.cat([vertex, torch.arange(hub)]), torch.cat([edge, torch.zeros(hub).long()])])
-    graph = Hypergraph(index, num_vertices=num_vertices, num_hyperedges=num_hyperedges).to(device)
-    x = inputs.rows(num_vertices, DIM).to(device)
-    with ops.backend("torch"):
-        truth = [ops.hypergraph_conv(x.double(), graph)]
-    conv = partial(ops.hypergraph_conv, x, graph)
-    entries = [Entry(f"hellm {name}", on(name, lambda: [conv()]), kind=name) for name in usable_backends(device)]
-    parameters = {"V": num_vertices, "M": num_hyperedges, "nnz": graph.num_incidences, "hub": hub, "D": DIM}
-    work = 2.0 * graph.num_incidences * DIM * 4
-    return Case(entries, work, "byte", truth, ceiling=_LARGE_GATHER, parameters=parameters)
-
-
-def _propagate(device: torch.device, size_name: str) -> Case:
-    size, graph = inputs.SIZES[size_name], _interactions(size_name, device)[1]
-    tables = [inputs.rows(n, DIM, seed).to(device).requires_grad_() for seed, n in enumerate(size[:2])]
-    cotangents = [inputs.rows(n, DIM, seed + 2).to(device) for seed, n in enumerate(size[:2])]
+def _propagate(device: torch.device, smoke: bool) -> Case:
+    graph, _ = _graph("sports", device, smoke)
+    counts = (graph.num_vertices, graph.num_hyperedges)
+    tables = [inputs.rows(n, DIM, seed).to(device).requires_grad_() for seed, n in enumerate(counts)]
+    cotangents = [inputs.rows(n, DIM, seed + 2).to(device) for seed, n in enumerate(counts)]
 
     def propagate(user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
         return ops.bipartite_propagate(user, item, graph, num_layers=2)
@@ -588,7 +416,7 @@ def _item_cross_entropy(device: torch.device, num_rows: int, num_items: int, nvr
         for name in usable_backends(device, nvrtc):
             run = at_precision(precision, gradients(on(name, fused), leaves, (None,)))
             entries.append(Entry(f"hellm {name}, {precision}", run, tolerance, name))
-    for name, at in _PRECISIONS:
+    for name, at in PRECISIONS:
         tolerance = 2e-4 if name == "float32" else 2e-2
         run = at(gradients(eager, leaves, (None,)))
         entries.append(Entry(f"F.cross_entropy(h @ e.T), {name}", run, tolerance))

@@ -64,10 +64,25 @@ def rows(num_rows: int, dim: int, seed: int = 0) -> Tensor:
     return torch.randn(num_rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def views(num_rows: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Two related views of the same rows, as a contrastive loss meets them in training: both [num_rows, dim]."""
-    anchor = rows(num_rows, dim, seed)
-    return anchor.requires_grad_(), (anchor.detach() + rows(num_rows, dim, seed + 1)).requires_grad_()
+VIEWS = ("related", "random", "aligned", "collapsed", "duplicates", "zeros")
+
+
+def views(num_rows: int, dim: int, seed: int = 0, kind: str = "related") -> tuple[Tensor, Tensor]:
+    """Two views of the same rows, both [num_rows, dim].
+
+    "related" as a contrastive loss meets them in training, "random" unrelated, "aligned" nearly the same, "collapsed"
+    cosines of 0.99 throughout, "duplicates" of every eighth row, "zeros" in every tenth row.
+    """
+    anchor, noise = rows(num_rows, dim, seed), rows(num_rows, dim, seed + 1)
+    if kind == "collapsed":
+        anchor = anchor[:1] + 0.1 * anchor
+    elif kind == "duplicates":
+        anchor, noise = anchor[torch.arange(num_rows) // 8 * 8], noise[torch.arange(num_rows) // 8 * 8]
+    scale = {"aligned": 0.01, "collapsed": 0.1}.get(kind, 1.0)
+    positive = noise if kind == "random" else anchor + scale * noise
+    if kind == "zeros":
+        anchor[::10], positive[::10] = 0.0, 0.0
+    return anchor.requires_grad_(), positive.requires_grad_()
 
 
 def indices(count: int, high: int, seed: int = 0) -> Tensor:

@@ -6,12 +6,14 @@ N = rows, D = columns, V = vertices, M = hyperedges.
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import numpy as np
 import scipy.sparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------------ InfoNCE
 
@@ -23,22 +25,27 @@ def info_nce_published(anchor: Tensor, positive: Tensor, temperature: float, chu
     Autograd keeps every block.
     """
     first, second = F.normalize(anchor), F.normalize(positive)
-    losses = []
-    for start in range(0, first.shape[0], chunk):
-        stop = min(start + chunk, first.shape[0])
-        within = torch.exp(first[start:stop] @ first.T / temperature)
-        across = torch.exp(first[start:stop] @ second.T / temperature)
-        own = across[:, start:stop].diag()
-        losses.append(-torch.log(own / (within.sum(1) + across.sum(1) - within[:, start:stop].diag())))
-    return torch.cat(losses).mean()
+    starts = range(0, len(first), chunk)
+    return torch.cat([_published_block(first, second, start, chunk, temperature) for start in starts]).mean()
+
+
+def info_nce_checkpointed(anchor: Tensor, positive: Tensor, temperature: float, chunk: int = 4096) -> Tensor:
+    """The same with every block recomputed in backward: the low-memory form without new kernels."""
+    first, second = F.normalize(anchor), F.normalize(positive)
+    block = partial(checkpoint, _published_block, first, second, use_reentrant=False)
+    return torch.cat([block(start, chunk, temperature) for start in range(0, len(first), chunk)]).mean()
 
 
 def info_nce_unbatched(anchor: Tensor, positive: Tensor, temperature: float) -> Tensor:
     """The published loss over all rows at once, for torch.compile."""
-    first, second = F.normalize(anchor), F.normalize(positive)
-    within = torch.exp(first @ first.T / temperature)
-    across = torch.exp(first @ second.T / temperature)
-    return -torch.log(across.diag() / (within.sum(1) + across.sum(1) - within.diag())).mean()
+    return _published_block(F.normalize(anchor), F.normalize(positive), 0, len(anchor), temperature).mean()
+
+
+def _published_block(first: Tensor, second: Tensor, start: int, chunk: int, temperature: float) -> Tensor:
+    within = torch.exp(first[start : start + chunk] @ first.T / temperature)
+    across = torch.exp(first[start : start + chunk] @ second.T / temperature)
+    own = across.diagonal(start)
+    return -torch.log(own / (within.sum(1) + across.sum(1) - within.diagonal(start)))
 
 
 class StripInfoNCE(torch.autograd.Function):
@@ -173,26 +180,41 @@ def csr_tensor(matrix: scipy.sparse.spmatrix, index_dtype: torch.dtype = torch.i
 class TwoProducts:
     """D^-1 (H H^T - diag) x as two cached CSR products, everything that can be folded in beforehand folded in.
 
-    The transpose of each factor is cached too, so that backward converts nothing: the strongest form stock torch has.
+    With `symmetric` the published item form, D^-1/2 H H^T D^-1/2 x. The transpose of each factor is cached too, so that
+    backward converts nothing: the strongest form stock torch has.
     """
 
-    def __init__(self, h: scipy.sparse.csr_matrix, *, index_dtype: torch.dtype = torch.int32, product=torch.mm) -> None:
-        diagonal = np.asarray(h.multiply(h).sum(1)).ravel()
-        inverse = _inverse(h @ np.asarray(h.sum(0)).ravel() - diagonal)
-        scaled = scipy.sparse.diags(inverse) @ h
+    def __init__(
+        self,
+        h: scipy.sparse.csr_matrix,
+        *,
+        symmetric: bool = False,
+        index_dtype: torch.dtype = torch.int32,
+        product=torch.mm,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        reached, diagonal = h @ np.asarray(h.sum(0)).ravel(), np.asarray(h.multiply(h).sum(1)).ravel()
+        if symmetric:
+            first = scipy.sparse.diags(np.sqrt(_inverse(reached))) @ h
+            last = first
+            self.diagonal = None
+        else:
+            inverse = _inverse(reached - diagonal)
+            first, last = h, scipy.sparse.diags(inverse) @ h
+            self.diagonal = torch.from_numpy((diagonal * inverse).astype(np.float32)).unsqueeze(1).to(device)
         self.scaled, self.gather, self.spread, self.gather_scaled = (
-            csr_tensor(part, index_dtype) for part in (scaled, h.T, h, scaled.T)
+            csr_tensor(part, index_dtype).to(device) for part in (last, first.T, first, last.T)
         )
-        self.diagonal = torch.from_numpy((diagonal * inverse).astype(np.float32)).unsqueeze(1)
         self.product = product
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.product(self.scaled, self.product(self.gather, x))
-        return out.addcmul_(x, self.diagonal, value=-1)
+        return self._apart(self.product(self.scaled, self.product(self.gather, x)), x)
 
     def backward(self, grad: Tensor) -> Tensor:
-        out = self.product(self.spread, self.product(self.gather_scaled, grad))
-        return out.addcmul_(grad, self.diagonal, value=-1)
+        return self._apart(self.product(self.spread, self.product(self.gather_scaled, grad)), grad)
+
+    def _apart(self, out: Tensor, x: Tensor) -> Tensor:
+        return out if self.diagonal is None else out.addcmul_(x, self.diagonal, value=-1)
 
     def __call__(self, x: Tensor) -> Tensor:
         return _Linear.apply(x, self)

@@ -60,7 +60,7 @@ class PublishedStep:
         users, items = dataset.pairs("train")
         self.counts = (dataset.num_users, dataset.num_items)
         interacted = peers.incidence(np.unique(np.stack([users, items]), axis=1), self.counts)
-        graph = model.item_hypergraph
+        graph = model.item_hypergraph.to("cpu")
         values = None if graph.vertex_values is None else graph.vertex_values.double().numpy()
         shape = (graph.num_vertices, graph.num_hyperedges)
         neighbours = peers.incidence(graph.hyperedge_index.numpy(), shape, values)

@@ -81,6 +81,7 @@ def test_published_loss_by_hand():
     expected = -np.log(np.e / (np.e + 2))
     for chunk in (1, 2):
         assert peers.info_nce_published(eye, eye, 1.0, chunk=chunk).item() == pytest.approx(expected)
+        assert peers.info_nce_checkpointed(eye, eye, 1.0, chunk=chunk).item() == pytest.approx(expected)
     assert peers.info_nce_unbatched(eye, eye, 1.0).item() == pytest.approx(expected)
 
 
@@ -105,6 +106,9 @@ def test_clique_matrices_by_hand():
     square = h.toarray() @ h.toarray().T
     root = np.sqrt(square.sum(1))
     np.testing.assert_allclose(peers.clique_symmetric(h).toarray(), square / root[:, None] / root)
+    operator = peers.TwoProducts(h, symmetric=True)
+    np.testing.assert_allclose(operator(x), square / root[:, None] / root, atol=1e-7)
+    np.testing.assert_allclose(operator.backward(x), square / root[:, None] / root, atol=1e-7)
 
 
 def test_interactions_are_distinct_and_as_many_as_asked():
