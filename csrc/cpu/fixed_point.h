@@ -131,16 +131,13 @@ inline void fixed_multiply(int64_t rows, int64_t columns, int64_t depth, const i
   }
 }
 
-// unit [rows, stride] = kUnit x [rows, dim] / |x|, zero padded; norm [rows] is |x|, 0 for a row that is all zero.
+// unit [stride] = kUnit x [dim] / |x|, zero padded, and |x|: 0 for a row that is all zero.
 template <typename S>
-inline void normalize_row(const S* x, int64_t dim, int64_t stride, int16_t* unit, float* norm) {
-  double square = 0;
-  for (int64_t k = 0; k < dim; ++k) square += double(to_float(x[k])) * double(to_float(x[k]));
-  const double length = __builtin_sqrt(square);
-  const double scale = length > 0 ? double(kUnit) / length : 0.0;
+inline double normalize_row(const S* x, int64_t dim, int64_t stride, int16_t* unit) {
+  const double norm = length(x, dim), scale = norm > 0 ? double(kUnit) / norm : 0.0;
   for (int64_t k = 0; k < dim; ++k) unit[k] = int16_t(__builtin_lrint(double(to_float(x[k])) * scale));
   for (int64_t k = dim; k < stride; ++k) unit[k] = 0;
-  *norm = float(length);
+  return norm;
 }
 
 inline Vector<float> absolute(Vector<float> x) {

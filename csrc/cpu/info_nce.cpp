@@ -43,7 +43,6 @@ struct Problem {
   bool symmetric;        // the anchor's own view goes by triangles; only the positive view has blocks
   T exponent_scale;      // log2(e) / t
   U* unit[2];            // anchor, positive: [num_keys, stride]
-  T* norm[2];            // [num_keys]
   U* across[2];          // fixed point: the units of each panel of keys transposed, [panels, stride, panel[view]]
   int64_t panel[2];      // keys a panel: those that row_side is given at a time
   T* grad[2];            // [num_keys, stride] each
@@ -53,6 +52,7 @@ struct Problem {
   T* partial_key;        // [num_blocks, strip, stride]: sum_j E_ij k_j of the block
   T* pending;            // [strip, stride]: row side of the gradient of this strip's anchors
   T* row_weight;         // [strip]: row_grad_i sigmoid_i
+  T* own_weight;         // [num_keys]: sum of the row_weight of the rows whose own key it is
   T* intra_sum;          // [num_keys], symmetric: sum_j E_ij over the anchor's own view
   T* intra_part;         // [kTriangleGroups, num_keys], symmetric: what the groups of strips add to it
   T* coefficient;        // [num_keys], symmetric: c_i of the rows of finished strips
@@ -270,7 +270,7 @@ void finish_rows(const Problem<T, U>& p, int64_t start, int64_t count, int threa
     for (int64_t k = 0; k < p.stride; ++k) {
       const double mean_key = double(pending[k]) * inverse;
       towards += mean_key * double(unit<T>(u[k]));
-      pending[k] = T(weight * (mean_key - double(unit<T>(v[k]))));
+      pending[k] = T(weight * mean_key);
     }
     static_cast<T*>(p.arguments.row_slope)[start + i] = T(weight * (towards - result.aligned));
   }
@@ -339,12 +339,9 @@ void add_pending(const Problem<T, U>& p, int64_t start, int64_t count, int threa
   const int64_t sharing = p.arguments.rows ? 1 : threads;
   for (int64_t i = thread < sharing ? thread : count; i < count; i += sharing) {
     const int64_t row = p.row(start + i);
-    const U* u = p.unit[0] + row * p.stride;
-    T *const grad_u = p.grad[0] + row * p.stride, *const grad_v = p.grad[1] + row * p.stride;
-    for (int64_t k = 0; k < p.stride; ++k) {
-      grad_u[k] += p.pending[i * p.stride + k];
-      grad_v[k] -= p.row_weight[i] * unit<T>(u[k]);
-    }
+    T* const grad_u = p.grad[0] + row * p.stride;
+    p.own_weight[row] += p.row_weight[i];
+    for (int64_t k = 0; k < p.stride; ++k) grad_u[k] += p.pending[i * p.stride + k];
     for (int64_t first = 0; p.symmetric && first <= start; first += kTriangleStrips * p.strip) {
       const T* part = intra_key(p, first) + i * p.stride;
       for (int64_t k = 0; k < p.stride; ++k) grad_u[k] += part[k];
@@ -428,22 +425,30 @@ void run_thread(const Problem<T, U>& p, int thread, int threads) {
 }
 
 // d loss / d z = (g - <g, u> u) / (t |z|) with g the gradient in the unit row; 0 for a row that is all zero.
+//
+// The positive's part of g, -own_weight times its unit row, is by far the largest where the views are aligned, and all
+// but along u. So it stays out of the sums until here, where the rows are those given and the arithmetic is double.
 template <typename T, typename U, typename S>
-void store_gradient(const Problem<T, U>& p, int view, int64_t row, S* out) {
-  T* g = p.grad[view] + row * p.stride;
-  const U* u = p.unit[view] + row * p.stride;
+void store_gradient(const Problem<T, U>& p, int view, int64_t row, const S* const (&views)[2], S* out) {
+  const int64_t dim = p.arguments.dim;
+  const T* const g = p.grad[view] + row * p.stride;
+  const S *const own = views[view] + row * dim, *const positive = views[1 - view] + row * dim;
+  const double norm = length(own, dim), weight = double(p.own_weight[row]);
+  // A row of no loss may have anything for a positive.
+  const double distance = weight == 0 ? 0 : length(positive, dim), pull = distance == 0 ? 0 : weight / distance;
+  const auto unit = [&](int64_t k) { return norm == 0 ? 0 : double(to_float(own[k])) / norm; };
+  const auto towards = [&](int64_t k) {
+    return double(g[k]) - (pull == 0 ? 0 : pull * double(to_float(positive[k])));
+  };
   double along = 0;
-  for (int64_t k = 0; k < p.stride; ++k) along += double(g[k]) * double(unit<T>(u[k]));
+  for (int64_t k = 0; k < dim; ++k) along += towards(k) * unit(k);
   if (view == 0 && p.symmetric) {
     // So far the slope holds the positive view only. Of the own view, sum_ij c_i E_ij s_ij = sum_ij W_ij s_ij / 2.
     T& slope = static_cast<T*>(p.arguments.row_slope)[row];
     slope = T((along + double(slope)) / 2);
   }
-  const double norm = double(p.norm[view][row]);
-  const T scale = norm > 0 ? T(1 / (norm * p.arguments.temperature)) : T(0);
-  for (int64_t k = 0; k < p.arguments.dim; ++k) {
-    from_float((g[k] - T(along) * unit<T>(u[k])) * scale, out[row * p.arguments.dim + k]);
-  }
+  const double scale = norm == 0 ? 0 : 1 / (norm * p.arguments.temperature);
+  for (int64_t k = 0; k < dim; ++k) from_float(T((towards(k) - along * unit(k)) * scale), out[row * dim + k]);
 }
 
 // The units of panel `panel` of a view transposed, zero where it has no keys.
@@ -476,20 +481,19 @@ void run_with(const InfoNceArguments& a) {
                              kFixed<T, U> ? blocks_a_view : 0};
 
   Buffer<U> unit(2 * n * stride), across(gradients ? (panels[0] * panel[0] + panels[1] * panel[1]) * stride : 0);
-  Buffer<T> norm(2 * n);
   Buffer<T> grad(gradients && !in_place ? 2 * n * stride : 1);
   Buffer<T> similarity(gradients ? num_blocks * kBlock * strip : 1);
   Buffer<T> partial(2 * num_blocks * strip), partial_key(gradients ? num_blocks * strip * stride : 1);
-  Buffer<T> pending(strip * stride), row_weight(strip);
+  Buffer<T> pending(strip * stride), row_weight(strip), own_weight(gradients ? n : 1);
   Buffer<T> intra(symmetric ? (2 + kTriangleGroups) * n : 1);
   Buffer<T> intra_key(symmetric && gradients ? (n / (kTriangleStrips * strip) + 1) * strip * stride : 1);
   T* const outside[2] = {static_cast<T*>(a.grad_anchor), static_cast<T*>(a.grad_positive)};
   const Problem<T, U> p{a, stride, strip, blocks_a_view, num_blocks, gradients, find_maximum, symmetric,
                         T(kLog2E / a.temperature),
-                        {unit, unit + n * stride}, {norm, norm + n},
+                        {unit, unit + n * stride},
                         {across, across + panels[0] * panel[0] * stride}, {panel[0], panel[1]},
                         {in_place ? outside[0] : grad, in_place ? outside[1] : grad + n * stride},
-                        similarity, partial, partial + num_blocks * strip, partial_key, pending, row_weight,
+                        similarity, partial, partial + num_blocks * strip, partial_key, pending, row_weight, own_weight,
                         intra, intra + 2 * n, intra + n, intra_key};
   const S* const views[2] = {static_cast<const S*>(a.anchor), static_cast<const S*>(a.positive)};
   S* const outputs[2] = {static_cast<S*>(a.grad_anchor), static_cast<S*>(a.grad_positive)};
@@ -501,8 +505,10 @@ void run_with(const InfoNceArguments& a) {
     for (int view = 0; view < 2; ++view) {
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < n; ++row) {
-        normalize_row(views[view] + row * a.dim, a.dim, stride, p.unit[view] + row * stride, p.norm[view] + row);
-        if (gradients) std::memset(p.grad[view] + row * stride, 0, stride * sizeof(T));
+        normalize_row(views[view] + row * a.dim, a.dim, stride, p.unit[view] + row * stride);
+        if (!gradients) continue;
+        std::memset(p.grad[view] + row * stride, 0, stride * sizeof(T));
+        p.own_weight[row] = T(0);
       }
     }
     for (int view = 0; view < 2 && gradients; ++view) {
@@ -514,7 +520,7 @@ void run_with(const InfoNceArguments& a) {
     if (gradients) {
       for (int view = 0; view < 2; ++view) {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < n; ++row) store_gradient(p, view, row, outputs[view]);
+        for (int64_t row = 0; row < n; ++row) store_gradient(p, view, row, views, outputs[view]);
       }
     }
   }

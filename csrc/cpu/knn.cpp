@@ -62,7 +62,7 @@ void run(const KnnArguments& a) {
   {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < n; ++row) {
-      normalize_row(static_cast<const S*>(a.x) + row * a.dim, a.dim, stride, unit + row * stride, norm + row);
+      norm[row] = T(normalize_row(static_cast<const S*>(a.x) + row * a.dim, a.dim, stride, unit + row * stride));
     }
     Buffer<T> memory(a.dim * kStrip + kBlock * kStrip + kStrip);
     T* const query = memory;

@@ -265,16 +265,21 @@ class Buffer {
   T* data_;
 };
 
-// unit [rows, stride] = x [rows, dim] / |x|, zero padded; norm [rows] is |x|, 0 for a row that is all zero.
-template <typename T, typename S>
-inline void normalize_row(const S* x, int64_t dim, int64_t stride, T* unit, T* norm) {
+// |x|, its squares summed in double.
+template <typename S>
+inline double length(const S* x, int64_t dim) {
   double square = 0;
   for (int64_t k = 0; k < dim; ++k) square += double(to_float(x[k])) * double(to_float(x[k]));
-  const double length = __builtin_sqrt(square);
-  const double inverse = length > 0 ? 1.0 / length : 0.0;
+  return __builtin_sqrt(square);
+}
+
+// unit [stride] = x [dim] / |x|, zero padded, and |x|: 0 for a row that is all zero.
+template <typename T, typename S>
+inline double normalize_row(const S* x, int64_t dim, int64_t stride, T* unit) {
+  const double norm = length(x, dim), inverse = norm > 0 ? 1.0 / norm : 0.0;
   for (int64_t k = 0; k < dim; ++k) unit[k] = T(double(to_float(x[k])) * inverse);
   for (int64_t k = dim; k < stride; ++k) unit[k] = T(0);
-  *norm = T(length);
+  return norm;
 }
 
 // Calls run<accumulation type, storage type>(arguments).

@@ -110,6 +110,17 @@ def test_info_nce_of_16_bit_products_is_no_worse_than_bfloat16_rows(shape, preci
         compare(inputs, precision=precision, baseline=baseline, **settings)
 
 
+@pytest.mark.parametrize(("precision", "bound"), [("highest", 2e-5), ("high", 2e-3)])
+@pytest.mark.parametrize("chosen", [None, torch.arange(0, 1200, 3).repeat(2)])
+def test_info_nce_of_aligned_views_keeps_its_gradients(precision, bound, chosen, kernel):
+    """The positive pulls along its anchor, a hundred times as hard as across it, where the gradient is."""
+    anchor, noise = views((1200, 64))
+    inputs = [anchor, anchor + 0.01 * noise]
+    truth = outputs_and_gradients(plain(chosen=chosen), [x.double() for x in inputs])
+    found = outputs_and_gradients(fused(chosen=chosen, precision=precision), inputs)
+    assert relative_error(truth, found) < bound
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.05, 0.2, 0.5])
 def test_info_nce_of_16_bit_products_keeps_three_digits(temperature, dtype, kernel):
