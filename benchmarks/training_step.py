@@ -30,7 +30,7 @@ class HellmStep:
         self, config: PretrainConfig, dataset: Dataset, triples: Sequence[Triples], precision: str | None = "highest"
     ) -> None:
         torch.manual_seed(config.seed)
-        self.model = build_encoder(config, dataset).to(config.device)
+        self.model = build_encoder(config, dataset, config.device)
         self.config, self.precision = config, precision
         self.tables = list(self.model.parameters())
         self.optimizer = build_optimizer(config, self.model)

@@ -55,12 +55,15 @@ class ItemContent:
         self.num_placing = self.num_items if num_placing is None else num_placing
 
     @classmethod
-    def of(cls, features: Mapping[str, ItemFeatures], k: int = 10) -> ItemContent:
-        """From the features of a data set; `k` is cut to the number of items."""
+    def of(cls, features: Mapping[str, ItemFeatures], k: int = 10, device: torch.device | str = "cpu") -> ItemContent:
+        """From the features of a data set, kept on the CPU; `k` is cut to the number of items.
+
+        Neighbours are searched on `device`.
+        """
         normalised, neighbours = {}, {}
         for modality, one in features.items():
             x = torch.where(torch.from_numpy(one.mask).unsqueeze(1), torch.from_numpy(one.values).float(), 0.0)
-            rows, similarity = ops.knn(x, min(k, len(x)))
+            rows, similarity = (found.cpu() for found in ops.knn(x.to(device), min(k, len(x))))
             neighbours[modality] = torch.where(similarity > 0, rows.long(), -1)
             # Half precision keeps a cosine to 1e-3 and the file small.
             normalised[modality] = F.normalize(x, dim=1).half()

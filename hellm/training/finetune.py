@@ -370,4 +370,4 @@ def _write_outputs(model: RecommenderLLM, inputs: ItemInputs, dataset: Dataset, 
     model.save_pretrained(run.path / "model")
     run.write_ids(dataset)
     run.write_histories(dataset)
-    run.write_content(dataset)
+    run.write_content(dataset, device=str(model.device))

@@ -74,7 +74,7 @@ def pretrain(
         return opened.finished
 
     with readable_memory_errors("pre-training", "lower contrastive_rows, model.embedding_dim or eval_batch_size"):
-        model = build_encoder(config, dataset).to(config.device)
+        model = build_encoder(config, dataset, config.device)
         progress = _fit(model, config, dataset, run, evaluate)
         read_model(run.best, model)
         result = _result(model, config, dataset, run, progress, evaluate)
@@ -116,9 +116,10 @@ def _resolve_capture(capture: bool | None, device: str) -> bool:
     return on_gpu if capture is None else capture
 
 
-def build_encoder(config: PretrainConfig, dataset: Dataset) -> GraphEncoder:
-    """The encoder of `config` over the training events and item features of `dataset`, on the CPU.
+def build_encoder(config: PretrainConfig, dataset: Dataset, device: torch.device | str = "cpu") -> GraphEncoder:
+    """The encoder of `config` over the training events and item features of `dataset`, on `device`.
 
+    Neighbours are searched there too; the tables are drawn on the CPU, the same for every device.
     With compat="official" a contrastive weight of 0 also takes that hypergraph out of the fusion, and kNN neighbours
     with similarity <= 0 stay, both as published.
     """
@@ -132,9 +133,9 @@ def build_encoder(config: PretrainConfig, dataset: Dataset) -> GraphEncoder:
         names = settings.modalities or tuple(dataset.item_features)
         chosen = {name: dataset.item_features[name] for name in names}
         items_by_content = item_hypergraph(
-            {name: torch.from_numpy(np.asarray(feature.values)) for name, feature in chosen.items()},
+            {name: torch.from_numpy(np.asarray(feature.values)).to(device) for name, feature in chosen.items()},
             settings.knn_k,
-            masks={name: torch.from_numpy(np.asarray(feature.mask)) for name, feature in chosen.items()},
+            masks={name: torch.from_numpy(np.asarray(feature.mask)).to(device) for name, feature in chosen.items()},
             keep_nonpositive=official,
         )
     return GraphEncoder(
@@ -149,7 +150,7 @@ def build_encoder(config: PretrainConfig, dataset: Dataset) -> GraphEncoder:
         num_item_layers=settings.num_item_layers,
         use_user_branch=use_user,
         dropout=settings.dropout,
-    )
+    ).to(device)
 
 
 def build_sampler(config: PretrainConfig, dataset: Dataset) -> TripleSampler:
@@ -331,5 +332,5 @@ def _write_outputs(
         save_file(tensors, temporary, metadata={"fold_in_exponent": str(fold_in.exponent)})
     run.write_ids(dataset)
     run.write_histories(dataset)
-    run.write_content(dataset, modalities=config.model.modalities, k=config.model.knn_k)
+    run.write_content(dataset, modalities=config.model.modalities, k=config.model.knn_k, device=str(model.device))
     write_curves(run, metrics=config.monitor, best_epoch=progress.best_epoch, title=f"{dataset.name}: pre-training")

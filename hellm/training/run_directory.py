@@ -217,15 +217,20 @@ class RunDirectory:
         with atomic_path(self.histories) as temporary:
             pl.DataFrame(columns).write_parquet(temporary)
 
-    def write_content(self, dataset: Dataset, *, modalities: Collection[str] | None = None, k: int = 10) -> None:
-        """Write content.safetensors, for reasons and new items (see `ItemContent`); nothing without item features."""
+    def write_content(
+        self, dataset: Dataset, *, modalities: Collection[str] | None = None, k: int = 10, device: str = "cpu"
+    ) -> None:
+        """Write content.safetensors, for reasons and new items (see `ItemContent`); nothing without item features.
+
+        Neighbours are searched on `device`.
+        """
         from hellm.models.item_content import ItemContent
 
         features = {
             name: one for name, one in dataset.item_features.items() if modalities is None or name in modalities
         }
         if features:
-            ItemContent.of(features, k).save(self.content)
+            ItemContent.of(features, k, device).save(self.content)
 
 
 def environment(device: str) -> dict[str, str]:

@@ -93,7 +93,7 @@ def train_sasrec(
     model.save(run.path)
     run.write_ids(dataset)
     run.write_histories(dataset)
-    run.write_content(dataset)
+    run.write_content(dataset, device=str(model.device))
     write_curves(run, metrics=config.monitor, best_epoch=progress.best_epoch, title=f"{dataset.name}: SASRec")
     run.write_result(result)
     return result

@@ -84,7 +84,7 @@ def train(folder, config, dataset, kind, *, stop_at=None):
     """Epoch records and final weights of a run whose steps are "plain", "fixed" (no graph) or "captured"."""
     torch.manual_seed(3)
     config = replace(config, capture=kind == "captured")
-    model = build_encoder(config, dataset).to(config.device)
+    model = build_encoder(config, dataset, config.device)
     sampler, optimizer = build_sampler(config, dataset), build_optimizer(config, model)
     step = build_captured_step(model, config, sampler, optimizer)
     calls = []
@@ -319,7 +319,7 @@ def test_captured_run_is_resumed_on_a_gpu_and_on_the_cpu(small_dataset, tmp_path
 @needs_gpu
 def test_replays_do_not_wait_for_the_device(small_dataset):
     config = replace(CONFIG, device="cuda", capture=True)
-    model = build_encoder(config, small_dataset).to("cuda").train()
+    model = build_encoder(config, small_dataset, "cuda").train()
     step = build_captured_step(model, config, build_sampler(config, small_dataset), build_optimizer(config, model))
     for number in range(5):
         step(0, number)

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hellm import ops
 from hellm.config import ModelConfig, PretrainConfig, load_config, override_config
 from hellm.evaluate import evaluate_dataset
 from hellm.hypergraph import item_hypergraph, user_hypergraph
+from hellm.models.item_content import ItemContent
 from hellm.training import pretrain as module
 from hellm.training.loop import Interrupted
 from hellm.training.pretrain import build_encoder, pretrain, pretrain_losses, resolve_config
@@ -271,6 +273,27 @@ def test_encoder_is_built_from_train_events_and_chosen_features(small_dataset):
     text = torch.from_numpy(small_dataset.item_features["text"].values)
     content = item_hypergraph({"text": text}, 4, keep_nonpositive=True)
     assert torch.equal(model.item_hypergraph.hyperedge_index, content.hyperedge_index)
+
+
+def test_neighbours_are_searched_on_the_device_of_the_model(small_dataset, monkeypatch):
+    searched = []
+    knn = ops.knn
+
+    def recorded(x, k):
+        searched.append(x.device.type)
+        return knn(torch.ones(x.shape), k)
+
+    monkeypatch.setattr(ops, "knn", recorded)
+    content = ItemContent.of(small_dataset.item_features, 4, "meta")
+    assert searched == ["meta"] * 2 and {rows.device.type for rows in content.neighbours.values()} == {"cpu"}
+
+    def graph(features, k, *, masks, keep_nonpositive):
+        assert {x.device.type for x in (*features.values(), *masks.values())} == {"meta"}
+        return item_hypergraph({"text": torch.eye(24)}, k)
+
+    monkeypatch.setattr(module, "item_hypergraph", graph)
+    model = build_encoder(CONFIG, small_dataset, "meta")
+    assert model.item_hypergraph.device.type == model.device.type == "meta"
 
 
 def test_ablations_are_settings(small_dataset):
