@@ -104,18 +104,27 @@ def test_smoke_run_measures_and_keeps_what_it_has(tmp_path, capfd):
 
 
 def test_targets_stand_beside_what_was_measured():
-    def entry(label, kind, milliseconds, failure=None):
+    def entry(label, kind, milliseconds, failure=None, extra_bytes=54e6, repeats=True):
         seconds = {"warm": {"median": milliseconds / 1e3}}
-        return {"label": label, "kind": kind, "hellm": kind != "peer", "failure": failure, "seconds": seconds}
+        found = {"label": label, "kind": kind, "hellm": kind != "peer", "failure": failure, "seconds": seconds}
+        return found | {"extra_bytes": extra_bytes, "bitwise_repeat": repeats}
 
     entries = [
         entry("hellm cuda, high", "cuda", 2.5),
-        entry("hellm triton, high", "triton", 5.0),
+        entry("hellm triton, high", "triton", 5.0, extra_bytes=30e6),
         entry("published, in chunks", "peer", 100.0),
         entry("two FlexAttentions", "peer", 2.0),
         entry("torch.compile, float32", "peer", 1.0, failure="out of memory"),
     ]
-    page = gpu_report._targets([{"name": "info_nce-35598", "entries": entries}])
+    hungry, other = entry("hellm cuda, high", "cuda", 22, extra_bytes=154e6), [*entries]
+    other[0] = entry("hellm cuda, high", "cuda", 2.5, repeats=False)
+    page = gpu_report._targets([{"name": "info_nce-35598", "entries": other}])
+    assert "MB beside its inputs, and bit by bit again | 54.0 MB, other bits | **missed** |" in page
+    page = gpu_report._targets(
+        [{"name": "info_nce-35598", "entries": entries}, {"name": "info_nce-100000", "entries": [hungry]}]
+    )
+    assert "MB beside its inputs, and bit by bit again | 54.0 MB, the same bits | met |" in page
+    assert "MB beside its inputs, and bit by bit again | 154.0 MB, the same bits | **missed** |" in page
     assert "| info_nce-35598 | ours within 3 ms | 2.5 ms | met |" in page
     assert "| info_nce-35598 | ours at least 20 times as fast as published | 40 times | met |" in page
     assert "| info_nce-35598 | ours at least 8 times as fast as torch.compile | unmeasured |  |" in page
