@@ -37,8 +37,8 @@ TARGETS = (
     Target("info_nce-50000", peer="attentions", factor=1),
     Target("info_nce-35598", peer="hellm cuda", factor=1 / 1.5, kind="triton"),
     # 6 N D 4 bytes.
-    Target("info_nce-35598", megabytes=54.7),
-    Target("info_nce-100000", megabytes=153.6),
+    Target("info_nce-35598", megabytes=54.7, kind="cuda"),
+    Target("info_nce-100000", megabytes=153.6, kind="cuda"),
     Target("conv-sports-1", 0.028),
     Target("conv-sports-2", 0.110),
     Target("conv-sports-2", peer="published", factor=40),

@@ -12,14 +12,13 @@ __device__ __forceinline__ int64 first_unit(int64 units, int64 block, int64 bloc
 
 // One tile of queries against tiles of keys; every warp has kQueries / 4 queries to itself.
 template <int kWidth, int kParts, Weights kWeights, bool kOutput>
-struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKeyBiased> {
-  using Products = AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKeyBiased>;
+struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights> {
+  using Products = AttentionProducts<kWidth, kParts, kOutput, kWeights>;
   using typename Products::Tile;
-  using Products::kBands, Products::kKeyBands, Products::kColumnBands;
+  using Products::kBands, Products::kKeyBands, Products::kColumnBands, Products::kMaximum;
   using Products::lane, Products::out, Products::shared, Products::warp;
-  static constexpr bool kMaximum = kWeights == kRunning || kWeights == kRunningBiased;
   static constexpr bool kKeyBias = kWeights != kRunning, kQueryBias = kWeights == kByKeyBiased;
-  static constexpr bool kSum = kWeights != kByKey;
+  static constexpr bool kSum = kWeights != kByKey, kRows = kWeights == kByKey;
 
   const AttentionParameters& p;
   int query_view, first_query;  // rows are fewer than 2^31
@@ -35,9 +34,9 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
     }
   }
 
-  __device__ __forceinline__ void begin_tile(int64 tile) {
-    query_view = int(tile / p.query_tiles);
-    first_query = int(tile % p.query_tiles) * Tile::kQueries;
+  __device__ __forceinline__ void begin_tile(int tile) {
+    query_view = tile / int(p.query_tiles);
+    first_query = tile % int(p.query_tiles) * Tile::kQueries;
 #pragma unroll
     for (int b = 0; b < kBands; ++b) {
 #pragma unroll
@@ -61,8 +60,15 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
     if (kParts == 2) copy_rows<kWidth, Tile::kQueries, Tile::kThreads>(shared.query(kParts - 1), p.query_low, row);
   }
 
+  __device__ __forceinline__ int64 row_of(int key) const {
+    const int64 chosen = p.key_rows[key];
+    return chosen >= 0 && chosen < p.key_stride ? chosen : -1;
+  }
+
   __device__ __forceinline__ void load_keys(int view, int first, int stage) {
-    const auto row = [&](int i) -> int64 { return first + i < p.keys ? view * p.keys + first + i : -1; };
+    const auto row = [&](int i) -> int64 {
+      return first + i >= p.keys ? -1 : kRows && p.key_rows ? row_of(first + i) : view * p.keys + first + i;
+    };
     copy_rows<kWidth, Tile::kKeys, Tile::kThreads>(shared.key(stage, 0), p.key_high, row);
     if (kParts == 2) copy_rows<kWidth, Tile::kKeys, Tile::kThreads>(shared.key(stage, kParts - 1), p.key_low, row);
     for (int i = threadIdx.x; i < Tile::kKeys; i += Tile::kThreads) {
@@ -186,7 +192,8 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
     }
   }
 
-  // Similarities to weights with the scale and bias of each key: bounded, as every query is a negative of its keys.
+  // Similarities to sizes of weights with the scale and bias of each key: bounded, as every query is a negative of its
+  // keys.
   __device__ __forceinline__ void weigh_by_key(int stage, float (&s)[kBands][kKeyBands][4]) {
     const float *scale = shared.scale(stage), *bias = shared.bias(stage), *top = shared.maximum(stage);
     // Read again for each tile of keys: over all of them there are no registers left.
@@ -204,7 +211,7 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int key = j * 8 + lane % 4 * 2 + i;
-        const float key_scale = scale[key], key_bias = bias[key], key_top = kQueryBias ? top[key] : 0.0f;
+        const float key_scale = fabsf(scale[key]), key_bias = bias[key], key_top = kQueryBias ? top[key] : 0.0f;
 #pragma unroll
         for (int b = 0; b < kBands; ++b) {
 #pragma unroll
@@ -220,7 +227,6 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
     }
   }
 
-  // A key with a negative scale is a negated row: its weight counts as negative.
   __device__ __forceinline__ void add_signed_weights(int stage, const float (&s)[kBands][kKeyBands][4]) {
     const float* const scale = shared.scale(stage);
 #pragma unroll
@@ -238,14 +244,14 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
     }
   }
 
-  // slot < 0: the tile is complete.
-  __device__ __forceinline__ void store(int64 slot) {
+  // A piece that starts a tile goes to the output, slot < 0.
+  __device__ __forceinline__ void store(int slot) {
 #pragma unroll
     for (int b = 0; b < kBands; ++b) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int query = query_of(b, h);
-        const int64 place = slot < 0 ? query : slot * Tile::kQueries + local_query(b, h);
+        const int64 place = slot < 0 ? query : int64(slot) * Tile::kQueries + local_query(b, h);
         float total = sum[b][h];
         if (kSum) {
           total += __shfl_xor_sync(kAllLanes, total, 1);
@@ -272,8 +278,8 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights == kByKey
   }
 
   // `count` tiles of keys from `begin` on.
-  __device__ __forceinline__ void run(int64 begin, int count) {
-    int view = int(begin / p.key_tiles), first = int(begin % p.key_tiles) * Tile::kKeys;
+  __device__ __forceinline__ void run(int begin, int count) {
+    int view = begin / int(p.key_tiles), first = begin % int(p.key_tiles) * Tile::kKeys;
     load_keys(view, first, 0);
     for (int tile = 0; tile < count; ++tile) {
       const int stage = tile % 2, first_key = first;
@@ -308,15 +314,15 @@ template <int kWidth, int kParts, Weights kWeights, bool kOutput>
 __global__ void __launch_bounds__(128, kAttentionBlocks) attention_kernel(const AttentionParameters p) {
   Attention<kWidth, kParts, kWeights, kOutput> attention(p);
   const int64 tiles = p.key_tiles * p.key_views, units = p.query_tiles * p.query_views * tiles;
+  const int64 begin = first_unit(units, blockIdx.x, gridDim.x);
   const int64 end = first_unit(units, int64(blockIdx.x) + 1, gridDim.x);
-  for (int64 unit = first_unit(units, blockIdx.x, gridDim.x); unit < end;) {
-    const int64 begin_key = unit % tiles;
-    const int64 end_key = begin_key + (end - unit) < tiles ? begin_key + (end - unit) : tiles;
-    attention.begin_tile(unit / tiles);
-    attention.run(begin_key, int(end_key - begin_key));
-    const bool whole = begin_key == 0 && end_key == tiles;
-    attention.store(whole ? -1 : 2 * int64(blockIdx.x) + (begin_key == 0 ? 1 : 0));
-    unit += end_key - begin_key;
+  const int last_tile = int(end / tiles), last_key = int(end % tiles);
+  int key = int(begin % tiles);
+  for (int tile = int(begin / tiles); tile < last_tile || (tile == last_tile && key < last_key); ++tile) {
+    attention.begin_tile(tile);
+    attention.run(key, (tile == last_tile ? last_key : int(tiles)) - key);
+    attention.store(key == 0 ? -1 : int(blockIdx.x));
+    key = 0;
   }
 }
 

@@ -35,10 +35,12 @@ __device__ __forceinline__ void copy_rows(Half* to, const void* from, Row row) {
   }
 }
 
-// Of one tile of queries; every warp has kQueries / 4 of them to itself. kSwapped: for queries and keys that were keys and
-// queries before, so that the same bits come out.
-template <int kWidth, int kParts, bool kOutput, bool kSwapped>
+// Of one tile of queries; every warp has kQueries / 4 of them to itself.
+template <int kWidth, int kParts, bool kOutput, Weights kWeights>
 struct AttentionProducts {
+  static constexpr bool kMaximum = kWeights == kRunning || kWeights == kRunningBiased;
+  // Queries and keys were keys and queries before, and the same bits must come out.
+  static constexpr bool kSwapped = kWeights == kByKeyBiased;
   using Tile = AttentionTile<kWidth, kParts>;
   static constexpr int kBands = Tile::kQueries / 64;  // of 16 queries a warp
   static constexpr int kKeyBands = Tile::kKeys / 8, kColumnBands = kWidth / 8, kDepth = kWidth / 16;
@@ -112,21 +114,28 @@ struct AttentionProducts {
     }
   }
 
+  // Signs of the weights of two keys, as bits of a pair of halves.
+  __device__ __forceinline__ unsigned key_signs(int stage, int band) const {
+    const Vector<float, 2> scale = Vector<float, 2>::load(shared.scale(stage) + band * 8 + lane % 4 * 2);
+    return (__float_as_uint(scale[0]) >> 16 & 0x8000) | (__float_as_uint(scale[1]) & 0x80000000);
+  }
+
   __device__ __forceinline__ void add_values(int stage, const float (&s)[kBands][kKeyBands][4]) {
     unsigned weight[kParts][kBands][kKeyBands / 2][4];
 #pragma unroll
     for (int b = 0; b < kBands; ++b) {
 #pragma unroll
       for (int j = 0; j < kKeyBands; ++j) {
+        const unsigned signs = kMaximum ? 0 : key_signs(stage, j);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const float first = s[b][j][2 * h], second = s[b][j][2 * h + 1];
           const unsigned high = ptx::pack_halves(first, second);
-          weight[0][b][j / 2][j % 2 * 2 + h] = high;
+          weight[0][b][j / 2][j % 2 * 2 + h] = high ^ signs;
           if constexpr (kParts == 2) {
             const float first_rest = first - ptx::from_half((unsigned short)(high & 0xffff));
             const float second_rest = second - ptx::from_half((unsigned short)(high >> 16));
-            weight[1][b][j / 2][j % 2 * 2 + h] = ptx::pack_halves(first_rest, second_rest);
+            weight[1][b][j / 2][j % 2 * 2 + h] = ptx::pack_halves(first_rest, second_rest) ^ signs;
           }
         }
       }

@@ -39,7 +39,8 @@ __device__ __forceinline__ void store_halves(void* high, void* low, int64 row, c
   }
 }
 
-// Where the attention kernel left a row: whole, or in pieces in the slots of the blocks first..last.
+// Where the attention kernel left a row: with the rows of the output, and where its tile was cut, in the slots of the
+// blocks after `first` up to `last` as well.
 struct RowPieces {
   int64 first, last, local;
 
@@ -50,10 +51,9 @@ struct RowPieces {
     first = ((tile * tiles + 1) * blocks - 1) / units;
     last = ((tile + 1) * tiles * blocks - 1) / units;
   }
-  __device__ __forceinline__ bool whole() const { return first == last; }
-  // Row of slot_out, slot_maximum and slot_sum for the piece of a block.
+  // Row of the slots for the piece of a block.
   __device__ __forceinline__ int64 place(const AttentionParameters& p, int64 block) const {
-    return (2 * block + (block == first ? 1 : 0)) * p.tile_queries + local;
+    return block * p.tile_queries + local;
   }
 };
 
@@ -64,22 +64,20 @@ struct SoftmaxRow {
 
   __device__ __forceinline__ void collect(const AttentionParameters& a, int blocks, int64 r, bool with_mean) {
     const RowPieces pieces(a, blocks, 0, r);
-    const bool whole = pieces.whole();
-    top = whole ? a.maximum[r] : -infinity();
-    sum = whole ? a.sum[r] : 0.0f;
-    for (int64 b = pieces.first; b <= pieces.last && !whole; ++b) {
-      top = fmaxf(top, a.slot_maximum[pieces.place(a, b)]);
-    }
+    top = a.maximum[r];
+    for (int64 b = pieces.first + 1; b <= pieces.last; ++b) top = fmaxf(top, a.slot_maximum[pieces.place(a, b)]);
+    sum = 0;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) mean[i] = 0;
-    if (whole && with_mean) load_row(a.out[0], kStoreFloat32, r, 32 * kColumns, 1.0f, mean);
-    for (int64 b = pieces.first; b <= pieces.last && !whole; ++b) {
-      const int64 place = pieces.place(a, b);
-      const float share = top == -infinity() ? 0.0f : exp2f(a.slot_maximum[place] - top);
-      sum += a.slot_sum[place] * share;
+    for (int64 b = pieces.first; b <= pieces.last; ++b) {
+      const bool whole = b == pieces.first;
+      const int64 place = whole ? r : pieces.place(a, b);
+      const float maximum = (whole ? a.maximum : a.slot_maximum)[place];
+      const float share = top == -infinity() ? 0.0f : exp2f(maximum - top);
+      sum += (whole ? a.sum : a.slot_sum)[place] * share;
       if (!with_mean) continue;
       float piece[kColumns];
-      load_row(a.slot_out, kStoreFloat32, place, 32 * kColumns, share, piece);
+      load_row(whole ? a.out[0] : a.slot_out, kStoreFloat32, place, 32 * kColumns, share, piece);
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) mean[i] += piece[i];
     }
@@ -93,12 +91,9 @@ template <int kColumns>
 __device__ __forceinline__ void collect_sum(const AttentionParameters& a, int blocks, int view, int64 query,
                                             float (&sum)[kColumns], float* total = nullptr) {
   const RowPieces pieces(a, blocks, view, query);
-  const bool whole = pieces.whole();
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i) sum[i] = 0;
-  if (whole) load_row(view ? a.out[1] : a.out[0], kStoreFloat32, query, 32 * kColumns, 1.0f, sum);
-  if (total) *total = whole ? a.sum[query] : 0.0f;
-  for (int64 b = pieces.first; b <= pieces.last && !whole; ++b) {
+  load_row(view ? a.out[1] : a.out[0], kStoreFloat32, query, 32 * kColumns, 1.0f, sum);
+  if (total) *total = a.sum[query];
+  for (int64 b = pieces.first + 1; b <= pieces.last; ++b) {
     const int64 place = pieces.place(a, b);
     float piece[kColumns];
     load_row(a.slot_out, kStoreFloat32, place, 32 * kColumns, 1.0f, piece);

@@ -67,17 +67,16 @@ Plan make_plan(const InfoNceArguments& a) {
     row.weight = memory.take<float>(r);
     row.key_scale = memory.take<float>(r);
     row.key_bias = memory.take<float>(r);
-    row.key_high = memory.take<Bits>(r * width);
-    row.key_low = both ? memory.take<Bits>(r * width) : nullptr;
     second = first;
     second.query_high = first.key_high;
     second.query_low = first.key_low;
     second.query_rows = second.query_ids = nullptr;
     second.queries = n;
     second.query_views = first.key_views;
-    second.key_high = row.key_high;
-    second.key_low = row.key_low;
-    second.key_ids = reinterpret_cast<const int64*>(a.rows);
+    second.key_high = normalize.high;
+    second.key_low = normalize.low;
+    second.key_rows = second.key_ids = reinterpret_cast<const int64*>(a.rows);
+    second.key_stride = n;
     second.key_scale = row.key_scale;
     second.key_bias = row.key_bias;
     second.keys = r;
@@ -92,7 +91,7 @@ Plan make_plan(const InfoNceArguments& a) {
     second.out[0] = a.intra_view_negatives ? anchor : positive;
     second.out[1] = positive;
   }
-  const int64_t slots = 2 * int64_t(std::max(plan.blocks[0], plan.blocks[1])) * plan.shape.tile_queries;
+  const int64_t slots = int64_t(std::max(plan.blocks[0], plan.blocks[1])) * plan.shape.tile_queries;
   first.slot_out = second.slot_out = plan.gradients ? memory.take<float>(slots * width) : nullptr;
   first.slot_maximum = second.slot_maximum = memory.take<float>(slots);
   first.slot_sum = second.slot_sum = memory.take<float>(slots);

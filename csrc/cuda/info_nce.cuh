@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kRowThreads) normalize_kernel(const NormalizeP
   if (threadIdx.x % 32 == 0) p.inverse_norm[view * p.rows + row] = inverse;
 }
 
-// Grid [ceil(rows / warps)], after the first pass: loss, its weight and slope, and the row as a key of the second pass.
+// Grid [ceil(rows / warps)], after the first pass: loss, its weight and slope, and the bias of the row as a key.
 template <int kWidth>
 __global__ void __launch_bounds__(kRowThreads) info_nce_row_kernel(const RowParameters p) {
   constexpr int kColumns = kWidth / 32;
@@ -56,20 +56,18 @@ __global__ void __launch_bounds__(kRowThreads) info_nce_row_kernel(const RowPara
   if (!p.row_grad) return;
 
   const float weight = none ? 0.0f : p.row_grad[r] / (1.0f + expf(-margin));
-  const float inverse = none ? 0.0f : 1.0f / row.sum, sign = weight < 0 ? -1.0f : 1.0f;
+  const float inverse = none ? 0.0f : 1.0f / row.sum;
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) row.mean[i] *= inverse;
   const float towards = dot(row.mean, u);
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
     a.out[0][r * kWidth + lane + 32 * i] = weight * (row.mean[i] - v[i]);
-    u[i] *= sign;
   }
-  store_halves(p.key_high, p.key_low, r, u);
   if (lane != 0) return;
   p.row_slope[r] = weight * (towards - aligned);
   p.weight[r] = weight;
-  p.key_scale[r] = sign * kLog2E / temperature;
+  p.key_scale[r] = copysignf(kLog2E / temperature, weight);
   p.key_bias[r] = weight == 0 ? -infinity() : log2f(fabsf(weight)) - lse;
   atomicMax(p.weight_maximum, __float_as_uint(fabsf(weight)));  // of integers: the same in any order
 }

@@ -58,8 +58,6 @@ void plan_rows(const ItemCrossEntropyArguments& a, Plan& plan) {
   row.row_grad = static_cast<const float*>(a.row_grad);
   row.row_loss = static_cast<float*>(a.row_loss);
   row.grad_hidden = a.grad_hidden;
-  row.key_high = plan.tables.high[0];
-  row.key_low = plan.tables.low[0];
   row.size = plan.tables.size;
   row.weight_maximum = plan.tables.weight_maximum;
   row.rows = a.num_rows;
@@ -124,7 +122,7 @@ Plan make_plan(const ItemCrossEntropyArguments& a) {
     second.sum = memory.take<float>(a.num_items);
     plan.blocks[1] = count_blocks(second, plan.shape, processors);
   }
-  const int64_t slots = 2 * int64_t(std::max(plan.blocks[0], plan.blocks[1])) * plan.shape.tile_queries;
+  const int64_t slots = int64_t(std::max(plan.blocks[0], plan.blocks[1])) * plan.shape.tile_queries;
   first.slot_out = second.slot_out = a.grad_hidden || a.grad_items ? memory.take<float>(slots * width) : nullptr;
   first.slot_maximum = memory.take<float>(slots);
   first.slot_sum = second.slot_sum = memory.take<float>(slots);

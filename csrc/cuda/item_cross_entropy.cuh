@@ -68,16 +68,9 @@ __global__ void __launch_bounds__(kRowThreads) table_halves_kernel(const TablePa
   store_halves(table ? p.high[1] : p.high[0], table ? p.low[1] : p.low[0], row, x);
 }
 
-template <int kColumns>
-__device__ __forceinline__ void negate_halves(void* halves, int64 row) {
-  Half* const first = static_cast<Half*>(halves) + row * (32 * kColumns) + threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < kColumns; ++i) first[32 * i].bits ^= 0x8000;
-}
-
-// Grid [ceil(rows / warps)], after the first pass. Up to 64 registers: left to itself the compiler takes 32 and spills.
+// Grid [ceil(rows / warps)], after the first pass. Up to 80 registers: left to itself the compiler takes 32 and spills.
 template <int kWidth>
-__global__ void __launch_bounds__(kRowThreads, 8) item_row_kernel(const ItemRowParameters p) {
+__global__ void __launch_bounds__(kRowThreads, 6) item_row_kernel(const ItemRowParameters p) {
   constexpr int kColumns = kWidth / 32;
   const int64 r = int64(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
   if (r >= p.rows) return;
@@ -109,20 +102,16 @@ __global__ void __launch_bounds__(kRowThreads, 8) item_row_kernel(const ItemRowP
     }
   }
   if (!p.weight) return;
-  if (weight < 0) {
-    negate_halves<kColumns>(p.key_high, r);
-    if (p.key_low) negate_halves<kColumns>(p.key_low, r);
-  }
   if (lane != 0) return;
   p.weight[r] = weight;
-  p.key_scale[r] = (weight < 0 ? -kLog2E : kLog2E) / float(*a.temperature);
+  p.key_scale[r] = copysignf(kLog2E / float(*a.temperature), weight);
   p.key_bias[r] = weight == 0 ? -infinity() : log2f(fabsf(weight)) - (log2f(row.sum) - kWeightShift);
   p.key_maximum[r] = none ? 0.0f : row.top;
   atomicMax(p.weight_maximum, __float_as_uint(fabsf(weight)));  // of integers: the same in any order
 }
 
-// Grid [ceil(num_items / warps)]: what the rows take from an item, less what those that aim at it give. Registers as
-// above.
+// Grid [ceil(num_items / warps)]: what the rows take from an item, less what those that aim at it give. Up to 64
+// registers, as above.
 template <int kWidth>
 __global__ void __launch_bounds__(kRowThreads, 8) item_gradient_kernel(const ItemGradientParameters p) {
   constexpr int kColumns = kWidth / 32;

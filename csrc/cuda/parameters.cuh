@@ -75,17 +75,18 @@ enum Weights : int {
   kRunningBiased,  // the same, after the bias of each key
   kByKey,          // with the scale and bias of each key, where no weight can be more than 1
   kByKeyBiased,    // kRunningBiased with the roles swapped, below the maximum that it found for each key, and with the
-                   // bias of each query; sums of the weights with the sign of their key's scale are kept
+                   // bias of each query; sums of the weights are kept
 };
 
-// out_q = sum_k exp2(<query_q, key_k> scale_k + bias_k - shift_q) key_k without the keys that have the id of the query.
-// Work is dealt to the blocks in equal runs of (tile of queries, tile of keys). Where a tile of queries is cut, each
-// piece goes to a slot of its block: 2 b if it starts inside the tile, 2 b + 1 if it starts with it.
+// out_q = sum_k sign(scale_k) exp2(<query_q, key_k> |scale_k| + bias_k - shift_q) key_k without the keys that have the
+// id of the query. Work is dealt to the blocks in equal runs of (tile of queries, tile of keys). Where a tile of
+// queries is cut, the piece that starts it goes to the output, and each other one to the slot of its block.
 struct AttentionParameters {
   const void *query_high, *query_low;  // Half [query_views, query_stride, width]; low or null
   const int64* query_rows;             // [queries] row of each query, or null: its number
   const int64* query_ids;              // [queries] or null: its number
-  const void *key_high, *key_low;      // Half [key_views, keys, width]
+  const void *key_high, *key_low;      // Half [key_views, keys, width], or [key_stride, width] with key_rows
+  const int64* key_rows;               // [keys] row of each key, or null: its number
   const int64* key_ids;                // [keys] or null: its number
   const double* temperature;           // [1]
   const float* key_scale;              // [keys], without a running maximum only
@@ -95,9 +96,9 @@ struct AttentionParameters {
   const unsigned* weight_maximum;      // bits of a float: its log2 is subtracted from every bias
   float* out[2];                       // [queries, width] of each view of the queries
   float *maximum, *sum;                // [queries], where they are kept
-  float* slot_out;                     // [2 * blocks, kTileQueries, width]
-  float *slot_maximum, *slot_sum;      // [2 * blocks, kTileQueries]
-  int64 queries, query_stride, keys;
+  float* slot_out;                     // [blocks, kTileQueries, width]
+  float *slot_maximum, *slot_sum;      // [blocks, kTileQueries]
+  int64 queries, query_stride, keys, key_stride;
   int64 query_tiles, key_tiles;        // of a view
   int query_views, key_views, tile_queries;
 };
@@ -123,7 +124,6 @@ struct RowParameters {
   const float* row_grad;          // [rows] or null: loss only
   float *row_loss, *row_slope;    // [rows]
   float* weight;                  // [rows]: row_grad sigmoid
-  void *key_high, *key_low;       // Half [rows, width]: the unit anchor, negated where the weight is negative
   float *key_scale, *key_bias;    // [rows]
   unsigned* weight_maximum;
   int64 num_keys, rows, dim;
@@ -168,7 +168,6 @@ struct ItemRowParameters {
   float* row_loss;                // [rows]
   void* grad_hidden;              // [rows, dim] or null
   float* weight;                  // [rows]: row_grad (1 - share of the target); null without a second pass
-  void *key_high, *key_low;       // Half [rows, width]: hidden, to be negated where the weight is negative
   float *key_scale, *key_bias, *key_maximum;  // [rows]
   const float* size;              // [2]
   unsigned* weight_maximum;

@@ -176,14 +176,17 @@ def test_plans_refuse_what_no_gpu_takes():
         extension.plan_knn_crowded(0, 0, 0, 0, 0, 500, 8, 129, 0)
 
 
-# What a loss may take besides its inputs and gradients.
+@pytest.mark.parametrize("highest", [False, True])
 @pytest.mark.parametrize("num_rows", [35_598, 100_000])
-def test_workspace_of_the_losses_is_linear_in_the_rows(num_rows):
+def test_losses_take_six_times_their_rows_at_most(num_rows, highest):
+    """Beside their inputs: workspace, both gradients, row losses and slopes."""
     needs_plans()
-    extension, gpu = _backends.native(), (132, H100_SHARED_BYTES)
-    assert extension.info_nce_workspace(num_rows, num_rows, 64, True, True, False, *gpu, 0) <= 6 * num_rows * 64 * 4
-    extra = extension.item_cross_entropy_workspace(num_rows, num_rows, 64, True, True, False, *gpu, 0)
-    assert extra <= 6 * num_rows * 64 * 4
+    extension, gpu, table = _backends.native(), (132, H100_SHARED_BYTES), num_rows * 64 * 4
+    workspace = extension.info_nce_workspace(num_rows, num_rows, 64, True, True, highest, *gpu, 0)
+    assert workspace + 2 * table + 2 * 4 * num_rows <= 6 * table
+    workspace = extension.item_cross_entropy_workspace(num_rows, num_rows, 64, True, True, highest, *gpu, 0)
+    # The rows by their targets are two int64 lists.
+    assert workspace + 2 * table + 4 * num_rows + 16 * num_rows <= 6 * table
 
 
 # Blocks by shared memory (with a KiB for the driver each): 5, 4, 3 on an H100, of which registers leave 2; 2, 1, 1 with
