@@ -140,6 +140,15 @@ hellm::ItemCrossEntropyArguments item_cross_entropy(Address hidden, Address item
           num_processors, shared_bytes};
 }
 
+hellm::KnnArguments knn_scan(Address x, Address index, Address similarity, Address workspace, int64_t num_rows,
+                             int64_t dim, int64_t k, int num_processors, int shared_bytes, int dtype) {
+  hellm::KnnArguments a{at(x), at<int64_t>(index), at(similarity), num_rows, dim, k, DType(dtype), 0};
+  a.workspace = at(workspace);
+  a.num_processors = num_processors;
+  a.shared_bytes = shared_bytes;
+  return a;
+}
+
 hellm::KnnArguments knn_unit(Address x, Address unit, Address inverse_norm, int64_t num_rows, int64_t dim, int dtype) {
   return {at(x), nullptr, nullptr, num_rows, dim, 1, DType(dtype), 0, at(unit), at<double>(inverse_norm)};
 }
@@ -185,6 +194,7 @@ void define_all(py::module_& m) {
   define(m, "bipartite_propagate", &bipartite_propagate, &hellm::cuda::bipartite_propagate);
   define(m, "info_nce", &info_nce, &hellm::cuda::info_nce);
   define(m, "item_cross_entropy", &item_cross_entropy, &hellm::cuda::item_cross_entropy);
+  define(m, "knn_scan", &knn_scan, &hellm::cuda::knn_scan);
   define(m, "knn_unit", &knn_unit, &hellm::cuda::knn_unit);
   define(m, "knn_select", &knn_select, &hellm::cuda::knn_select);
   define(m, "knn_crowded", &knn_crowded, &hellm::cuda::knn_crowded);
@@ -217,6 +227,11 @@ void define_all(py::module_& m) {
     return hellm::cuda::item_cross_entropy_workspace(item_cross_entropy(0, 0, 0, 0, 0, 0, 0, 0, hidden, items, 0, 0,
                                                                         num_rows, num_items, dim, highest_precision,
                                                                         num_processors, shared_bytes, dtype));
+  });
+  m.def("knn_scan_workspace", [](int64_t num_rows, int64_t dim, int64_t k, int num_processors, int shared_bytes,
+                                 int dtype) {
+    return hellm::cuda::knn_scan_workspace(
+        knn_scan(0, 0, 0, 0, num_rows, dim, k, num_processors, shared_bytes, dtype));
   });
 #if defined(HELLM_CUDA)
   m.def("cuda_architectures", &hellm::cuda::architectures, "Compute capabilities of the compiled kernels.");

@@ -19,6 +19,8 @@ struct KnnArguments {
   int* crowded = nullptr;          // [num_rows]
   const float* panel = nullptr;    // [panel_rows, padded rows]: rows first_row... of unit unit^T
   int64_t first_row = 0, panel_rows = 0;
+  void* workspace = nullptr;
+  int num_processors = 0, shared_bytes = 0;  // shared_bytes: of each
 };
 
 }  // namespace hellm

@@ -39,13 +39,17 @@ struct Processors {
   int64_t count, shared_bytes;  // shared_bytes: of each
 };
 
-// Blocks that run at the same time. More would come in a second wave, which leaves most processors idle.
-inline int count_blocks(const AttentionParameters& p, const Shape& shape, const Processors& processors) {
+// Blocks that run at the same time, where the registers of a processor hold `most`.
+inline int64_t blocks_at_once(const Shape& shape, const Processors& processors, int64_t most) {
   constexpr int64_t kReservedBytes = 1024;  // by the driver, for each block
   const int64_t by_memory = processors.shared_bytes / (shape.shared_bytes + kReservedBytes);
-  const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(by_memory, kAttentionBlocks)) * processors.count;
+  return std::max<int64_t>(1, std::min(by_memory, most)) * processors.count;
+}
+
+// More than run at the same time would come in a second wave, which leaves most processors idle.
+inline int count_blocks(const AttentionParameters& p, const Shape& shape, const Processors& processors) {
   const int64_t units = p.query_tiles * p.query_views * p.key_tiles * p.key_views;
-  return int(std::min(units, blocks));
+  return int(std::min(units, blocks_at_once(shape, processors, kAttentionBlocks)));
 }
 
 inline void enqueue_attention(const Queue& queue, const Shape& shape, const char* weights, bool output, int blocks,

@@ -1,8 +1,7 @@
-// Launch plans of knn: before the matrix products, after each of their panels, and at the end.
+// Launch plans of knn: by panels, what goes before the matrix products, after each of them, and at the end; by tiles, all.
 #include "../knn.h"
 
-#include "parameters.cuh"
-#include "plan.h"
+#include "attention_plan.h"
 
 namespace hellm::cuda {
 namespace {
@@ -36,7 +35,48 @@ KnnParameters parameters_of(const KnnArguments& a) {
   return p;
 }
 
+struct ScanPlan {
+  Shape shape;
+  int64_t blocks, workspace_bytes;
+  KnnParameters p;
+};
+
+ScanPlan make_scan_plan(const KnnArguments& a) {
+  ScanPlan plan{shape_of(a.dim, false), 0, 0, parameters_of(a)};
+  if (a.k > kMostScanned) {
+    throw std::invalid_argument("a scan finds at most " + std::to_string(kMostScanned) + " neighbours, got k " +
+                                std::to_string(a.k));
+  }
+  const int64_t tiles = ceil_div(a.num_rows, plan.shape.tile_queries);
+  plan.blocks = std::min(tiles, blocks_at_once(plan.shape, {a.num_processors, a.shared_bytes}, kScanBlocks));
+  Workspace memory(a.workspace);
+  KnnParameters& p = plan.p;
+  p.padded_rows = a.num_rows;
+  p.padded_dim = plan.shape.width;
+  p.unit = memory.take<unsigned short>(p.rows * p.padded_dim);
+  p.inverse_norm = memory.take<double>(p.rows);
+  p.crowded = memory.take<int>(p.rows);
+  p.num_chosen = memory.take<int>(p.rows);
+  p.chosen = memory.take<int>(p.rows * kKnnKept);
+  const int64_t room = plan.blocks * plan.shape.tile_queries * (kKnnKept + plan.shape.tile_keys);
+  p.kept_value = memory.take<float>(room);
+  p.kept_index = memory.take<int>(room);
+  plan.workspace_bytes = memory.used();
+  return plan;
+}
+
 }  // namespace
+
+int64_t knn_scan_workspace(const KnnArguments& a) { return make_scan_plan(a).workspace_bytes; }
+
+void knn_scan(const KnnArguments& a, const Queue& queue) {
+  const ScanPlan plan = make_scan_plan(a);
+  enqueue(queue, "knn_unit_kernel", ceil_div(a.num_rows, kRowThreads / 32), 1, kRowThreads, 0, plan.p);
+  enqueue(queue, "knn_scan_kernel<" + std::to_string(plan.shape.width) + ">", plan.blocks, 1,
+          AttentionTile<64, 1>::kThreads, plan.shape.shared_bytes, plan.p);
+  enqueue(queue, "knn_rank_kernel", a.num_rows, 1, kKnnThreads, kSharedBytes, plan.p);
+  enqueue(queue, "knn_crowded_kernel", a.num_rows, 1, kKnnThreads, kSharedBytes, plan.p);
+}
 
 void knn_unit(const KnnArguments& a, const Queue& queue) {
   const KnnParameters p = parameters_of(a);

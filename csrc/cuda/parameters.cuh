@@ -188,7 +188,8 @@ struct ItemGradientParameters {
   int storage, blocks;
 };
 
-// Nearest neighbours: rows on the unit sphere as halves for the matrix product, its panels, and what is chosen from them.
+// Nearest neighbours: rows on the unit sphere as halves for the products, and what is chosen from panels of these or, of
+// narrow rows, from tile after tile.
 struct KnnParameters {
   const void* x;              // [rows, dim]
   void* unit;                 // Half [padded_rows, padded_dim]: NaN for a row that is all zero or padding
@@ -196,7 +197,11 @@ struct KnnParameters {
   const float* panel;         // [panel_rows, padded_rows]: similarities of halves
   int64* index;               // [rows, k]
   float* similarity;          // [rows, k]
-  int* crowded;               // [rows]: whether more candidates than kMostCandidates were near the k-th
+  int* crowded;               // [rows]: whether more candidates were near the k-th than there is room for
+  float* kept_value;          // [blocks, kQueries, kKnnKept + kKeys] of the tiles that are looked through
+  int* kept_index;
+  int* chosen;                // [rows, kKnnKept]
+  int* num_chosen;            // [rows]: more than kKnnKept for a crowded row
   int64 rows, dim, padded_rows, padded_dim, first_row;
   float slack;                // similarities of halves of two rows are wrong by less than half of it
   int k, storage;
@@ -205,6 +210,10 @@ struct KnnParameters {
 constexpr int kKnnThreads = 256;
 constexpr int kMostNeighbours = 128;   // at most a neighbour for two threads
 constexpr int kMostCandidates = 1024;
+// Where tiles are looked through: candidates of a row that stay, neighbours at most, blocks as kAttentionBlocks.
+constexpr int kKnnKept = 64;
+constexpr int kMostScanned = 32;
+constexpr int kScanBlocks = 3;
 
 // 2^15: brings weights <= 1 to the top of the range of 16-bit floats.
 constexpr float kWeightShift = 15.0f;

@@ -63,6 +63,8 @@ void bipartite_propagate(const BipartitePropagateArguments&, const Queue&);
 void info_nce(const InfoNceArguments&, const Queue&);
 void item_cross_entropy(const ItemCrossEntropyArguments&, const Queue&);
 
+// Narrow rows, in one go.
+void knn_scan(const KnnArguments&, const Queue&);
 // Before the panels of similarities, after each of them, and after the last.
 void knn_unit(const KnnArguments&, const Queue&);
 void knn_select(const KnnArguments&, const Queue&);
@@ -73,5 +75,6 @@ int64_t hypergraph_conv_workspace(const HypergraphConvArguments&);
 int64_t bipartite_propagate_workspace(const BipartitePropagateArguments&);
 int64_t info_nce_workspace(const InfoNceArguments&);
 int64_t item_cross_entropy_workspace(const ItemCrossEntropyArguments&);
+int64_t knn_scan_workspace(const KnnArguments&);
 
 }  // namespace hellm::cuda

@@ -20,7 +20,7 @@ from hellm.ops._backends import native
 from hellm.ops._native import _DTYPE_CODE, _address, _compute_dtype, _like
 
 # As in csrc/cuda/parameters.cuh.
-_MOST_NEIGHBOURS = 128
+_MOST_NEIGHBOURS, _MOST_SCANNED = 128, 32
 # Columns the kernels of the losses take, by whether products have float32 accuracy.
 _MOST_COLUMNS = {True: 128, False: 256}
 # Half of the 50 MB of cache of an H100, whose two halves are not equally near.
@@ -236,17 +236,34 @@ class Gpu:
         like = (hidden, items, row_loss if bias is None else bias)
         return row_loss, *(t.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True))
 
-    def knn(self, x: Tensor, k: int, *, panel_bytes: int = 24 * 2**20, fewest_rows: int = 512) -> tuple[Tensor, Tensor]:
-        """Panels of float16 products choose candidates; sums in float64 rank them.
+    def knn(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Products of float16 choose candidates; sums in float64 rank them.
 
-        A panel stays in cache where that leaves it enough rows for a fast product, and for few launches: 4 N bytes for
-        each of 512 rows, 195 MiB for N = 100,000. float64 rows and k > 128 go to panels of torch products, exact to
-        what its float32 matmul precision says.
+        float64 rows and k > 128 go to panels of torch products, exact to what its float32 matmul precision says.
+        """
+        if x.dtype == torch.float64 or k > _MOST_NEIGHBOURS or x.shape[1] == 0:
+            return _nearest_by_panels(x, k)
+        scanned = k <= _MOST_SCANNED and x.shape[1] <= _MOST_COLUMNS[False]
+        return self._knn_by_scan(x.contiguous(), k) if scanned else self._knn_by_panels(x.contiguous(), k)
+
+    def _knn_by_scan(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Of narrow rows, whose panels would take longer to store and read than to make."""
+        (num_rows, dim), device = x.shape, x.device
+        index = x.new_empty(num_rows, k, dtype=torch.int64)
+        similarity = x.new_empty(num_rows, k, dtype=torch.float32)
+        settings = (num_rows, dim, k, self._processors(device), self._shared_bytes(device), _DTYPE_CODE[x.dtype])
+        workspace = x.new_empty(native().knn_scan_workspace(*settings), dtype=torch.uint8)
+        self._launch("knn_scan", (*map(_address, (x, index, similarity, workspace)), *settings), device)
+        return index, similarity
+
+    def _knn_by_panels(
+        self, x: Tensor, k: int, *, panel_bytes: int = 24 * 2**20, fewest_rows: int = 512
+    ) -> tuple[Tensor, Tensor]:
+        """A panel stays in cache where that leaves it enough rows for a fast product, and for few launches.
+
+        4 N bytes for each of 512 rows are 195 MiB for N = 100,000.
         """
         (num_rows, dim), device = x.shape, x.device
-        if x.dtype == torch.float64 or k > _MOST_NEIGHBOURS or dim == 0:
-            return _nearest_by_panels(x, k)
-        x = x.contiguous()
         padded_rows, padded_dim = (-(-size // 8) * 8 for size in (num_rows, dim))
         unit = x.new_empty(padded_rows, padded_dim, dtype=torch.float16)
         inverse_norm = x.new_empty(num_rows, dtype=torch.float64)

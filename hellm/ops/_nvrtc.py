@@ -24,6 +24,7 @@ SOURCES = {
     "bipartite_propagate": "hypergraph_conv.cuh",
     "info_nce": "info_nce.cuh",
     "item_cross_entropy": "item_cross_entropy.cuh",
+    "knn_scan": "knn.cuh",
     "knn_unit": "knn.cuh",
     "knn_select": "knn.cuh",
     "knn_crowded": "knn.cuh",

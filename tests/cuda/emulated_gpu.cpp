@@ -110,6 +110,8 @@ const std::map<std::string, Call (*)(const void*, const void*)> kCalls = {
     {"knn_unit_kernel", call<hellm::KnnParameters>},
     {"knn_select_kernel", call<hellm::KnnParameters>},
     {"knn_crowded_kernel", call<hellm::KnnParameters>},
+    {"knn_scan_kernel", call<hellm::KnnParameters>},
+    {"knn_rank_kernel", call<hellm::KnnParameters>},
 };
 
 }  // namespace

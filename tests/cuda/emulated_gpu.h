@@ -122,6 +122,19 @@ inline int __any_sync(unsigned, int value) {
   return value;
 }
 
+inline unsigned __ballot_sync(unsigned, bool value) {
+  struct Slot { bool value; unsigned all; } slot{value, 0};
+  emulated::meet_warp(&slot, [](void** all) {
+    unsigned bits = 0;
+    for (int i = 0; i < 32; ++i) bits |= unsigned(static_cast<Slot*>(all[i])->value) << i;
+    for (int i = 0; i < 32; ++i) static_cast<Slot*>(all[i])->all = bits;
+  });
+  return slot.all;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
+
 template <typename T>
 inline T __shfl_xor_sync(unsigned, T value, int mask) {
   struct Slot { T value; int mask; } slot{value, mask};

@@ -37,12 +37,12 @@ def test_compiles_without_warnings_spills_or_stack(source):
 
 @needs_nvcc
 @pytest.mark.skipif(cuda_build.disassembler() is None, reason="needs cuobjdump, of the CUDA toolkit or of Triton")
-@pytest.mark.parametrize("source", ["info_nce.cu", "item_cross_entropy.cu"])
+@pytest.mark.parametrize("source", ["info_nce.cu", "item_cross_entropy.cu", "knn.cu"])
 def test_attention_uses_tensor_cores_and_wide_copies(source):
     attention = {
         key: text
         for key, text in cuda_build.instructions(cuda_build.compile_cuda(source)[0]).items()
-        if "attention_kernel" in key[0]
+        if re.search("attention_kernel|knn_scan_kernel", key[0])
     }
     assert {architecture for _, architecture in attention} == set(cuda_build.ARCHITECTURES)
     for key, text in attention.items():
@@ -123,6 +123,7 @@ def test_constants_of_the_adapter_are_those_of_the_kernels():
         hypergraph.HUB_CHUNK,
     ]
     assert constants["kMostNeighbours"] == _gpu._MOST_NEIGHBOURS
+    assert constants["kMostScanned"] == _gpu._MOST_SCANNED
 
 
 # Read on GPUs only; everything else comes in the order of the CPU functions, which is that of the Triton launchers.
@@ -174,6 +175,10 @@ def test_plans_refuse_what_no_gpu_takes():
         extension.item_cross_entropy_workspace(10, 2**31, 64, True, True, False, 132, H100_SHARED_BYTES, 0)
     with pytest.raises(ValueError, match="k of at most 128 and fewer than 2\\^31 rows on a GPU, got 129 and 500"):
         extension.plan_knn_crowded(0, 0, 0, 0, 0, 500, 8, 129, 0)
+    with pytest.raises(ValueError, match="a scan finds at most 32 neighbours, got k 33"):
+        extension.knn_scan_workspace(500, 8, 33, 132, H100_SHARED_BYTES, 0)
+    with pytest.raises(ValueError, match="dim must be at most 256 on a GPU, got 257"):
+        extension.knn_scan_workspace(500, 257, 3, 132, H100_SHARED_BYTES, 0)
 
 
 @pytest.mark.parametrize("highest", [False, True])

@@ -282,6 +282,7 @@ def test_tests_of_every_backend_are_recorded_by_name(results, monkeypatch):
 
     def bounded(command, seconds, environment):
         asked.append(environment.get("HELLM_TEST_BACKEND"))
+        assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         return (None if asked[-1] == "triton" else 1), said
 
     monkeypatch.setattr(gpu, "bounded", bounded)

@@ -212,7 +212,7 @@ def test_another_stream_and_a_graph(backend):
 def test_a_hypergraph_may_be_used_first_in_a_capture(backend):
     """Once the kernels are compiled and the scales are there: nothing else is asked of the device."""
     popular = torch.stack([torch.arange(3000), torch.zeros(3000, dtype=torch.int64)])
-    known, new = (Hypergraph(popular, num_hyperedges=size).to("cuda") for size in (1, 2))
+    known, new = (Hypergraph(popular, num_hyperedges=size).to("cuda") for size in (3, 2))
     x = rows(3000, 64).cuda()
     ops.hypergraph_conv(x, known)
     new.scales()
