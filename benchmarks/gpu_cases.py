@@ -75,6 +75,7 @@ def cases(device: torch.device, smoke: bool) -> Iterator[tuple[str, Callable[[],
         yield f"conv-sports-d{dim}", conv("sports", 1, 1, dim=dim)
     for num_rows, dim, k in ((6_710, 128, 5), (18_357, 1_024, 32), (50_000, 768, 10), (100_000, 4_096, 10)):
         yield f"knn-{num_rows}x{dim}", knn(num_rows, dim, k)
+    yield "knn-clustered", knn(50_000, 128, clusters=500)
     # Minutes of compiling.
     yield "info_nce-autotuned", info_nce(18_357, every_peer=False, autotuned=True)
 
@@ -428,8 +429,12 @@ def _item_cross_entropy(device: torch.device, num_rows: int, num_items: int, nvr
     return Case(entries, work, truth=[t.detach() for t in truth], ceiling=_PRODUCT, parameters=parameters)
 
 
-def _knn(device: torch.device, num_rows: int, dim: int, k: int = 10, nvrtc: bool = False) -> Case:
-    x = inputs.rows(num_rows, dim).to(device)
+def _knn(device: torch.device, num_rows: int, dim: int, k: int = 10, *, clusters: int = 0, nvrtc: bool = False) -> Case:
+    """With `clusters`, rows lie so near to one of these that float16 cannot tell which of its rows are nearest."""
+    x = inputs.rows(num_rows, dim)
+    if clusters:
+        x = inputs.rows(clusters, dim, 1)[inputs.indices(num_rows, clusters)] + 0.02 * x
+    x = x.to(device)
 
     def chunked(dtype: torch.dtype) -> Sequence[Tensor]:
         unit = F.normalize(x).to(dtype)
@@ -449,6 +454,6 @@ def _knn(device: torch.device, num_rows: int, dim: int, k: int = 10, nvrtc: bool
     entries.append(Entry("torch mm + topk, chunks of 4096", exact, 1e-5))
     entries.append(Entry("the same in TF32", at_precision("high", partial(chunked, torch.float32)), 5e-3))
     entries.append(Entry("the same in float16, not exact", partial(chunked, torch.float16), 5e-3))
-    parameters = {"N": num_rows, "D": dim, "k": k}
+    parameters = {"N": num_rows, "D": dim, "k": k, "clusters": clusters}
     truth = [torch.cat(truth)] if truth else None
     return Case(entries, 2.0 * num_rows**2 * dim, truth=truth, ceiling=_PRODUCT, parameters=parameters)

@@ -55,7 +55,6 @@ ScanPlan make_scan_plan(const KnnArguments& a) {
   p.padded_dim = plan.shape.width;
   p.unit = memory.take<unsigned short>(p.rows * p.padded_dim);
   p.inverse_norm = memory.take<double>(p.rows);
-  p.crowded = memory.take<int>(p.rows);
   p.num_chosen = memory.take<int>(p.rows);
   p.chosen = memory.take<int>(p.rows * kKnnKept);
   const int64_t room = plan.blocks * plan.shape.tile_queries * (kKnnKept + plan.shape.tile_keys);
@@ -75,7 +74,6 @@ void knn_scan(const KnnArguments& a, const Queue& queue) {
   enqueue(queue, "knn_scan_kernel<" + std::to_string(plan.shape.width) + ">", plan.blocks, 1,
           AttentionTile<64, 1>::kThreads, plan.shape.shared_bytes, plan.p);
   enqueue(queue, "knn_rank_kernel", a.num_rows, 1, kKnnThreads, kSharedBytes, plan.p);
-  enqueue(queue, "knn_crowded_kernel", a.num_rows, 1, kKnnThreads, kSharedBytes, plan.p);
 }
 
 void knn_unit(const KnnArguments& a, const Queue& queue) {

@@ -1,6 +1,6 @@
 // Exact nearest rows: similarities of halves choose candidates, which are then ranked by similarities summed in double.
 // The k-th best of the halves cannot be off by more than `slack` / 2, so whoever is within `slack` of it is a candidate
-// and nobody else can be among the k best. A row with too many candidates is compared with all rows instead.
+// and nobody else can be among the k best. A row with too many candidates in a panel is compared with all rows instead.
 #pragma once
 
 #include "common.cuh"

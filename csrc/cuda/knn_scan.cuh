@@ -1,6 +1,6 @@
 // Nearest neighbours of narrow rows without a matrix of similarities: each tile of them is looked through where it was
 // made. Of a row those are kept that are within `slack` of its k-th best so far, which is no better than the k-th best of
-// all: nobody is missed.
+// all: nobody is missed. Where that leaves too many, they are ranked on the spot, and k of them stay.
 #pragma once
 
 #include "attention_products.cuh"
@@ -19,12 +19,10 @@ struct KnnScan : AttentionProducts<kWidth, 1, false, kRunning> {
 
   const KnnParameters& p;
   float* const least;  // [kQueries] shared: what a similarity must reach to be kept
-  int* const count;    // [kQueries] shared: how many are kept, kCrowded for too many
+  int* const count;    // [kQueries] shared: how many are kept
   float* const value;  // [kQueries, kRoom]
   int* const index;    // [kQueries, kRoom]
   int first_query;
-
-  static constexpr int kCrowded = -1;
 
   __device__ __forceinline__ KnnScan(const KnnParameters& parameters, float* shared_least, int* shared_count)
       : p(parameters),
@@ -98,7 +96,11 @@ struct KnnScan : AttentionProducts<kWidth, 1, false, kRunning> {
     }
     __syncwarp();
     unsigned full = __ballot_sync(kAllLanes, lane < kRows && count[warp * kRows + lane % kRows] > kKnnKept);
-    for (; full; full &= full - 1) drop(warp * kRows + __ffs(full) - 1);
+    for (; full; full &= full - 1) {
+      const int row = warp * kRows + __ffs(full) - 1;
+      drop(row);
+      if (count[row] > kKnnKept) rank_kept(row);
+    }
   }
 
   // Of a row with at least k: all but those within `slack` of the k-th.
@@ -127,7 +129,7 @@ struct KnnScan : AttentionProducts<kWidth, 1, false, kRunning> {
         mine = false;
       }
     }
-    const float enough = kth - p.slack;
+    const float enough = fmaxf(least[row], kth - p.slack);
     int kept = 0;
     __syncwarp();
 #pragma unroll
@@ -141,8 +143,57 @@ struct KnnScan : AttentionProducts<kWidth, 1, false, kRunning> {
       kept += __popc(staying);
     }
     if (lane == 0) {
-      count[row] = kept > kKnnKept ? kCrowded : kept;
-      least[row] = kept > kKnnKept ? infinity() : enough;
+      count[row] = kept;
+      least[row] = enough;
+    }
+    __syncwarp();
+  }
+
+  // The best k of a row, by similarities summed in double. What comes later is wrong by less than half of `slack`.
+  __device__ __forceinline__ void rank_kept(int row) {
+    const int held = count[row];
+    float own[kEach], best = 0;
+    int key[kEach];
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      own[e] = -infinity();
+      key[e] = 0x7fffffff;
+      for (int n = 32 * e; n < held && n < 32 * e + 32; ++n) {
+        const int other = index[row * kRoom + n];
+        const float exact = exact_similarity(p, first_query + row, other);
+        if (lane != n % 32) continue;
+        own[e] = exact;
+        key[e] = other;
+      }
+    }
+    __syncwarp();
+    for (int n = 0; n < p.k; ++n) {
+      best = own[0];
+      int nearest = key[0];
+      const auto compare = [&](float exact, int other) {
+        if (exact < best || (exact == best && other > nearest)) return;
+        best = exact;
+        nearest = other;
+      };
+#pragma unroll
+      for (int e = 1; e < kEach; ++e) compare(own[e], key[e]);
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) {
+        const float exact = __shfl_xor_sync(kAllLanes, best, step);
+        compare(exact, __shfl_xor_sync(kAllLanes, nearest, step));
+      }
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) {
+        if (key[e] == nearest) own[e] = -infinity();
+      }
+      if (lane == 0) {
+        value[row * kRoom + n] = best;
+        index[row * kRoom + n] = nearest;
+      }
+    }
+    if (lane == 0) {
+      count[row] = p.k;
+      least[row] = best - p.slack / 2;
     }
     __syncwarp();
   }
@@ -154,7 +205,7 @@ struct KnnScan : AttentionProducts<kWidth, 1, false, kRunning> {
       if (count[row] > p.k) drop(row);
       const int kept = count[row];
       for (int at = lane; at < kept; at += 32) p.chosen[int64(query) * kKnnKept + at] = index[row * kRoom + at];
-      if (lane == 0) p.num_chosen[query] = kept == kCrowded ? kKnnKept + 1 : kept;
+      if (lane == 0) p.num_chosen[query] = kept;
     }
     __syncwarp();  // before the next tile begins with nothing
   }
@@ -192,9 +243,6 @@ __global__ void __launch_bounds__(128, kScanBlocks) knn_scan_kernel(const KnnPar
 __global__ void __launch_bounds__(kKnnThreads) knn_rank_kernel(const KnnParameters p) {
   const int64 row = blockIdx.x;
   const int found = p.num_chosen[row];
-  const bool crowded = found > kKnnKept;
-  if (threadIdx.x == 0) p.crowded[row] = crowded;
-  if (crowded) return;
   const Candidates c = candidates();
   if (threadIdx.x < found) {
     c.value[threadIdx.x] = 0;

@@ -201,7 +201,7 @@ struct KnnParameters {
   float* kept_value;          // [blocks, kQueries, kKnnKept + kKeys] of the tiles that are looked through
   int* kept_index;
   int* chosen;                // [rows, kKnnKept]
-  int* num_chosen;            // [rows]: more than kKnnKept for a crowded row
+  int* num_chosen;            // [rows]
   int64 rows, dim, padded_rows, padded_dim, first_row;
   float slack;                // similarities of halves of two rows are wrong by less than half of it
   int k, storage;

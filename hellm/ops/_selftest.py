@@ -174,7 +174,8 @@ def _cases(size: str) -> list[Case]:
         settings = {"precision": precision, "dtypes": dtypes}
         cases += _loss_cases(num_rows, dim, rows, integers, settings)
     # The similarities alone: which of two near neighbours comes first is up to rounding.
-    for num_rows, dim, k in ((97, 67, 5), (1500, 64, 10))[: 1 + large]:
+    nearest = [(97, 67, 5), (97, 300, 5)] + ([(1500, 64, 10), (1500, 67, 40)] if large else [])
+    for num_rows, dim, k in nearest:
         x = [rows(num_rows, dim)]
         definition = functools.partial(lambda x, k: reference.knn(x, k)[1].detach(), k=k)
         cases.append(Case("knn", f"N {num_rows}, D {dim}", x, functools.partial(_similarities, k=k), definition))

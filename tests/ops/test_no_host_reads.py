@@ -8,7 +8,7 @@ from op_cases import GRAPH_CASES, GraphCase, needs_native
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hellm import ops
-from hellm.ops import _gpu, _library, reference
+from hellm.ops import _backends, _gpu, _library, reference
 
 
 def meta(*shape, dtype=torch.float32):
@@ -96,8 +96,21 @@ def test_knn_has_panels_of_512_rows_and_float32_sums(monkeypatch, float16_sums):
             panels.append((arguments[-2], float16_sums.allow_fp16_accumulation))
 
     monkeypatch.setattr(torch.Tensor, "float", lambda x: widened.append(x.shape) or x.to(torch.float32))
-    index, _ = _gpu.Gpu(launch).knn(meta(100_000, 16), 10)
+    index, _ = _gpu.Gpu(launch).knn(meta(100_000, 304), 10)
     assert index.shape == (100_000, 10)
     assert panels == [(512, False)] * 195 + [(160, False)]
-    assert widened == [(100_000, 16)]
+    assert widened == [(100_000, 304)]
     assert float16_sums.allow_fp16_accumulation
+
+
+@needs_native
+def test_knn_of_narrow_rows_is_one_launch_and_stores_no_similarities():
+    launches, h100 = [], (lambda device: 132, lambda device: 228 * 1024)
+    gpu = _gpu.Gpu(lambda name, arguments, device: launches.append((name, arguments)), *h100)
+    index, _ = gpu.knn(meta(100_000, 128), 10)
+    assert index.shape == (100_000, 10) and [name for name, _ in launches] == ["knn_scan"]
+    settings = (100_000, 128, 10, 132, 228 * 1024, 0)
+    assert launches[0][1][-6:] == settings
+    # The rows as halves, 64 candidates of each, and what is held of the tiles.
+    extra = 100_000 * (2 * 128 + 4 * 64) + 3 * 132 * 128 * 96 * 8
+    assert extra < _backends.native().knn_scan_workspace(*settings) < extra + 2**21
