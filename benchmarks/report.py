@@ -58,9 +58,11 @@ def render(runs: Sequence[dict[str, Any]], notes: str = "") -> str:
     parts = [_INTRODUCTION]
     if not runs:
         parts.append("No results yet.\n")
-    targets = [row for run in runs if run["kind"] != "gpu" for row in _target_rows(run)]
+    targets = [
+        (run["file"].removesuffix(".json"), *row) for run in runs if run["kind"] != "gpu" for row in _target_rows(run)
+    ]
     if targets:
-        head = ("case", "what", "against", "at least / most", "reached", "")
+        head = ("run", "case", "what", "against", "at least / most", "reached", "")
         parts.append("## Targets\n\n" + markdown_table(head, targets))
     gpu_runs, runs = [run for run in runs if run["kind"] == "gpu"], [run for run in runs if run["kind"] != "gpu"]
     parts += [gpu_report.section(run) for run in gpu_runs] or [gpu_report.unmeasured()]
