@@ -407,8 +407,7 @@ def _item_cross_entropy(device: torch.device, num_rows: int, num_items: int, nvr
     leaves = [inputs.rows(n, DIM, seed).to(device).requires_grad_() for seed, n in enumerate((num_rows, num_items))]
     target = torch.randint(num_items, (num_rows,), generator=torch.Generator().manual_seed(0)).to(device)
 
-    def eager(hidden: Tensor, items: Tensor) -> Tensor:
-        return F.cross_entropy(hidden @ items.T, target)
+    eager = partial(peers.item_cross_entropy_eager, target=target)
 
     def fused(hidden: Tensor, items: Tensor) -> Tensor:
         return ops.item_cross_entropy(hidden, items, target)
@@ -425,6 +424,11 @@ def _item_cross_entropy(device: torch.device, num_rows: int, num_items: int, nvr
         entries.append(Entry(f"F.cross_entropy(h @ e.T), {name}", run, tolerance))
         run = at(gradients(compiled(eager), leaves, (None,)))
         entries.append(Entry(f"the same, torch.compile, {name}", run, tolerance, "compile"))
+    for label, function in (
+        ("Cut Cross-Entropy, bfloat16, unfiltered", peers.item_cross_entropy_cut),
+        ("Liger, chunks of logits", peers.item_cross_entropy_liger),
+    ):
+        entries.append(Entry(label, gradients(partial(function, target=target), leaves, (None,)), 2e-2))
     work, parameters = 6.0 * num_rows * num_items * DIM, {"N": num_rows, "I": num_items, "D": DIM}
     return Case(entries, work, truth=[t.detach() for t in truth], ceiling=_PRODUCT, parameters=parameters)
 

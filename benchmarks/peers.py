@@ -130,6 +130,28 @@ def item_cross_entropy_blocked(hidden: Tensor, item_embedding: Tensor, target: T
     return BlockedItemCrossEntropy.apply(hidden, item_embedding, target, block)
 
 
+def item_cross_entropy_cut(hidden: Tensor, item_embedding: Tensor, target: Tensor) -> Tensor:
+    """Cut Cross-Entropy (Triton) on bfloat16 rows, without its filter: the shares of items are below its threshold.
+
+    Raises:
+        ImportError: cut_cross_entropy is not installed.
+    """
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden.bfloat16(), item_embedding.bfloat16(), target, filter_eps=None).float()
+
+
+def item_cross_entropy_liger(hidden: Tensor, item_embedding: Tensor, target: Tensor) -> Tensor:
+    """Liger's fused linear cross-entropy (chunks of logits, Triton).
+
+    Raises:
+        ImportError: liger_kernel is not installed.
+    """
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(item_embedding, hidden, target)
+
+
 # ----------------------------------------------------------------------------------------- hypergraph convolution
 
 

@@ -146,7 +146,8 @@ def test_item_cross_entropy_of_large_logits(backend, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
-    ("num_rows", "dim", "k"), [(1, 3, 1), (63, 5, 62), (257, 33, 17), (5000, 64, 10), (900, 700, 64)]
+    ("num_rows", "dim", "k"),
+    [(1, 3, 1), (63, 5, 62), (257, 33, 17), (5000, 64, 10), (20_000, 128, 32), (900, 200, 5), (900, 700, 64)],
 )
 def test_knn(backend, dtype, num_rows, dim, k):
     x = rows(num_rows, dim, dtype=dtype)
@@ -160,6 +161,13 @@ def test_knn(backend, dtype, num_rows, dim, k):
     unit = torch.nn.functional.normalize(x.double())
     found = (unit @ unit.T).gather(1, index.clamp_min(0)).masked_fill(index < 0, 0.0)
     assert torch.allclose(found, expected, atol=2e-6)
+
+
+def test_knn_of_clusters_that_halves_cannot_tell_apart(backend):
+    x = rows(30, 128, seed=1)[torch.arange(6000) % 30] + 0.02 * rows(6000, 128)
+    unit = torch.nn.functional.normalize(x.double())
+    expected = (unit @ unit.T).topk(10).values
+    assert torch.allclose(ops.knn(x.cuda(), 10)[1].cpu().double(), expected, rtol=0, atol=2e-6)
 
 
 def test_knn_breaks_ties_by_index(backend):
@@ -221,6 +229,21 @@ def test_a_hypergraph_may_be_used_first_in_a_capture(backend):
         captured = ops.hypergraph_conv(x, new)
     graph.replay()
     assert torch.allclose(captured, ops.hypergraph_conv(x, known), atol=1e-6)
+
+
+def test_too_little_memory_says_how_much_was_asked_for(backend):
+    """And what was there before is there afterwards."""
+    x = rows(100_000, 64).cuda()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    most = torch.cuda.memory_reserved() + 4 * 2**20
+    torch.cuda.set_per_process_memory_fraction(most / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate [\d.]+ [MG]iB"):
+            ops.info_nce(x, x)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(x.cpu(), rows(100_000, 64)) and torch.isfinite(ops.info_nce(x[:100], x[:100]))
 
 
 def test_devices_may_not_be_mixed(backend):
