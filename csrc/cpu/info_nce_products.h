@@ -1,0 +1,146 @@
+// One call of the strip algorithm (info_nce.cpp), what a thread has for itself, and the three products that it is made of.
+// Below the highest precision unit rows are held, and E and W multiplied, in 16-bit fixed point (fixed_point.h);
+// exponentials and sums are float32.
+#pragma once
+
+#include "../info_nce.h"
+
+#include <type_traits>
+
+#include "fixed_point.h"
+#include "simd.h"
+
+namespace hellm::cpu::HELLM_ISA {
+namespace {
+
+constexpr int64_t kBlock = 240;  // keys a block: a multiple of the tile height, its E stays in the second-level cache
+constexpr int64_t kGroup = 12;   // keys whose E is computed while it is in the first-level cache
+
+// U is the type of the unit rows: T, or int16_t in fixed point.
+template <typename T, typename U>
+struct Problem {
+  const InfoNceArguments& arguments;
+  int64_t stride;        // dim rounded up to whole vectors
+  int64_t strip;         // rows a strip
+  int64_t blocks_a_view, num_blocks;
+  bool gradients, find_maximum;
+  bool symmetric;        // the anchor's own view goes by triangles; only the positive view has blocks
+  T exponent_scale;      // log2(e) / t
+  U* unit[2];            // anchor, positive: [num_keys, stride]
+  U* across[2];          // fixed point: the units of each panel of keys transposed, [panels, stride, panel[view]]
+  int64_t panel[2];      // keys a panel: those that row_side is given at a time
+  T* grad[2];            // [num_keys, stride] each
+  T* similarity;         // [num_blocks, kBlock, strip], E transposed; one block a thread without gradients
+  T* partial_sum;        // [num_blocks, strip]
+  T* partial_maximum;    // [num_blocks, strip]
+  T* partial_key;        // [num_blocks, strip, stride]: sum_j E_ij k_j of the block
+  T* pending;            // [strip, stride]: row side of the gradient of this strip's anchors
+  T* row_weight;         // [strip]: row_grad_i sigmoid_i
+  T* own_weight;         // [num_keys]: sum of the row_weight of the rows whose own key it is
+  T* intra_sum;          // [num_keys], symmetric: sum_j E_ij over the anchor's own view
+  T* intra_part;         // [kTriangleGroups, num_keys], symmetric: what the groups of strips add to it
+  T* coefficient;        // [num_keys], symmetric: c_i of the rows of finished strips
+  T* intra_key;          // [num_keys / (kTriangleStrips strip), strip, stride], symmetric: sum_j W_ij u_j
+
+  int64_t row(int64_t r) const { return arguments.rows ? arguments.rows[r] : r; }
+  // Blocks run over the positive view first, then over the anchor view.
+  int view(int64_t block) const { return block < blocks_a_view ? 1 : 0; }
+  int64_t first_key(int64_t block) const { return (block % blocks_a_view) * kBlock; }
+  int64_t keys(int64_t block) const {
+    const int64_t left = arguments.num_keys - first_key(block);
+    return left < kBlock ? left : kBlock;
+  }
+};
+
+template <typename T, typename U>
+struct Scratch {  // of one thread
+  U* query;       // [stride, strip]: unit anchors of the strip, transposed; fixed point: [stride / 2, strip, 2]
+  U* own;         // fixed point: unit anchors of the strip, [strip / 2, stride, 2]
+  T* shift;       // [strip], in units of the exponent
+  T* coefficient; // [strip]: c_i = row_grad_i sigmoid_i / sum_i
+  T* weighted;    // floating point: [strip, stride], c_i u_i
+  T* block;       // [kBlock, strip], where E is not kept
+  U* packed;      // fixed point: [kBlock, strip], weights as a factor
+  T* scale;       // fixed point: [strip], of the factor
+  T* product;     // fixed point: [stride, strip]
+  T* unit_scale;  // fixed point: [strip], of the product of two units
+};
+
+template <typename T, typename U>
+constexpr bool kFixed = !std::is_same<T, U>::value;
+
+template <typename T, typename U>
+inline T unit(U u) {
+  return kFixed<T, U> ? T(u) * T(1 / kUnit) : T(u);
+}
+
+// The unit anchors of a strip, as the right factors of similarities and, in fixed point, of key_side.
+template <typename T, typename U>
+void load_queries(const Problem<T, U>& p, int64_t start, int64_t count, const Scratch<T, U>& scratch) {
+  constexpr int64_t step = kFixed<T, U> ? 2 : 1;
+  for (int64_t i = 0; i < p.strip; ++i) {
+    const U* u = i < count ? p.unit[0] + p.row(start + i) * p.stride : nullptr;
+    for (int64_t k = 0; k < p.stride; ++k) {
+      const U value = u ? u[k] : U(0);
+      scratch.query[(k / step * p.strip + i) * step + k % step] = value;
+      if (kFixed<T, U>) scratch.own[(i / 2 * p.stride + k) * 2 + i % 2] = value;
+    }
+  }
+}
+
+// s [keys, strip]: the strip's rows against `keys` rows of a view from `first` on.
+template <typename T, typename U>
+void similarities(const Problem<T, U>& p, int view, int64_t first, int64_t keys, int64_t start, int64_t count,
+                  const Scratch<T, U>& scratch, T* s) {
+  const U* const unit = p.unit[view] + first * p.stride;
+  if constexpr (kFixed<T, U>) {
+    fixed_multiply<false, false>(keys, p.strip, p.stride, unit, p.stride, scratch.query, p.strip, scratch.unit_scale, s,
+                                 p.strip);
+  } else {
+    multiply<false>(keys, p.strip, p.arguments.dim, unit, p.stride, 1, scratch.query, p.strip, s, p.strip);
+  }
+  // A row's own anchor is no negative, and its positive stands outside the sum.
+  const bool all = p.arguments.rows == nullptr;
+  const int64_t begin = all && first > start ? first - start : 0;
+  const int64_t end = all && first + keys < start + count ? first + keys - start : count;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t own = p.row(start + i) - first;
+    if (own >= 0 && own < keys) s[own * p.strip + i] = T(-1e30);
+  }
+}
+
+// out [strip, stride] (+)= sum_j w_ji k_j over `keys` keys of a view from `first` on; w [keys, strip].
+template <bool kAccumulate, typename T, typename U>
+void row_side(const Problem<T, U>& p, int view, int64_t first, int64_t keys, const T* w, const Scratch<T, U>& scratch,
+              T* out) {
+  if constexpr (kFixed<T, U>) {
+    pack_weights(w, keys, p.strip, scratch.packed, scratch.scale);
+    fixed_multiply<false, false>(p.stride, p.strip, keys, p.across[view] + first * p.stride, p.panel[view],
+                                 scratch.packed, p.strip, scratch.scale, scratch.product, p.strip);
+    transpose<kAccumulate>(scratch.product, p.stride, p.strip, out);
+  } else {
+    multiply<kAccumulate>(p.strip, p.stride, keys, w, 1, p.strip, p.unit[view] + first * p.stride, p.stride, out,
+                          p.stride);
+  }
+}
+
+// grad [keys, stride] += sum_i w_ji c_i u_i over the strip's rows; w [keys, strip]. c_i is 1 where W holds it already.
+template <bool kHeld, typename T, typename U>
+void key_side(const Problem<T, U>& p, int64_t keys, int64_t start, int64_t count, const T* w,
+              const Scratch<T, U>& scratch, T* grad) {
+  if constexpr (kFixed<T, U>) {
+    for (int64_t key = 0; key < keys; key += kGroup) {
+      const int64_t group = keys - key < kGroup ? keys - key : kGroup;
+      pack_weight_rows(w + key * p.strip, group, p.strip, kHeld ? nullptr : scratch.coefficient, scratch.packed,
+                       scratch.scale);
+      fixed_multiply<true, true>(group, p.stride, p.strip, scratch.packed, p.strip, scratch.own, p.stride,
+                                 scratch.scale, grad + key * p.stride, p.stride);
+    }
+  } else {
+    multiply<true>(keys, p.stride, kHeld ? count : p.strip, w, p.strip, 1,
+                   kHeld ? p.unit[0] + start * p.stride : scratch.weighted, p.stride, grad, p.stride);
+  }
+}
+
+}  // namespace
+}  // namespace hellm::cpu::HELLM_ISA
