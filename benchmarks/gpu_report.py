@@ -37,6 +37,7 @@ TARGETS = (
     Target("info_nce-50000", peer="attentions", factor=1),
     Target("info_nce-35598", peer="hellm cuda", factor=1 / 1.5, kind="triton"),
     # 6 N D 4 bytes.
+    Target("info_nce-10000", megabytes=15.4, kind="cuda"),
     Target("info_nce-35598", megabytes=54.7, kind="cuda"),
     Target("info_nce-100000", megabytes=153.6, kind="cuda"),
     Target("conv-sports-1", 0.028),
