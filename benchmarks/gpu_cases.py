@@ -283,9 +283,9 @@ def _conv(
     entries = [entry(f"hellm {backend}", on(backend, conv), kind=backend) for backend in usable_backends(device, nvrtc)]
     if dtype == torch.float32:
         entries += [entry(*one) for one in _conv_peers(device, name, smoke, layers)]
-        entries.append(
-            entry("two index_add, torch.compile", compiled(_index_add(graph, settings, layers)), kind="compile")
-        )
+    if with_compile:
+        index_add = compiled(_index_add(graph, settings, layers))
+        entries.append(entry("two index_add, torch.compile", index_add, kind="compile"))
     work = 2.0 * passes * layers * graph.num_incidences * dim * x.element_size()
     parameters = {"V": graph.num_vertices, "M": graph.num_hyperedges, "nnz": graph.num_incidences, "layers": layers}
     parameters |= {"D": dim, "passes": passes, "dtype": str(dtype)}

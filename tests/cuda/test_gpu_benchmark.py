@@ -436,6 +436,7 @@ def test_convolution_peers_agree_with_the_definition(name):
     labels = [entry.label for entry in case.entries]
     assert "two cached CSR products, int32" in labels
     assert ("published, clique COO" in labels) == (name in ("conv-sports-2", "conv-items-5"))
+    assert ("two index_add, torch.compile" in labels) == (name == "conv-sports-2")
     for entry in case.entries:
         if entry.kind != "compile":
             assert gpu_timing.worst_error([t.detach() for t in entry.run()], case.truth) < 1e-6, (name, entry.label)
