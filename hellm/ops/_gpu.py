@@ -242,7 +242,7 @@ class Gpu:
         float64 rows and k > 128 go to panels of torch products, exact to what its float32 matmul precision says.
         """
         if x.dtype == torch.float64 or k > _MOST_NEIGHBOURS or x.shape[1] == 0:
-            return _nearest_by_panels(x, k)
+            return reference.knn_by_panels(x, k)
         scanned = k <= _MOST_SCANNED and x.shape[1] <= _MOST_COLUMNS[False]
         return self._knn_by_scan(x.contiguous(), k) if scanned else self._knn_by_panels(x.contiguous(), k)
 
@@ -308,29 +308,6 @@ def _float32_sums() -> Iterator[None]:
         yield
     finally:
         settings.allow_fp16_accumulation = allowed
-
-
-def _nearest_by_panels(x: Tensor, k: int, panel_bytes: int = 2**28) -> tuple[Tensor, Tensor]:
-    """The same by torch alone; of equals the lower index first."""
-    present = (x != 0).any(1)
-    unit = reference._unit(x.to(_compute_dtype(x)))
-    panel = max(1, panel_bytes // (max(x.shape[0], 1) * unit.element_size()))
-    found = [_nearest(unit, present, start, min(start + panel, len(unit)), k) for start in range(0, len(unit), panel)]
-    index, value = (torch.cat(part) for part in zip(*found, strict=True))
-    absent = value == float("-inf")
-    return index.masked_fill(absent, -1), value.masked_fill(absent, 0.0)
-
-
-def _nearest(unit: Tensor, present: Tensor, start: int, stop: int, k: int) -> tuple[Tensor, Tensor]:
-    """The k best columns of some rows of unit unit^T; of equals the first ones, which topk does not promise."""
-    similarity = (unit[start:stop] @ unit.T).masked_fill_(~present, float("-inf"))
-    similarity[~present[start:stop]] = float("-inf")
-    least = similarity.topk(k, dim=1).values[:, -1:]
-    better, equal = similarity > least, similarity == least
-    room = k - better.sum(1, keepdim=True)
-    column = (better | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, k)
-    value, order = similarity.gather(1, column).sort(dim=1, descending=True, stable=True)
-    return column.gather(1, order), value
 
 
 def _rows_by(index: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -108,7 +108,7 @@ def knn(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """k nearest rows by cosine, itself included: indices [N, k] int64 and similarities [N, k], descending.
 
     Lower index first among equals. All-zero rows have no neighbours and are nobody's: index -1, similarity 0, also
-    where fewer than k rows remain.
+    where fewer than k rows remain. Stores the similarities of all pairs.
     """
     present = (x != 0).any(1)
     u = _unit(x)
@@ -118,6 +118,29 @@ def knn(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     value, index = value[:, :k], index[:, :k]
     absent = value == float("-inf")
     return index.masked_fill(absent, -1), value.masked_fill(absent, 0.0)
+
+
+def knn_by_panels(x: Tensor, k: int, panel_bytes: int = 2**28) -> tuple[Tensor, Tensor]:
+    """`knn` without the similarities of all pairs at once. Low-precision rows are computed in float32."""
+    present = (x != 0).any(1)
+    unit = _unit(x.to(torch.float64 if x.dtype == torch.float64 else torch.float32))
+    panel = max(1, panel_bytes // (max(x.shape[0], 1) * unit.element_size()))
+    found = [_nearest(unit, present, start, min(start + panel, len(unit)), k) for start in range(0, len(unit), panel)]
+    index, value = (torch.cat(part) for part in zip(*found, strict=True))
+    absent = value == float("-inf")
+    return index.masked_fill(absent, -1), value.masked_fill(absent, 0.0)
+
+
+def _nearest(unit: Tensor, present: Tensor, start: int, stop: int, k: int) -> tuple[Tensor, Tensor]:
+    """The k best columns of some rows of unit unit^T; of equals the first ones, which topk does not promise."""
+    similarity = (unit[start:stop] @ unit.T).masked_fill_(~present, float("-inf"))
+    similarity[~present[start:stop]] = float("-inf")
+    least = similarity.topk(k, dim=1).values[:, -1:]
+    better, equal = similarity > least, similarity == least
+    room = k - better.sum(1, keepdim=True)
+    column = (better | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, k)
+    value, order = similarity.gather(1, column).sort(dim=1, descending=True, stable=True)
+    return column.gather(1, order), value
 
 
 def _unit(x: Tensor) -> Tensor:

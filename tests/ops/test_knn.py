@@ -8,6 +8,7 @@ import torch
 from op_cases import DTYPES, assert_same_bits, needs_native, results_for_threads, rows
 
 from hellm import ops
+from hellm.ops import reference
 
 SHAPES = [
     pytest.param(shape, id="x".join(map(str, shape)))
@@ -87,6 +88,16 @@ def test_knn_of_copies_ties_exactly(dtype, dim, kernel):
     index, similarity = ops.knn(x, 6)
     assert torch.equal(index[copies], copies[:6].expand(len(copies), 6))
     assert (similarity[copies] == similarity[copies, :1]).all()
+
+
+@pytest.mark.parametrize("panel_bytes", [1, 8 * 300 * 7, 2**28])
+def test_panels_of_plain_torch_are_the_definition(panel_bytes):
+    x = rows(300, 4, dtype=torch.float64).sign()
+    x[::37] = 0
+    for k in (1, 9, 300):
+        expected = reference.knn(x, k)
+        found = reference.knn_by_panels(x, k, panel_bytes)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_knn_sees_nothing_in_zero_rows(kernel):
