@@ -28,8 +28,6 @@ __all__ = ["CASES"]
 DIM = 64
 # Matches 16-bit products against float32 ones.
 _MEDIUM_TOLERANCE = 3e-2
-_PUBLISHED_USERS = {"normalization": "row", "hyperedge_degree": False, "self_loops": False}
-_PUBLISHED_ITEMS = {"normalization": "symmetric", "hyperedge_degree": False}
 
 
 def _gradients(function: Callable[..., Tensor], *leaves: Tensor, cotangent: Tensor | None = None) -> Outputs:
@@ -174,7 +172,7 @@ def _conv_forward(*, tiny: bool, with_compile: bool) -> Workload:
     two32, two64 = peers.TwoProducts(h), peers.TwoProducts(h, index_dtype=torch.int64)
     reduce, by_scipy = peers.TwoProducts(h, product=peers.reduce_product), peers.ScipyTwoProducts(h)
     entries = [
-        Entry("hellm", lambda: (ops.hypergraph_conv(x, graph, **_PUBLISHED_USERS),), "hellm"),
+        Entry("hellm", lambda: (ops.hypergraph_conv(x, graph, **peers.PUBLISHED_USERS),), "hellm"),
         Entry("two torch CSR products, int32", lambda: (two32.forward(x),), note="cached, scales folded in"),
         Entry("two torch CSR products, int64", lambda: (two64.forward(x),), note="cached, scales folded in"),
         Entry("two torch.sparse.mm(reduce)", lambda: (reduce.forward(x),), note="cached, scales folded in"),
@@ -199,7 +197,7 @@ def _conv_backward(*, tiny: bool, with_compile: bool) -> Workload:
 
     published = "published, clique COO"
     entries = [
-        Entry("hellm", both(lambda x: ops.hypergraph_conv(x, graph, **_PUBLISHED_USERS)), "hellm"),
+        Entry("hellm", both(lambda x: ops.hypergraph_conv(x, graph, **peers.PUBLISHED_USERS)), "hellm"),
         Entry("two torch CSR products, int32", both(two), note="cached, transposes too"),
         Entry(published, both(lambda x: torch.sparse.mm(coo, x)), note=f"{coo._nnz():,} non-zeros"),
     ]
@@ -231,16 +229,16 @@ def _conv_pyg(*, tiny: bool, with_compile: bool) -> Workload:
 @case("conv-items", "Hypergraph convolution", "hypergraph_conv, kNN item graph (k = 5, two modalities), both passes")
 def _conv_items(*, tiny: bool, with_compile: bool) -> Workload:
     num_items = 50 if tiny else inputs.SIZES["tiktok"].num_items
-    features = {name: inputs.rows(num_items, 16, seed) for seed, name in enumerate(("image", "audio"))}
-    graph = item_hypergraph(features, 5)
+    graph = item_hypergraph(inputs.item_features(num_items), 5)
     h = peers.incidence(graph.hyperedge_index.numpy(), (graph.num_vertices, graph.num_hyperedges))
     clique = peers.clique_symmetric(h)
     coo, csr = peers.coo_tensor(clique), peers.csr_tensor(clique)
+    conv = partial(ops.hypergraph_conv, hypergraph=graph, **peers.PUBLISHED_ITEMS)
     x, cotangent = inputs.rows(num_items, DIM).requires_grad_(), inputs.rows(num_items, DIM, seed=1)
     entries = [
         Entry(
             "hellm",
-            lambda: _gradients(lambda x: ops.hypergraph_conv(x, graph, **_PUBLISHED_ITEMS), x, cotangent=cotangent),
+            lambda: _gradients(conv, x, cotangent=cotangent),
             "hellm",
         ),
         Entry(

@@ -25,8 +25,6 @@ from hellm.hypergraph import Hypergraph, item_hypergraph, user_hypergraph
 from hellm.ops import _backends, _gpu, reference
 
 DIM = 64
-_PUBLISHED_USERS = {"normalization": "row", "hyperedge_degree": False, "self_loops": False}
-_PUBLISHED_ITEMS = {"normalization": "symmetric", "hyperedge_degree": False}
 _GATHER, _LARGE_GATHER = ("ceiling-gather", "sports"), ("ceiling-gather", "large")
 _PRODUCT = ("ceiling-matmul", "float16")
 
@@ -185,7 +183,6 @@ def _info_nce(
         label = f"torch.compile, unbatched, {name}" + (", autotuned" if autotuned else "")
         entries.append(Entry(label, at(gradients(unbatched, views, (None,))), 2e-3, "compile"))
     parameters = {"N": num_rows, "D": dim, "temperature": temperature, "rows": kind}
-    parameters |= {"budget_bytes": 6 * num_rows * dim * 4}
     return Case(entries, 16.0 * num_rows**2 * dim, truth=truth, ceiling=_PRODUCT, parameters=parameters)
 
 
@@ -227,14 +224,14 @@ _SMOKE = _Sizes(300, 50, 900, empty=0.3, hub=200)
 def _graph(name: str, device: torch.device, smoke: bool) -> _Graph:
     """User graphs of the sizes of data sets, kNN item graphs "items-K", and the synthetic ones."""
     if name in _SYNTHETIC:
-        return _Graph(_synthetic(name, _SMOKE if smoke else _SYNTHETIC[name]).to(device), _PUBLISHED_ITEMS)
+        return _Graph(_synthetic(name, _SMOKE if smoke else _SYNTHETIC[name]).to(device), peers.PUBLISHED_ITEMS)
     if name.startswith("items-"):
         num_items = 50 if smoke else inputs.SIZES["tiktok"].num_items
-        features = {modality: inputs.rows(num_items, 16, seed) for seed, modality in enumerate(("image", "audio"))}
-        return _Graph(item_hypergraph(features, int(name.removeprefix("items-"))).to(device), _PUBLISHED_ITEMS)
+        graph = item_hypergraph(inputs.item_features(num_items), int(name.removeprefix("items-")))
+        return _Graph(graph.to(device), peers.PUBLISHED_ITEMS)
     size = inputs.SIZES["tiny" if smoke else name]
     index = torch.from_numpy(inputs.interactions(size))
-    return _Graph(user_hypergraph(index, size.num_users, size.num_items).to(device), _PUBLISHED_USERS)
+    return _Graph(user_hypergraph(index, size.num_users, size.num_items).to(device), peers.PUBLISHED_USERS)
 
 
 def _synthetic(name: str, sizes: _Sizes) -> Hypergraph:
@@ -297,7 +294,7 @@ def _conv(
 def _conv_peers(device: torch.device, name: str, smoke: bool, layers: int) -> list[tuple[str, Callable]]:
     """Two cached CSR products, and of real sizes the published clique."""
     graph = _graph(name, device, smoke)
-    h, symmetric = graph.incidence(), graph.settings is _PUBLISHED_ITEMS
+    h, symmetric = graph.incidence(), graph.settings is peers.PUBLISHED_ITEMS
 
     def repeated(layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda x: functools.reduce(lambda x, _: layer(x), range(layers), x)

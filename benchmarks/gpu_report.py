@@ -36,10 +36,7 @@ TARGETS = (
     Target("info_nce-35598", peer="attentions", factor=1),
     Target("info_nce-50000", peer="attentions", factor=1),
     Target("info_nce-35598", peer="hellm cuda", factor=1 / 1.5, kind="triton"),
-    # 6 N D 4 bytes.
-    Target("info_nce-10000", megabytes=15.4, kind="cuda"),
-    Target("info_nce-35598", megabytes=54.7, kind="cuda"),
-    Target("info_nce-100000", megabytes=153.6, kind="cuda"),
+    *(Target(f"info_nce-{n}", megabytes=6 * n * 64 * 4 / 1e6, kind="cuda") for n in (10_000, 35_598, 100_000)),
     Target("conv-sports-1", 0.028),
     Target("conv-sports-2", 0.110),
     Target("conv-sports-2", peer="published", factor=40),
@@ -106,7 +103,7 @@ def _judged(target: Target, ours: list[dict[str, Any]], of_case: list[dict[str, 
         required, best = f"{who} within {target.milliseconds:g} ms", min(map(_best, ours), default=None)
         return required, None if best is None else _ms(best), best is not None and best * 1e3 <= target.milliseconds
     if target.megabytes:
-        required = f"each of {who} within {target.megabytes:g} MB beside its inputs, and bit by bit again"
+        required = f"each of {who} within {target.megabytes:.1f} MB beside its inputs, and bit by bit again"
         sizes = [one["extra_bytes"] / 1e6 for one in ours if one["extra_bytes"] is not None]
         if not sizes:
             return required, None, False

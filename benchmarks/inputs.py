@@ -64,6 +64,11 @@ def rows(num_rows: int, dim: int, seed: int = 0) -> Tensor:
     return torch.randn(num_rows, dim, generator=torch.Generator().manual_seed(seed))
 
 
+def item_features(num_items: int) -> dict[str, Tensor]:
+    """Two modalities [num_items, 16] for a graph of neighbours."""
+    return {modality: rows(num_items, 16, seed) for seed, modality in enumerate(("image", "audio"))}
+
+
 VIEWS = ("related", "random", "aligned", "collapsed", "duplicates", "zeros")
 
 

@@ -155,6 +155,11 @@ def item_cross_entropy_liger(hidden: Tensor, item_embedding: Tensor, target: Ten
 # ----------------------------------------------------------------------------------------- hypergraph convolution
 
 
+# What `hellm.ops.hypergraph_conv` is told to compute the same.
+PUBLISHED_USERS = {"normalization": "row", "hyperedge_degree": False, "self_loops": False}
+PUBLISHED_ITEMS = {"normalization": "symmetric", "hyperedge_degree": False}
+
+
 def incidence(index: np.ndarray, shape: tuple[int, int], values: np.ndarray | None = None) -> scipy.sparse.csr_matrix:
     """H [V, M] in float64 from [2, nnz] vertices and hyperedges."""
     ones = np.ones(index.shape[1]) if values is None else values

@@ -302,19 +302,19 @@ void store_gradient(const Problem<T, U>& p, int view, int64_t row, const S* cons
   const double norm = length(own, dim), weight = double(p.own_weight[row]);
   // A row of no loss may have anything for a positive.
   const double distance = weight == 0 ? 0 : length(positive, dim), pull = distance == 0 ? 0 : weight / distance;
-  const auto unit = [&](int64_t k) { return norm == 0 ? 0 : double(to_float(own[k])) / norm; };
+  const auto direction = [&](int64_t k) { return norm == 0 ? 0 : double(to_float(own[k])) / norm; };
   const auto towards = [&](int64_t k) {
     return double(g[k]) - (pull == 0 ? 0 : pull * double(to_float(positive[k])));
   };
   double along = 0;
-  for (int64_t k = 0; k < dim; ++k) along += towards(k) * unit(k);
+  for (int64_t k = 0; k < dim; ++k) along += towards(k) * direction(k);
   if (view == 0 && p.symmetric) {
     // So far the slope holds the positive view only. Of the own view, sum_ij c_i E_ij s_ij = sum_ij W_ij s_ij / 2.
     T& slope = static_cast<T*>(p.arguments.row_slope)[row];
     slope = T((along + double(slope)) / 2);
   }
   const double scale = norm == 0 ? 0 : 1 / (norm * p.arguments.temperature);
-  for (int64_t k = 0; k < dim; ++k) from_float(T((towards(k) - along * unit(k)) * scale), out[row * dim + k]);
+  for (int64_t k = 0; k < dim; ++k) from_float(T((towards(k) - along * direction(k)) * scale), out[row * dim + k]);
 }
 
 // The units of panel `panel` of a view transposed, zero where it has no keys.

@@ -60,6 +60,7 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights> {
     if (kParts == 2) copy_rows<kWidth, Tile::kQueries, Tile::kThreads>(shared.query(kParts - 1), p.query_low, row);
   }
 
+  // Of a key that is a chosen row; -1 for one that does not exist.
   __device__ __forceinline__ int64 row_of(int key) const {
     const int64 chosen = p.key_rows[key];
     return chosen >= 0 && chosen < p.key_stride ? chosen : -1;
@@ -227,6 +228,7 @@ struct Attention : AttentionProducts<kWidth, kParts, kOutput, kWeights> {
     }
   }
 
+  // `s` holds the weights without the signs of their keys.
   __device__ __forceinline__ void add_signed_weights(int stage, const float (&s)[kBands][kKeyBands][4]) {
     const float* const scale = shared.scale(stage);
 #pragma unroll

@@ -39,8 +39,8 @@ __device__ __forceinline__ void store_halves(void* high, void* low, int64 row, c
   }
 }
 
-// Where the attention kernel left a row: with the rows of the output, and where its tile was cut, in the slots of the
-// blocks after `first` up to `last` as well.
+// Where the attention kernel left a row: what block `first` made of it in the output, and where its tile was cut, what
+// those after it up to `last` made in their slots.
 struct RowPieces {
   int64 first, last, local;
 
@@ -70,14 +70,14 @@ struct SoftmaxRow {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) mean[i] = 0;
     for (int64 b = pieces.first; b <= pieces.last; ++b) {
-      const bool whole = b == pieces.first;
-      const int64 place = whole ? r : pieces.place(a, b);
-      const float maximum = (whole ? a.maximum : a.slot_maximum)[place];
+      const bool starts = b == pieces.first;
+      const int64 place = starts ? r : pieces.place(a, b);
+      const float maximum = (starts ? a.maximum : a.slot_maximum)[place];
       const float share = top == -infinity() ? 0.0f : exp2f(maximum - top);
-      sum += (whole ? a.sum : a.slot_sum)[place] * share;
+      sum += (starts ? a.sum : a.slot_sum)[place] * share;
       if (!with_mean) continue;
       float piece[kColumns];
-      load_row(whole ? a.out[0] : a.slot_out, kStoreFloat32, place, 32 * kColumns, share, piece);
+      load_row(starts ? a.out[0] : a.slot_out, kStoreFloat32, place, 32 * kColumns, share, piece);
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) mean[i] += piece[i];
     }

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kRowThreads) normalize_kernel(const NormalizeP
   if (threadIdx.x % 32 == 0) p.inverse_norm[view * p.rows + row] = inverse;
 }
 
-// Grid [ceil(rows / warps)], after the first pass: loss, its weight and slope, and the bias of the row as a key.
+// Grid [ceil(rows / warps)], after the first pass: loss, its weight and slope, and the row's scale and bias as a key.
 template <int kWidth>
 __global__ void __launch_bounds__(kRowThreads) info_nce_row_kernel(const RowParameters p) {
   constexpr int kColumns = kWidth / 32;

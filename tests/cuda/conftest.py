@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cuda_build
 import pytest
 import torch
 
@@ -12,6 +13,20 @@ import torch
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # The shapes and error budgets of the operators' own tests.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """The kernels on the emulated GPU."""
+    return cuda_build.emulated_gpu()
+
+
+@pytest.fixture
+def set_order(gpu) -> Iterator[Callable[[int], None]]:
+    """Sets the order of the emulated threads by a seed; 0 afterwards."""
+    library = cuda_build.emulated_library()
+    yield library.set_order
+    library.set_order(0)
 
 
 @pytest.fixture(autouse=True)

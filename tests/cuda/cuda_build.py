@@ -164,3 +164,18 @@ def emulated_gpu() -> _gpu.Gpu:
             assert status == 0, f"no kernel {kernel}"
 
     return _gpu.Gpu(launch, lambda device: 2, lambda device: 228 * 1024)
+
+
+def of_processors(gpu: _gpu.Gpu, count: int) -> _gpu.Gpu:
+    """The same as a GPU of `count` processors with 100 KiB of shared memory each."""
+    return _gpu.Gpu(gpu._launch, lambda device: count, lambda device: 100 * 1024)
+
+
+def in_two_orders(set_order, call, *arguments) -> list[tuple]:
+    """Results with the threads in the order of their numbers, which would hide a wait that is missing, and shuffled."""
+    results = []
+    for seed in (0, 1):
+        set_order(seed)
+        found = call(*arguments)
+        results.append(found if isinstance(found, tuple) else (found,))
+    return results
