@@ -16,12 +16,19 @@ class SASRecConfig:
     """The sequence model SASRec.
 
     Args:
+        item_id: give every item a trained embedding.
+        content: modalities of the data set that the embeddings of the items are made from as well; null takes all there
+            are, [] none.
+        content_components: whitened directions of each modality that are kept; null keeps all.
+        content_hidden_dim: width of the hidden layer between content and embedding; 0 is none.
+        content_dropout: probability on the whitened features.
         embedding_dim: width of items and hidden states, a multiple of `num_heads`.
         num_layers: attention blocks.
         num_heads: attention heads.
         feedforward_dim: inner width of the feed-forward part of a block.
         max_length: latest items of a history that are read.
         dropout: probability at the input, in attention and after each part of a block.
+        norm_first: normalise what each part of a block reads, instead of what it leaves.
         loss: "cross_entropy" over the whole catalogue, or "bce" with one uniform negative per position (the paper).
         learning_rate: Adam step size.
         batch_size: positions per step, at least `max_length`; fewer where the data has fewer.
@@ -39,12 +46,18 @@ class SASRecConfig:
         tensorboard: write TensorBoard events into the run directory.
     """
 
+    item_id: bool = True
+    content: tuple[str, ...] | None = None
+    content_components: int | None = 256
+    content_hidden_dim: int = 0
+    content_dropout: float = 0.0
     embedding_dim: int = 64
     num_layers: int = 2
     num_heads: int = 2
     feedforward_dim: int = 256
     max_length: int = 50
     dropout: float = 0.5
+    norm_first: bool = False
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     learning_rate: float = 1e-3
     batch_size: int = 2048
@@ -70,7 +83,12 @@ class SASRecConfig:
             f"a multiple of num_heads {self.num_heads}",
             self.embedding_dim,
         )
-        require(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+        for name in ("dropout", "content_dropout"):
+            require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        require(self.content_hidden_dim >= 0, "content_hidden_dim", ">= 0", self.content_hidden_dim)
+        components = self.content_components
+        require(components is None or components >= 1, "content_components", ">= 1 or null", components)
+        require(self.item_id or self.content != (), "content", "not empty where item_id is false", self.content)
         require(isfinite(self.learning_rate) and self.learning_rate > 0, "learning_rate", "> 0", self.learning_rate)
         require(self.batch_size >= self.max_length, "batch_size", f">= max_length {self.max_length}", self.batch_size)
         check_loop(self)

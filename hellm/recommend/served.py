@@ -137,27 +137,30 @@ class ServedGraph:
 
 
 class ServedSASRec:
-    """A sequence model. It knows items by their embedding alone, so a new item gets the mean of its neighbours'."""
+    """A sequence model. A new item is known by its content, and by the mean of its neighbours' trained embeddings."""
 
     user = graph_view = None
 
     def __init__(self, model: SASRec) -> None:
-        self.model = model
+        self.model, self.keys = model, model.item_keys()
 
     def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
-        return self.model.embed(indptr, items).cpu()
+        return self.model.embed(indptr, items, self.keys).cpu()
 
     def item_keys(self) -> Tensor:
-        return self.model.item_keys().cpu()
+        return self.keys.cpu()
 
     def add(self, new: NewItems) -> None:
-        self.model = extended_sasrec(self.model, new)
+        self.model = self.model.extended(new.features, new.mean)
+
+        self.keys = self.model.item_keys()
 
     def save(self, folder: Path) -> None:
         self.model.save(folder)
 
     def to(self, device: str) -> None:
         self.model.to(device)
+        self.keys = self.keys.to(device)
 
     def scorer_on(self, device: str) -> SASRec:
         return self.model.to(device)
@@ -192,7 +195,7 @@ class ServedLLM:
             if width != given:
                 raise ValueError(f"features[{name!r}] must be {width} wide like the item table, got {given}")
         sequence = self.model.sequence_model
-        sequence = None if sequence is None else extended_sasrec(sequence, new)
+        sequence = None if sequence is None else sequence.extended(new.features, new.mean)
         self.model.add_items(rows, new.titles, sequence_model=sequence)
         self.tables = {name: torch.cat([self.tables[name], rows[name]]) for name in self.tables}
 
@@ -239,15 +242,6 @@ def _load_llm(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
         folder / "model", item_embeddings=tables, item_titles=titles, sequence_model=sequence
     )
     return ServedLLM(model, tables)
-
-
-def extended_sasrec(model: SASRec, new: NewItems) -> SASRec:
-    """A copy with more items."""
-    table = model.item_embedding.weight.detach()
-    table = torch.cat([table, new.mean(table)])
-    other = SASRec(**(model.settings | {"num_items": len(table)}))
-    other.load_state_dict(model.state_dict() | {"item_embedding.weight": table})
-    return other.to(model.device).eval()
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], folder: Path, metadata: dict[str, str]) -> None:

@@ -59,7 +59,7 @@ def load_item_inputs(
         if name == "graph":
             tables[name] = _read_table(_checked_run(graph, "graph", "hellm pretrain", dataset), "item")
         elif name == "sequence":
-            tables[name] = model.sequence_embedding
+            tables[name] = model.item_keys()
         elif name in dataset.item_features:
             tables[name] = torch.from_numpy(dataset.item_features[name].values)
         else:

@@ -15,6 +15,7 @@ from hellm.config import SASRecConfig
 from hellm.data import Dataset
 from hellm.models import SASRec
 from hellm.models.histories import pad_histories
+from hellm.models.sequence import WhitenedContent
 from hellm.ops import item_cross_entropy
 from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, SequenceSampler
@@ -102,24 +103,43 @@ def train_sasrec(
 def resolve_sasrec_config(config: SASRecConfig, dataset: Dataset) -> tuple[SASRecConfig, list[str]]:
     """Settings as they will run on this machine and data, with a note for each that had to give way.
 
-    Raises: ValueError, as `resolve_common`.
+    Raises: ValueError, a modality that the data have not, no content for a model without item ids, and as
+        `resolve_common`.
     """
     config, notes = resolve_common(config, dataset)
+    there = tuple(sorted(dataset.item_features))
+    content = there if config.content is None else config.content
+    for modality in content:
+        if modality not in there:
+            known = ", ".join(there) or "none"
+            raise ValueError(f"content must be among the features of data set {dataset.name!r}: {known}, got {modality!r}")
+    if not content and not config.item_id:
+        raise ValueError(f"item_id must be true for data set {dataset.name!r}, whose items have no features, got false")
+    config = replace(config, content=content)
     if dataset.timestamps is None and dataset.form == "mmrec":
         notes.append("the data have no times: the order of the source is taken as the order in time")
     return config, notes
 
 
 def build_sasrec(config: SASRecConfig, dataset: Dataset) -> SASRec:
-    """The untrained model of `config` for the items of `dataset`, on the CPU."""
+    """The untrained model of a resolved `config` for the items of `dataset`, on the CPU."""
+    content = {
+        modality: WhitenedContent.of(torch.from_numpy(dataset.item_features[modality].values), config.content_components)
+        for modality in config.content
+    }
     return SASRec(
         dataset.num_items,
+        content=content,
+        item_id=config.item_id,
+        content_hidden_dim=config.content_hidden_dim,
+        content_dropout=config.content_dropout,
         embedding_dim=config.embedding_dim,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
         feedforward_dim=config.feedforward_dim,
         max_length=config.max_length,
         dropout=config.dropout,
+        norm_first=config.norm_first,
     )
 
 
@@ -148,8 +168,8 @@ def sasrec_losses(model: SASRec, batch: HistoryBatch, loss: str) -> dict[str, Te
     indptr, items, targets = (torch.from_numpy(one).to(model.device) for one in batch[:3])
     padded, mask = pad_histories(indptr, items)
     # The mask reads rows in order, as CSR has them.
-    hidden = model(padded, mask)[mask]
-    table = model.item_embedding.weight
+    table = model.items()
+    hidden = model(padded, mask, table)[mask]
     if loss == "cross_entropy":
         return {"cross_entropy": item_cross_entropy(hidden, table, targets)}
     negatives = torch.from_numpy(batch.negatives).to(model.device)

@@ -1,6 +1,7 @@
 """SASRec: self-attention over the sequence of a user's items.
 
-Kang and McAuley 2018, arXiv:1808.09781, with the blocks of BERT (post-norm, GELU).
+Kang and McAuley 2018, arXiv:1808.09781, with the blocks of BERT (post-norm, GELU) or of GPT-2 (pre-norm), over items that
+are known by a trained embedding, by their content, or by both (`ItemEncoder`).
 
 B = histories, T = longest of them in a batch, N = items in all of them, D = embedding width, I = items.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 import bisect
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +22,13 @@ from torch import Tensor, nn
 from hellm._files import atomic_path
 from hellm.models.dropout import Dropout
 from hellm.models.histories import check_histories, pad_histories
+from hellm.models.sequence.item_encoder import ItemEncoder, WhitenedContent
 
 __all__ = ["SASRec"]
 
 _FILE = "embeddings.safetensors"
-_TABLE = "item_embedding.weight"
+_KEYS = "sequence_embedding"
+_CONTENT = "content."
 # Histories embedded at once: bounds the padded copies inside attention.
 _BATCH = 1024
 _INIT_STD = 0.02
@@ -35,80 +39,98 @@ _SHORTEST = 8
 class SASRec(nn.Module):
     """Next-item model: the score of item i after a history is <hidden state of its last item, embedding of i>.
 
-        x = dropout(norm(item_embedding[items] + position_embedding[place]))
+        x = dropout(norm(e[items] + position_embedding[place]))
         x = norm(x + dropout(causal_attention(x)))       per layer
         x = norm(x + dropout(feedforward(x)))
 
-    All but attention runs on the N items themselves, so padding costs next to nothing.
+    or, with `norm_first`, x + dropout(part(norm(x))) for each part and a norm at the end. e is what `ItemEncoder` makes
+    of the items. All but attention runs on the N items themselves, so padding costs next to nothing.
 
     Args:
         num_items: I, >= 1.
+        content: modality -> whitened features, which enter the embeddings of the items.
+        item_id: give every item a trained embedding.
+        content_hidden_dim: width of the hidden layer between content and embedding; 0 is none.
+        content_dropout: of the whitened features, in [0, 1).
         embedding_dim: D, a multiple of `num_heads`.
         num_layers: attention blocks, >= 1.
         num_heads: attention heads, >= 1.
         feedforward_dim: inner width of the feed-forward part, >= 1.
         max_length: latest items of a history that are read, >= 1.
         dropout: probability at the input, in attention and after each part of a block, in [0, 1).
-    Raises: ValueError, an argument out of its range.
+        norm_first: normalise what a part reads, instead of what it leaves.
+    Raises: ValueError, an argument out of its range, or content that does not fit.
     """
 
     def __init__(
         self,
         num_items: int,
         *,
+        content: Mapping[str, WhitenedContent] | None = None,
+        item_id: bool = True,
+        content_hidden_dim: int = 0,
+        content_dropout: float = 0.0,
         embedding_dim: int = 64,
         num_layers: int = 2,
         num_heads: int = 2,
         feedforward_dim: int = 256,
         max_length: int = 50,
         dropout: float = 0.5,
+        norm_first: bool = False,
     ) -> None:
         super().__init__()
-        self.settings = {
+        sizes = {
             "num_items": num_items,
             "embedding_dim": embedding_dim,
             "num_layers": num_layers,
             "num_heads": num_heads,
             "feedforward_dim": feedforward_dim,
             "max_length": max_length,
-            "dropout": dropout,
         }
-        for name, value in self.settings.items():
-            if name != "dropout" and value < 1:
+        self.settings: dict[str, Any] = sizes | {
+            "dropout": dropout,
+            "norm_first": norm_first,
+            "item_id": item_id,
+            "content_hidden_dim": content_hidden_dim,
+            "content_dropout": content_dropout,
+        }
+        for name, value in sizes.items():
+            if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if embedding_dim % num_heads:
             raise ValueError(f"embedding_dim must be a multiple of num_heads {num_heads}, got {embedding_dim}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        self.num_items, self.max_length = num_items, max_length
-        self.item_embedding = nn.Embedding(num_items, embedding_dim)
+        for name in ("dropout", "content_dropout"):
+            if not 0 <= self.settings[name] < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {self.settings[name]}")
+        self.num_items, self.max_length, self.embedding_dim = num_items, max_length, embedding_dim
+        self.items = ItemEncoder(
+            num_items,
+            embedding_dim,
+            item_id=item_id,
+            content=content,
+            hidden_dim=content_hidden_dim,
+            dropout=content_dropout,
+        )
         self.position_embedding = nn.Embedding(max_length, embedding_dim)
         self.norm = nn.LayerNorm(embedding_dim)
         self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(
-            _Block(embedding_dim, num_heads, feedforward_dim, dropout) for _ in range(num_layers)
+            _Block(embedding_dim, num_heads, feedforward_dim, dropout, norm_first) for _ in range(num_layers)
         )
+        self.last_norm = nn.LayerNorm(embedding_dim) if norm_first else nn.Identity()
         self.apply(_initialise)
 
     @property
-    def embedding_dim(self) -> int:
-        return self.item_embedding.embedding_dim
-
-    @property
     def device(self) -> torch.device:
-        return self.item_embedding.weight.device
+        return self.position_embedding.weight.device
 
-    @property
-    def sequence_embedding(self) -> Tensor:
-        """[I, D] float32, without gradient: the item table."""
-        return self.item_embedding.weight.detach()
-
-    def forward(self, items: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, items: Tensor, mask: Tensor, table: Tensor | None = None) -> Tensor:
         """Hidden state after each item, given the items up to it.
 
         Args:
             items: [B, T] int64 item rows, T <= max_length; what stands outside `mask` is not read.
             mask: [B, T] bool, True at items, which are in time order. Padding may stand on either side.
+            table: [I, D] embeddings of the items, `self.items()`, where they are at hand.
         Returns: [B, T, D] float32, zero outside `mask`.
         Raises: ValueError, T > max_length or shapes that differ.
         """
@@ -121,52 +143,79 @@ class SASRec(nn.Module):
         row = order[row]
         groups = _groups(length)
         place = torch.cat([group.place for group in groups])
-        x = self.item_embedding(items[row, column]) + self.position_embedding(place)
+        table = self.items() if table is None else table
+        x = F.embedding(items[row, column], table) + self.position_embedding(place)
         x = self.dropout(self.norm(x))
         for block in self.blocks:
             x = block(x, groups)
+        x = self.last_norm(x)
         hidden = x.new_zeros(*items.shape, x.shape[1])
         hidden[row, column] = x
         return hidden
 
     @torch.no_grad()
-    def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
+    def embed(self, indptr: Tensor, items: Tensor, table: Tensor | None = None) -> Tensor:
         """Queries of histories: the hidden state of the last item, in evaluation mode.
 
         Args:
             indptr: [B + 1] int64, where each history starts in `items`.
             items: [indptr[-1]] int64 item rows in time order; the last `max_length` of a history count.
+            table: [I, D] `item_keys()`, where they are at hand.
         Returns: [B, D] float32; an empty history gives zeros, so every item scores 0.
         Raises: ValueError, an item outside [0, I) or offsets that do not fit `items`.
         """
         indptr, items = (torch.as_tensor(values, device=self.device).long() for values in (indptr, items))
         check_histories(indptr, items, self.num_items)
-        queries = self.item_embedding.weight.new_zeros(len(indptr) - 1, self.embedding_dim)
+        queries = self.position_embedding.weight.new_zeros(len(indptr) - 1, self.embedding_dim)
         training = self.training
         self.eval()
+        table = self.items() if table is None else table
         for start in range(0, len(queries), _BATCH):
             offsets = indptr[start : start + _BATCH + 1]
             part = items[offsets[0] : offsets[-1]]
             padded, mask = pad_histories(offsets - offsets[0], part, max_length=self.max_length)
             if padded.shape[1]:
                 last = (mask.sum(1) - 1).clamp(min=0)
-                hidden = self(padded, mask)
+                hidden = self(padded, mask, table)
                 queries[start : start + _BATCH] = hidden[torch.arange(len(last), device=last.device), last]
         self.train(training)
         return queries
 
+    @torch.no_grad()
     def item_keys(self) -> Tensor:
-        """[I, D] float32, without gradient: what queries are multiplied with."""
-        return self.sequence_embedding
+        """[I, D] float32, without gradient: what queries are multiplied with, in evaluation mode."""
+        training = self.training
+        self.items.eval()
+        keys = self.items().detach()
+        self.items.train(training)
+        return keys
+
+    def extended(self, content: Mapping[str, Tensor], mean: Callable[[Tensor], Tensor]) -> SASRec:
+        """A copy with new items at the end, in evaluation mode.
+
+        Args:
+            content: modality -> features [n, C] as they came; a modality that is not given is missing.
+            mean: [I, D] trained embeddings -> [n, D] those that the new items get.
+        """
+        items = self.items.extended(content, mean)
+        settings = self.settings | {"num_items": items.num_items}
+        other = SASRec(**settings, content={modality: items.content(modality) for modality in items.modalities})
+        state = self.state_dict() | {f"items.{name}": value for name, value in items.state_dict().items()}
+        other.load_state_dict(state)
+        return other.to(self.device).eval()
 
     def save(self, run_directory: str | os.PathLike[str]) -> None:
-        """Write embeddings.safetensors: "sequence_embedding" [I, D], every other weight, and the shape of the model."""
+        """Write embeddings.safetensors: "sequence_embedding" [I, D], every weight, the content that the items are read
+        by, and the shape of the model."""
         from safetensors.torch import save_file
 
-        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in self.state_dict().items()}
-        tensors["sequence_embedding"] = tensors.pop(_TABLE)
+        tensors = self.state_dict() | {_KEYS: self.item_keys()}
+        for modality in self.items.modalities:
+            for part, value in self.items.content(modality)._asdict().items():
+                tensors[f"{_CONTENT}{modality}.{part}"] = value
+        owned = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         with atomic_path(Path(run_directory) / _FILE) as temporary:
-            save_file(tensors, temporary, metadata={"sasrec": json.dumps(self.settings)})
+            save_file(owned, temporary, metadata={"sasrec": json.dumps(self.settings)})
 
     @classmethod
     def load(cls, run_directory: str | os.PathLike[str]) -> SASRec:
@@ -185,10 +234,20 @@ class SASRec(nn.Module):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
             raise ValueError(f"{path} is not readable: {error}") from None
-        if settings is None or "sequence_embedding" not in tensors:
+        if settings is None or _KEYS not in tensors:
             raise ValueError(f"{path} must hold a SASRec model, got {', '.join(sorted(tensors)[:4]) or 'nothing'}")
-        model = cls(**json.loads(settings))
-        tensors[_TABLE] = tensors.pop("sequence_embedding")
+        keys = tensors.pop(_KEYS)
+        # Runs of version 0.1 had items by ids alone, whose table is what they are known by.
+        if not any(name.startswith("items.") for name in tensors):
+            tensors["items.id_embedding.weight"] = keys
+        modalities = [name.split(".")[1] for name in tensors if name.startswith(_CONTENT) and name.endswith(".table")]
+        content = {
+            modality: WhitenedContent(
+                *(tensors.pop(f"{_CONTENT}{modality}.{part}") for part in WhitenedContent._fields)
+            )
+            for modality in modalities
+        }
+        model = cls(**json.loads(settings), content=content)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
@@ -223,9 +282,9 @@ def _groups(length: Tensor) -> list[_Group]:
 class _Block(nn.Module):
     """Causal self-attention and a feed-forward part, each with its residual and norm, over rows [N, D]."""
 
-    def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float) -> None:
+    def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float, norm_first: bool) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.norm_first = num_heads, norm_first
         self.query_key_value = nn.Linear(dim, 3 * dim)
         self.output = nn.Linear(dim, dim)
         self.attention_norm = nn.LayerNorm(dim)
@@ -234,12 +293,18 @@ class _Block(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, groups: list[_Group]) -> Tensor:
-        query_key_value = self.query_key_value(x).split([len(group.row) for group in groups])
-        mixed = torch.cat([self._attention(*pair) for pair in zip(query_key_value, groups, strict=True)])
-        x = self.attention_norm(x + self.dropout(self.output(mixed)))
+        if self.norm_first:
+            x = x + self.dropout(self._attention(self.attention_norm(x), groups))
+            return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
+        x = self.attention_norm(x + self.dropout(self._attention(x, groups)))
         return self.feedforward_norm(x + self.dropout(self.feedforward(x)))
 
-    def _attention(self, query_key_value: Tensor, group: _Group) -> Tensor:
+    def _attention(self, x: Tensor, groups: list[_Group]) -> Tensor:
+        query_key_value = self.query_key_value(x).split([len(group.row) for group in groups])
+        mixed = [self._attention_of_group(*pair) for pair in zip(query_key_value, groups, strict=True)]
+        return self.output(torch.cat(mixed))
+
+    def _attention_of_group(self, query_key_value: Tensor, group: _Group) -> Tensor:
         padded = query_key_value.new_zeros(*group.shape, query_key_value.shape[1])
         padded[group.row, group.place] = query_key_value
         # [3, B, heads, T, D / heads]
@@ -252,5 +317,5 @@ class _Block(nn.Module):
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=_INIT_STD)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
