@@ -11,6 +11,10 @@ import torch.nn.functional as F
 
 from ._csr import is_member, to_numpy
 
+OVERALL_METRICS = ("coverage", "gini")
+METRICS = ("recall", "ndcg", "precision", "hit_rate", "mrr", "map", "novelty", "diversity", *OVERALL_METRICS)
+"""Names before the "@k"; `OVERALL_METRICS` describe all lists together, the others are means over users."""
+
 
 class AccuracyTable:
     """Metrics per user of how well lists find the targets. See `ranking_metrics` for the formulas.
