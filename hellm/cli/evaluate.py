@@ -109,18 +109,17 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
 
 
 def _main_table(reports: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows; protocols stand side by side."""
-    header, columns = ["model"], []
-    for report in reports:
-        prefix = f"{report['protocol']}: " if len(reports) > 1 else ""
-        header += [f"{prefix}{name}" for name in report["shown"]] + [f"{prefix}{report['compared']} - best"]
-        columns.append([[*_cells(model, report["shown"]), _difference(model)] for model in report["models"]])
+    """Header and rows; the protocols of a model stand below each other."""
+    several = len(reports) > 1
+    shown = list(dict.fromkeys(name for report in reports for name in report["shown"]))
     rows = []
-    for place, model in enumerate(reports[0]["models"]):
-        several = f" ({len(model['seeds'])} runs)" if "seeds" in model else ""
-        speed = [f"{model['users_per_second']:,.0f}", f"{model['seconds_per_1000_users']:.2g}"]
-        cells = [cell for report in columns for cell in report[place]]
-        rows.append([model["name"] + several, *cells, *speed])
+    for models in zip(*(report["models"] for report in reports), strict=True):
+        for report, model in zip(reports, models, strict=True):
+            runs = f" ({len(model['seeds'])} runs)" if "seeds" in model else ""
+            first = [model["name"] + runs, *([report["protocol"]] if several else [])]
+            speed = [f"{model['users_per_second']:,.0f}", f"{model['seconds_per_1000_users']:.2g}"]
+            rows.append([*first, *_cells(model, shown), _difference(model), *speed])
+    header = ["model", *(["protocol"] if several else []), *shown, f"{reports[0]['compared']} - best"]
     return [*header, "users/s", "s/1,000 users"], rows
 
 
@@ -141,9 +140,12 @@ def _print_slices(kind: str, labels: Mapping[str, str], report: Mapping[str, Any
 
 
 def _cells(model: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Value and half interval, where there is one, of each metric."""
+    """Value and half interval, where there is one, of each metric that there is."""
     cells = []
     for name in names:
+        if name not in model["metrics"]:
+            cells.append("")
+            continue
         low, high = model["confidence_intervals"].get(name, (None, None))
         half = "" if low is None else f" ±{(high - low) / 2:.4f}"
         cells.append(f"{model['metrics'][name]:.4f}{half}")
