@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 from hellm.baselines import BASELINES, fit_baseline
 from hellm.evaluate import Protocol, Row, log_test_evaluation, read_test_evaluations
 from hellm.evaluate import compare as compare_rows
+from hellm.evaluate.datasets import KNOWN_SPLITS
 from hellm.recommend.recommender import Recommender
 
 if TYPE_CHECKING:
     from hellm.data import Dataset
 
 __all__ = ["compare", "named_rows", "split_of_runs"]
+
+# They have no way to score a user whom they were not fitted on.
+_NEED_TRAINED_USERS = ("bpr", "als")
 
 PathLike_ = str | PathLike[str]
 
@@ -62,20 +66,22 @@ def compare(
     rows = _named(models) if isinstance(models, Mapping) else named_rows(models)
     if not isinstance(data, Dataset):
         data = load_dataset(data, split=split_of_runs(rows))
-    made = []
+    made, notes = [], []
     for name, runs in rows.items():
         kind = kind_of(runs[0])
-        makers = [
-            partial(_run_scorer, one, data, split, device)
-            if kind == "run"
-            else partial(fit_baseline, one, data, seed=seed)
-            for one in runs
-        ]
+        if data.has_cold_users and runs[0] in _NEED_TRAINED_USERS:
+            notes.append(f"{name} left out: it knows users by their training events, and those scored here have none")
+            continue
+        make = partial(_run_scorer, device=device) if kind == "run" else partial(_baseline, seed=seed)
+        makers = [partial(make, one, data, split) for one in runs]
         made.append(Row(name, makers, kind, _stage(runs[0], kind)))
+    if not made:
+        raise ValueError(f"models must have one that can score these users; {'; '.join(notes)}")
     comparison = compare_rows(
         made, data, split=split, protocol=protocol, ks=ks, metrics=metrics, slices=slices, seed=seed
     )
     runs = [one for names in rows.values() for one in names if kind_of(one) == "run"]
+    comparison["notes"] += notes
     if split == "test":
         comparison["notes"] += _log(runs, comparison, by)
     counts = {one: len(read_test_evaluations(one)) for one in runs}
@@ -161,7 +167,14 @@ def _stage(name: str, kind: str) -> str | None:
     return json.loads(result.read_text(encoding="utf-8")).get("stage")
 
 
-def _run_scorer(path: str, dataset: Dataset, split: str, device: str):
+def _baseline(name: str, dataset: Dataset, split: str, *, seed: int):
+    baseline = fit_baseline(name, dataset, seed=seed)
+    if dataset.has_cold_users and name == "itemknn":
+        return baseline.with_histories(*dataset.histories(*KNOWN_SPLITS[split]))
+    return baseline
+
+
+def _run_scorer(path: str, dataset: Dataset, split: str, *, device: str):
     """The run's scorer, if it is of this data: another split may have shown it the held-out events."""
     recommender = Recommender.load(path)
     for kind, of_run, of_data in (

@@ -189,7 +189,6 @@ def common_result(
     valid = {name.removeprefix("valid_"): best[name] for name in best if name.startswith("valid_")}
     valid.pop("seconds", None)
     seconds = [record["seconds"] for record in records if "seconds" in record]
-    counts = np.bincount(dataset.split, minlength=3).tolist()
     return {
         "stage": stage,
         "test": test,
@@ -206,7 +205,7 @@ def common_result(
             "split": dataset.split_name,
             "num_users": dataset.num_users,
             "num_items": dataset.num_items,
-            "num_events": dict(zip(("train", "valid", "test"), counts, strict=True)),
+            "num_events": dataset.split_counts(),
             "fingerprint": dataset.fingerprint,
         },
         "peak_memory_bytes": peak_memory_bytes(device),
