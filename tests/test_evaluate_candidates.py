@@ -10,7 +10,7 @@ import pytest
 import torch
 from table_scorer import TableScorer, csr
 
-from hellm.evaluate import PROTOCOLS, Candidates, Protocol, ranking_metrics
+from hellm.evaluate import PROTOCOLS, Candidates, Protocol, get_protocol, ranking_metrics
 from hellm.evaluate.candidates import draw_candidates
 
 NUM_USERS, NUM_ITEMS = 150, 41
@@ -121,6 +121,21 @@ def test_presets_say_that_they_are_biased_and_say_nothing_of_lists(case):
     result = ranking_metrics(TableScorer(scores), csr(targets), protocol="sampled-uniform", **options)
     names = ("coverage", "gini", "novelty", "diversity")
     assert not [one for one in result.metrics if one.startswith(names)] and "recall@5" in result.metrics
+
+
+def test_number_of_candidates_stands_after_a_colon():
+    protocol = get_protocol("sampled-popularity:999")
+    assert protocol.candidates == Candidates(999, "popularity") and protocol.name == "sampled-popularity:999"
+    assert "BIASED" in protocol.description and "999 items drawn by their train events" in protocol.description
+    assert replace(get_protocol("sampled-uniform:100"), name="sampled-uniform") == PROTOCOLS["sampled-uniform"]
+    for name in ("sampled-uniform:", "sampled-uniform:ten", "sampled-uniform:-1"):
+        with pytest.raises(ValueError, match=f"must have a number of candidates after the colon, got '{name}'"):
+            get_protocol(name)
+    for name in ("standard:100", "sampled"):
+        with pytest.raises(ValueError, match=f"protocol must be one of standard, .*, got '{name}'"):
+            get_protocol(name)
+    with pytest.raises(ValueError, match=r"candidates.count must be >= 1, got 0"):
+        get_protocol("sampled-uniform:0")
 
 
 def test_wrong_candidates_are_named():

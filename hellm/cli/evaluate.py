@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hellm.cli._output import count, print_json, table
+from hellm.cli._output import count, difference, print_json, table
 from hellm.cli._parser import new_parser, parse
 from hellm.cli.data import add_reading_options, reading_options
 
@@ -118,7 +118,7 @@ def _main_table(reports: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[l
             runs = f" ({len(model['seeds'])} runs)" if "seeds" in model else ""
             first = [model["name"] + runs, *([report["protocol"]] if several else [])]
             speed = [f"{model['users_per_second']:,.0f}", f"{model['seconds_per_1000_users']:.2g}"]
-            rows.append([*first, *_cells(model, shown), _difference(model), *speed])
+            rows.append([*first, *_cells(model, shown), difference(model["difference_to_best"], "best"), *speed])
     header = ["model", *(["protocol"] if several else []), *shown, f"{reports[0]['compared']} - best"]
     return [*header, "users/s", "s/1,000 users"], rows
 
@@ -150,12 +150,3 @@ def _cells(model: Mapping[str, Any], names: Sequence[str]) -> list[str]:
         half = "" if low is None else f" ±{(high - low) / 2:.4f}"
         cells.append(f"{model['metrics'][name]:.4f}{half}")
     return cells
-
-
-def _difference(model: Mapping[str, Any]) -> str:
-    difference = model["difference_to_best"]
-    if difference is None:
-        return "best"
-    low, high = difference["low"], difference["high"]
-    verdict = "" if low > 0 or high < 0 else " (tie)"
-    return f"{difference['difference']:+.4f} [{low:+.4f}, {high:+.4f}]{verdict}"

@@ -93,6 +93,18 @@ class Protocol:
                 raise ValueError(f"mask splits must be 'train', 'valid' or 'test', got {split!r}")
 
 
+def _sampled(weighting: Weighting, count: int | None = None) -> Protocol:
+    drawn = "uniformly" if weighting == "uniform" else "by their train events"
+    candidates = Candidates(weighting=weighting) if count is None else Candidates(count, weighting)
+    return Protocol(
+        f"sampled-{weighting}" + ("" if count is None else f":{count}"),
+        "BIASED, for comparison with papers only (Krichene and Rendle 2020): the targets among "
+        f"{candidates.count} items drawn {drawn} from those that the user has not had",
+        unmask_targets=True,
+        candidates=candidates,
+    )
+
+
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
     {
         protocol.name: protocol
@@ -137,20 +149,8 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 mask=_NOTHING,
                 users=MappingProxyType({"valid": "all", "test": "with target"}),
             ),
-            Protocol(
-                "sampled-uniform",
-                "BIASED, for comparison with papers only (Krichene and Rendle 2020): the targets among 100 items drawn "
-                "uniformly from those that the user has not had",
-                unmask_targets=True,
-                candidates=Candidates(100),
-            ),
-            Protocol(
-                "sampled-popularity",
-                "BIASED, for comparison with papers only (Krichene and Rendle 2020): the targets among 100 items drawn "
-                "by their train events from those that the user has not had",
-                unmask_targets=True,
-                candidates=Candidates(100, "popularity"),
-            ),
+            _sampled("uniform"),
+            _sampled("popularity"),
         )
     }
 )
@@ -159,11 +159,19 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
 def get_protocol(protocol: str | Protocol) -> Protocol:
     """The preset of that name; a `Protocol` is returned unchanged.
 
+    A preset that draws candidates takes their number after a colon: "sampled-uniform:999".
+
     Raises:
-        ValueError: No preset has that name.
+        ValueError: No preset has that name, or the number is none.
     """
     if isinstance(protocol, Protocol):
         return protocol
-    if protocol not in PROTOCOLS:
+    name, colon, count = protocol.partition(":")
+    preset = PROTOCOLS.get(name)
+    if preset is None or (colon and preset.candidates is None):
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
-    return PROTOCOLS[protocol]
+    if not colon:
+        return preset
+    if not (count.isascii() and count.isdigit()):
+        raise ValueError(f"protocol {name!r} must have a number of candidates after the colon, got {protocol!r}")
+    return _sampled(preset.candidates.weighting, int(count))
