@@ -120,6 +120,8 @@ def test_diversity_is_measured_on_request_and_left_out_by_a_word(dataset, scorer
     report = compare({"a": scorers[0]}, bare, metrics=("recall", "diversity"))
     assert report["shown"] == ["recall@10", "recall@20"]
     assert report["notes"] == ["diversity left out: data set 'shop' has no item features"]
+    with pytest.raises(ValueError, match="diversity needs item features, and data set 'shop' has none"):
+        compare({"a": scorers[0]}, bare, metrics=("diversity", "recall"))
 
 
 def test_every_metric_can_be_shown(dataset, scorers):

@@ -27,9 +27,9 @@ def test_popularity_groups_hold_a_third_of_the_events_each():
     assert labels(groups, 9) == expected and list(groups) == ["cold", "rare", "middle", "popular"]
     assert popularity_words(counts, groups) == {
         "cold": "2 items with no train event",
-        "rare": "4 items with 1 train events",
+        "rare": "4 items with 1 train event",
         "middle": "2 items with 2 train events",
-        "popular": "1 items with 4 train events",
+        "popular": "1 item with 4 train events",
     }
 
 

@@ -123,9 +123,11 @@ def _main_table(reports: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[l
     return [*header, "users/s", "s/1,000 users"], rows
 
 
-def _print_slices(kind: str, labels: Mapping[str, str], report: Mapping[str, Any], several: bool) -> None:
+def _print_slices(kind: str, words: Mapping[str, str], report: Mapping[str, Any], several: bool) -> None:
+    from hellm.evaluate.slices import ITEM_POPULARITY
+
     parts = report["models"][0]["slices"][kind]
-    labels = [label for label in labels if label in parts]
+    labels = [label for label in words if label in parts]
     shown = [name for name in report["shown"] if all(name in parts[label]["metrics"] for label in labels)]
     metric = report["compared"] if report["compared"] in shown else (shown or [None])[0]
     if metric is None or not labels:
@@ -137,6 +139,8 @@ def _print_slices(kind: str, labels: Mapping[str, str], report: Mapping[str, Any
     ]
     rows.append(["users", *(count(parts[label]["num_users"]) for label in labels)])
     print(table((kind, *labels), rows))
+    if kind == ITEM_POPULARITY:
+        print("  of the target: " + "; ".join(f"{label}, {words[label]}" for label in labels))
 
 
 def _cells(model: Mapping[str, Any], names: Sequence[str]) -> list[str]:

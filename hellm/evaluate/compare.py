@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .datasets import evaluate_protocols, history_lengths, item_counts
-from .metrics import METRICS, OVERALL_METRICS
+from .metrics import LIST_METRICS, METRICS, OVERALL_METRICS
 from .protocols import Protocol, get_protocol
 from .ranking import Scorer
 from .result import RankingResult, mean_result, paired_bootstrap, seeds_summary
@@ -83,13 +83,15 @@ def compare(
     check_metrics(metrics)
     if not protocols or len({one.name for one in protocols}) < len(protocols):
         raise ValueError(f"protocol must be one or several different ones, got {[one.name for one in protocols]}")
+    for one in protocols:
+        if one.candidates is not None and metrics[0] in LIST_METRICS:
+            raise ValueError(f"metrics must begin with one that protocol {one.name!r} has, got {metrics[0]!r}")
     if any(len(row.makers) > 1 for row in rows):
         seeds_summary([{}, {}])  # a missing package shows now, not after the scoring
     notes, diversity = [], "diversity" in metrics
-    if diversity and not dataset.item_features:
+    if diversity and not dataset.item_features and metrics[0] != "diversity":
         diversity, metrics = False, [name for name in metrics if name != "diversity"]
         notes.append(f"diversity left out: data set {dataset.name!r} has no item features")
-        check_metrics(metrics)
     results: list[list[list[RankingResult]]] = []
     speeds = {}
     for row in rows:
@@ -173,8 +175,6 @@ def _report(
     first = next(iter(means.values()))
     shown = [f"{metric}@{k}" for k in sorted(set(ks)) for metric in metrics]
     decisive = f"{metrics[0]}@{max(ks)}"
-    if decisive not in first.per_user:
-        raise ValueError(f"metrics must begin with one that protocol {first.protocol.name!r} has, got {metrics[0]!r}")
     best = max(means, key=lambda name: means[name].metrics[decisive])
     models = []
     for row in rows:
@@ -221,7 +221,9 @@ def _slice_words(dataset: Dataset, models: Sequence[Mapping[str, Any]]) -> dict[
     labels = {kind: list(parts) for kind, parts in models[0]["slices"].items()}
     return {
         ITEM_POPULARITY: {label: popularity[label] for label in labels[ITEM_POPULARITY]},
-        HISTORY_LENGTH: {label: f"users known by {label} events" for label in labels[HISTORY_LENGTH]},
+        HISTORY_LENGTH: {
+            label: f"users known by {label} event{'' if label == '1' else 's'}" for label in labels[HISTORY_LENGTH]
+        },
     }
 
 

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from ._csr import is_member, to_numpy
 
 OVERALL_METRICS = ("coverage", "gini")
-METRICS = ("recall", "ndcg", "precision", "hit_rate", "mrr", "map", "novelty", "diversity", *OVERALL_METRICS)
-"""Names before the "@k"; `OVERALL_METRICS` describe all lists together, the others are means over users."""
+LIST_METRICS = ("novelty", "diversity", *OVERALL_METRICS)
+METRICS = ("recall", "ndcg", "precision", "hit_rate", "mrr", "map", *LIST_METRICS)
+"""Names before the "@k". `LIST_METRICS` go by the lists alone, whatever the targets; `OVERALL_METRICS` describe all
+lists together, the others are means over users."""
 
 
 class AccuracyTable:

@@ -36,8 +36,8 @@ def popularity_words(item_counts: np.ndarray, groups: dict[str, np.ndarray]) -> 
     words = {}
     for name, among in groups.items():
         counts = item_counts[among]
-        events = "no train event" if name == "cold" else f"{_span(counts.min(), counts.max())} train events"
-        words[name] = f"{among.sum():,} items with {events}"
+        span = "no" if name == "cold" else _span(counts.min(), counts.max())
+        words[name] = f"{_counted(among.sum(), 'item')} with {span} train event{'' if span in ('no', '1') else 's'}"
     return words
 
 
@@ -69,6 +69,10 @@ def slices_of(result: RankingResult, lengths: np.ndarray) -> dict[str, dict[str,
         ITEM_POPULARITY: dict(result.by_target),
         HISTORY_LENGTH: {label: result.of_users(chosen) for label, chosen in by_length.items()},
     }
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _span(low: int, high: int) -> str:
