@@ -329,6 +329,10 @@ def test_user_with_everything_masked_counts_as_zero():
         ({"item_vectors": np.ones((5, 2))}, r"item_vectors must have shape \[6, D\], got \[5, 2\]"),
         ({"item_vectors": np.full((6, 2), np.nan)}, r"item_vectors must be finite"),
         (
+            {"protocol": "sampled-popularity", "item_counts": [1, 2]},
+            r"item_counts must have shape \(6,\), got \(2,\)",
+        ),
+        (
             {"protocol": "sampled-popularity"},
             r"protocol 'sampled-popularity' draws candidates by item_counts, got none",
         ),

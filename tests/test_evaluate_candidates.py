@@ -67,6 +67,8 @@ def test_weights_are_those_of_a_draw_without_replacement():
     one = draw_candidates(Candidates(1, "popularity"), users, 5, item_counts=counts)[:, 0]
     shares = np.bincount(one, minlength=5) / len(users)
     two = np.sort(draw_candidates(Candidates(2, "popularity", seed=5), users, 5, item_counts=counts), axis=1)
+    halves = draw_candidates(Candidates(1, "popularity"), users, 5, item_counts=counts / 10)[:, 0]
+    assert np.array_equal(halves, one)
     pair = np.mean((two == [2, 3]).all(axis=1))
     even = np.bincount(draw_candidates(Candidates(1), users, 5)[:, 0], minlength=5) / len(users)
     # Four standard deviations of a share of 20,000 draws are at most 0.0142.

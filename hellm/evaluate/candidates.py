@@ -44,7 +44,9 @@ def draw_candidates(
         places = np.flatnonzero(blocks == block)
         race = race[users[places] - block * _BLOCK]
         if candidates.weighting == "popularity":
-            race = np.where(item_counts > 0, race / np.maximum(item_counts, 1), np.float32(np.inf))
+            # Weights below 1 are weights as well; only 0 is never drawn.
+            weights = np.where(item_counts > 0, item_counts, 1)
+            race = np.where(item_counts > 0, race / weights, np.inf)
         for csr in excluded:
             race[rows_of(csr, users[places])] = np.inf
         times, items = torch.from_numpy(race).topk(size, dim=1, largest=False)

@@ -136,12 +136,18 @@ def gini(counts: np.ndarray) -> float:
 
 def self_information(item_counts, num_items: int) -> np.ndarray:
     """[I] -log2 of each item's share of the events, in bits; an item without events counts as one with one."""
+    counts = checked_counts(item_counts, num_items)
+    return -np.log2(np.maximum(counts, 1) / counts.sum())
+
+
+def checked_counts(item_counts, num_items: int) -> np.ndarray:
+    """[I] float64. Raises: ValueError, another shape, a count that is negative or not finite, or all 0."""
     counts = to_numpy(item_counts).astype(np.float64)
     if counts.shape != (num_items,):
         raise ValueError(f"item_counts must have shape ({num_items},), got {counts.shape}")
     if not (np.isfinite(counts).all() and (counts >= 0).all() and counts.sum() > 0):
         raise ValueError("item_counts must be finite, >= 0 and not all 0")
-    return -np.log2(np.maximum(counts, 1) / counts.sum())
+    return counts
 
 
 def _unit_rows(vectors, num_items: int) -> tuple[torch.Tensor, np.ndarray]:

@@ -14,7 +14,7 @@ import torch
 
 from ._csr import CSR, as_csr, check_items, is_member, rows_of, to_numpy
 from .candidates import draw_candidates
-from .metrics import AccuracyTable, ListTable
+from .metrics import AccuracyTable, ListTable, checked_counts
 from .protocols import Protocol, get_protocol
 from .result import RankingResult
 
@@ -230,9 +230,11 @@ class _Ranking:
             label: AccuracyTable(self.targets, num_items, ks, ideal, among) for label, among in item_groups.items()
         }
         self.lists = None if candidates is not None else ListTable(num_items, ks, item_counts, item_vectors)
-        self.item_counts = None if item_counts is None else to_numpy(item_counts)
-        if candidates is not None and candidates.weighting == "popularity" and item_counts is None:
-            raise ValueError(f"protocol {self.protocol.name!r} draws candidates by item_counts, got none")
+        self.weights = None
+        if candidates is not None and candidates.weighting == "popularity":
+            if item_counts is None:
+                raise ValueError(f"protocol {self.protocol.name!r} draws candidates by item_counts, got none")
+            self.weights = checked_counts(item_counts, num_items)
         self.ks = ks
 
     def add(self, users: np.ndarray, scores: torch.Tensor) -> None:
@@ -254,7 +256,7 @@ class _Ranking:
         """A copy of scores [B, I] with -inf at everything but targets and drawn candidates."""
         excluded = [self.targets] if self.mask is None else [self.targets, self.mask]
         drawn = draw_candidates(
-            self.protocol.candidates, users, self.num_items, excluded=excluded, item_counts=self.item_counts
+            self.protocol.candidates, users, self.num_items, excluded=excluded, item_counts=self.weights
         )
         row, place = np.nonzero(drawn >= 0)
         target_row, target = rows_of(self.targets, users)
