@@ -6,6 +6,7 @@ The default settings were chosen on the validation splits of the TikTok and Beau
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -121,6 +122,19 @@ class ItemKNN(Baseline):
         similarity.setdiag(0)
         similarity.eliminate_zeros()
         self.similarity = similarity
+
+    def with_histories(self, indptr: np.ndarray, items: np.ndarray) -> ItemKNN:
+        """The same similarities for other histories: of users that were not there in `fit`, or with later events.
+
+        Args:
+            indptr: [num_users + 1] int64, where each user's history starts in `items`.
+            items: [indptr[-1]] int64.
+        """
+        other = copy.copy(self)
+        other.num_users = len(indptr) - 1
+        owner = np.repeat(np.arange(other.num_users), np.diff(indptr))
+        other.history = _interaction_matrix(owner, items, other.num_users, self.num_items)
+        return other
 
     def _scores(self, users: np.ndarray) -> torch.Tensor:
         return torch.from_numpy((self.history[users] @ self.similarity).toarray())

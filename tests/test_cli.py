@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -314,6 +315,61 @@ class TestEvaluate:
         argv = ["--split", "valid", "--protocol", "official", "--ks", "5", "--metrics", "mrr", "--json"]
         report = last_json(call("evaluate", run, "--data", shop, *argv)[1])
         assert (report["split"], report["protocol"], report["shown"]) == ("valid", "official", ["mrr@5"])
+
+    def test_protocols_side_by_side_and_slices(self, call, shop, run):
+        argv = ["--protocol", "standard,recbole-sequential", "--ks", "10", "--slices", "--split", "valid"]
+        argv += ["--metrics", "ndcg", "coverage", "diversity"]
+        code, out, _ = call("evaluate", run, "popularity", "--data", shop, *argv)
+        report = last_json(call("evaluate", run, "popularity", "--data", shop, *argv, "--json")[1])
+        (other,) = report["other_protocols"]
+        assert code == 0 and "protocol recbole-sequential: RecBole sequential" in out and "s/1,000 users" in out
+        for one, prefix in ((report, "standard"), (other, "recbole-sequential")):
+            for place, name in enumerate((run, "popularity")):
+                model = one["models"][place]["metrics"]
+                values = [model[f"{metric}@10"] for metric in ("ndcg", "coverage", "diversity")]
+                row = re.search(rf"^  {re.escape(str(name))} +{prefix} .*", out, re.M).group()
+                assert all(f"{value:.4f}" in row for value in values)
+            for kind, parts in one["models"][0]["slices"].items():
+                block = out.split(f"ndcg@10 by {kind}, protocol {prefix}:\n")[1].split("\n\n")[0]
+                counts = re.search(r"^  users +(.*)$", block, re.M).group(1).split()
+                assert counts == [f"{part['num_users']:,}" for part in parts.values()]
+
+    def test_python_gives_the_same(self, call, shop, run):
+        import hellm
+
+        options = {"protocol": "official", "ks": (5,), "metrics": ("mrr",), "split": "valid"}
+        mine = hellm.compare([run, "popularity"], shop, **options)
+        argv = ["--protocol", "official", "--ks", "5", "--metrics", "mrr", "--split", "valid", "--json"]
+        report = last_json(call("evaluate", run, "popularity", "--data", shop, *argv)[1])
+        for one in (mine, report):
+            for row in one["models"]:
+                assert row.pop("users_per_second") > 0 and row.pop("seconds_per_1000_users") > 0
+        assert json.loads(json.dumps(mine)) == report
+        assert hellm.compare({"mine": run}, shop, **options)["best"] == "mine"
+
+    def test_test_evaluations_are_counted_and_validations_not(self, call, shop, run):
+        log = Path(run, "test_evaluations.jsonl")
+        before = log.read_text(encoding="utf-8").splitlines()
+        assert json.loads(before[0])["by"] == "training"
+        code, out, _ = call("evaluate", run, "popularity", "--data", shop, "--split", "valid")
+        assert code == 0 and f"{run} {len(before)}" in out
+        assert log.read_text(encoding="utf-8").splitlines() == before
+        code, out, _ = call("evaluate", f"twice={run},{run}", "--data", shop, "--ks", "5", "10", "--protocol", "s3rec")
+        assert (
+            code == 0 and f"so far, in training and since (choose with --split valid): {run} {len(before) + 1}" in out
+        )
+        *kept, last = log.read_text(encoding="utf-8").splitlines()
+        last = json.loads(last)
+        assert kept == before and last["by"].startswith("hellm evaluate twice=") and last["protocols"] == ["s3rec"]
+        assert last["metrics"] == ["recall@5", "ndcg@5", "recall@10", "ndcg@10"]
+
+    def test_run_that_may_only_be_read_is_evaluated(self, call, shop, run, tmp_path):
+        shutil.copytree(run, tmp_path / "run")
+        (tmp_path / "run" / "test_evaluations.jsonl").unlink()
+        (tmp_path / "run" / "test_evaluations.jsonl").mkdir()
+        code, out, _ = call("evaluate", tmp_path / "run", "--data", shop)
+        assert code == 0 and "note: " in out and "cannot be written to (Is a directory), so its test_eval" in out
+        assert f"{tmp_path / 'run'} 1" in out
 
     def test_device_is_that_of_the_scorer(self, fails, call, shop, run, monkeypatch):
         from hellm.recommend import Recommender

@@ -12,8 +12,9 @@ from saved_llm import save_tiny_llm
 
 from hellm.cli import main
 from hellm.cli._figure import plot_ablation
-from hellm.cli.ablate import _summary, print_ablation
+from hellm.cli.ablate import print_ablation
 from hellm.config import FinetuneConfig
+from hellm.training.ablation_report import ablation_report
 
 pytestmark = pytest.mark.usefixtures("same_threads")
 FAST = ["--num-threads", "1", "--tensorboard", "false", "--max-epochs", "1"]
@@ -104,7 +105,7 @@ def test_differences_are_paired_user_by_user(tmp_path):
     worse = made_up(tmp_path, "no-lora", {1: [0.1, 0.3, 0.5, 0.7]})
     old = made_up(tmp_path, "no-graph", {1: [0.3, 0.5, 0.7, 0.9]}, users=False)
     ran = {"seeds": [1], "skipped": {"titles": "no titles"}, "rows": [full, worse, old]}
-    ablation = _summary(ran, FinetuneConfig(), DATA, tmp_path)
+    ablation = ablation_report(ran, FinetuneConfig(), DATA, tmp_path)
     rows = ablation["rows"]
     assert rows[0]["test"]["ndcg@10"] == {"mean": pytest.approx(0.5), "low": 0.1, "high": 0.9}
     assert ablation["interval"] == "95% bootstrap interval over users" and rows[0]["difference_to_full"] is None
@@ -118,7 +119,7 @@ def test_several_seeds_have_a_t_interval(tmp_path, capsys):
     full = made_up(tmp_path, "full", {1: [0.2, 0.4], 2: [0.4, 0.6]})
     other = made_up(tmp_path, "titles", {1: [0.2, 0.4], 2: [0.6, 0.8]})
     ran = {"seeds": [1, 2], "skipped": {"text": "no text"}, "rows": [full, other]}
-    ablation = _summary(ran, FinetuneConfig(), DATA, tmp_path)
+    ablation = ablation_report(ran, FinetuneConfig(), DATA, tmp_path)
     test = ablation["rows"][0]["test"]["recall@10"]
     # Means 0.3 and 0.5; half width 12.7062 * 0.1414 / sqrt(2).
     assert (test["mean"], test["high"] - test["mean"]) == pytest.approx((0.4, 1.27062), abs=1e-5)

@@ -114,6 +114,37 @@ def test_novelty_is_absent_without_item_counts():
     assert not any(name.startswith("novelty") for name in result.metrics)
 
 
+def test_diversity_equals_hand_worked_values():
+    # Directions of items 0..3: east, north, north-east, none. Cosines: 0-1 is 0, 0-2 and 1-2 are sqrt(1/2).
+    # Lists 0 1 2 3 and 3 2 1 0. k = 2: 1 - 0, and (no vector, one) 0. k = 3: 1 - (0 + 2 sqrt(1/2)) / 3, and the
+    # pair 2-1: 1 - sqrt(1/2). k = 4: of three items each.
+    scorer, half = TableScorer([[4.0, 3, 2, 1], [1, 2, 3, 4]]), math.sqrt(0.5)
+    vectors = np.array([[2, 0], [0, 1], [3, 3], [0, 0]], dtype=np.float32)
+    result = ranking_metrics(scorer, csr([[0], [0]]), ks=(1, 2, 3, 4), item_vectors=vectors)
+    three = 1 - 2 * half / 3
+    expected = {1: [0, 0], 2: [1, 0], 3: [three, 1 - half], 4: [three, three]}
+    for k, values in expected.items():
+        np.testing.assert_allclose(result.per_user[f"diversity@{k}"], values, atol=1e-6)
+    assert "diversity@2" not in ranking_metrics(scorer, csr([[0], [0]]), ks=(2,)).metrics
+
+
+def test_diversity_equals_brute_force():
+    scores, targets, seen = random_case()
+    vectors = np.random.default_rng(1).standard_normal((63, 5)).astype(np.float32)
+    vectors[::7] = 0
+    ks = (1, 3, 10)
+    result = ranking_metrics(TableScorer(scores), csr(targets), seen=csr(seen), ks=ks, item_vectors=vectors)
+    for place, user in enumerate(result.users):
+        masked = scores[user].clone()
+        masked[seen[user]] = -torch.inf
+        ranked = top_items(masked[None], 10)[0].numpy()
+        for k in ks:
+            rows = [vectors[i] / np.linalg.norm(vectors[i]) for i in ranked[:k] if i >= 0 and vectors[i].any()]
+            pairs = [1 - float(a @ b) for n, a in enumerate(rows) for b in rows[:n]]
+            expected = np.mean(pairs) if pairs else 0
+            assert result.per_user[f"diversity@{k}"][place] == pytest.approx(expected, abs=1e-5)
+
+
 # ---- ranking -------------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +326,16 @@ def test_user_with_everything_masked_counts_as_zero():
         ({"users": []}, r"no user to evaluate: the protocol averages over users 'with target' and there is none"),
         ({"item_counts": [1, 2]}, r"item_counts must have shape \(6,\), got \(2,\)"),
         ({"item_counts": [-1] * 6}, r"item_counts must be finite, >= 0 and not all 0"),
+        ({"item_vectors": np.ones((5, 2))}, r"item_vectors must have shape \[6, D\], got \[5, 2\]"),
+        ({"item_vectors": np.full((6, 2), np.nan)}, r"item_vectors must be finite"),
+        (
+            {"protocol": "sampled-popularity", "item_counts": [1, 2]},
+            r"item_counts must have shape \(6,\), got \(2,\)",
+        ),
+        (
+            {"protocol": "sampled-popularity"},
+            r"protocol 'sampled-popularity' draws candidates by item_counts, got none",
+        ),
         ({"protocol": "x"}, r"protocol must be one of standard"),
     ],
 )

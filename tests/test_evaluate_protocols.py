@@ -51,6 +51,10 @@ PROTOCOL_TABLE = [
     ("mmrec", "valid", {0: 1}),
     ("recbole-sequential", "valid", {0: 1 / 2, 2: 1}),
     ("hellm-llm", "valid", {0: 1 / 2, 1: 0, 2: 1, 3: 0}),
+    # 100 candidates are more than there are: all items that are neither known nor targets.
+    ("sampled-uniform", "test", {0: 1, 1: 1, 2: 1}),
+    ("sampled-popularity", "test", {0: 1, 1: 1, 2: 1}),
+    ("sampled-uniform", "valid", {0: 1, 2: 1}),
 ]
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["count", "duration", "print_json", "table", "title"]
+__all__ = ["count", "difference", "duration", "print_json", "table", "title"]
 
 
 def print_json(value: Any) -> None:
@@ -44,3 +44,11 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def difference(value: Mapping[str, Any] | None, itself: str) -> str:
+    """A paired difference with its interval, where it has one; `itself` for what the others are compared with."""
+    if value is None:
+        return itself
+    text, low, high = f"{value['difference']:+.4f}", value["low"], value["high"]
+    return text if low is None else f"{text} [{low:+.4f}, {high:+.4f}]{'' if low > 0 or high < 0 else ' (tie)'}"

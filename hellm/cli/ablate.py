@@ -6,18 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hellm.cli._figure import plot_ablation
-from hellm.cli._output import duration, print_json, table
+from hellm.cli._output import difference, duration, print_json, table
 from hellm.cli._parser import add_settings, new_parser
 from hellm.cli._training import parse_settings
 from hellm.cli.data import add_reading_options, reading_options
-from hellm.config import PRESETS, FinetuneConfig, config_to_dict
+from hellm.config import PRESETS, FinetuneConfig
 
 __all__ = ["ablate", "print_ablation", "run"]
-
-_LEVEL = 0.95
 
 
 def run(argv: Sequence[str]) -> int:
@@ -75,8 +71,7 @@ def ablate(config: FinetuneConfig, dataset, out: str | Path, **options: Any) -> 
         dataset: of the two runs.
         out: folder, made if absent.
         options: graph, sequence, rows and seeds of `hellm.training.ablation.run_ablations`.
-    Returns: plain values, as in ablation.json: what `run_ablations` returns, and per row "valid", "test" (metric ->
-        mean over seeds and interval) and "difference_to_full" (metric -> paired difference on the same users).
+    Returns: plain values, as in ablation.json; see `hellm.training.ablation_report`.
     Raises: as `run_ablations`; ImportError without scipy, where there are several seeds.
     """
     import json
@@ -84,6 +79,7 @@ def ablate(config: FinetuneConfig, dataset, out: str | Path, **options: Any) -> 
     from hellm._files import atomic_path
     from hellm.evaluate import evaluate_dataset, evaluate_histories, seeds_summary
     from hellm.training.ablation import run_ablations
+    from hellm.training.ablation_report import ablation_report
 
     if len(set(options.get("seeds") or ())) > 1:
         # A missing package shows now, not after the training.
@@ -98,7 +94,7 @@ def ablate(config: FinetuneConfig, dataset, out: str | Path, **options: Any) -> 
         on_run=_say_plan,
         **options,
     )
-    ablation = _summary(ran, config, dataset, out)
+    ablation = ablation_report(ran, config, dataset, out)
     with atomic_path(out / "ablation.json") as temporary:
         temporary.write_text(json.dumps(ablation, indent=2) + "\n", encoding="utf-8")
     with atomic_path(out / "ablation.md") as temporary:
@@ -124,94 +120,6 @@ def _say_plan(label: str, plan: Mapping[str, Any]) -> None:
     print(f"{label}: {plan['num_trained_parameters']:,} trained parameters, at most {at_most}", file=sys.stderr)
 
 
-def _summary(ran: Mapping[str, Any], config: FinetuneConfig, dataset, out: Path) -> dict[str, Any]:
-    """`ran` with each row's means, intervals and differences to the full model."""
-    from hellm.evaluate.protocols import get_protocol
-
-    k = 10 if 10 in config.ks else max(config.ks)
-    protocol = get_protocol(config.protocol)
-    seeds = len(ran["seeds"])
-    full = _test_result(ran["rows"][0], protocol, out)
-    shown = [f"recall@{k}", f"ndcg@{k}"]
-    rows = []
-    for row in ran["rows"]:
-        tests = [one["test"] for one in row["runs"].values()]
-        summary = {
-            "valid": _means([one["valid"]["metrics"] for one in row["runs"].values()]),
-            "test": _intervals(tests),
-            "difference_to_full": None,
-            **{
-                name: float(np.mean([one[name] for one in row["runs"].values()]))
-                for name in ("training_seconds", "users_per_second", "num_trained_parameters")
-            },
-        }
-        if rows:
-            summary["difference_to_full"] = _differences(summary, rows[0], _test_result(row, protocol, out), full)
-        rows.append({**row, **summary})
-    monitor = config.monitor[0]
-    return {
-        "data": dataset.name,
-        "fingerprint": dataset.fingerprint,
-        "protocol": protocol.name,
-        "protocol_description": protocol.description,
-        "num_users": tests[0]["num_users"],
-        "num_items": tests[0]["num_items"],
-        "chosen_by": list(config.monitor),
-        "shown": shown,
-        "compared": monitor if monitor in tests[0]["confidence_intervals"] else shown[-1],
-        "interval": f"95% t-interval over {seeds} seeds" if seeds > 1 else "95% bootstrap interval over users",
-        "config": config_to_dict(config),
-        "seeds": ran["seeds"],
-        "skipped": ran["skipped"],
-        "rows": rows,
-    }
-
-
-def _means(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
-
-
-def _intervals(tests: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """metric -> mean, low, high: over seeds where there are several, else over users."""
-    names = list(tests[0]["confidence_intervals"])
-    if len(tests) > 1:
-        from hellm.evaluate import seeds_summary
-
-        return seeds_summary([{name: test["metrics"][name] for name in names} for test in tests], level=_LEVEL)
-    (test,) = tests
-    return {
-        name: {"mean": test["metrics"][name], "low": low, "high": high}
-        for name, (low, high) in test["confidence_intervals"].items()
-    }
-
-
-def _test_result(row: Mapping[str, Any], protocol, out: Path):
-    """The row's test with each user's mean over the seeds; None where a run has no values of single users."""
-    from hellm.evaluate import RankingResult, mean_result
-    from hellm.training.ablation import read_test_users
-
-    found = [read_test_users(out / one["run"]) for one in row["runs"].values()]
-    if any(one is None for one in found):
-        return None
-    num_items = next(iter(row["runs"].values()))["test"]["num_items"]
-    return mean_result(
-        [
-            RankingResult({name: float(one.mean()) for name, one in values.items()}, values, users, num_items, protocol)
-            for users, values in found
-        ]
-    )
-
-
-def _differences(row: Mapping[str, Any], full: Mapping[str, Any], a, b) -> dict[str, dict[str, Any]]:
-    """metric -> difference to the full model, with a paired interval where both have values of single users."""
-    from hellm.evaluate import paired_bootstrap
-
-    if a is None or b is None:
-        means = {name: row["test"][name]["mean"] - full["test"][name]["mean"] for name in row["test"]}
-        return {name: {"difference": mean, "low": None, "high": None} for name, mean in means.items()}
-    return {name: vars(paired_bootstrap(a, b, name, level=_LEVEL)) for name in a.per_user}
-
-
 def print_ablation(ablation: Mapping[str, Any]) -> None:
     """The table for people."""
     shown, compared = ablation["shown"], ablation["compared"]
@@ -227,7 +135,7 @@ def print_ablation(ablation: Mapping[str, Any]) -> None:
                 "" if valid is None else f"{valid:.4f}",
                 *(f"{test[name]['mean']:.4f}" for name in shown),
                 f"{test[compared]['low']:.4f} to {test[compared]['high']:.4f}",
-                _difference(row["difference_to_full"], compared),
+                _to_full(row, compared),
                 f"{row['training_seconds']:,.0f}",
                 f"{row['users_per_second']:,.0f}",
             ]
@@ -252,8 +160,9 @@ def _markdown(ablation: Mapping[str, Any]) -> str:
         cells = [
             f"{row['test'][k]['mean']:.4f} ±{(row['test'][k]['high'] - row['test'][k]['low']) / 2:.4f}" for k in shown
         ]
-        difference = "" if row["difference_to_full"] is None else _difference(row["difference_to_full"], compared)
-        lines.append(f"| `{row['name']}`: {row['words']} | {valid} | {' | '.join(cells)} | {difference} |")
+        lines.append(
+            f"| `{row['name']}`: {row['words']} | {valid} | {' | '.join(cells)} | {_to_full(row, compared, '')} |"
+        )
     return "\n".join(lines) + "\n\n" + _how_to_read(ablation) + "\n"
 
 
@@ -269,11 +178,5 @@ def _how_to_read(ablation: Mapping[str, Any]) -> str:
     )
 
 
-def _difference(differences: Mapping[str, Any] | None, metric: str) -> str:
-    if differences is None:
-        return "full"
-    one = differences[metric]
-    if one["low"] is None:
-        return f"{one['difference']:+.4f}"
-    verdict = "" if one["low"] > 0 or one["high"] < 0 else " (tie)"
-    return f"{one['difference']:+.4f} [{one['low']:+.4f}, {one['high']:+.4f}]{verdict}"
+def _to_full(row: Mapping[str, Any], metric: str, itself: str = "full") -> str:
+    return difference((row["difference_to_full"] or {}).get(metric), itself)

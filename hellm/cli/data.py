@@ -45,7 +45,8 @@ def add_reading_options(parser, *, split_option: str = "--split") -> None:
     parser.add_argument(
         split_option,
         metavar="NAME",
-        help="given, leave-two-out, ratio, time or item-cold; default: the label in the data, else leave-two-out",
+        help="given, leave-two-out, ratio, time, item-cold or user-cold; "
+        "default: the label in the data, else leave-two-out",
     )
     parser.add_argument("--form", metavar="NAME", help="read the data as this form instead of recognising it")
     parser.add_argument(
@@ -171,7 +172,7 @@ def print_report(report: dict[str, Any]) -> None:
     """The report of `check_dataset` for people: counts, then whatever deserves a look."""
     events, lengths = report["events"], report["history_length"]
     print(f"{report['name']} (form {report['form']}, split {report['split']})")
-    parts = ", ".join(f"{name} {count(events[name])}" for name in ("train", "valid", "test"))
+    parts = ", ".join(f"{name} {count(events[name])}" for name in events if name != "total")
     rows = [
         ["users", count(report["users"])],
         ["items", count(report["items"])],

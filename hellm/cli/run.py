@@ -148,7 +148,8 @@ class Stages:
 
     def compare(self) -> dict[str, Any]:
         """All models on the test split, in one table, and in comparison.json."""
-        from hellm.cli.evaluate import compare, print_comparison
+        from hellm.cli.evaluate import print_comparison
+        from hellm.recommend.compare import compare
 
         names = [self.final, "sasrec", "stage1", *(["lightgcn"] if "lightgcn" in self.config.baselines else [])]
         models = [str(self.path(name)) for name in dict.fromkeys(names)]
@@ -158,7 +159,7 @@ class Stages:
             f"hellm evaluate {' '.join(models)} --data {self.path('data')} --protocol {self.config.protocol} --ks {ks}"
         )
         self._step("Compare all models on events that none of them has seen.", command)
-        comparison = compare(models, self.dataset, protocol=self.config.protocol, ks=self._ks())
+        comparison = compare(models, self.dataset, protocol=self.config.protocol, ks=self._ks(), by="hellm run")
         print_comparison(comparison)
         self._write("comparison.json", comparison)
         return comparison

@@ -10,6 +10,9 @@ from functools import cached_property
 import numpy as np
 
 SPLITS = ("train", "valid", "test")
+# Events of users whom nothing is trained on: known when their held-out events are to be found. Label 3.
+HISTORY = "history"
+_LABELS = (*SPLITS, HISTORY)
 
 
 class DataError(ValueError):
@@ -134,11 +137,11 @@ class Dataset:
         num_users, num_items: Counts, those without events included.
         users, items: [num_events] int64.
         timestamps: [num_events] int64 or float64 seconds since 1970, or None.
-        split: [num_events] int8: 0 train, 1 validation, 2 test.
+        split: [num_events] int8: 0 train, 1 validation, 2 test, 3 only history (of users who are not trained on).
         user_ids, item_ids: External ids of the rows.
         item_features: Modality -> features, e.g. "image", "text", "audio".
         item_titles: [num_items], "" where there is none; None where the source has no titles at all.
-        split_name: "given", "leave-two-out", "ratio", "time" or "item-cold".
+        split_name: "given", "leave-two-out", "ratio", "time", "item-cold" or "user-cold".
         form: Form of the source, e.g. "mmrec".
         item_fields: What else the source says of the items ("description", "brand", "category", "image"):
             field -> [num_items] strings, "" where unknown.
@@ -171,7 +174,7 @@ class Dataset:
         for name, values in columns.items():
             if values is not None and values.shape != self.users.shape:
                 raise ValueError(f"{name} must be [{len(self.users)}], got {list(values.shape)}")
-        for name, limit in (("users", self.num_users), ("items", self.num_items), ("split", len(SPLITS))):
+        for name, limit in (("users", self.num_users), ("items", self.num_items), ("split", len(_LABELS))):
             values = columns[name]
             if len(values) and not 0 <= values.min() <= values.max() < limit:
                 raise ValueError(f"{name} must lie in 0..{limit - 1}, got {values.min()}..{values.max()}")
@@ -187,12 +190,12 @@ class Dataset:
 
     def _select(self, splits: tuple[str, ...]) -> np.ndarray:
         for name in splits:
-            if name not in SPLITS:
+            if name not in _LABELS:
                 raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {name!r}")
-        return np.isin(self.split, [SPLITS.index(name) for name in splits])
+        return np.isin(self.split, [_LABELS.index(name) for name in splits])
 
     def pairs(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Users and items, both [n] int64, of the events of one split ("train", "valid" or "test").
+        """Users and items, both [n] int64, of the events of one split ("train", "valid", "test" or "history").
 
         Raises:
             ValueError: Unknown split.
@@ -203,21 +206,28 @@ class Dataset:
     def histories(self, *splits: str) -> tuple[np.ndarray, np.ndarray]:
         """Each user's items in time order, over the named splits (all, if none is named).
 
+        "train" is what is known from the start, so it has the events that are only history as well.
+
         Returns:
             CSR: indptr [num_users + 1] int64 and items [n] int64.
 
         Raises:
             ValueError: Unknown split.
         """
-        chosen = self._select(splits or SPLITS)
+        chosen = self._select((*splits, HISTORY) if "train" in splits else splits or _LABELS)
         indptr = np.zeros(self.num_users + 1, dtype=np.int64)
         np.cumsum(np.bincount(self.users[chosen], minlength=self.num_users), out=indptr[1:])
         return indptr, self.items[chosen]
 
     def split_counts(self) -> dict[str, int]:
-        """Number of events in each split."""
-        counts = np.bincount(self.split, minlength=3)
-        return {name: int(count) for name, count in zip(SPLITS, counts, strict=True)}
+        """Number of events in each split; "history" where there are any."""
+        counts = np.bincount(self.split, minlength=len(_LABELS)).tolist()
+        return {name: count for name, count in zip(_LABELS, counts, strict=True) if name != HISTORY or count}
+
+    @property
+    def has_cold_users(self) -> bool:
+        """Whether there are users whose events are only history, as in the "user-cold" split."""
+        return bool((self.split == _LABELS.index(HISTORY)).any())
 
     @cached_property
     def fingerprint(self) -> str:

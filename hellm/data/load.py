@@ -33,14 +33,14 @@ def load_dataset(
 
     Args:
         path: Folder, or main file where a folder holds several data sets.
-        split: "given", "leave-two-out", "ratio", "time" or "item-cold" (see `hellm.data.splits` for each, and for how
-            ties are kept). None: the given label if the source has one, else leave-two-out.
-        seed: Of the item-cold choice.
+        split: "given", "leave-two-out", "ratio", "time", "item-cold" or "user-cold" (see `hellm.data.splits` for each,
+            and for how ties are kept). None: the given label if the source has one, else leave-two-out.
+        seed: Of the item-cold or user-cold choice.
         form: Read it as this form; None detects it.
         features: "simple" adds the built-in text and image features (`hellm.data.simple_features`) for modalities
             that the source brings no features for; "auto" does so for the form "shop" only; "none" leaves out all.
         ratios: Shares of train, validation and test, for "ratio" and "time".
-        cold_share: Share of items out of train, for "item-cold".
+        cold_share: Share of items or users out of train, for "item-cold" and "user-cold".
         user_ids, item_ids: Id maps of an earlier load: their ids keep their indices, new ids follow.
         **options: Of the form's reader, e.g. `missing_items="keep"` or `event_types=["purchase"]` (shop).
 
@@ -83,7 +83,7 @@ def save_dataset(dataset: Dataset, path: str | Path, *, form: str = "hellm", ove
     Returns: The folder.
 
     Raises:
-        ValueError: The form cannot be written, or does not exist.
+        ValueError: The form cannot be written, does not exist, or has no place for the split.
         FileExistsError: The path exists and `overwrite` is False.
     """
     kind = get_form(form)
@@ -94,6 +94,11 @@ def save_dataset(dataset: Dataset, path: str | Path, *, form: str = "hellm", ove
             f"form {form!r} stores no split: the {dataset.split_name!r} split of {dataset.name!r} is lost and will be "
             "read back as leave-two-out",
             stacklevel=2,
+        )
+    if kind.keeps_split and kind.name != "hellm" and dataset.has_cold_users:
+        raise ValueError(
+            f"form {form!r} has no place for events that are only history, and the {dataset.split_name!r} split of "
+            f"{dataset.name!r} has {dataset.split_counts()['history']}; write form 'hellm', or another split"
         )
     with new_folder(path, overwrite=overwrite) as folder:
         kind.write(dataset, folder)
@@ -192,6 +197,8 @@ def _build(source: Source, kind: Form, name: str, split, seed, ratios, cold_shar
         assigned = splits.ratio(users, ratios)
     elif split_name == "time":
         assigned = splits.time_cut(timestamps, ratios)
+    elif split_name == "user-cold":
+        assigned = splits.user_cold(users, share=cold_share, seed=seed)
     else:
         assigned = splits.item_cold(items, len(source.item_ids), share=cold_share, seed=seed)
     return Dataset(

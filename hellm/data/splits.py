@@ -1,4 +1,4 @@
-"""Ways to divide events into train (0), validation (1) and test (2).
+"""Ways to divide events into train (0), validation (1) and test (2), and what is only history of its user (3).
 
 All functions take events grouped by user and in time order within a user, as `Dataset` keeps them. **Ties:** events of
 one user with the same time stay in the order of the source, so with day-granular times the held-out item depends on
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-SPLIT_NAMES = ("given", "leave-two-out", "ratio", "time", "item-cold")
+SPLIT_NAMES = ("given", "leave-two-out", "ratio", "time", "item-cold", "user-cold")
 MIN_EVENTS = 3
 
 
@@ -111,6 +111,32 @@ def item_cold(items: np.ndarray, num_items: int, *, share: float = 0.2, seed: in
     label[chosen[: len(chosen) // 2]] = 1
     label[chosen[len(chosen) // 2 :]] = 2
     return label[items]
+
+
+def user_cold(users: np.ndarray, *, share: float = 0.2, seed: int = 0) -> np.ndarray:
+    """Keep a seeded share of the users out of train: half of them are validation users, half test users.
+
+    The last event of each of them is held out, and those before are history (3): known when it is to be found, but not
+    trained on. Only users with 3 events or more are kept out, so that there is a history to go by.
+
+    Args:
+        users: [num_events] int64, grouped.
+        share: Share of these users that are kept out, 0 < share < 1.
+        seed: Of the choice.
+
+    Returns: [num_events] int8.
+    Raises: ValueError: Share out of range.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"cold_share must lie between 0 and 1, got {share}")
+    position, length = _ranks(users)
+    enough = np.unique(users[length >= MIN_EVENTS])
+    chosen = np.random.default_rng(seed).permutation(enough)[: max(2, round(share * len(enough)))]
+    target = np.zeros(int(users.max()) + 1 if len(users) else 0, np.int8)
+    target[chosen[: len(chosen) // 2]] = 1
+    target[chosen[len(chosen) // 2 :]] = 2
+    held = target[users]
+    return np.where((held > 0) & (position < length - 1), 3, held).astype(np.int8)
 
 
 def _check_ratios(ratios: tuple[float, float, float]) -> None:

@@ -1,27 +1,40 @@
-"""Evaluation of any scorer: ranking metrics, protocols, intervals and comparisons."""
+"""Evaluation of any scorer: ranking metrics, protocols, slices, intervals and comparisons."""
 
 from __future__ import annotations
 
-from .datasets import evaluate_dataset
+from .compare import Row, compare
+from .datasets import evaluate_dataset, evaluate_protocols
+from .evaluation_log import log_test_evaluation, read_test_evaluations
 from .histories import HistoryModel, HistoryScorer, evaluate_histories
-from .protocols import PROTOCOLS, Protocol, get_protocol
+from .metrics import METRICS
+from .protocols import PROTOCOLS, Candidates, Protocol, get_protocol
 from .ranking import Scorer, ranking_metrics, top_items
 from .result import PairedComparison, RankingResult, mean_result, paired_bootstrap, seeds_summary
+from .slices import length_groups, popularity_groups
 
 __all__ = [
+    "METRICS",
     "PROTOCOLS",
+    "Candidates",
     "HistoryModel",
     "HistoryScorer",
     "PairedComparison",
     "Protocol",
     "RankingResult",
+    "Row",
     "Scorer",
+    "compare",
     "evaluate_dataset",
     "evaluate_histories",
+    "evaluate_protocols",
     "get_protocol",
+    "length_groups",
+    "log_test_evaluation",
     "mean_result",
     "paired_bootstrap",
+    "popularity_groups",
     "ranking_metrics",
+    "read_test_evaluations",
     "seeds_summary",
     "top_items",
 ]

@@ -11,14 +11,11 @@ from typing import Protocol as TypingProtocol
 import torch
 from torch import Tensor
 
-from .datasets import evaluate_dataset
+from .datasets import KNOWN_SPLITS, evaluate_dataset
 from .result import RankingResult
 
 if TYPE_CHECKING:
     from hellm.data import Dataset
-
-# What a model may know of a user when an event of that split is to be found.
-_KNOWN = {"valid": ("train",), "test": ("train", "valid")}
 
 
 class HistoryModel(TypingProtocol):
@@ -65,9 +62,9 @@ class HistoryScorer:
 
         Raises: ValueError, another split.
         """
-        if split not in _KNOWN:
+        if split not in KNOWN_SPLITS:
             raise ValueError(f"split must be 'valid' or 'test', got {split!r}")
-        return cls(model, *dataset.histories(*_KNOWN[split]))
+        return cls(model, *dataset.histories(*KNOWN_SPLITS[split]))
 
     @torch.no_grad()
     def scores(self, users: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Evaluation protocols: what is masked, how NDCG is normalised and which users are averaged."""
+"""Evaluation protocols: what is ranked and masked, how NDCG is normalised and which users are averaged."""
 
 from __future__ import annotations
 
@@ -9,14 +9,45 @@ from typing import Literal
 
 Ideal = Literal["all positives", "retrieved hits"]
 Users = Literal["with target", "with target and history", "all"]
+Weighting = Literal["uniform", "popularity"]
 
 IDEALS = ("all positives", "retrieved hits")
 USERS = ("with target", "with target and history", "all")
+WEIGHTINGS = ("uniform", "popularity")
 
 _HISTORY_ONLY = MappingProxyType({"valid": ("train",), "test": ("train", "valid")})
 _TRAIN_ONLY = MappingProxyType({"valid": ("train",), "test": ("train",)})
 _NOTHING = MappingProxyType({"valid": (), "test": ()})
 _WITH_TARGET: Mapping[str, Users] = MappingProxyType({"valid": "with target", "test": "with target"})
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Items drawn for each user, to be ranked with the user's targets in place of the whole catalogue.
+
+    Neither targets nor masked items are drawn, and every model gets the same ones. What such a protocol measures is
+    **biased**: a target has few rivals, so all numbers are larger than over the whole catalogue, and models can come in
+    another order (Krichene and Rendle 2020, "On sampled metrics for item recommendation"). It is for comparison with
+    papers that did so.
+
+    Args:
+        count: Items drawn, >= 1.
+        weighting: "uniform", or "popularity": in proportion to the train events.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: A `count` below 1 or an unknown `weighting`.
+    """
+
+    count: int = 100
+    weighting: Weighting = "uniform"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"candidates.count must be >= 1, got {self.count}")
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"candidates.weighting must be one of 'uniform', 'popularity', got {self.weighting!r}")
 
 
 @dataclass(frozen=True)
@@ -34,6 +65,7 @@ class Protocol:
             one masked-split event as well), or "all" (a user without a target counts as 0).
         unmask_targets: Whether a target that is also in the masked history stays a candidate. If not, it can never
             be hit, and still counts as a target.
+        candidates: What is ranked beside the targets; None is the whole catalogue.
 
     Raises:
         ValueError: An unknown `ideal`, `users` rule or split name.
@@ -45,6 +77,7 @@ class Protocol:
     ideal: Ideal = "all positives"
     users: Mapping[str, Users] = field(default_factory=lambda: _WITH_TARGET)
     unmask_targets: bool = False
+    candidates: Candidates | None = None
 
     def __post_init__(self) -> None:
         if self.ideal not in IDEALS:
@@ -58,6 +91,18 @@ class Protocol:
         for split in (split for splits in self.mask.values() for split in splits):
             if split not in ("train", "valid", "test"):
                 raise ValueError(f"mask splits must be 'train', 'valid' or 'test', got {split!r}")
+
+
+def _sampled(weighting: Weighting, count: int | None = None) -> Protocol:
+    drawn = "uniformly" if weighting == "uniform" else "by their train events"
+    candidates = Candidates(weighting=weighting) if count is None else Candidates(count, weighting)
+    return Protocol(
+        f"sampled-{weighting}" + ("" if count is None else f":{count}"),
+        "BIASED, for comparison with papers only (Krichene and Rendle 2020): the targets among "
+        f"{candidates.count} items drawn {drawn} from those that the user has not had",
+        unmask_targets=True,
+        candidates=candidates,
+    )
 
 
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
@@ -104,6 +149,8 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 mask=_NOTHING,
                 users=MappingProxyType({"valid": "all", "test": "with target"}),
             ),
+            _sampled("uniform"),
+            _sampled("popularity"),
         )
     }
 )
@@ -112,11 +159,19 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
 def get_protocol(protocol: str | Protocol) -> Protocol:
     """The preset of that name; a `Protocol` is returned unchanged.
 
+    A preset that draws candidates takes their number after a colon: "sampled-uniform:999".
+
     Raises:
-        ValueError: No preset has that name.
+        ValueError: No preset has that name, or the number is none.
     """
     if isinstance(protocol, Protocol):
         return protocol
-    if protocol not in PROTOCOLS:
+    name, colon, count = protocol.partition(":")
+    preset = PROTOCOLS.get(name)
+    if preset is None or (colon and preset.candidates is None):
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
-    return PROTOCOLS[protocol]
+    if not colon:
+        return preset
+    if not (count.isascii() and count.isdigit()):
+        raise ValueError(f"protocol {name!r} must have a number of candidates after the colon, got {protocol!r}")
+    return _sampled(preset.candidates.weighting, int(count))

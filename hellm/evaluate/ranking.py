@@ -5,17 +5,18 @@ Shape letters: B users in a batch, I items, K the largest k, U evaluated users.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol as TypingProtocol
-from typing import TypeAlias
 
 import numpy as np
 import torch
 
+from ._csr import CSR, as_csr, check_items, is_member, rows_of, to_numpy
+from .candidates import draw_candidates
+from .metrics import AccuracyTable, ListTable, checked_counts
 from .protocols import Protocol, get_protocol
 from .result import RankingResult
-
-CSR: TypeAlias = "tuple[np.ndarray | torch.Tensor, np.ndarray | torch.Tensor]"
 
 # float32 scores, their masked copy, and the tie pass (a copy, an int32 running count, three boolean masks)
 _BYTES_PER_SCORE = 24
@@ -75,6 +76,7 @@ def ranking_metrics(
     mask_seen: bool = True,
     users: np.ndarray | torch.Tensor | Sequence[int] | None = None,
     item_counts: np.ndarray | torch.Tensor | None = None,
+    item_vectors: np.ndarray | torch.Tensor | None = None,
     batch_size: int = 1024,
     max_memory: int = 1 << 30,
 ) -> RankingResult:
@@ -88,9 +90,13 @@ def ranking_metrics(
         ndcg@k      sum_{i<=k} hit_i / log2(i + 1) over its ideal (see `Protocol.ideal`)
         novelty@k   mean over the k items of -log2(count_i / sum of counts), unseen items counted once; bits
                     (Zhou et al. 2010, self-information); only with `item_counts`
+        diversity@k mean over the pairs of the k items of 1 - cosine of their vectors (intra-list distance, Zhang and
+                    Hurley 2008); items without a vector are left out, a list with fewer than two others counts 0; only
+                    with `item_vectors`
 
     and over all users coverage@k, the share of the items that anybody gets, and gini@k, the Gini index of how often
-    the items are recommended (0: all equally often, towards 1: one item only).
+    the items are recommended (0: all equally often, towards 1: one item only). Where the protocol draws candidates, the
+    lists say more about the draw than about the model, so there are no novelty, diversity, coverage and Gini index.
 
     The order is deterministic: higher score first, equal scores by lower item index. An item with score -inf is never
     recommended, so a scorer can restrict the candidates.
@@ -101,12 +107,13 @@ def ranking_metrics(
         targets: CSR `(indptr [num_users + 1], items)`, integers. A repeated target counts once.
         seen: CSR over the same users: items that are masked. None masks nothing.
         ks: Cut-offs, each in [1, num_items].
-        protocol: Preset name or `Protocol`: NDCG's ideal and the users averaged. Which splits belong into `seen` is
-            the caller's choice here, and the protocol's in `evaluate_dataset`.
+        protocol: Preset name or `Protocol`: NDCG's ideal, the users averaged and the candidates. Which splits belong
+            into `seen` is the caller's choice here, and the protocol's in `evaluate_dataset`.
         split: "valid" or "test", where the protocol treats them differently.
         mask_seen: False leaves seen items as candidates.
         users: [n] user indices to evaluate, in this order; None is all users that the protocol counts.
-        item_counts: [num_items] train events per item; enables novelty.
+        item_counts: [num_items] train events per item; enables novelty, and is what "popularity" draws candidates by.
+        item_vectors: [num_items, D] content features, rows of zeros for items without; enables diversity.
         batch_size: Most users per call of `scorer`.
         max_memory: Bytes for a score block and its copies; reduces the batch where the catalogue is large.
 
@@ -116,7 +123,47 @@ def ranking_metrics(
 
     Memory: O(batch * num_items) for scores, O(num_users * metrics) for the result.
     """
-    protocol = get_protocol(protocol)
+    (result,) = rank_by_protocols(
+        scorer,
+        targets,
+        [(get_protocol(protocol), seen)],
+        ks=ks,
+        split=split,
+        users=users,
+        item_counts=item_counts,
+        item_vectors=item_vectors,
+        mask_seen=mask_seen,
+        batch_size=batch_size,
+        max_memory=max_memory,
+    )
+    return result
+
+
+def rank_by_protocols(
+    scorer: Scorer | Callable[[torch.Tensor], torch.Tensor],
+    targets: CSR,
+    protocols: Sequence[tuple[Protocol, CSR | None]],
+    *,
+    ks: Sequence[int] = (10, 20),
+    split: str = "test",
+    users: np.ndarray | torch.Tensor | Sequence[int] | None = None,
+    item_counts: np.ndarray | torch.Tensor | None = None,
+    item_vectors: np.ndarray | torch.Tensor | None = None,
+    item_groups: Mapping[str, np.ndarray] | None = None,
+    mask_seen: bool = True,
+    batch_size: int = 1024,
+    max_memory: int = 1 << 30,
+) -> list[RankingResult]:
+    """`ranking_metrics` by several protocols at once: every user is scored once.
+
+    Args:
+        protocols: Protocols, and with each the items that it masks.
+        item_groups: Label -> [num_items] bool. With them, `RankingResult.by_target` holds for each group the accuracy
+            of the same lists with the targets of that group alone, over the users who have one; other targets count
+            neither as hits nor as missed.
+        **: Others as `ranking_metrics`.
+    Returns: One result for each of `protocols`.
+    """
     ks = _check_ks(ks)
     if split not in ("valid", "test"):
         raise ValueError(f"split must be 'valid' or 'test', got {split!r}")
@@ -124,101 +171,124 @@ def ranking_metrics(
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     if max_memory < 1:
         raise ValueError(f"max_memory must be >= 1 byte, got {max_memory}")
-    targets = _as_csr(targets, "targets")
-    num_users = len(targets[0]) - 1
-    seen = None if seen is None else _as_csr(seen, "seen")
-    if seen is not None and len(seen[0]) - 1 != num_users:
-        raise ValueError(f"seen must cover the {num_users} users of targets, got {len(seen[0]) - 1}")
-    chosen = _choose_users(targets, seen, protocol.users[split], users)
+    targets = as_csr(targets, "targets")
+    asked = _check_users(users, len(targets[0]) - 1)
     score = scorer.scores if hasattr(scorer, "scores") else scorer
     with torch.no_grad():
-        num_items = _num_items(scorer, score, chosen)
+        rankings = [_Ranking(protocol, seen, targets, asked, split, mask_seen) for protocol, seen in protocols]
+        scored = np.flatnonzero(np.any([one.counted for one in rankings], axis=0))
+        num_items = _num_items(scorer, score, asked[scored])
         if ks[-1] > num_items:
             raise ValueError(f"k must be <= num_items = {num_items}, got {ks[-1]}")
-        _check_items(targets, num_items, "targets")
-        mask = seen if mask_seen and seen is not None else None
-        if mask is not None:
-            _check_items(mask, num_items, "seen")
-        table = _MetricTable(targets, num_items, ks, protocol, item_counts)
+        check_items(targets, num_items, "targets")
+        for one in rankings:
+            one.open(num_items, ks, item_counts, item_vectors, item_groups or {})
         step = max(1, min(batch_size, max_memory // (_BYTES_PER_SCORE * num_items)))
-        for batch in (chosen[start : start + step] for start in range(0, len(chosen), step)):
-            scores = _score_block(score, batch, num_items)
-            if mask is not None:
-                scores = _mask(scores, batch, mask, table.target_keys if protocol.unmask_targets else None)
-            table.add(batch, top_items(scores, ks[-1]).cpu().numpy())
-    per_user, overall = table.finish()
-    metrics = {name: float(values.mean()) for name, values in per_user.items()} | overall
-    return RankingResult(metrics, per_user, chosen, num_items, protocol, split)
+        for start in range(0, len(scored), step):
+            places = scored[start : start + step]
+            scores = _score_block(score, asked[places], num_items)
+            for one in rankings:
+                counted = one.counted[places]
+                mine = scores if counted.all() else scores[torch.from_numpy(counted).to(scores.device)]
+                if len(mine):
+                    one.add(asked[places[counted]], mine)
+    return [one.result() for one in rankings]
 
 
-class _MetricTable:
-    """Collects per-user metrics batch by batch."""
+class _Ranking:
+    """Top-k lists by one protocol, and their metrics.
 
-    def __init__(self, targets, num_items: int, ks: tuple[int, ...], protocol: Protocol, item_counts) -> None:
-        indptr, items = targets
-        owner = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-        # One sorted key per distinct (user, target): membership of any top item is one binary search.
-        self.target_keys = np.unique(owner * num_items + items)
-        self.num_targets = np.bincount(self.target_keys // num_items, minlength=len(indptr) - 1)
-        self.num_items, self.ks, self.ideal = num_items, ks, protocol.ideal
-        self.information = None if item_counts is None else _self_information(item_counts, num_items)
-        self.recommended = np.zeros((len(ks), num_items), dtype=np.int64)
-        self.parts: list[dict[str, np.ndarray]] = []
+    Attributes:
+        counted: [n] bool, the users among `asked` that the protocol averages over.
+    """
 
-    def add(self, users: np.ndarray, top: np.ndarray) -> None:
-        """users: [B]; top: [B, K] item indices, -1 = none."""
-        hits = (top >= 0) & _is_member(users[:, None] * self.num_items + top, self.target_keys)
-        positives = self.num_targets[users]
-        ranks = np.arange(1, top.shape[1] + 1)
-        count = hits.cumsum(axis=1)
-        dcg = (hits / np.log2(ranks + 1)).cumsum(axis=1)
-        # DCG of n hits at the top; n = 0 divides 0 by 1.
-        best_dcg = np.concatenate([[1.0], (1 / np.log2(ranks + 1)).cumsum()])
-        sum_precision = (hits * count / ranks).cumsum(axis=1)
-        first_rank = np.where(count[:, -1] > 0, hits.argmax(axis=1) + 1, np.inf)
-        part = {}
-        for row, k in enumerate(self.ks):
-            best = np.minimum(positives if self.ideal == "all positives" else count[:, -1], k)
-            part[f"recall@{k}"] = count[:, k - 1] / np.maximum(positives, 1)
-            part[f"ndcg@{k}"] = dcg[:, k - 1] / best_dcg[best]
-            part[f"precision@{k}"] = count[:, k - 1] / k
-            part[f"hit_rate@{k}"] = (count[:, k - 1] > 0).astype(np.float64)
-            part[f"mrr@{k}"] = np.where(first_rank <= k, 1 / first_rank, 0.0)
-            part[f"map@{k}"] = sum_precision[:, k - 1] / np.clip(positives, 1, k)
-            if self.information is not None:
-                part[f"novelty@{k}"] = self._novelty(top[:, :k])
-            self.recommended[row] += np.bincount(top[:, :k][top[:, :k] >= 0], minlength=self.num_items)
-        self.parts.append(part)
+    def __init__(self, protocol: Protocol, seen: CSR | None, targets, asked: np.ndarray, split: str, mask: bool):
+        self.protocol, self.targets, self.split = protocol, targets, split
+        num_users = len(targets[0]) - 1
+        seen = None if seen is None else as_csr(seen, "seen")
+        if seen is not None and len(seen[0]) - 1 != num_users:
+            raise ValueError(f"seen must cover the {num_users} users of targets, got {len(seen[0]) - 1}")
+        self.mask = seen if mask else None
+        rule = protocol.users[split]
+        self.counted = np.ones(len(asked), dtype=bool)
+        if rule != "all":
+            self.counted &= np.diff(targets[0])[asked] > 0
+        if rule == "with target and history" and seen is not None:
+            self.counted &= np.diff(seen[0])[asked] > 0
+        if not self.counted.any():
+            raise ValueError(f"no user to evaluate: the protocol averages over users {rule!r} and there is none")
+        self.users = asked[self.counted]
 
-    def _novelty(self, top: np.ndarray) -> np.ndarray:
-        valid = top >= 0
-        bits = np.where(valid, self.information[np.maximum(top, 0)], 0.0)
-        return bits.sum(axis=1) / np.maximum(valid.sum(axis=1), 1)
+    def open(self, num_items: int, ks: tuple[int, ...], item_counts, item_vectors, item_groups) -> None:
+        """Make the tables, as soon as the catalogue size is known."""
+        if self.mask is not None:
+            check_items(self.mask, num_items, "seen")
+        self.num_items, self.k = num_items, ks[-1]
+        ideal, candidates = self.protocol.ideal, self.protocol.candidates
+        self.accuracy = AccuracyTable(self.targets, num_items, ks, ideal)
+        self.groups = {
+            label: AccuracyTable(self.targets, num_items, ks, ideal, among) for label, among in item_groups.items()
+        }
+        self.lists = None if candidates is not None else ListTable(num_items, ks, item_counts, item_vectors)
+        self.weights = None
+        if candidates is not None and candidates.weighting == "popularity":
+            if item_counts is None:
+                raise ValueError(f"protocol {self.protocol.name!r} draws candidates by item_counts, got none")
+            self.weights = checked_counts(item_counts, num_items)
+        self.ks = ks
 
-    def finish(self) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """Per-user arrays [U], and the metrics that are not a mean over users."""
-        per_user = {name: np.concatenate([part[name] for part in self.parts]) for name in self.parts[0]}
-        overall = {}
-        for k, counts in zip(self.ks, self.recommended, strict=True):
-            overall[f"coverage@{k}"] = float((counts > 0).mean())
-            overall[f"gini@{k}"] = _gini(counts)
-        return per_user, overall
+    def add(self, users: np.ndarray, scores: torch.Tensor) -> None:
+        if self.mask is not None:
+            scores = _mask(
+                scores, users, self.mask, self.accuracy.target_keys if self.protocol.unmask_targets else None
+            )
+        if self.protocol.candidates is not None:
+            scores = self._drawn(users, scores)
+        top = top_items(scores, self.k).cpu().numpy()
+        self.accuracy.add(users, top)
+        for table in self.groups.values():
+            with_target = table.num_targets[users] > 0
+            table.add(users[with_target], top[with_target])
+        if self.lists is not None:
+            self.lists.add(top)
+
+    def _drawn(self, users: np.ndarray, scores: torch.Tensor) -> torch.Tensor:
+        """A copy of scores [B, I] with -inf at everything but targets and drawn candidates."""
+        excluded = [self.targets] if self.mask is None else [self.targets, self.mask]
+        drawn = draw_candidates(
+            self.protocol.candidates, users, self.num_items, excluded=excluded, item_counts=self.weights
+        )
+        row, place = np.nonzero(drawn >= 0)
+        target_row, target = rows_of(self.targets, users)
+        rows = np.concatenate([row, target_row])
+        items = np.concatenate([drawn[row, place], target])
+        flat = torch.from_numpy(rows * self.num_items + items).to(scores.device)
+        kept = torch.full_like(scores, -torch.inf, memory_format=torch.contiguous_format)
+        kept.view(-1)[flat] = scores.reshape(-1)[flat]
+        return kept
+
+    def result(self) -> RankingResult:
+        accuracy, lists = self.accuracy.per_user(), {} if self.lists is None else self.lists.per_user()
+        per_user = {name: values for k in self.ks for name, values in (accuracy | lists).items() if _is_at(name, k)}
+        metrics = _means(per_user) | ({} if self.lists is None else self.lists.overall())
+        whole = RankingResult(metrics, per_user, self.users, self.num_items, self.protocol, self.split)
+        by_target = {}
+        for label, table in self.groups.items():
+            with_target = table.num_targets[self.users] > 0
+            if with_target.any():
+                per_user = table.per_user()
+                by_target[label] = replace(
+                    whole, metrics=_means(per_user), per_user=per_user, users=self.users[with_target]
+                )
+        return replace(whole, by_target=by_target)
 
 
-def _gini(counts: np.ndarray) -> float:
-    """Gini index of non-negative counts [n]; 0 if all are 0."""
-    n, total = len(counts), counts.sum()
-    weights = 2 * np.arange(1, n + 1) - n - 1
-    return float((weights * np.sort(counts)).sum() / (n * total)) if total else 0.0
+def _is_at(name: str, k: int) -> bool:
+    return name.endswith(f"@{k}")
 
 
-def _self_information(item_counts, num_items: int) -> np.ndarray:
-    counts = _to_numpy(item_counts).astype(np.float64)
-    if counts.shape != (num_items,):
-        raise ValueError(f"item_counts must have shape ({num_items},), got {counts.shape}")
-    if not (np.isfinite(counts).all() and (counts >= 0).all() and counts.sum() > 0):
-        raise ValueError("item_counts must be finite, >= 0 and not all 0")
-    return -np.log2(np.maximum(counts, 1) / counts.sum())
+def _means(per_user: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return {name: float(values.mean()) for name, values in per_user.items()}
 
 
 def _score_block(score, users: np.ndarray, num_items: int | None) -> torch.Tensor:
@@ -237,9 +307,9 @@ def _score_block(score, users: np.ndarray, num_items: int | None) -> torch.Tenso
 def _mask(scores: torch.Tensor, users: np.ndarray, seen, target_keys: np.ndarray | None) -> torch.Tensor:
     """A copy of scores [B, I] with -inf at each user's seen items (but not at `target_keys`)."""
     num_items = scores.shape[1]
-    rows, items = _rows_of(seen, users)
+    rows, items = rows_of(seen, users)
     if target_keys is not None:
-        keep = ~_is_member(users[rows] * num_items + items, target_keys)
+        keep = ~is_member(users[rows] * num_items + items, target_keys)
         rows, items = rows[keep], items[keep]
     if not len(rows):
         return scores
@@ -248,41 +318,19 @@ def _mask(scores: torch.Tensor, users: np.ndarray, seen, target_keys: np.ndarray
     return masked
 
 
-def _rows_of(csr, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(row in `users`, item) of every stored item of these users, without a loop over them."""
-    indptr, items = csr
-    lengths = indptr[users + 1] - indptr[users]
-    rows = np.repeat(np.arange(len(users)), lengths)
-    offset = np.arange(len(rows)) - np.repeat(lengths.cumsum() - lengths, lengths)
-    return rows, items[indptr[users][rows] + offset]
-
-
-def _is_member(keys: np.ndarray, sorted_keys: np.ndarray) -> np.ndarray:
-    if not len(sorted_keys):
-        return np.zeros(keys.shape, dtype=bool)
-    place = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
-    return sorted_keys[place] == keys
-
-
 def _num_items(scorer, score, users: np.ndarray) -> int:
     known = getattr(scorer, "num_items", None)
     return _score_block(score, users[:1], None).shape[1] if known is None else int(known)
 
 
-def _choose_users(targets, seen, rule: str, users) -> np.ndarray:
-    num_users = len(targets[0]) - 1
-    chosen = np.arange(num_users) if users is None else _to_numpy(users).astype(np.int64)
+def _check_users(users, num_users: int) -> np.ndarray:
+    """[n] int64, all of them for None."""
+    chosen = np.arange(num_users) if users is None else to_numpy(users).astype(np.int64)
     if chosen.ndim != 1:
         raise ValueError(f"users must be 1-dimensional, got shape {chosen.shape}")
     outside = chosen[(chosen < 0) | (chosen >= num_users)]
     if len(outside):
         raise ValueError(f"users must be in [0, {num_users}), got {outside[0]}")
-    if rule != "all":
-        chosen = chosen[np.diff(targets[0])[chosen] > 0]
-    if rule == "with target and history" and seen is not None:
-        chosen = chosen[np.diff(seen[0])[chosen] > 0]
-    if not len(chosen):
-        raise ValueError(f"no user to evaluate: the protocol averages over users {rule!r} and there is none")
     return chosen
 
 
@@ -290,23 +338,3 @@ def _check_ks(ks: Sequence[int]) -> tuple[int, ...]:
     if not len(ks) or any(int(k) != k or k < 1 for k in ks):
         raise ValueError(f"ks must be integers >= 1, at least one, got {tuple(ks)}")
     return tuple(sorted({int(k) for k in ks}))
-
-
-def _as_csr(csr: CSR, name: str) -> tuple[np.ndarray, np.ndarray]:
-    indptr, items = (_to_numpy(part).astype(np.int64, copy=False) for part in csr)
-    if indptr.ndim != 1 or items.ndim != 1 or not len(indptr):
-        raise ValueError(f"{name} must be (indptr [num_users + 1], items [n]), got {indptr.shape}, {items.shape}")
-    if indptr[0] != 0 or (np.diff(indptr) < 0).any() or indptr[-1] != len(items):
-        raise ValueError(f"{name} indptr must rise from 0 to len(items) = {len(items)}, got {indptr[0]}..{indptr[-1]}")
-    return indptr, items
-
-
-def _check_items(csr, num_items: int, name: str) -> None:
-    items = csr[1]
-    if len(items) and (items.min() < 0 or items.max() >= num_items):
-        wrong = items[(items < 0) | (items >= num_items)][0]
-        raise ValueError(f"{name} items must be in [0, {num_items}), got {wrong}")
-
-
-def _to_numpy(values) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)

@@ -6,7 +6,7 @@ Shape letters: U evaluated users, M metrics, S bootstrap samples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -28,6 +28,7 @@ class RankingResult:
         num_items: Catalogue size that was ranked.
         protocol: How it was evaluated.
         split: "valid" or "test".
+        by_target: Label of a group of items -> the accuracy with its targets alone, where that was asked for.
     """
 
     metrics: dict[str, float]
@@ -36,6 +37,7 @@ class RankingResult:
     num_items: int
     protocol: Protocol
     split: str = "test"
+    by_target: Mapping[str, RankingResult] = field(default_factory=dict)
 
     @property
     def num_users(self) -> int:
@@ -59,6 +61,16 @@ class RankingResult:
         means = _bootstrap_means(np.stack([self.per_user[name] for name in names], axis=1), num_samples, seed)
         low, high = _percentile_interval(means, level)
         return {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
+
+    def of_users(self, chosen: np.ndarray) -> RankingResult:
+        """The same of some of the users, without what describes all lists together.
+
+        Args:
+            chosen: [U] bool, at least one of them True.
+        """
+        per_user = {name: values[chosen] for name, values in self.per_user.items()}
+        metrics = {name: float(values.mean()) for name, values in per_user.items()}
+        return replace(self, metrics=metrics, per_user=per_user, users=self.users[chosen], by_target={})
 
     def slices(self, groups: np.ndarray) -> dict[str, dict[str, float]]:
         """Means per group of users, for instance by history length.
@@ -154,6 +166,7 @@ def mean_result(results: Sequence[RankingResult]) -> RankingResult:
         first,
         metrics={name: float(np.mean([one.metrics[name] for one in results])) for name in first.metrics},
         per_user={name: np.mean([one.per_user[name] for one in results], axis=0) for name in first.per_user},
+        by_target={label: mean_result([one.by_target[label] for one in results]) for label in first.by_target},
     )
 
 

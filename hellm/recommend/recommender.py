@@ -33,8 +33,10 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 1024
 _CONTENT = "content.safetensors"
+# Label of events that are only history: their users are not trained on.
+_HISTORY = 3
 # Splits whose events a user is known by, when an event of the key is to be found.
-_KNOWN = {"valid": (0,), "test": (0, 1)}
+_KNOWN = {"valid": (0, _HISTORY), "test": (0, 1, _HISTORY)}
 
 
 class Recommender:
@@ -134,21 +136,23 @@ class Recommender:
     def scorer(self, split: str, device: str = "cpu") -> Any:
         """The scorer that `hellm.evaluate` takes, for finding events of `split`: "valid" or "test".
 
-        With a model of histories, users are known by their events before that split; else by their trained embedding.
+        With a model of histories, users are known by their events before that split; else by their trained embedding,
+        or folded in from those events where the run was trained with users kept out.
 
         Raises: ValueError, another split.
         """
         if split not in _KNOWN:
             raise ValueError(f"split must be 'valid' or 'test', got {split!r}")
         on_cpu = torch.device(device).type == "cpu"
-        if self.model.user is not None:
+        cold_users = bool((self._split == _HISTORY).any())
+        if self.model.user is not None and not cold_users:
             return self if on_cpu else self.model.scorer_on(device)
         key = (split, device)
         if key not in self._scorers:
             known = np.isin(self._split, _KNOWN[split])
             indptr = np.concatenate([[0], np.bincount(self._users[known], minlength=self.num_users).cumsum()])
             items = torch.from_numpy(self._items[known])
-            model = self.model if on_cpu else self.model.scorer_on(device)
+            model = self.model if on_cpu or self.model.user is not None else self.model.scorer_on(device)
             self._scorers[key] = HistoryScorer(model, torch.from_numpy(indptr), items)
         return self._scorers[key]
 

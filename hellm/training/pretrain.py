@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 from hellm._files import atomic_path
 from hellm.config import PretrainConfig
 from hellm.data import Dataset
+from hellm.evaluate import HistoryScorer
 from hellm.hypergraph import item_hypergraph, user_hypergraph
 from hellm.losses import bpr_loss, l2_loss, synergistic_contrastive_loss
-from hellm.models import GraphEncoder
+from hellm.models import FoldIn, GraphEncoder
 from hellm.training.captured_step import CapturedStep
 from hellm.training.checkpoint import read_model
 from hellm.training.loop import Progress, fit
@@ -302,9 +303,26 @@ def _contrastive_rows(
     return {name: torch.from_numpy(rng.choice(count, size, replace=False)) for name, (count, size) in choices.items()}
 
 
+class _FoldedIn(NamedTuple):
+    """The encoder as a model of histories."""
+
+    fold_in: FoldIn
+    item: Tensor
+
+    def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
+        return self.fold_in.embed(indptr, items)
+
+    def item_keys(self) -> Tensor:
+        return self.item
+
+
 def _evaluate(evaluate: Evaluate, model: GraphEncoder, config: PretrainConfig, dataset: Dataset, split: str):
+    scorer = model
+    if dataset.has_cold_users:
+        # Those that are asked for have no trained embedding.
+        scorer = HistoryScorer.of(_FoldedIn(model.fold_in_tables(), model.embeddings().item), dataset, split)
     return evaluate(
-        model, dataset, split=split, protocol=config.protocol, ks=config.ks, batch_size=config.eval_batch_size
+        scorer, dataset, split=split, protocol=config.protocol, ks=config.ks, batch_size=config.eval_batch_size
     )
 
 

@@ -7,6 +7,7 @@ embeddings.safetensors  final embeddings
 ids.parquet             which id each embedding row belongs to
 histories.parquet       the events, as embedding rows
 content.safetensors     what the items look and read like, where the data have features
+test_evaluations.jsonl  every evaluation on the test split, training's own first (`hellm.evaluate.evaluation_log`)
 checkpoint/             last.safetensors (to go on from) and best.safetensors (what is tested)
 curves.png              losses and validation metrics over epochs
 events.out.tfevents.*   TensorBoard, if asked for

@@ -16,6 +16,7 @@ from torch import nn
 from hellm._devices import resolve_device
 from hellm._files import atomic_path
 from hellm.data import Dataset, load_dataset
+from hellm.evaluate.evaluation_log import TRAINING, log_test_evaluation
 from hellm.training.loop import Progress
 from hellm.training.plots import plot_curves
 from hellm.training.processes import Processes
@@ -175,14 +176,19 @@ def common_result(
     test: Mapping[str, Any] | None,
     device: str,
 ) -> dict[str, Any]:
-    """What result.json of every stage holds; "seconds" are of training steps and validations, over all sessions."""
+    """What result.json of every stage holds; "seconds" are of training steps and validations, over all sessions.
+
+    The test is noted in test_evaluations.jsonl, as the first of the run.
+    """
+    if test is not None:
+        names = {"protocols": [test["protocol"]], "metrics": list(test["metrics"])}
+        log_test_evaluation(run.path, by=TRAINING, **names, fingerprint=dataset.fingerprint)
     records = run.read_metrics()
     place = (progress.best_epoch, progress.best_step)
     best = next((record for record in records if (record["epoch"], record.get("step")) == place), {})
     valid = {name.removeprefix("valid_"): best[name] for name in best if name.startswith("valid_")}
     valid.pop("seconds", None)
     seconds = [record["seconds"] for record in records if "seconds" in record]
-    counts = np.bincount(dataset.split, minlength=3).tolist()
     return {
         "stage": stage,
         "test": test,
@@ -199,7 +205,7 @@ def common_result(
             "split": dataset.split_name,
             "num_users": dataset.num_users,
             "num_items": dataset.num_items,
-            "num_events": dict(zip(("train", "valid", "test"), counts, strict=True)),
+            "num_events": dataset.split_counts(),
             "fingerprint": dataset.fingerprint,
         },
         "peak_memory_bytes": peak_memory_bytes(device),

@@ -224,7 +224,7 @@ def test_form_asked_for_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "loo"}, "split must be one of given, leave-two-out, ratio, time, item-cold, got 'loo'"),
+        ({"split": "loo"}, "split must be one of given, leave-two-out, ratio, time, item-cold, user-cold, got 'loo'"),
         ({"split": "given"}, "split=\"given\" needs a label per event, and form 'shop' of .* has none"),
         ({"features": "bert"}, "features must be one of auto, simple, none, got 'bert'"),
         ({"form": "csv"}, "form must be one of hellm, .* got 'csv'"),

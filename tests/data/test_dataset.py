@@ -94,7 +94,7 @@ def test_fingerprint_sees_events_split_and_features_but_not_names():
         ({"num_users": 5}, r"must hold num_users \(5\) and num_items \(6\) ids, got 4 and 6"),
         ({"items": np.zeros(3, np.int64)}, r"items must be \[14\], got \[3\]"),
         ({"items": np.full(14, 6)}, r"items must lie in 0\.\.5, got 6\.\.6"),
-        ({"split": np.full(14, 3, np.int8)}, r"split must lie in 0\.\.2, got 3\.\.3"),
+        ({"split": np.full(14, 4, np.int8)}, r"split must lie in 0\.\.3, got 4\.\.4"),
         ({"users": np.arange(14)[::-1] % 4}, "users must be grouped and ascending"),
         (
             {"item_features": {"text": ItemFeatures.from_values(np.ones((2, 1)))}},
@@ -105,3 +105,18 @@ def test_fingerprint_sees_events_split_and_features_but_not_names():
 def test_dataset_errors(change, message):
     with pytest.raises(ValueError, match=message):
         replace(make_dataset(), **change)
+
+
+def test_events_that_are_only_history_are_known_and_not_trained_on():
+    dataset = make_dataset()
+    split = dataset.split.copy()
+    split[:4] = [3, 3, 3, 2]
+    dataset = replace(dataset, split=split)
+    assert dataset.has_cold_users and not make_dataset().has_cold_users
+    assert dataset.pairs("train")[0].min() == 1 and dataset.pairs("history")[1].tolist() == [0, 1, 2]
+    assert dataset.histories("train")[1][:3].tolist() == [0, 1, 2]
+    assert dataset.histories("test")[1][:1].tolist() == [3]
+    assert dataset.split_counts() == {"train": 6, "valid": 2, "test": 3, "history": 3}
+    assert list(make_dataset().split_counts()) == ["train", "valid", "test"]
+    with pytest.raises(ValueError, match=r"split must lie in 0..3, got 0..4"):
+        replace(dataset, split=split + (split == 3))

@@ -53,6 +53,19 @@ def test_item_cold_keeps_held_out_items_out_of_train():
     assert not np.array_equal(split, splits.item_cold(items, 25, share=0.3, seed=2))
 
 
+def test_user_cold_keeps_users_out_of_train():
+    users = users_of(*[4] * 20, 2, 0, 1)
+    split = splits.user_cold(users, share=0.3, seed=1)
+    of_user = [split[users == user].tolist() for user in range(23)]
+    held = [4 * [0], [3, 3, 3, 1], [3, 3, 3, 2]]
+    assert [of_user[:20].count(one) for one in held] == [14, 3, 3]
+    assert of_user[20:] == [[0, 0], [], [0]]
+    assert np.array_equal(split, splits.user_cold(users, share=0.3, seed=1))
+    assert not np.array_equal(split, splits.user_cold(users, share=0.3, seed=2))
+    assert splits.user_cold(users_of(0)).tolist() == []
+    assert splits.user_cold(users_of(2, 1)).tolist() == [0, 0, 0]
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"ratios must be three shares .* got \(0.5, 0.1, 0.1\)"):
         splits.ratio(users_of(3), (0.5, 0.1, 0.1))
@@ -62,3 +75,5 @@ def test_errors():
         splits.time_cut(None)
     with pytest.raises(ValueError, match="cold_share must lie between 0 and 1, got 1"):
         splits.item_cold(np.arange(3), 3, share=1)
+    with pytest.raises(ValueError, match="cold_share must lie between 0 and 1, got 0"):
+        splits.user_cold(users_of(3), share=0)

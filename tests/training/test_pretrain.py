@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from hellm import ops
 from hellm.config import ModelConfig, PretrainConfig, load_config, override_config
-from hellm.evaluate import evaluate_dataset
+from hellm.evaluate import evaluate_dataset, read_test_evaluations
 from hellm.hypergraph import item_hypergraph, user_hypergraph
 from hellm.models.item_content import ItemContent
 from hellm.training import pretrain as module
@@ -83,6 +83,7 @@ def test_run_directory_is_complete(finished):
         "ids.parquet",
         "metrics.jsonl",
         "result.json",
+        "test_evaluations.jsonl",
     }
     assert {path.name for path in (folder / "checkpoint").iterdir()} == {
         "last.safetensors",
@@ -188,6 +189,8 @@ def test_finished_run_can_be_prolonged(small_dataset, tmp_path):
     run(changed("max_epochs=4"), small_dataset, tmp_path / "run")
     result = run(changed("max_epochs=6"), small_dataset, tmp_path / "run", resume=True)
     run(changed("max_epochs=6"), small_dataset, tmp_path / "whole")
+    counts = {name: len(read_test_evaluations(tmp_path / name)) for name in ("run", "whole")}
+    assert counts == {"run": 2, "whole": 1}
     assert result["num_epochs"] == 6
     assert records(tmp_path / "run") == records(tmp_path / "whole")
 

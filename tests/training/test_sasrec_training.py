@@ -197,7 +197,8 @@ def test_run_directory_is_complete(finished, walks):
 
     folder, result, _ = finished
     names = ("checkpoint", "config.yaml", "curves.png", "embeddings.safetensors", "histories.parquet", "ids.parquet")
-    assert {path.name for path in folder.iterdir()} == {*names, "metrics.jsonl", "result.json"}
+    names += ("metrics.jsonl", "result.json", "test_evaluations.jsonl")
+    assert {path.name for path in folder.iterdir()} == set(names)
     assert json.loads((folder / "result.json").read_text()) == result
     assert load_config(SASRecConfig, folder / "config.yaml") == changed("max_epochs=14")
     assert pl.read_parquet(folder / "histories.parquet")["item"].to_list() == walks.items.tolist()

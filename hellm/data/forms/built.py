@@ -20,6 +20,8 @@ from hellm.data.forms import _tables as tables
 from hellm.data.forms._base import Form, Source, load_feature_file, load_json
 
 VERSION = 1
+# As `tables.LABEL`, and 3 for events that are only history.
+_LABEL: tables.Rule = (lambda text: text in ("0", "1", "2", "3"), "0, 1 or 2 (train, validation, test), or 3 (history)")
 _INTEGER: tables.Rule = (str.isdecimal, "a non-negative integer")
 
 
@@ -41,7 +43,7 @@ def _read(path: Path) -> Source:
         if not (folder / f"{name}.parquet").exists():
             raise DataError(f"{folder / name}.parquet: no such file, but dataset.json stands beside it")
     events, users, items = (tables.scan(folder / f"{name}.parquet") for name in names)
-    rules = {"user": _INTEGER, "item": _INTEGER, "split": tables.LABEL}
+    rules = {"user": _INTEGER, "item": _INTEGER, "split": _LABEL}
     table = tables.collect(events, folder / "events.parquet", rules)
     catalogue = items.with_columns(pl.exclude("id").fill_null("")).collect()
     user_ids, item_ids = IdMap(users.collect()["id"].to_list()), IdMap(catalogue["id"].to_list())
@@ -51,8 +53,8 @@ def _read(path: Path) -> Source:
                 f"{folder / 'events.parquet'}: column {column!r} must lie in 0..{len(ids) - 1}, "
                 f"got {table[column].min()}..{table[column].max()}"
             )
-    if not 0 <= table["split"].min() <= table["split"].max() <= 2:
-        raise DataError(f"{folder / 'events.parquet'}: column 'split' must be {tables.LABEL[1]}")
+    if not 0 <= table["split"].min() <= table["split"].max() <= 3:
+        raise DataError(f"{folder / 'events.parquet'}: column 'split' must be {_LABEL[1]}")
     fields = {name: catalogue[name].to_list() for name in catalogue.columns if name != "id"}
     return Source(
         table["user"].to_numpy(),
