@@ -9,7 +9,7 @@ from .histories import HistoryModel, HistoryScorer, evaluate_histories
 from .metrics import METRICS
 from .protocols import PROTOCOLS, Candidates, Protocol, get_protocol
 from .ranking import Scorer, ranking_metrics, top_items
-from .result import PairedComparison, RankingResult, mean_result, paired_bootstrap, seeds_summary
+from .result import PairedComparison, RankingResult, mean_result, paired_bootstrap, paired_gain, seeds_summary
 from .slices import length_groups, popularity_groups
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "log_test_evaluation",
     "mean_result",
     "paired_bootstrap",
+    "paired_gain",
     "popularity_groups",
     "ranking_metrics",
     "read_test_evaluations",

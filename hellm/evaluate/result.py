@@ -142,10 +142,17 @@ def paired_bootstrap(
         )
     if not np.array_equal(a.users, b.users):
         raise ValueError(f"a and b must be of the same users in the same order, got {a.num_users} and {b.num_users}")
-    differences = a.per_user[metric] - b.per_user[metric]
-    means = _bootstrap_means(differences[:, None], num_samples, seed)
-    low, high = _percentile_interval(means, level)
-    return PairedComparison(metric, float(differences.mean()), float(low[0]), float(high[0]), level, a.num_users)
+    gain = paired_gain(a.per_user[metric], b.per_user[metric], level=level, num_samples=num_samples, seed=seed)
+    return PairedComparison(metric, *gain, level, a.num_users)
+
+
+def paired_gain(
+    a: np.ndarray, b: np.ndarray, *, level: float = 0.95, num_samples: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of a - b [U] over users, and its percentile bootstrap interval (low, high)."""
+    differences = a - b
+    low, high = _percentile_interval(_bootstrap_means(differences[:, None], num_samples, seed), level)
+    return float(differences.mean()), float(low[0]), float(high[0])
 
 
 def mean_result(results: Sequence[RankingResult]) -> RankingResult:

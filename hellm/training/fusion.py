@@ -1,0 +1,185 @@
+"""Which models to add up, and with what weights, from their scores of validation events.
+
+T = towers, E = validation events looked at, I = items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hellm.evaluate import paired_gain
+from hellm.models.fused import fit_weights
+
+__all__ = ["Candidates", "Gain", "Selection", "select_towers"]
+
+# Events that the likelihood is fitted on; more move the weights by less than their validation can tell.
+_FITTED_EVENTS = 2048
+# Factors tried on each weight after the fit, for lists instead of likelihoods.
+_FACTORS = (0.5, 0.7, 1.4, 2.0)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What each tower says of the same validation events.
+
+    Attributes:
+        scores: Name -> [E, I] float32, -inf where an item is no candidate.
+        targets: [E] int64 items.
+        users: [E] int64, whose event it is.
+    """
+
+    scores: Mapping[str, Tensor]
+    targets: Tensor
+    users: np.ndarray
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What adding a tower to others brings.
+
+    Attributes:
+        tower: Its name.
+        gain: Mean difference of the monitored metric per user.
+        low, high: Bootstrap interval over users.
+        kept: Whether the interval lies above 0.
+    """
+
+    tower: str
+    gain: float
+    low: float
+    high: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen towers.
+
+    Attributes:
+        weights: Name -> weight > 0, of those that are kept, the best first.
+        alone: Name -> monitored metric of every tower alone.
+        fused: Monitored metric of the sum, of events that its weights were not fitted on.
+        gains: What was tried, in order.
+    """
+
+    weights: dict[str, float]
+    alone: dict[str, float]
+    fused: float
+    gains: list[Gain]
+
+
+def select_towers(candidates: Candidates, monitor: str = "ndcg@10", *, level: float = 0.9, seed: int = 0) -> Selection:
+    """Start from the best tower, and add the one that helps most as long as its help is shown.
+
+    Users are cut into halves: weights that are fitted on one half are judged on the other, and the other way round, so
+    that every user judges once and no user judges weights that it made. A tower is kept if the bootstrap interval of
+    the gain in the monitored metric lies above 0. The weights of the chosen towers come from all events.
+
+    Args:
+        candidates: Scores of all towers.
+        monitor: "ndcg@k" or "recall@k".
+        level: Coverage of the interval, in (0, 1).
+        seed: Of the halves and the bootstrap.
+    """
+    names = list(candidates.scores)
+    half = _halves(candidates.users, seed)
+    metric = _Metric(candidates, monitor)
+    alone = {name: metric.mean(metric.per_user(candidates.scores[name])) for name in names}
+    chosen = [max(names, key=alone.__getitem__)]
+    best = metric.per_user(candidates.scores[chosen[0]])
+    gains: list[Gain] = []
+    while len(chosen) < len(names):
+        tried = {
+            name: _cross_fitted(candidates, [*chosen, name], half, metric) for name in names if name not in chosen
+        }
+        name = max(tried, key=lambda one: metric.mean(tried[one]))
+        gain, low, high = paired_gain(tried[name], best, level=level, seed=seed)
+        gains.append(Gain(name, gain, low, high, kept=low > 0))
+        if low <= 0:
+            break
+        chosen, best = [*chosen, name], tried[name]
+    weights = _fitted(candidates, chosen, np.ones(len(half), dtype=bool), metric)
+    kept = {name: weight for name, weight in zip(chosen, weights, strict=True) if weight > 0}
+    return Selection(kept, alone, metric.mean(best), gains)
+
+
+def _halves(users: np.ndarray, seed: int) -> np.ndarray:
+    """[E] bool, True for the events of about half of the users."""
+    distinct, place = np.unique(users, return_inverse=True)
+    return (np.random.default_rng(seed).permutation(len(distinct)) % 2 == 0)[place]
+
+
+def _cross_fitted(candidates: Candidates, names: Sequence[str], half: np.ndarray, metric: _Metric) -> np.ndarray:
+    """Monitored metric of each user under the weights that the other half of the users gives."""
+    values = np.zeros(metric.num_users)
+    for judged in (half, ~half):
+        weights = _fitted(candidates, names, ~judged, metric)
+        rows = torch.from_numpy(np.flatnonzero(judged))
+        total = _sum([candidates.scores[name][rows] for name in names], weights)
+        values += metric.sums(total, rows)
+    return values / metric.counts
+
+
+def _fitted(candidates: Candidates, names: Sequence[str], events: np.ndarray, metric: _Metric) -> list[float]:
+    """Weights by likelihood, then each multiplied by what serves the monitored metric."""
+    if len(names) == 1:
+        return [1.0]
+    rows = torch.from_numpy(np.flatnonzero(events))
+    scores = [candidates.scores[name][rows] for name in names]
+    some = slice(None, None, max(1, len(rows) // _FITTED_EVENTS))
+    weights = fit_weights([one[some] for one in scores], candidates.targets[rows][some]).tolist()
+    if not any(weights):
+        return [1.0] + [0.0] * (len(names) - 1)
+    best = metric.sums(_sum(scores, weights), rows).sum()
+    for place in range(len(names)):
+        start = weights[place]
+        for factor in _FACTORS:
+            tried = [*weights[:place], start * factor, *weights[place + 1 :]]
+            value = metric.sums(_sum(scores, tried), rows).sum()
+            if value > best:
+                best, weights = value, tried
+    return weights
+
+
+def _sum(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Weighted sum [E, I]; -inf stays -inf, also under a weight of 0."""
+    total = scores[0].new_zeros(scores[0].shape)
+    for one, weight in zip(scores, weights, strict=True):
+        if weight:
+            total.add_(one, alpha=weight)
+    return total if all(weights) else total.masked_fill_(torch.isneginf(scores[0]), -torch.inf)
+
+
+class _Metric:
+    """The monitored metric of each user: the mean over the user's events of 1 or 1 / log2(rank + 1) within k.
+
+    The rank of an event is among all candidates, the user's other targets included.
+    """
+
+    def __init__(self, candidates: Candidates, monitor: str) -> None:
+        name, _, k = monitor.partition("@")
+        self._discounted, self._k, self._targets = name == "ndcg", int(k), candidates.targets
+        users, self._user = np.unique(candidates.users, return_inverse=True)
+        self.num_users = len(users)
+        self.counts = np.bincount(self._user, minlength=self.num_users)
+
+    def sums(self, scores: Tensor, rows: Tensor) -> np.ndarray:
+        """[users] sum over the events `rows` [n], whose scores are [n, I]."""
+        target = scores.gather(1, self._targets[rows, None])
+        # Equal scores count as ahead, so that a tower of equal scores gains nothing by them.
+        rank = (scores >= target).sum(dim=1).double()
+        value = (rank + 1).log2().reciprocal() if self._discounted else torch.ones_like(rank)
+        value = torch.where(rank <= self._k, value, 0.0).numpy()
+        return np.bincount(self._user[rows.numpy()], weights=value, minlength=self.num_users)
+
+    def per_user(self, scores: Tensor) -> np.ndarray:
+        """[users] from the scores [E, I] of all events."""
+        return self.sums(scores, torch.arange(len(self._targets))) / self.counts
+
+    def mean(self, values: np.ndarray) -> float:
+        return float(values.mean())
