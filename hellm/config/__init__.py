@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from hellm.config.files import config_from_dict, config_to_dict, load_config, override_config, save_config
 from hellm.config.finetune import OFFICIAL_LLM, FinetuneConfig, LLMConfig
+from hellm.config.fuse import FuseConfig
 from hellm.config.presets import PRESETS
 from hellm.config.pretrain import ModelConfig, PretrainConfig
 from hellm.config.run import RunConfig
@@ -17,6 +18,7 @@ __all__ = [
     "OFFICIAL_LLM",
     "PRESETS",
     "FinetuneConfig",
+    "FuseConfig",
     "LLMConfig",
     "ModelConfig",
     "PretrainConfig",
