@@ -6,7 +6,6 @@ the graph embeddings.
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from hellm.models.language_model import (
     weights_digest,
 )
 from hellm.models.prefix_attention import can_share_context, use_prefix_attention
-from hellm.models.prompt import build_prompt
+from hellm.models.prompt import build_prompt, ids_digest
 
 __all__ = ["PromptedModel", "SharedContext"]
 
@@ -97,7 +96,7 @@ class PromptedModel(nn.Module):
         self.register_buffer("instruction", prompt.instruction, persistent=False)
         self.register_buffer("response", prompt.response, persistent=False)
         self.identity = language_model_identity(language_model)
-        self.identity |= {"all_weights": weights_digest(language_model), "prompt": _digest(prompt)}
+        self.identity |= {"all_weights": weights_digest(language_model), "prompt": ids_digest(*prompt)}
         self.width = language_model.get_input_embeddings().weight.shape[1]
         self.limit = context_limit(language_model)
         self.way = "shared"
@@ -208,7 +207,3 @@ def _take_over(language_model: nn.Module, owner: PromptedModel) -> None:
             "whose LoRA layers are in it; load it again, or give a copy.deepcopy made before"
         )
     _OWNERS[language_model] = weakref.ref(owner)
-
-
-def _digest(ids: Sequence[Tensor]) -> str:
-    return hashlib.sha256(str([one.tolist() for one in ids]).encode()).hexdigest()[:16]

@@ -16,11 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hellm._pretrained import LOADING
 from hellm.models.graph_prefix import RunningGraph
 from hellm.models.histories import batches_by_length, check_histories, pad_histories
 from hellm.models.item_tokens import ItemTokens, check_item_embeddings, last_hidden
 from hellm.models.language_model import token_rms
-from hellm.models.llm_checkpoint import load_saved, load_trained, open_saved, save_trained, trained_tensors
+from hellm.models.llm_checkpoint import (
+    base_identity,
+    check_base,
+    load_saved,
+    load_trained,
+    open_saved,
+    save_trained,
+    trained_tensors,
+)
 from hellm.models.llm_settings import SETTINGS, check_settings
 from hellm.models.prompt import title_tokens
 from hellm.models.prompted_model import PromptedModel, SharedContext
@@ -327,7 +336,7 @@ class RecommenderLLM(nn.Module):
         folder: str | os.PathLike[str],
         item_embeddings: Mapping[str, Tensor],
         *,
-        language_model: nn.Module | None = None,
+        language_model: nn.Module | str | os.PathLike[str] | None = None,
         tokenizer: Any = None,
         item_titles: Sequence[str | None] | None = None,
         sequence_model: nn.Module | None = None,
@@ -337,8 +346,9 @@ class RecommenderLLM(nn.Module):
         Args:
             folder: where it was saved.
             item_embeddings: the tables that it was trained with.
-            language_model: the model that it was trained on; None loads it by the name in config.json, on the CPU.
-            tokenizer: its tokenizer, together with `language_model`.
+            language_model: the model that it was trained on, or where that is now (as `load_language_model` takes it);
+                None loads it by the name in config.json. A model that is loaded is on the CPU.
+            tokenizer: its tokenizer, together with a model.
             item_titles: as in training.
             sequence_model: as in training.
         Raises: FileNotFoundError, ValueError: no such model, or one of another catalogue or language model (both are
@@ -353,7 +363,9 @@ class RecommenderLLM(nn.Module):
             sequence_model=sequence_model,
         )
         extra = {"item_titles": item_titles, "sequence_model": sequence_model}
-        model = cls(language_model, tokenizer, item_embeddings, **extra, **config["settings"])
+        with LOADING:
+            model = cls(language_model, tokenizer, item_embeddings, **extra, **config["settings"])
+        check_base(folder, config["language_model"], base_identity(model))
         model.items.rescale(config["table_scales"])
         load_saved(model, folder)
         return model.eval()
