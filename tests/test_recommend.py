@@ -88,7 +88,7 @@ class TestRecommend:
         assert named(only) == [("p0", 1.0)]
 
     def test_empty_history_gets_popular_items_and_is_told(self, recommender):
-        (only,) = recommender.recommend(histories=[], k=2)
+        (only,) = recommender.recommend(histories=[[]], k=2)
         assert only.basis == "popularity"
         assert named(only) == [("p1", 2.0), ("p0", 1.0)]
 

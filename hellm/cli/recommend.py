@@ -29,6 +29,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--explain", action="store_true", help="name the history items that each item hangs together with, and by what"
     )
+    parser.add_argument("--llm", metavar="PATH", help="where the language model of a fine-tuning run is, if moved")
     parser.add_argument("--device", default="auto", metavar="NAME", help="reads histories: auto, cpu, cuda or cuda:N")
     parser.add_argument("--json", action="store_true", help="print the lists as one line of JSON")
     args = parse(parser, argv)
@@ -38,11 +39,12 @@ def run(argv: Sequence[str]) -> int:
     from hellm._devices import resolve_device
     from hellm.recommend import Recommender
 
-    recommender = Recommender.load(args.run, device=resolve_device(args.device))
+    recommender = Recommender.load(args.run, device=resolve_device(args.device), language_model=args.llm)
     if args.similar_to is not None:
         return _similar(recommender, args)
+    histories = None if args.history is None else [args.history]
     lists = recommender.recommend(
-        args.users, args.history, args.k, exclude_seen=not args.include_seen, candidates=_candidates(args)
+        args.users, histories, args.k, exclude_seen=not args.include_seen, candidates=_candidates(args)
     )
     reasons = _reasons(recommender, lists, args.history) if args.explain else None
     if args.json:

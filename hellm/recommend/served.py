@@ -5,6 +5,7 @@ U = users, I = items, n = new items, B = histories, D = embedding width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -48,6 +49,8 @@ class NewItems(NamedTuple):
 class ServedModel(Protocol):
     """The score of item i for a history is <query of the history, key of i>. All it gives is on the CPU.
 
+    Many threads read one at the same time: but for `to` and `scorer_on`, nothing changes it.
+
     Attributes:
         user: [U, D] trained queries of known users; None for a model that knows histories only.
         graph_view: [I, D] what the item hypergraph made of the items; None for a model without.
@@ -64,8 +67,8 @@ class ServedModel(Protocol):
         """[I, D] float32."""
         ...
 
-    def add(self, new: NewItems) -> None:
-        """Append items. Raises: ValueError, before anything changed, for a model that cannot."""
+    def extended(self, new: NewItems) -> ServedModel:
+        """The model with more items; this one stays as it is. Raises: ValueError, for a model that cannot."""
         ...
 
     def save(self, folder: Path) -> None: ...
@@ -109,7 +112,7 @@ class ServedGraph:
     def item_keys(self) -> Tensor:
         return self.tensors["item"]
 
-    def add(self, new: NewItems) -> None:
+    def extended(self, new: NewItems) -> ServedGraph:
         rows, view = {}, self.graph_view
         for name in ("fold_in_source", "fold_in_view"):
             if name in self.tensors:
@@ -123,7 +126,8 @@ class ServedGraph:
             rows["item"] = new.mean(item - F.normalize(view, dim=1)) + F.normalize(rows["item_hypergraph"], dim=1)
         if "item_hypergraph_source" in self.tensors:
             rows["item_hypergraph_source"] = torch.zeros_like(rows["item"])
-        self.tensors |= {name: torch.cat([self.tensors[name], value]) for name, value in rows.items()}
+        longer = {name: torch.cat([self.tensors[name], value]) for name, value in rows.items()}
+        return ServedGraph(self.tensors | longer, self.exponent)
 
     def save(self, folder: Path) -> None:
         _save_tensors(self.tensors, folder, {"fold_in_exponent": str(self.exponent)})
@@ -150,8 +154,8 @@ class ServedSASRec:
     def item_keys(self) -> Tensor:
         return self.model.item_keys().cpu()
 
-    def add(self, new: NewItems) -> None:
-        self.model = extended_sasrec(self.model, new)
+    def extended(self, new: NewItems) -> ServedSASRec:
+        return ServedSASRec(extended_sasrec(self.model, new))
 
     def save(self, folder: Path) -> None:
         self.model.save(folder)
@@ -177,7 +181,7 @@ class ServedLLM:
     user = graph_view = None
 
     def __init__(self, model: Any, tables: Mapping[str, Tensor]) -> None:
-        self.model, self.tables = model, dict(tables)
+        self.model, self.tables = model.eval(), dict(tables)
 
     def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
         return self.model.embed(indptr, items).cpu()
@@ -185,7 +189,7 @@ class ServedLLM:
     def item_keys(self) -> Tensor:
         return self.model.item_keys().cpu()
 
-    def add(self, new: NewItems) -> None:
+    def extended(self, new: NewItems) -> ServedLLM:
         rows = {name: new.features[name] if name in new.features else new.mean(x) for name, x in self.tables.items()}
         widths = {name: (x.shape[1], rows[name].shape[1]) for name, x in self.tables.items()}
         for name, (width, given) in widths.items():
@@ -193,8 +197,8 @@ class ServedLLM:
                 raise ValueError(f"features[{name!r}] must be {width} wide like the item table, got {given}")
         sequence = self.model.sequence_model
         sequence = None if sequence is None else extended_sasrec(sequence, new)
-        self.model.add_items(rows, new.titles, sequence_model=sequence)
-        self.tables = {name: torch.cat([self.tables[name], rows[name]]) for name in self.tables}
+        model = self.model.extended(rows, new.titles, sequence_model=sequence)
+        return ServedLLM(model, {name: torch.cat([self.tables[name], rows[name]]) for name in self.tables})
 
     def save(self, folder: Path) -> None:
         _save_tensors(self.tables, folder, {"order": ",".join(self.tables)})
@@ -210,8 +214,12 @@ class ServedLLM:
         return self.model.to(device)
 
 
-def load_served(folder: Path, titles: list[str | None]) -> ServedModel:
+def load_served(
+    folder: Path, titles: list[str | None], language_model: str | os.PathLike[str] | None = None
+) -> ServedModel:
     """The model of a run directory, or of what `Recommender.save` wrote, whichever of the three it is.
+
+    `language_model` is where that of a fine-tuning run is now; None is where it was in training.
 
     Raises: DataError, a file of none of them. SafetensorError, a damaged one.
     """
@@ -227,16 +235,22 @@ def load_served(folder: Path, titles: list[str | None]) -> ServedModel:
         return ServedGraph(tensors, float(metadata["fold_in_exponent"]))
     if not (folder / "model").is_dir():
         raise DataError(f"{folder / FILE}: must be of a stage-1, SASRec or fine-tuning run, got {', '.join(tensors)}")
-    return _load_llm(folder, tensors, metadata, titles)
+    return _load_llm(folder, tensors, metadata, titles, language_model)
 
 
-def _load_llm(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str], titles: list) -> ServedLLM:
+def _load_llm(
+    folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str], titles: list, language_model
+) -> ServedLLM:
     from hellm.models import RecommenderLLM
 
     tables = {name: tensors[name] for name in metadata["order"].split(",")}
     sequence = SASRec.load(folder / "sequence_model") if (folder / "sequence_model").is_dir() else None
     model = RecommenderLLM.from_pretrained(
-        folder / "model", item_embeddings=tables, item_titles=titles, sequence_model=sequence
+        folder / "model",
+        item_embeddings=tables,
+        language_model=language_model,
+        item_titles=titles,
+        sequence_model=sequence,
     )
     return ServedLLM(model, tables)
 
