@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["LOADING", "NO_CODE", "NO_PICKLES", "check_attention", "safe_loading"]
+__all__ = ["LOADING", "NO_CODE", "NO_PICKLES", "safe_loading"]
 
 # While transformers builds a model, torch's default dtype and initialisers are its own, in every thread.
 LOADING = threading.RLock()
@@ -42,10 +42,3 @@ def safe_loading(what: str) -> Iterator[None]:
         finally:
             if quiet:
                 logging.enable_progress_bar()
-
-
-def check_attention(config: Any, what: str) -> None:
-    """Raises: ValueError, a configuration whose attention is a kernel on the hub: code that comes with a model."""
-    implementation = getattr(config, "_attn_implementation", None)
-    if "/" in str(implementation):
-        raise ValueError(f"{what} must use an attention of transformers itself, got {implementation!r}, never run")

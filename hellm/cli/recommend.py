@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hellm.cli._output import print_json, table, title
+from hellm.cli._output import one_line, print_json, table, title
 from hellm.cli._parser import new_parser, parse
 
 __all__ = ["print_lists", "run"]
@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
 def print_lists(lists, reasons=None) -> None:
     """Lists of recommendations for people; `reasons` are those of `Recommender.explain`, per list and item."""
     for number, one in enumerate(lists):
-        owner = f"user {one.user}" if one.user is not None else "this history"
+        owner = f"user {one_line(one.user)}" if one.user is not None else "this history"
         how = "the most popular items, as there is no history to go by" if one.basis == "popularity" else "best first"
         print(f"{owner}: {how}")
         # A history may leave fewer candidates than asked for, or none.

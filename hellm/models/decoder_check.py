@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from hellm.models.language_model import language_model_identity, run_without_cache, token_rms
 
 if TYPE_CHECKING:
-    from hellm.models.prompted_model import PromptedModel
+    from hellm.models.prompted_model import PromptedModel, SharedContext
 
 __all__ = ["DecoderProbe", "choose_way", "probe_decoder"]
 
-_ITEMS, _CHANGED = 6, 3
-# Distances that count, in units of what the rounding of the inputs alone does to the hidden states.
-_WRONG, _SEEN = 16.0, 2.0
+_ITEMS, _CHANGED = 4, 2
+# A distance counts from this many times what the rounding of the inputs alone does to the hidden states.
+_WRONG = 4.0
 # A half-precision model of up to this many weights is tried as a float32 copy, where rounding hides nothing.
 _MOST_COPIED = 200_000_000
 
@@ -75,11 +75,11 @@ def probe_decoder(language_model: nn.Module, instruction: Tensor) -> DecoderProb
         )
     if not torch.isfinite(hidden).all():
         raise _refusal(language_model, f"it gives hidden states that are not finite in {text.dtype}")
-    noise = max(rounding, _distance(hidden[3], hidden[0]))
+    noise = max(_WRONG * rounding, _distance(hidden[3], hidden[0]))
     kept = len(text) + _CHANGED
     if _distance(hidden[1, :kept], hidden[0, :kept]) > _WRONG * noise:
         raise _refusal(language_model, "it is not causal: items see the items after them")
-    if _distance(hidden[2, len(text) :], hidden[0, len(text) :]) <= _SEEN * noise:
+    if _distance(hidden[2, len(text) :], hidden[0, len(text) :]) <= rounding:
         raise _refusal(language_model, "its items do not see the instruction before them")
     return DecoderProbe(items, hidden[:2, len(text) :], noise)
 
@@ -91,9 +91,14 @@ def choose_way(prompted: PromptedModel, probe: DecoderProbe) -> str:
     Raises: ValueError naming the model and the reason, where the prefix of `prompted` cannot go that way.
     """
     with _trial(prompted) as trial:
-        why = _disagreement(trial, "cached", probe)
+        try:
+            trial.way = "cached"
+            context = trial.shared_context(with_prefix=False)
+        except Exception as error:  # whatever a family raises where it cannot do this
+            context, why = None, _first_line(error)
+        why = why if context is None else _disagreement(trial, "cached", context, probe)
         if why is None:
-            way = "cached" if _disagreement(trial, "shared", probe) else "shared"
+            way = "cached" if _disagreement(trial, "shared", context, probe) else "shared"
         elif prompted.prefix is None:
             return "whole"
         else:
@@ -104,12 +109,12 @@ def choose_way(prompted: PromptedModel, probe: DecoderProbe) -> str:
     return way
 
 
-def _disagreement(prompted: PromptedModel, way: str, probe: DecoderProbe) -> str | None:
+def _disagreement(prompted: PromptedModel, way: str, context: SharedContext, probe: DecoderProbe) -> str | None:
     """How the hidden states of a way differ from those of whole rows; None where they do not."""
     prompted.way = way
     try:
-        hidden = prompted.after_context(prompted.shared_context(with_prefix=False), probe.tokens, with_prefix=False)
-    except Exception as error:  # whatever a family raises where it cannot do this
+        hidden = prompted.after_context(context, probe.tokens, with_prefix=False)
+    except Exception as error:
         return _first_line(error)
     apart = _distance(hidden, probe.hidden)
     return None if apart <= _WRONG * probe.noise else f"they change hidden states by {apart:.2g} of their length"
@@ -120,23 +125,26 @@ def _check_prefix(prompted: PromptedModel, probe: DecoderProbe) -> None:
 
     Raises: ValueError naming the model and the reason.
     """
-    draw = torch.Generator().manual_seed(0)
     gate = prompted.prefix_gate
+    tokens = probe.tokens
+    rounding = torch.finfo(prompted.base.get_input_embeddings().weight.dtype).eps
+    draw = torch.Generator().manual_seed(0)
+    rounded = tokens * (1 + rounding * (2 * torch.rand(tokens.shape, generator=draw).to(tokens) - 1))
     try:
         if gate is not None:
-            gate.copy_(1 + torch.rand(gate.shape, generator=draw))
-        found = _prefix_hidden(prompted, probe, draw)
+            gate.copy_(0.5 + torch.rand(gate.shape, generator=draw))
+        together, alone = _together(prompted, tokens), _alone(prompted, tokens)
+        noise = max(probe.noise, _distance(_together(prompted, rounded), together))
         if gate is not None:
             gate.zero_()
-        without = _prefix_hidden(prompted, probe, draw) if gate is not None else None
+        shut = _together(prompted, tokens) if gate is not None else None
     except Exception as error:
         raise _refusal(prompted.base, f"its attention takes no prefix ({_first_line(error)})") from error
-    together, other = found
-    if _distance(together, other) > _WRONG * probe.noise:
+    if _distance(together, alone) > _WRONG * noise:
         raise _refusal(prompted.base, "items get other hidden states behind a prefix in a batch than alone")
-    if not prompted.has_response and _distance(*together[:, :_CHANGED]) > _WRONG * probe.noise:
+    if not prompted.has_response and _distance(*together[:, :_CHANGED]) > _WRONG * noise:
         raise _refusal(prompted.base, "it is not causal behind a prefix: items see the items after them")
-    if without is not None and _distance(without[0], together) <= _SEEN * probe.noise:
+    if shut is not None and torch.equal(shut, together):
         raise _refusal(
             prompted.base,
             "the gate of a prefix has no effect on its attention; set prefix_gate to False, or graph_context to "
@@ -144,26 +152,32 @@ def _check_prefix(prompted: PromptedModel, probe: DecoderProbe) -> None:
         )
 
 
-def _prefix_hidden(prompted: PromptedModel, probe: DecoderProbe, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Final hidden states behind the prefix in two ways that must agree."""
-    tokens = probe.tokens
+def _together(prompted: PromptedModel, tokens: Tensor) -> Tensor:
+    """Final hidden states behind the prefix, of the second row's first items only where there is a response."""
     if not prompted.has_response:
-        context = prompted.shared_context()
-        together = prompted.after_context(context, tokens)
-        prompted.way, way = "cached", prompted.way
-        alone = torch.cat([prompted.after_context(context, row.unsqueeze(0)) for row in tokens])
-        prompted.way = way
-        return together, alone
-    width = prompted.prefix.gram_input.width
-    gram = torch.randn(1, width, width, generator=draw.manual_seed(1)).expand(2, -1, -1)
+        return prompted.after_context(prompted.shared_context(), tokens)
     used = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     used[1, _CHANGED:] = False
-    together = prompted.after_response(gram, tokens, used)
-    alone = [
-        prompted.after_response(gram[:1], row[kept].unsqueeze(0), used[:1, : int(kept.sum())])
-        for row, kept in zip(tokens, used, strict=True)
-    ]
-    return together, torch.cat(alone)
+    return prompted.after_response(_gram(prompted).expand(2, -1, -1), tokens, used)
+
+
+def _alone(prompted: PromptedModel, tokens: Tensor) -> Tensor:
+    """The same, row by row, without padding and with copies of the context."""
+    rows = [row.unsqueeze(0) for row in tokens]
+    if prompted.has_response:
+        rows[1] = rows[1][:, :_CHANGED]
+        used = [torch.ones(row.shape[:2], dtype=torch.bool, device=row.device) for row in rows]
+        return torch.cat([prompted.after_response(_gram(prompted), *one) for one in zip(rows, used, strict=True)])
+    prompted.way, way = "cached", prompted.way
+    context = prompted.shared_context()
+    hidden = torch.cat([prompted.after_context(context, row) for row in rows])
+    prompted.way = way
+    return hidden
+
+
+def _gram(prompted: PromptedModel) -> Tensor:
+    width = prompted.prefix.gram_input.width
+    return torch.randn(1, width, width, generator=torch.Generator().manual_seed(1)).to(prompted.instruction.device)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hellm._pretrained import NO_CODE, NO_PICKLES, check_attention, safe_loading
+from hellm._pretrained import NO_CODE, NO_PICKLES, safe_loading
 from hellm.models.dropout import Dropout
 from hellm.models.prefix_attention import attention_window, decoder_arguments
 
@@ -75,7 +75,7 @@ def load_language_model(
     if revision is not None and not on_hub:
         raise ValueError(f"revision must be None for a model that is not on the hub, got {revision!r} for {name}")
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ImportError(f"language models need transformers: {EXTRA}") from error
     options = {"revision": revision} if on_hub else {"local_files_only": True}
@@ -85,8 +85,6 @@ def load_language_model(
                 _prepare_gguf()
                 options["gguf_file"] = gguf_file
             tokenizer = AutoTokenizer.from_pretrained(source, **options, **NO_CODE)
-            if gguf_file is None:
-                check_attention(AutoConfig.from_pretrained(source, **options, **NO_CODE), f"language model {name}")
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options, **NO_CODE, **NO_PICKLES)
     except ImportError:
         raise
