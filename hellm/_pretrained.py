@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["LOADING", "NO_CODE", "NO_PICKLES", "safe_loading"]
+__all__ = ["LOADING", "NO_CODE", "NO_PICKLES", "CodeRefusedError", "safe_loading"]
 
 # While transformers builds a model, torch's default dtype and initialisers are its own, in every thread.
 LOADING = threading.RLock()
@@ -18,11 +18,15 @@ NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 NO_PICKLES: dict[str, Any] = {"weights_only": True}
 
 
+class CodeRefusedError(ValueError):
+    """A model cannot be loaded without running code that comes with it."""
+
+
 @contextlib.contextmanager
 def safe_loading(what: str) -> Iterator[None]:
     """A block that loads `what` with `NO_CODE`: alone, and with progress bars on terminals only.
 
-    Raises: ValueError, naming `what`, where it cannot be loaded without running code of its own.
+    Raises: CodeRefusedError, naming `what`.
     """
     from transformers.utils import logging
 
@@ -35,7 +39,7 @@ def safe_loading(what: str) -> Iterator[None]:
         except ValueError as error:
             if "trust_remote_code" not in str(error):
                 raise
-            raise ValueError(
+            raise CodeRefusedError(
                 f"{what} must be one that transformers knows by itself: it needs code of its own (auto_map in its "
                 "configuration), which is never run"
             ) from None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hellm.models.language_model import language_model_identity, run_without_cache, token_rms
+from hellm.models.prefix_attention import can_share_context
 
 if TYPE_CHECKING:
     from hellm.models.prompted_model import PromptedModel, SharedContext
@@ -98,7 +99,8 @@ def choose_way(prompted: PromptedModel, probe: DecoderProbe) -> str:
             context, why = None, _first_line(error)
         why = why if context is None else _disagreement(trial, "cached", context, probe)
         if why is None:
-            way = "cached" if _disagreement(trial, "shared", context, probe) else "shared"
+            shares = can_share_context(trial.base, context.past[0][0].shape[2], _ITEMS)
+            way = "shared" if shares and _disagreement(trial, "shared", context, probe) is None else "cached"
         elif prompted.prefix is None:
             return "whole"
         else:

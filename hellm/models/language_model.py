@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hellm._pretrained import NO_CODE, NO_PICKLES, safe_loading
+from hellm._pretrained import NO_CODE, NO_PICKLES, CodeRefusedError, safe_loading
 from hellm.models.dropout import Dropout
 from hellm.models.prefix_attention import attention_window, decoder_arguments
 
@@ -86,7 +86,7 @@ def load_language_model(
                 options["gguf_file"] = gguf_file
             tokenizer = AutoTokenizer.from_pretrained(source, **options, **NO_CODE)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options, **NO_CODE, **NO_PICKLES)
-    except ImportError:
+    except (ImportError, CodeRefusedError):
         raise
     except Exception as error:
         if not on_hub:
