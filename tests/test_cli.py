@@ -16,7 +16,7 @@ from saved_llm import save_tiny_llm
 
 from hellm import _devices
 from hellm.cli import VERBS, main
-from hellm.cli._output import duration, table
+from hellm.cli._output import duration, one_line, table, title
 
 pytestmark = pytest.mark.usefixtures("same_threads")
 ROOT = Path(__file__).resolve().parents[1]
@@ -603,3 +603,17 @@ def test_readme_snippets_run(shop, tmp_path, monkeypatch, capsys):
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
     assert (tmp_path / "serving" / "ids.parquet").is_file()
+
+
+def test_what_users_write_does_not_steer_the_terminal():
+    assert title("i1\x07", "\x1b[2J red\x9b31m\r\n") == "\\x1b[2J red\\x9b31m\\r\\n (i1\\x07)"
+    assert one_line("\u202egnirts \u2066x\u2028y\ufeff") == "\\u202egnirts \\u2066x\\u2028y\\ufeff"
+    for harmless in (
+        "Jeans \U0001f469\u200d\U0001f52c",
+        "\u05e9\u05dc\u05d5\u05dd",
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "100 % “wool”",
+    ):
+        assert one_line(harmless) == harmless
+    assert len(one_line("x" * 1_000_000)) == 200 and one_line("x" * 200) == "x" * 200
+    assert "\x1b" not in table(("name",), [["\x1b[31m"]])

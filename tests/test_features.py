@@ -379,6 +379,14 @@ class TestMissingEncoders:
         ):
             encode_text(["a"], encoder="some/model")
 
+    def test_special_tokens_in_texts_are_text(self, text_encoder):
+        from hellm.features.text import _TextModel
+
+        model = _TextModel(text_encoder, None, 16, "cpu")
+        special = {model.tokenizer.sep_token_id, model.tokenizer.pad_token_id, model.tokenizer.cls_token_id}
+        (ids,) = model.tokens(["[SEP] [PAD] [CLS]"])
+        assert not special & set(ids[1:-1]) and len(ids) > 2
+
     def test_a_text_model_takes_no_pictures(self, text_encoder):
         with pytest.raises(ValueError, match=r"image encoder .* must take pixel_values, but BertModel does not"):
             encode_images([""], encoder=text_encoder)

@@ -88,7 +88,7 @@ class TestRecommend:
         assert named(only) == [("p0", 1.0)]
 
     def test_empty_history_gets_popular_items_and_is_told(self, recommender):
-        (only,) = recommender.recommend(histories=[], k=2)
+        (only,) = recommender.recommend(histories=[[]], k=2)
         assert only.basis == "popularity"
         assert named(only) == [("p1", 2.0), ("p0", 1.0)]
 
@@ -146,6 +146,44 @@ class TestRecommend:
             ValueError, match="histories must be a list of item ids or of such lists, got the text 'p0'"
         ):
             recommender.recommend(histories="p0", k=1)
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"users": "anna", "candidates": "p2"}, "candidates must be a list of texts, got the text 'p2'"),
+            ({"users": "anna", "candidates": b"p2"}, r"candidates must be a list of texts, got b'p2'"),
+            ({"users": "anna", "candidates": [["p2"]]}, r"candidates must be a list of texts, got \['p2'\] in it"),
+            ({"users": 3}, "users must be a list of texts, got 3"),
+            ({"users": [["anna"]]}, r"users must be a list of texts, got \['anna'\] in it"),
+            ({"histories": b"p0"}, r"histories must be a list of item ids or of such lists, got b'p0'"),
+            ({"histories": [["p0"], "p1"]}, "of item ids or of such lists, got both, as 'p1'"),
+            ({"histories": ["p0", ["p1"]]}, r"of item ids or of such lists, got both, as \['p1'\]"),
+            ({"histories": [[["p0"]]]}, r"a history must be a list of texts, got \['p0'\] in it"),
+            ({"users": "anna", "k": 2.5}, r"k must be in \[1, 5\] \(the number of items\), got 2.5"),
+        ],
+    )
+    def test_what_is_no_list_is_not_taken_apart(self, recommender, given, message):
+        with pytest.raises(ValueError, match=message):
+            recommender.recommend(**{"k": 1} | given)
+
+    def test_other_lists_that_are_no_list(self, recommender):
+        with pytest.raises(ValueError, match="history must be a list of texts, got the text 'p0'"):
+            recommender.explain("p1", history="p0")
+        with pytest.raises(ValueError, match="titles must be a list of texts, got the text 'ab'"):
+            make_recommender(content=ItemContent.of({"text": ItemFeatures.from_values(TEXTS)}, k=2)).add_items(
+                {"text": TEXTS[:2]}, ["a", "b"], "ab"
+            )
+
+    def test_every_kind_of_list_is_one(self, recommender):
+        expected = recommender.recommend(["anna", "bert"], k=2, candidates=["p2", "p3"])
+        for kind in (tuple, np.array, iter, pl.Series):
+            assert recommender.recommend(kind(["anna", "bert"]), k=2, candidates=kind(["p2", "p3"])) == expected
+            of_one = recommender.recommend(histories=kind(["p0", "p1"]), k=2)
+            assert recommender.recommend(histories=[kind(["p0", "p1"])], k=2) == of_one and len(of_one) == 1
+
+    def test_an_empty_batch_has_an_empty_answer(self, recommender):
+        assert recommender.recommend([], k=1) == recommender.recommend(histories=[], k=1) == []
+        assert recommender.recommend(np.array([], dtype=str), k=1, candidates=["p1"]) == []
 
     def test_no_candidates(self, recommender):
         with pytest.raises(ValueError, match="candidates must hold at least one item, got none"):

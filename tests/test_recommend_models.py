@@ -86,7 +86,7 @@ class ServedContract(RecommenderContract):
         assert {one.item for one in only} == {"i9", "i12", "i15"}
 
     def test_empty_history_gets_popular_items(self, data, scorer):
-        (only,) = scorer.recommend(histories=[], k=2)
+        (only,) = scorer.recommend(histories=[[]], k=2)
         assert only.basis == "popularity"
         assert [one.item for one in only] == [
             f"i{row}" for row in np.argsort(-scorer.popularity.numpy(), kind="stable")[:2]
@@ -263,6 +263,6 @@ def test_items_that_came_after_training_are_found(stage, tmp_path):
     found = [{one.item for one in only} for only in lists]
     wanted = list(zip(cold.users.tolist(), (cold.ids[item] for item in cold.items), strict=True))
     recall = np.mean([item in found[user] for user, item in wanted])
-    popular = {one.item for one in recommender.recommend(histories=[], k=20)[0]}
+    popular = {one.item for one in recommender.recommend(histories=[[]], k=20)[0]}
     assert not popular & set(cold.ids)
     assert recall > 2 * 20 / recommender.num_items

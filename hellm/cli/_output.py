@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["count", "difference", "duration", "print_json", "table", "title"]
+__all__ = ["count", "difference", "duration", "one_line", "print_json", "table", "title"]
 
 
 def print_json(value: Any) -> None:
@@ -16,7 +17,7 @@ def print_json(value: Any) -> None:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, indent: int = 2) -> str:
     """Aligned columns: the first to the left, the others to the right."""
-    cells = [list(map(str, row)) for row in (header, *rows)]
+    cells = [[one_line(str(cell)) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = []
     for row in cells:
@@ -30,8 +31,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, indent: int =
 
 
 def title(item: str, text: str | None) -> str:
-    """How an item is called."""
-    return f"{text} ({item})" if text else item
+    """How an item is called, on one line."""
+    return f"{one_line(text)} ({one_line(item)})" if text else one_line(item)
+
+
+def one_line(text: str, most: int = 200) -> str:
+    """What a user wrote, as a terminal can show it: signs that would steer it as escapes, and at most so many."""
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    return "".join(sign if _is_shown(sign) else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def _is_shown(sign: str) -> bool:
+    # Joiners are part of emoji and of Persian; other formats reverse or hide what stands around them.
+    return sign in "\u200c\u200d" or unicodedata.category(sign) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def count(number: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hellm.cli._output import print_json, table, title
+from hellm.cli._output import one_line, print_json, table, title
 from hellm.cli._parser import new_parser, parse
 
 __all__ = ["print_lists", "run"]
@@ -29,6 +29,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--explain", action="store_true", help="name the history items that each item hangs together with, and by what"
     )
+    parser.add_argument("--llm", metavar="PATH", help="where the language model of a fine-tuning run is, if moved")
     parser.add_argument("--device", default="auto", metavar="NAME", help="reads histories: auto, cpu, cuda or cuda:N")
     parser.add_argument("--json", action="store_true", help="print the lists as one line of JSON")
     args = parse(parser, argv)
@@ -38,11 +39,12 @@ def run(argv: Sequence[str]) -> int:
     from hellm._devices import resolve_device
     from hellm.recommend import Recommender
 
-    recommender = Recommender.load(args.run, device=resolve_device(args.device))
+    recommender = Recommender.load(args.run, device=resolve_device(args.device), language_model=args.llm)
     if args.similar_to is not None:
         return _similar(recommender, args)
+    histories = None if args.history is None else [args.history]
     lists = recommender.recommend(
-        args.users, args.history, args.k, exclude_seen=not args.include_seen, candidates=_candidates(args)
+        args.users, histories, args.k, exclude_seen=not args.include_seen, candidates=_candidates(args)
     )
     reasons = _reasons(recommender, lists, args.history) if args.explain else None
     if args.json:
@@ -59,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
 def print_lists(lists, reasons=None) -> None:
     """Lists of recommendations for people; `reasons` are those of `Recommender.explain`, per list and item."""
     for number, one in enumerate(lists):
-        owner = f"user {one.user}" if one.user is not None else "this history"
+        owner = f"user {one_line(one.user)}" if one.user is not None else "this history"
         how = "the most popular items, as there is no history to go by" if one.basis == "popularity" else "best first"
         print(f"{owner}: {how}")
         # A history may leave fewer candidates than asked for, or none.

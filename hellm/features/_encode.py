@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hellm._pretrained import safe_loading
 from hellm.data import ItemFeatures
 from hellm.features.cache import FeatureCache
 
@@ -75,6 +74,8 @@ def encode_rows(
 def load_pretrained(kind: str, name: str, takes: str, load: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
     """Call `load` -> (model, something), turning what transformers raises into one plain message.
 
+    `load` must hand `NO_CODE` and for models `NO_PICKLES` to all that it loads, so that nothing of theirs is run.
+
     Args:
         kind: "text" or "image".
         name: Folder or hub id.
@@ -86,7 +87,7 @@ def load_pretrained(kind: str, name: str, takes: str, load: Callable[[], tuple[A
     if folder.exists() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{kind} encoder {name}: the folder must hold a config.json, and has none")
     try:
-        with _quiet_unless_watched():
+        with safe_loading(f"{kind} encoder {name}"):
             model, other = load()
     except OSError as error:
         first = str(error).strip().splitlines()[0]
@@ -97,21 +98,6 @@ def load_pretrained(kind: str, name: str, takes: str, load: Callable[[], tuple[A
     if takes not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{kind} encoder {name!r} must take {takes}, but {type(model).__name__} does not")
     return model, other
-
-
-@contextlib.contextmanager
-def _quiet_unless_watched() -> Iterator[None]:
-    """The progress bars of transformers, like all others, show on a terminal only."""
-    from transformers.utils import logging
-
-    quiet = logging.is_progress_bar_enabled() and not (sys.stderr is not None and sys.stderr.isatty())
-    if quiet:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if quiet:
-            logging.enable_progress_bar()
 
 
 def load_transformers() -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from hellm._devices import resolve_device
+from hellm._pretrained import NO_CODE, NO_PICKLES
 from hellm.data import ItemFeatures
 from hellm.features._encode import (
     check_batch_size,
@@ -226,7 +227,8 @@ class _VisionModel(_ImageModel):
         transformers = require("image", name, "transformers", load_transformers)
 
         def load() -> tuple[Any, dict[str, Any]]:
-            model = transformers.AutoModel.from_pretrained(name, revision=revision, dtype="float32")
+            options = {"revision": revision, "dtype": "float32", **NO_CODE, **NO_PICKLES}
+            model = transformers.AutoModel.from_pretrained(name, **options)
             return model, _preprocessor_config(name, revision)
 
         model, config = load_pretrained("image", name, "pixel_values", load)

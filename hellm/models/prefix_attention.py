@@ -14,25 +14,59 @@ B = rows, T = their tokens, h = heads, k = key/value heads, g = h / k, S = token
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["can_share_context", "use_prefix_attention"]
+__all__ = ["attention_window", "can_share_context", "decoder_arguments", "use_prefix_attention"]
 
 NAME = "hellm_prefix"
+# What families call the tokens that a layer looks back to, and the kind of layer that does, where kinds are listed.
+_WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
 
 # Beyond this a row's own T^2 weights cost more than the copies of the context that they save.
 _MOST_SHARED_TOKENS = 128
 
 
-def use_prefix_attention(model: nn.Module, *, needed: bool = True) -> None:
-    """Let the attention of `model` take further arguments of its decoder; without them it computes what it did before.
+class _Arguments(NamedTuple):
+    prefix_gate: Tensor | None
+    prefix_length: int
+    shared_context: list[tuple[Tensor, Tensor]] | None
 
-    prefix_gate: [layers, h, 1, 1]; the first `prefix_length` keys and values are those of a prefix with this gate.
-    prefix_length: tokens of the prefix, counted among the keys.
-    shared_context: per layer keys and values [1, k, S, d] that stand before those of every row (the prefix first).
-        The decoder must then be called with neither cache nor mask.
+
+# Not arguments of the decoder's forward: some families do not hand them on to their attention.
+_ARGUMENTS: ContextVar[_Arguments | None] = ContextVar("hellm_decoder_arguments", default=None)
+
+
+@contextlib.contextmanager
+def decoder_arguments(
+    *,
+    prefix_gate: Tensor | None = None,
+    prefix_length: int = 0,
+    shared_context: list[tuple[Tensor, Tensor]] | None = None,
+) -> Iterator[None]:
+    """A block in which calls of a decoder, in this thread, have these arguments (see `use_prefix_attention`).
+
+    Args:
+        prefix_gate: [layers, h, 1, 1]; the first `prefix_length` keys and values are those of a prefix with this gate.
+        prefix_length: tokens of the prefix, counted among the keys.
+        shared_context: per layer keys and values [1, k, S, d] that stand before those of every row (the prefix first).
+            The decoder must then be called with neither cache nor mask.
+    """
+    token = _ARGUMENTS.set(_Arguments(prefix_gate, prefix_length, shared_context))
+    try:
+        yield
+    finally:
+        _ARGUMENTS.reset(token)
+
+
+def use_prefix_attention(model: nn.Module, *, needed: bool = True) -> None:
+    """Let the attention of `model` follow `decoder_arguments`; without them it computes what it did before.
 
     Raises: ValueError, a model whose attention is not torch's scaled_dot_product_attention; it is left as it is where
         this is not `needed`.
@@ -54,10 +88,17 @@ def use_prefix_attention(model: nn.Module, *, needed: bool = True) -> None:
     model.set_attn_implementation(NAME)
 
 
+def attention_window(config: Any) -> int | None:
+    """Tokens that the layers of the shortest sight look back to; None where all see everything."""
+    layer_types = getattr(config, "layer_types", None)
+    windows = [getattr(config, name, None) for name, kind in _WINDOWS.items() if kind in (layer_types or [kind])]
+    return min((one for one in windows if isinstance(one, int) and one > 0), default=None)
+
+
 def can_share_context(model: nn.Module, num_shared: int, num_tokens: int) -> bool:
     """Whether rows of T = `num_tokens` behind S = `num_shared` can, and should, use `shared_context`."""
     config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
+    window = attention_window(config)
     fits = window is None or num_shared + num_tokens <= window
     return config._attn_implementation == NAME and fits and num_tokens <= _MOST_SHARED_TOKENS
 
@@ -68,13 +109,11 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    prefix_gate: Tensor | None = None,
-    prefix_length: int = 0,
-    shared_context: list[tuple[Tensor, Tensor]] | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    prefix_gate, prefix_length, shared_context = _ARGUMENTS.get() or (None, 0, None)
     gate = None if prefix_gate is None else prefix_gate[module.layer_idx].to(query.dtype)
     if shared_context is not None:
         scale = kwargs.get("scaling")
@@ -101,11 +140,13 @@ def _behind_shared(
     gate: Tensor | None,
     prefix_length: int,
 ) -> Tensor:
-    """[B, T, h, d] of causal attention of scaled queries [B, h, T, d] to a shared context and to the row's own tokens.
+    """[B, T, h, dv] of causal attention of scaled queries [B, h, T, d] to a shared context and to the row's own tokens.
 
     Args:
-        key, value: [B, k, T, d].
-        shared_key, shared_value: [1, k, S, d].
+        key: [B, k, T, d].
+        value: [B, k, T, dv]; in most families dv is d.
+        shared_key: [1, k, S, d].
+        shared_value: [1, k, S, dv].
         gate: [h, 1, 1] of the first `prefix_length` tokens of the context; None has all in one softmax.
     """
     rows, heads, tokens, width = query.shape
@@ -126,5 +167,5 @@ def _behind_shared(
         prefix_weight = gate * prefix_weight.reshape(rows, heads, tokens, gated)
         shared_weight = torch.cat([prefix_weight.view(*in_rows, gated), shared_weight], dim=3)
     behind = shared_weight.transpose(0, 1).reshape(kv_heads, -1, context) @ shared_value[0]
-    output = own_weight @ value + behind.view(kv_heads, rows, -1, width).transpose(0, 1)
-    return output.view(rows, heads, tokens, width).transpose(1, 2).contiguous()
+    output = own_weight @ value + behind.view(kv_heads, rows, -1, value.shape[3]).transpose(0, 1)
+    return output.view(rows, heads, tokens, value.shape[3]).transpose(1, 2).contiguous()

@@ -6,12 +6,14 @@ the graph embeddings.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hellm.models.decoder_check import choose_way, probe_decoder
 from hellm.models.graph_prefix import GraphPrefix
 from hellm.models.item_tokens import right_align
 from hellm.models.language_model import (
@@ -21,27 +23,36 @@ from hellm.models.language_model import (
     language_model_identity,
     prefix_key_values,
     run_decoder,
+    run_without_cache,
+    weights_digest,
 )
 from hellm.models.prefix_attention import can_share_context, use_prefix_attention
-from hellm.models.prompt import build_prompt
+from hellm.models.prompt import build_prompt, ids_digest
 
 __all__ = ["PromptedModel", "SharedContext"]
+
+# Language model -> the PromptedModel that has taken it over.
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref] = weakref.WeakKeyDictionary()
 
 
 class SharedContext(NamedTuple):
     """What all histories start with.
 
     Attributes:
-        past: per layer keys and values [1, heads, P + instruction, head width].
+        past: per layer keys and values [1, heads, P + instruction, head width]; None on the way "whole".
         hidden: [1, W] final hidden state of the last token of the instruction.
     """
 
-    past: list[tuple[Tensor, Tensor]]
+    past: list[tuple[Tensor, Tensor]] | None
     hidden: Tensor
 
 
 class PromptedModel(nn.Module):
     """Item tokens in, final hidden states out; trained are LoRA updates, prefix and gate.
+
+    `way` is how item tokens follow what all histories start with: "shared" (its keys and values are multiplied once for
+    all rows), "cached" (they are copied to every row) or "whole" (the instruction is run again in every row, for
+    families that keep other things than keys and values). It is the first that gives this model's own numbers.
 
     Args:
         language_model: causal language model of transformers; frozen, and LoRA layers put into it.
@@ -57,7 +68,8 @@ class PromptedModel(nn.Module):
         lora_dropout: of their input.
         lora_targets: names of the matrices that get one.
         official: the published prompt, and Gram matrices that are sums.
-    Raises: ValueError, a model without the projections, attention or matrices that this needs.
+    Raises: ValueError, a model that cannot rank items (see `hellm.models.decoder_check`), that another recommender has,
+        or without the projections, attention or matrices that this needs.
     """
 
     def __init__(
@@ -78,10 +90,17 @@ class PromptedModel(nn.Module):
         official: bool,
     ) -> None:
         super().__init__()
+        _take_over(language_model, self)
         config = language_model.config.get_text_config()
+        prompt = build_prompt(tokenizer, official=official)
+        self.register_buffer("instruction", prompt.instruction, persistent=False)
+        self.register_buffer("response", prompt.response, persistent=False)
         self.identity = language_model_identity(language_model)
-        self.width = config.hidden_size
+        self.identity |= {"all_weights": weights_digest(language_model), "prompt": ids_digest(*prompt)}
+        self.width = language_model.get_input_embeddings().weight.shape[1]
         self.limit = context_limit(language_model)
+        self.way = "shared"
+        probe = probe_decoder(language_model, self.instruction)
         self.has_response = graph_width is not None
         self.prefix = self.prefix_gate = None
         self.prefix_length = 0
@@ -91,7 +110,7 @@ class PromptedModel(nn.Module):
             self.prefix_length = num_prefix_tokens
             self.prefix = GraphPrefix(
                 config.num_hidden_layers,
-                self.width,
+                config.hidden_size,
                 num_prefix_tokens,
                 graph_width=graph_width,
                 learned=learned_prefix,
@@ -104,12 +123,11 @@ class PromptedModel(nn.Module):
                 self.prefix_gate = nn.Parameter(torch.zeros(config.num_hidden_layers, config.num_attention_heads, 1, 1))
         if not official:
             use_prefix_attention(language_model, needed=self.prefix_gate is not None)
-        prompt = build_prompt(tokenizer, official=official)
-        self.register_buffer("instruction", prompt.instruction, persistent=False)
-        self.register_buffer("response", prompt.response, persistent=False)
         self.language_model = add_lora(
             language_model, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets
         )
+        if probe is not None:
+            self.way = choose_way(self, probe)
 
     @property
     def base(self) -> nn.Module:
@@ -132,21 +150,27 @@ class PromptedModel(nn.Module):
                 f"{self.limit} tokens of {self.identity['name']}"
             )
 
-    def shared_context(self) -> SharedContext:
+    def shared_context(self, *, with_prefix: bool = True) -> SharedContext:
         """Learned prefix and instruction, once for all histories; differentiable."""
-        prefix = None if self.prefix is None else prefix_key_values(self._attentions[0], *self.prefix())
         inputs = self.embed_text(self.instruction).unsqueeze(0)
-        hidden, past = self._run(inputs, prefix, start=self.prefix_length)
+        if self.way == "whole":
+            return SharedContext(None, run_without_cache(self.base, inputs)[:, -1])
+        prefix = prefix_key_values(self._attentions[0], *self.prefix()) if self.prefix and with_prefix else None
+        start = self.prefix_length if with_prefix else 0
+        hidden, past = self._run(inputs, prefix, start=start, with_prefix=with_prefix)
         return SharedContext(past, hidden[:, -1])
 
-    def after_context(self, context: SharedContext, tokens: Tensor) -> Tensor:
+    def after_context(self, context: SharedContext, tokens: Tensor, *, with_prefix: bool = True) -> Tensor:
         """Hidden states [B, S, W] at left-aligned item tokens [B, S, W] behind the shared context."""
         # Padding is on the right, where no item before it looks: no mask is needed.
-        start = context.past[0][0].shape[2]
-        if can_share_context(self.base, start, tokens.shape[1]):
-            return self._run(tokens, None, start=start, shared_context=context.past)[0]
+        if context.past is None:
+            text = self.embed_text(self.instruction).expand(len(tokens), -1, -1)
+            return run_without_cache(self.base, torch.cat([text, tokens.to(text.dtype)], dim=1))[:, text.shape[1] :]
+        where = {"start": context.past[0][0].shape[2], "with_prefix": with_prefix}
+        if self.way == "shared" and can_share_context(self.base, where["start"], tokens.shape[1]):
+            return self._run(tokens, None, shared_context=context.past, **where)[0]
         past = [tuple(x.expand(len(tokens), -1, -1, -1) for x in pair) for pair in context.past]
-        return self._run(tokens, past, start=start)[0]
+        return self._run(tokens, past, **where)[0]
 
     def after_response(self, gram: Tensor, tokens: Tensor, used: Tensor) -> Tensor:
         """Hidden states [B, W] at the end of [instruction][padding][items][response], each behind a prefix of its own.
@@ -165,8 +189,21 @@ class PromptedModel(nn.Module):
         attend = nn.functional.pad(attend, (self.prefix_length, 0), value=1)
         return self._run(inputs, prefix, position=position, attend=attend)[0][:, -1]
 
-    def _run(self, inputs: Tensor, past, **where: Any) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def _run(
+        self, inputs: Tensor, past, *, with_prefix: bool = True, **where: Any
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         gate = {}
-        if self.prefix_gate is not None:
+        if self.prefix_gate is not None and with_prefix:
             gate = {"prefix_gate": self.prefix_gate, "prefix_length": self.prefix_length}
         return run_decoder(self.base, inputs, past, **where, **gate)
+
+
+def _take_over(language_model: nn.Module, owner: PromptedModel) -> None:
+    """Note who has the model. Raises: ValueError, another that is still there, or one that left its LoRA layers."""
+    before = _OWNERS.get(language_model, lambda: None)()
+    if before is not None or any(hasattr(part, "lora_A") for part in language_model.modules()):
+        raise ValueError(
+            f"language_model must belong to one recommender, but {type(language_model).__name__} is part of another, "
+            "whose LoRA layers are in it; load it again, or give a copy.deepcopy made before"
+        )
+    _OWNERS[language_model] = weakref.ref(owner)

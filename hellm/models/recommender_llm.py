@@ -16,11 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hellm._pretrained import LOADING
 from hellm.models.graph_prefix import RunningGraph
 from hellm.models.histories import batches_by_length, check_histories, pad_histories
-from hellm.models.item_tokens import ItemTokens, check_item_embeddings, last_hidden
+from hellm.models.item_tokens import ItemTokens, check_item_embeddings, last_hidden, shallow_copy
 from hellm.models.language_model import token_rms
-from hellm.models.llm_checkpoint import load_saved, load_trained, open_saved, save_trained, trained_tensors
+from hellm.models.llm_checkpoint import (
+    base_identity,
+    check_base,
+    load_saved,
+    load_trained,
+    open_saved,
+    save_trained,
+    trained_tensors,
+)
 from hellm.models.llm_settings import SETTINGS, check_settings
 from hellm.models.prompt import title_tokens
 from hellm.models.prompted_model import PromptedModel, SharedContext
@@ -260,7 +269,8 @@ class RecommenderLLM(nn.Module):
         padded, mask = pad_histories(indptr, items, max_length=self.max_length)
         lengths = mask.sum(1)
         was_training = self.training
-        self.eval()
+        if was_training:  # else nothing is written, as other threads may read
+            self.eval()
         try:
             context = None if self.graph_context == "prefix" else self.prompted.shared_context()
             output = None
@@ -278,7 +288,8 @@ class RecommenderLLM(nn.Module):
                 output[rows.to(self.device)] = query
             return self.item_keys()[:0] if output is None else output
         finally:
-            self.train(was_training)
+            if was_training:
+                self.train()
 
     def add_items(
         self,
@@ -295,17 +306,33 @@ class RecommenderLLM(nn.Module):
             sequence_model: the sequence model with the new items as well, where the model has a residual on it.
         Raises: ValueError, a head that is not "tied", or tables, titles or a sequence model that do not fit.
         """
+        other = self.extended(item_embeddings, item_titles, sequence_model=sequence_model)
+        self.items, self.item_titles, self.sequence_model = other.items, other.item_titles, other.sequence_model
+
+    def extended(
+        self,
+        item_embeddings: Mapping[str, Tensor],
+        item_titles: Sequence[str | None] | None = None,
+        *,
+        sequence_model: nn.Module | None = None,
+    ) -> RecommenderLLM:
+        """A model with more items, which shares all that is trained with this one; this one keeps its items.
+
+        Args, Raises: as `add_items`.
+        """
         if self.head is not None:
             raise ValueError(f'head must be "tied" for items that were not trained, got {self.settings["head"]!r}')
         check_item_embeddings(item_embeddings)
         added = len(next(iter(item_embeddings.values())))
         tokens = self._title_tokens(item_titles, added)
         self._check_sequence_model(sequence_model, self.num_items + added)
-        self.items.append(item_embeddings, tokens)
+        other = shallow_copy(self)
+        other.items = self.items.extended(item_embeddings, tokens)
         if tokens is not None:
-            self.item_titles = [*self.item_titles, *item_titles]
+            other.item_titles = [*self.item_titles, *item_titles]
         if self.sequence_model is not None:
-            self.sequence_model = sequence_model.requires_grad_(False).eval()
+            other.sequence_model = sequence_model.requires_grad_(False).eval()
+        return other
 
     # ---- saving
 
@@ -327,7 +354,7 @@ class RecommenderLLM(nn.Module):
         folder: str | os.PathLike[str],
         item_embeddings: Mapping[str, Tensor],
         *,
-        language_model: nn.Module | None = None,
+        language_model: nn.Module | str | os.PathLike[str] | None = None,
         tokenizer: Any = None,
         item_titles: Sequence[str | None] | None = None,
         sequence_model: nn.Module | None = None,
@@ -337,8 +364,9 @@ class RecommenderLLM(nn.Module):
         Args:
             folder: where it was saved.
             item_embeddings: the tables that it was trained with.
-            language_model: the model that it was trained on; None loads it by the name in config.json, on the CPU.
-            tokenizer: its tokenizer, together with `language_model`.
+            language_model: the model that it was trained on, or where that is now (as `load_language_model` takes it);
+                None loads it by the name in config.json. A model that is loaded is on the CPU.
+            tokenizer: its tokenizer, together with a model.
             item_titles: as in training.
             sequence_model: as in training.
         Raises: FileNotFoundError, ValueError: no such model, or one of another catalogue or language model (both are
@@ -353,7 +381,9 @@ class RecommenderLLM(nn.Module):
             sequence_model=sequence_model,
         )
         extra = {"item_titles": item_titles, "sequence_model": sequence_model}
-        model = cls(language_model, tokenizer, item_embeddings, **extra, **config["settings"])
+        with LOADING:
+            model = cls(language_model, tokenizer, item_embeddings, **extra, **config["settings"])
+        check_base(folder, config["language_model"], base_identity(model))
         model.items.rescale(config["table_scales"])
         load_saved(model, folder)
         return model.eval()

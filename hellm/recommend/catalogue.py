@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from hellm.data import DataError, IdMap
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["history_lists", "nearest_names", "rows_of", "side_of", "take_rows"]
+__all__ = ["history_lists", "id_list", "nearest_names", "rows_of", "side_of", "take_rows"]
 
 # Above this many ids the nearest names are looked for among those with the same beginning only.
 _MAX_COMPARED = 20_000
@@ -43,13 +43,41 @@ def nearest_names(name: str, known: Sequence[str]) -> list[str]:
     return difflib.get_close_matches(name, known, n=3, cutoff=0.5)
 
 
+def id_list(ids: Iterable[str], what: str, *, missing: bool = False) -> list[str | None]:
+    """Ids (or with `missing`, titles, some of them None) as texts.
+
+    Raises: ValueError, one text in place of several, whose letters would be taken for ids; or lists within.
+    """
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+        raise ValueError(f"{what} must be a list of texts, got {'the text ' * isinstance(ids, str)}{ids!r}")
+    texts = []
+    for one in ids:
+        if isinstance(one, bytes) or _is_list(one):
+            raise ValueError(f"{what} must be a list of texts, got {one!r} in it")
+        texts.append(None if one is None and missing else str(one))
+    return texts
+
+
 def history_lists(histories: Sequence[str] | Sequence[Sequence[str]]) -> list[list[str]]:
-    """One list of item ids or several, as several. Raises: ValueError, a text."""
-    if isinstance(histories, str):
-        raise ValueError(f"histories must be a list of item ids or of such lists, got the text {histories!r}")
+    """One list of item ids or several, as several; none of an empty list.
+
+    Raises: ValueError, a text, or lists and ids side by side.
+    """
+    if isinstance(histories, (str, bytes)) or not isinstance(histories, Iterable):
+        raise ValueError(
+            f"histories must be a list of item ids or of such lists, got "
+            f"{'the text ' * isinstance(histories, str)}{histories!r}"
+        )
     lists = list(histories)
-    is_single = not lists or not isinstance(lists[0], (list, tuple, np.ndarray))
-    return [[str(one) for one in history] for history in ([lists] if is_single else lists)]
+    nested = [_is_list(one) for one in lists]
+    if any(nested) and not all(nested):
+        odd = lists[nested.index(not nested[0])]
+        raise ValueError(f"histories must be a list of item ids or of such lists, got both, as {odd!r}")
+    return [id_list(one, "a history") for one in (lists if any(nested) else [lists])] if lists else []
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) != 0
 
 
 def take_rows(indptr: np.ndarray, items: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

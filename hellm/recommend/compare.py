@@ -19,7 +19,7 @@ from hellm.recommend.recommender import Recommender
 if TYPE_CHECKING:
     from hellm.data import Dataset
 
-__all__ = ["compare", "named_rows", "split_of_runs"]
+__all__ = ["check_run_of", "compare", "named_rows", "split_of_runs"]
 
 # They have no way to score a user whom they were not fitted on.
 _NEED_TRAINED_USERS = ("bpr", "als")
@@ -175,8 +175,14 @@ def _baseline(name: str, dataset: Dataset, split: str, *, seed: int):
 
 
 def _run_scorer(path: str, dataset: Dataset, split: str, *, device: str):
-    """The run's scorer, if it is of this data: another split may have shown it the held-out events."""
+    """The run's scorer, if it is of this data."""
     recommender = Recommender.load(path)
+    check_run_of(recommender, path, dataset)
+    return recommender.scorer(split, device)
+
+
+def check_run_of(recommender: Recommender, path: PathLike_, dataset: Dataset) -> None:
+    """Raises: ValueError, a run of other data, or of another split, which may have shown it the held-out events."""
     for kind, of_run, of_data in (
         ("user", recommender.user_ids, dataset.user_ids),
         ("item", recommender.item_ids, dataset.item_ids),
@@ -191,4 +197,3 @@ def _run_scorer(path: str, dataset: Dataset, split: str, *, device: str):
             f"{path} was trained on another split of {dataset.name!r}, so its numbers would not be comparable; "
             "give --data-split as in its training"
         )
-    return recommender.scorer(split, device)

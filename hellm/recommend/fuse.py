@@ -81,7 +81,9 @@ def fuse(
     run = RunDirectory(out, overwrite=overwrite)
     run.write_config(config)
 
-    selection = select_towers(_candidates(models, dataset, config), config.monitor, level=config.level, seed=config.seed)
+    selection = select_towers(
+        _candidates(models, dataset, config), config.monitor, level=config.level, seed=config.seed
+    )
     fused = ServedFused({name: models[name] for name in selection.weights}, selection.weights)
     result = _result(models, fused, selection, towers, dataset, config)
     result |= {"notes": notes, "seconds": time.perf_counter() - started, "environment": environment(config.device)}

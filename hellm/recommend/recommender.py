@@ -6,7 +6,10 @@ U = users, I = items, D = embedding width, B = users asked for at once.
 from __future__ import annotations
 
 import logging
+import operator
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hellm._pretrained import LOADING
 from hellm.data import DataError, IdMap, ItemFeatures
 from hellm.data._files import new_folder
 from hellm.evaluate import HistoryScorer, top_items
 from hellm.models.item_content import ItemContent
 from hellm.recommend import explain
-from hellm.recommend.catalogue import history_lists, rows_of, side_of, take_rows
+from hellm.recommend.catalogue import history_lists, id_list, rows_of, side_of, take_rows
 from hellm.recommend.results import Reason, Recommendations, RecommendedItem
 from hellm.recommend.served import NewItems, ServedModel, load_served
 
@@ -39,11 +43,39 @@ _HISTORY = 3
 _KNOWN = {"valid": (0, _HISTORY), "test": (0, 1, _HISTORY)}
 
 
+@dataclass(frozen=True)
+class _Items:
+    """All that `Recommender.add_items` replaces, in one piece and never changed: a reader sees the old or the new.
+
+    Attributes:
+        model: What gives queries and keys.
+        content: What the items look and read like, or None.
+        table: ids.parquet, of users and items.
+        ids: Of the items.
+        titles: [I].
+        keys: [I, D] float32.
+        popularity: [I] float32 training events.
+        scorers: (split, device) -> scorer, as they are asked for.
+    """
+
+    model: ServedModel
+    content: ItemContent | None
+    table: pl.DataFrame
+    ids: IdMap
+    titles: list[str | None]
+    keys: Tensor
+    popularity: Tensor
+    scorers: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+
 class Recommender:
     """Answers from a run directory alone; the data set is not needed.
 
     `Recommender.load(run_directory)` makes one, whatever the run is of. What an item scores for a user is the dot
     product of the user's query and the item's key.
+
+    Many threads may use one at the same time: an answer is of the items before or after a call of `add_items`, never of
+    a part of them, and several such calls follow one another.
 
     Args:
         model: What gives queries and keys, see `hellm.recommend.served`.
@@ -57,22 +89,55 @@ class Recommender:
     def __init__(
         self, model: ServedModel, ids: pl.DataFrame, histories: pl.DataFrame, content: ItemContent | None = None
     ) -> None:
-        self.model, self.content = model, content
-        self._ids, self._events = ids, histories
         self.user_ids, _ = side_of(ids, "user")
-        self.item_ids, self.item_titles = side_of(ids, "item")
-        self.item = model.item_keys()
-        tables = {"user": (model.user, self.num_users), "item": (self.item, self.num_items)}
-        for name, (table, count) in tables.items():
-            if table is not None and len(table) != count:
-                raise ValueError(f"ids must name the {len(table)} {name}s of the model, got {count}")
+        item_ids, titles = side_of(ids, "item")
+        keys = model.item_keys()
+        tables = {"user": (model.user, self.num_users), "item": (keys, len(item_ids))}
+        for name, (rows, count) in tables.items():
+            if rows is not None and len(rows) != count:
+                raise ValueError(f"ids must name the {len(rows)} {name}s of the model, got {count}")
+        self._events = histories
         # Copies: torch does not take the read-only arrays that a table lends.
         self._users, self._items, self._split = (np.array(histories[name]) for name in ("user", "item", "split"))
         self._indptr = np.concatenate([[0], np.bincount(self._users, minlength=self.num_users).cumsum()])
         self._is_trained = np.bincount(self._users[self._split == 0], minlength=self.num_users) > 0
         trained = self._items[self._split == 0]
-        self.popularity = torch.from_numpy(np.bincount(trained, minlength=self.num_items)).float()
-        self._scorers: dict[tuple[str, str], Any] = {}
+        popularity = torch.from_numpy(np.bincount(trained, minlength=len(item_ids))).float()
+        self._current = _Items(model, content, ids, item_ids, titles, keys, popularity)
+        self._adding = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_adding"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._adding = threading.Lock()
+
+    @property
+    def model(self) -> ServedModel:
+        return self._current.model
+
+    @property
+    def content(self) -> ItemContent | None:
+        return self._current.content
+
+    @property
+    def item_ids(self) -> IdMap:
+        return self._current.ids
+
+    @property
+    def item_titles(self) -> list[str | None]:
+        return self._current.titles
+
+    @property
+    def item(self) -> Tensor:
+        """[I, D] float32 keys."""
+        return self._current.keys
+
+    @property
+    def popularity(self) -> Tensor:
+        """[I] float32 training events."""
+        return self._current.popularity
 
     @property
     def num_users(self) -> int:
@@ -83,11 +148,13 @@ class Recommender:
         return len(self.item_ids)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "cpu") -> Recommender:
+    def load(cls, path: str | Path, *, device: str = "cpu", language_model: str | Path | None = None) -> Recommender:
         """The recommender of a finished run of stage 1, SASRec or fine-tuning, or one that `save` wrote.
 
-        `device` is where SASRec and language models read histories; answers and tables stay on the CPU.
-
+        Args:
+            path: Its folder. Nothing in it is run: one of a stranger can be loaded.
+            device: Where SASRec and language models read histories; answers and tables stay on the CPU.
+            language_model: Where the language model of a fine-tuning run is now; None is where it was in training.
         Raises: FileNotFoundError, no such folder or a run without its outputs. DataError, a damaged file. For a
             fine-tuning run also what `RecommenderLLM.from_pretrained` raises.
         """
@@ -107,7 +174,8 @@ class Recommender:
             file = path / "histories.parquet"
             histories = pl.read_parquet(file)
             file = path / "embeddings.safetensors"
-            model = load_served(path, titles)
+            with LOADING:
+                model = load_served(path, titles, language_model)
             model.to(device)
         except (SafetensorError, pl.exceptions.PolarsError, KeyError) as error:
             raise DataError(f"{file}: damaged or not of a run: {error}") from None
@@ -120,17 +188,20 @@ class Recommender:
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write what `load` needs, and nothing else of the run, into a new folder.
 
+        With `overwrite`, `path` holds the old or the new recommender at every moment, also when this is killed.
+
         Raises: FileExistsError, the folder exists and `overwrite` is False, or it holds no recommender to overwrite.
         """
         path = Path(path)
         if overwrite and path.exists() and not (path / "embeddings.safetensors").is_file():
             raise FileExistsError(f"{path} holds no embeddings.safetensors, so it is no recommender to overwrite")
+        items = self._current
         with new_folder(path, overwrite=overwrite) as new:
-            self.model.save(new)
-            self._ids.write_parquet(new / "ids.parquet")
+            items.model.save(new)
+            items.table.write_parquet(new / "ids.parquet")
             self._events.write_parquet(new / "histories.parquet")
-            if self.content is not None:
-                self.content.save(new / _CONTENT)
+            if items.content is not None:
+                items.content.save(new / _CONTENT)
         return path
 
     def scorer(self, split: str, device: str = "cpu") -> Any:
@@ -143,24 +214,29 @@ class Recommender:
         """
         if split not in _KNOWN:
             raise ValueError(f"split must be 'valid' or 'test', got {split!r}")
+        return self._scorer(self._current, split, device)
+
+    def _scorer(self, items: _Items, split: str, device: str = "cpu") -> Any:
         on_cpu = torch.device(device).type == "cpu"
         cold_users = bool((self._split == _HISTORY).any())
-        if self.model.user is not None and not cold_users:
-            return self if on_cpu else self.model.scorer_on(device)
+        if items.model.user is not None and not cold_users:
+            return self if on_cpu else items.model.scorer_on(device)
         key = (split, device)
-        if key not in self._scorers:
+        if key not in items.scorers:
             known = np.isin(self._split, _KNOWN[split])
             indptr = np.concatenate([[0], np.bincount(self._users[known], minlength=self.num_users).cumsum()])
-            items = torch.from_numpy(self._items[known])
-            model = self.model if on_cpu or self.model.user is not None else self.model.scorer_on(device)
-            self._scorers[key] = HistoryScorer(model, torch.from_numpy(indptr), items)
-        return self._scorers[key]
+            model = items.model if on_cpu or items.model.user is not None else items.model.scorer_on(device)
+            items.scorers[key] = HistoryScorer(model, torch.from_numpy(indptr), torch.from_numpy(self._items[known]))
+        return items.scorers[key]
 
     def scores(self, users: Tensor) -> Tensor:
         """[B] int64 rows of the users -> [B, I] float32, by what the model knows of them from training events."""
-        if self.model.user is not None:
-            return self.model.user[users] @ self.item.T
-        return self.scorer("valid").scores(users)
+        return self._scores(self._current, users)
+
+    def _scores(self, items: _Items, users: Tensor) -> Tensor:
+        if items.model.user is not None:
+            return items.model.user[users] @ items.keys.T
+        return self._scorer(items, "valid").scores(users)
 
     def recommend(
         self,
@@ -180,42 +256,43 @@ class Recommender:
 
         Args:
             users: Ids of known users.
-            histories: Item ids of one history, in time order, or several such histories. Give this or `users`.
+            histories: Item ids of one history, in time order, or several such histories. Give this or `users`; of an
+                empty history, [[]].
             k: List length, 1 <= k <= I. Lists are shorter where fewer items are left.
             exclude_seen: Leave out all items of the history: for known users, of all their events.
             candidates: Item ids to choose from, e.g. what is in stock; None is all.
             filter: Item id -> whether it may be recommended; asked once for each candidate.
-        Returns: One list per user or history, in their order; equal scores by item row.
+        Returns: One list per user or history, in their order, none for none; equal scores by item row.
         Raises: ValueError, both or neither of `users` and `histories`, k out of range, or no candidates. DataError, an
             unknown id (naming the nearest ones).
         """
         if (users is None) == (histories is None):
             raise ValueError(f"give either users or histories, got {'neither' if users is None else 'both'}")
-        if not 1 <= k <= self.num_items:
-            raise ValueError(f"k must be in [1, {self.num_items}] (the number of items), got {k}")
-        allowed = self._allowed(candidates, filter)
+        current = self._current
+        k = _length(k, len(current.ids), "the number of items")
+        allowed = _allowed(current, candidates, filter)
         rows, basis = None, "history"
         if users is not None:
-            names = [users] if isinstance(users, str) else [str(one) for one in users]
+            names = [users] if isinstance(users, str) else id_list(users, "users")
             rows = rows_of(self.user_ids, names, "user")
             indptr, items = take_rows(self._indptr, self._items, rows)
         else:
             lists = history_lists(histories)
             names = [None] * len(lists)
-            items = rows_of(self.item_ids, [one for history in lists for one in history], "item")
+            items = rows_of(current.ids, [one for history in lists for one in history], "item")
             indptr = np.concatenate([[0], np.cumsum([len(history) for history in lists], dtype=np.int64)])
         personal = np.diff(indptr) > 0
-        if rows is not None and self.model.user is not None:
+        if rows is not None and current.model.user is not None:
             personal, basis = self._is_trained[rows], "user"
         answers = []
         for start in range(0, len(names), _BATCH):
             part = np.arange(start, min(start + _BATCH, len(names)))
             own = take_rows(indptr, items, part)
             if basis == "user":
-                queries = self.model.user[torch.from_numpy(rows[part])]
+                queries = current.model.user[torch.from_numpy(rows[part])]
             else:
-                queries = self.model.embed(*(torch.from_numpy(one) for one in own))
-            best = self._best(queries, personal[part], own if exclude_seen else None, allowed, k)
+                queries = current.model.embed(*(torch.from_numpy(one) for one in own))
+            best = _best(current, queries, personal[part], own if exclude_seen else None, allowed, k)
             for place, found in zip(part.tolist(), best, strict=True):
                 answers.append(Recommendations(names[place], basis if personal[place] else "popularity", found))
         return answers
@@ -225,12 +302,12 @@ class Recommender:
 
         Raises: ValueError, k out of [1, I - 1]. DataError, an unknown id.
         """
-        if not 1 <= k < self.num_items:
-            raise ValueError(f"k must be in [1, {self.num_items - 1}] (the other items), got {k}")
-        row = int(rows_of(self.item_ids, [str(item)], "item")[0])
-        cosine = F.cosine_similarity(self.item[row : row + 1], self.item)
+        current = self._current
+        k = _length(k, len(current.ids) - 1, "the other items")
+        row = int(rows_of(current.ids, [str(item)], "item")[0])
+        cosine = F.cosine_similarity(current.keys[row : row + 1], current.keys)
         cosine[row] = -torch.inf
-        return self._named(top_items(cosine.unsqueeze(0), k)[0], cosine)
+        return _named(current, top_items(cosine.unsqueeze(0), k)[0], cosine)
 
     def explain(
         self, item: str, *, user: str | None = None, history: Sequence[str] | None = None, k: int = 3
@@ -248,24 +325,25 @@ class Recommender:
             raise ValueError(f"give either user or history, got {'neither' if user is None else 'both'}")
         if k < 1:
             raise ValueError(f"k must be >= 1, got {k}")
-        row = int(rows_of(self.item_ids, [str(item)], "item")[0])
+        current = self._current
+        row = int(rows_of(current.ids, [str(item)], "item")[0])
         if user is not None:
             events = slice(*self._indptr[rows_of(self.user_ids, [str(user)], "user")[0] :][:2])
             rows = self._items[events]
-            if self.model.user is not None:
+            if current.model.user is not None:
                 rows = rows[self._split[events] == 0]
         else:
-            rows = rows_of(self.item_ids, history, "item")
+            rows = rows_of(current.ids, id_list(history, "history"), "item")
         rows = np.unique(rows[rows != row])
         if not len(rows):
             return []
         shared = explain.shared_users(self._users, self._items, row, rows)
-        links = explain.content_links(self.content, row, rows)
-        keys, view = (explain.cosines(table, row, rows) for table in (self.item, self.model.graph_view))
+        links = explain.content_links(current.content, row, rows)
+        keys, view = (explain.cosines(table, row, rows) for table in (current.keys, current.model.graph_view))
         return [
             Reason(
-                self.item_ids.ids[rows[i]],
-                self.item_titles[rows[i]],
+                current.ids.ids[rows[i]],
+                current.titles[rows[i]],
                 int(shared[i]),
                 None if links is None else links[i],
                 None if view is None else float(view[i]),
@@ -285,7 +363,7 @@ class Recommender:
         A new item joins the content hyperedges of its nearest items in each modality. Its key follows from theirs, as
         the model allows: see `ServedGraph`, `ServedSASRec` (the mean of its neighbours) and `ServedLLM`. Old items keep
         their rows, keys and scores, so old lists change only where a new item enters. In how many goes items are added
-        does not matter.
+        does not matter. Other threads may ask meanwhile: they see all of the new items or none.
 
         Args:
             features: Modality -> rows [n, dim] as the encoder of the run's data gives them; rows of zeros are missing.
@@ -295,36 +373,8 @@ class Recommender:
             without any feature, ids that are known or repeated, or a model that cannot take items. Nothing has changed
             then.
         """
-        if self.content is None:
-            raise ValueError(f"new items need item content, and the run holds no {_CONTENT}: its data had no features")
-        tensors = {name: _as_tensor(one) for name, one in features.items()}
-        known = self.item_ids.copy()
-        names = self._new_ids(ids, known)
-        titles = [None] * len(names) if titles is None else [one or None for one in titles]
-        for name, count in {
-            "titles": len(titles),
-            **{f"features[{key!r}]": len(x) for key, x in tensors.items()},
-        }.items():
-            if count != len(names):
-                raise ValueError(f"{name} must be of the {len(names)} new items, got {count}")
-        if not names:
-            return
-        nearest = self.content.nearest(tensors)
-        placed = torch.stack([x.any(dim=1) for x in tensors.values()]).any(dim=0)
-        if not placed.all():
-            lost = names[int((~placed).nonzero()[0])]
-            raise ValueError(f"features must place every item, but item {lost!r} has none in {', '.join(tensors)}")
-        weights = self.content.weights(nearest, self.popularity[: self.content.num_placing] > 0)
-        alone = np.setdiff1d(np.arange(len(names)), weights.indices()[0].numpy())
-        if len(alone):
-            logger.warning(
-                "%d new items, %s first, are like no item with training events: they rank by content alone",
-                len(alone),
-                names[int(alone[0])],
-            )
-        self.model.add(NewItems(tensors, titles, self.content, nearest, weights))
-        self.content = self.content.extended(tensors, nearest)
-        self._append_ids(names, titles, known)
+        with self._adding:
+            self._current = _with_items(self._current, features, ids, titles)
 
     def history(self, user: str) -> list[RecommendedItem]:
         """All events of a user in time order; the score is the user's score of the item.
@@ -332,68 +382,116 @@ class Recommender:
         Raises: DataError, an unknown id.
         """
         row = int(rows_of(self.user_ids, [str(user)], "user")[0])
-        items = torch.from_numpy(self._items[self._indptr[row] : self._indptr[row + 1]])
-        return self._named(items, self.scores(torch.tensor([row]))[0])
+        current, items = self._current, torch.from_numpy(self._items[self._indptr[row] : self._indptr[row + 1]])
+        return _named(current, items, self._scores(current, torch.tensor([row]))[0])
 
     def has_training_events(self, users: np.ndarray, items: np.ndarray) -> bool:
         """Whether the run was trained on exactly these events, given as rows and grouped by user."""
         train = self._split == 0
         return np.array_equal(self._users[train], users) and np.array_equal(self._items[train], items)
 
-    def _best(self, queries: Tensor, personal: np.ndarray, seen, allowed: Tensor | None, k: int) -> list:
-        scores = queries @ self.item.T
-        scores[torch.from_numpy(~personal)] = self.popularity
-        if seen is not None:
-            indptr, items = seen
-            row = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-            scores[torch.from_numpy(row), torch.from_numpy(items)] = -torch.inf
-        if allowed is not None:
-            scores[:, ~allowed] = -torch.inf
-        return [self._named(items, own) for items, own in zip(top_items(scores, k), scores, strict=True)]
 
-    def _named(self, items: Tensor, scores: Tensor) -> list[RecommendedItem]:
-        rows = items[items >= 0]
-        pairs = zip(rows.tolist(), scores[rows].tolist(), strict=True)
-        return [RecommendedItem(self.item_ids.ids[row], self.item_titles[row], score) for row, score in pairs]
+def _best(items: _Items, queries: Tensor, personal: np.ndarray, seen, allowed: Tensor | None, k: int) -> list:
+    scores = queries @ items.keys.T
+    scores[torch.from_numpy(~personal)] = items.popularity
+    if seen is not None:
+        indptr, rows = seen
+        user = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+        scores[torch.from_numpy(user), torch.from_numpy(rows)] = -torch.inf
+    if allowed is not None:
+        scores[:, ~allowed] = -torch.inf
+    return [_named(items, best, own) for best, own in zip(top_items(scores, k), scores, strict=True)]
 
-    def _allowed(self, candidates: Iterable[str] | None, filter: Callable[[str], bool] | None) -> Tensor | None:
-        if candidates is None and filter is None:
-            return None
-        rows = np.arange(self.num_items)
-        if candidates is not None:
-            rows = rows_of(self.item_ids, [str(one) for one in candidates], "item")
-            if not len(rows):
-                raise ValueError("candidates must hold at least one item, got none")
-        if filter is not None:
-            rows = np.array([row for row in np.unique(rows).tolist() if filter(self.item_ids.ids[row])], dtype=np.int64)
-        mask = torch.zeros(self.num_items, dtype=torch.bool)
-        mask[torch.from_numpy(rows)] = True
-        return mask
 
-    def _new_ids(self, ids: Iterable[str], known: IdMap) -> list[str]:
-        """The ids, added to `known`."""
-        names = [ids] if isinstance(ids, str) else [str(one) for one in ids]
-        for name in names:
-            if name in known:
-                raise ValueError(
-                    f"ids must be new and distinct, got {name!r} {'again' if name in self.item_ids else 'twice'}"
-                )
-            known.add([name])
-        return names
+def _named(items: _Items, rows: Tensor, scores: Tensor) -> list[RecommendedItem]:
+    rows = rows[rows >= 0]
+    pairs = zip(rows.tolist(), scores[rows].tolist(), strict=True)
+    return [RecommendedItem(items.ids.ids[row], items.titles[row], score) for row, score in pairs]
 
-    def _append_ids(self, names: list[str], titles: list[str | None], known: IdMap) -> None:
-        import polars as pl
 
-        rows = {
-            "side": ["item"] * len(names),
-            "index": [*range(self.num_items, len(known))],
-            "id": names,
-            "title": titles,
-        }
-        self._ids = pl.concat([self._ids, pl.DataFrame(rows, schema=self._ids.schema)])
-        self.item_ids, self.item_titles = known, self.item_titles + titles
-        self.popularity = torch.cat([self.popularity, torch.zeros(len(names))])
-        self.item, self._scorers = self.model.item_keys(), {}
+def _allowed(items: _Items, candidates: Iterable[str] | None, filter: Callable[[str], bool] | None) -> Tensor | None:
+    if candidates is None and filter is None:
+        return None
+    rows = np.arange(len(items.ids))
+    if candidates is not None:
+        rows = rows_of(items.ids, id_list(candidates, "candidates"), "item")
+        if not len(rows):
+            raise ValueError("candidates must hold at least one item, got none")
+    if filter is not None:
+        rows = np.array([row for row in np.unique(rows).tolist() if filter(items.ids.ids[row])], dtype=np.int64)
+    mask = torch.zeros(len(items.ids), dtype=torch.bool)
+    mask[torch.from_numpy(rows)] = True
+    return mask
+
+
+def _length(k: int, most: int, what: str) -> int:
+    try:
+        length = operator.index(k)
+    except TypeError:
+        length = 0
+    if not 1 <= length <= most:
+        raise ValueError(f"k must be in [1, {most}] ({what}), got {k!r}")
+    return length
+
+
+def _with_items(
+    items: _Items,
+    features: Mapping[str, ItemFeatures | np.ndarray | Tensor],
+    ids: Iterable[str],
+    titles: Sequence[str | None] | None,
+) -> _Items:
+    """See `Recommender.add_items`."""
+    import polars as pl
+
+    content = items.content
+    if content is None:
+        raise ValueError(f"new items need item content, and the run holds no {_CONTENT}: its data had no features")
+    tensors = {name: _as_tensor(one) for name, one in features.items()}
+    known = items.ids.copy()
+    names = _new_ids(ids, known, items.ids)
+    titles = [None] * len(names) if titles is None else [one or None for one in id_list(titles, "titles", missing=True)]
+    counts = {"titles": len(titles)} | {f"features[{key!r}]": len(x) for key, x in tensors.items()}
+    for name, count in counts.items():
+        if count != len(names):
+            raise ValueError(f"{name} must be of the {len(names)} new items, got {count}")
+    if not names:
+        return items
+    nearest = content.nearest(tensors)
+    placed = torch.stack([x.any(dim=1) for x in tensors.values()]).any(dim=0)
+    if not placed.all():
+        lost = names[int((~placed).nonzero()[0])]
+        raise ValueError(f"features must place every item, but item {lost!r} has none in {', '.join(tensors)}")
+    weights = content.weights(nearest, items.popularity[: content.num_placing] > 0)
+    alone = np.setdiff1d(np.arange(len(names)), weights.indices()[0].numpy())
+    if len(alone):
+        logger.warning(
+            "%d new items, %s first, are like no item with training events: they rank by content alone",
+            len(alone),
+            names[int(alone[0])],
+        )
+    model = items.model.extended(NewItems(tensors, titles, content, nearest, weights))
+    rows = {"side": ["item"] * len(names), "index": [*range(len(items.ids), len(known))], "id": names, "title": titles}
+    return replace(
+        items,
+        model=model,
+        content=content.extended(tensors, nearest),
+        table=pl.concat([items.table, pl.DataFrame(rows, schema=items.table.schema)]),
+        ids=known,
+        titles=items.titles + titles,
+        keys=model.item_keys(),
+        popularity=torch.cat([items.popularity, torch.zeros(len(names))]),
+        scorers={},
+    )
+
+
+def _new_ids(ids: Iterable[str], known: IdMap, before: IdMap) -> list[str]:
+    """The ids, added to `known`."""
+    names = [ids] if isinstance(ids, str) else id_list(ids, "ids")
+    for name in names:
+        if name in known:
+            raise ValueError(f"ids must be new and distinct, got {name!r} {'again' if name in before else 'twice'}")
+        known.add([name])
+    return names
 
 
 def _as_tensor(features: ItemFeatures | np.ndarray | Tensor) -> Tensor:

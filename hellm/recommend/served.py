@@ -5,6 +5,8 @@ U = users, I = items, n = new items, B = histories, D = embedding width.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,11 +18,13 @@ from torch import Tensor
 from hellm._files import atomic_path
 from hellm.data import DataError
 from hellm.models import FoldIn, SASRec
+from hellm.models.fused import FusedModel
 from hellm.models.item_content import ItemContent, Neighbours
 
-__all__ = ["NewItems", "ServedGraph", "ServedLLM", "ServedModel", "ServedSASRec", "load_served"]
+__all__ = ["NewItems", "ServedFused", "ServedGraph", "ServedLLM", "ServedModel", "ServedSASRec", "load_served"]
 
 FILE = "embeddings.safetensors"
+_TOWERS = "towers"
 
 
 class NewItems(NamedTuple):
@@ -48,6 +52,8 @@ class NewItems(NamedTuple):
 class ServedModel(Protocol):
     """The score of item i for a history is <query of the history, key of i>. All it gives is on the CPU.
 
+    Many threads read one at the same time: but for `to` and `scorer_on`, nothing changes it.
+
     Attributes:
         user: [U, D] trained queries of known users; None for a model that knows histories only.
         graph_view: [I, D] what the item hypergraph made of the items; None for a model without.
@@ -64,8 +70,8 @@ class ServedModel(Protocol):
         """[I, D] float32."""
         ...
 
-    def add(self, new: NewItems) -> None:
-        """Append items. Raises: ValueError, before anything changed, for a model that cannot."""
+    def extended(self, new: NewItems) -> ServedModel:
+        """The model with more items; this one stays as it is. Raises: ValueError, for a model that cannot."""
         ...
 
     def save(self, folder: Path) -> None: ...
@@ -109,7 +115,7 @@ class ServedGraph:
     def item_keys(self) -> Tensor:
         return self.tensors["item"]
 
-    def add(self, new: NewItems) -> None:
+    def extended(self, new: NewItems) -> ServedGraph:
         rows, view = {}, self.graph_view
         for name in ("fold_in_source", "fold_in_view"):
             if name in self.tensors:
@@ -123,7 +129,8 @@ class ServedGraph:
             rows["item"] = new.mean(item - F.normalize(view, dim=1)) + F.normalize(rows["item_hypergraph"], dim=1)
         if "item_hypergraph_source" in self.tensors:
             rows["item_hypergraph_source"] = torch.zeros_like(rows["item"])
-        self.tensors |= {name: torch.cat([self.tensors[name], value]) for name, value in rows.items()}
+        longer = {name: torch.cat([self.tensors[name], value]) for name, value in rows.items()}
+        return ServedGraph(self.tensors | longer, self.exponent)
 
     def save(self, folder: Path) -> None:
         _save_tensors(self.tensors, folder, {"fold_in_exponent": str(self.exponent)})
@@ -150,10 +157,8 @@ class ServedSASRec:
     def item_keys(self) -> Tensor:
         return self.keys.cpu()
 
-    def add(self, new: NewItems) -> None:
-        self.model = self.model.extended(new.features, new.mean)
-
-        self.keys = self.model.item_keys()
+    def extended(self, new: NewItems) -> ServedSASRec:
+        return ServedSASRec(self.model.extended(new.features, new.mean))
 
     def save(self, folder: Path) -> None:
         self.model.save(folder)
@@ -180,7 +185,7 @@ class ServedLLM:
     user = graph_view = None
 
     def __init__(self, model: Any, tables: Mapping[str, Tensor]) -> None:
-        self.model, self.tables = model, dict(tables)
+        self.model, self.tables = model.eval(), dict(tables)
 
     def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
         return self.model.embed(indptr, items).cpu()
@@ -188,7 +193,7 @@ class ServedLLM:
     def item_keys(self) -> Tensor:
         return self.model.item_keys().cpu()
 
-    def add(self, new: NewItems) -> None:
+    def extended(self, new: NewItems) -> ServedLLM:
         rows = {name: new.features[name] if name in new.features else new.mean(x) for name, x in self.tables.items()}
         widths = {name: (x.shape[1], rows[name].shape[1]) for name, x in self.tables.items()}
         for name, (width, given) in widths.items():
@@ -196,8 +201,8 @@ class ServedLLM:
                 raise ValueError(f"features[{name!r}] must be {width} wide like the item table, got {given}")
         sequence = self.model.sequence_model
         sequence = None if sequence is None else sequence.extended(new.features, new.mean)
-        self.model.add_items(rows, new.titles, sequence_model=sequence)
-        self.tables = {name: torch.cat([self.tables[name], rows[name]]) for name in self.tables}
+        model = self.model.extended(rows, new.titles, sequence_model=sequence)
+        return ServedLLM(model, {name: torch.cat([self.tables[name], rows[name]]) for name in self.tables})
 
     def save(self, folder: Path) -> None:
         _save_tensors(self.tables, folder, {"order": ",".join(self.tables)})
@@ -213,8 +218,64 @@ class ServedLLM:
         return self.model.to(device)
 
 
-def load_served(folder: Path, titles: list[str | None]) -> ServedModel:
-    """The model of a run directory, or of what `Recommender.save` wrote, whichever of the three it is.
+class ServedFused:
+    """Several served models as one that knows histories, see `hellm.models.fused.FusedModel`.
+
+    Args:
+        towers: Name -> model, all of the same items.
+        weights: Name -> weight >= 0.
+    """
+
+    user = None
+
+    def __init__(self, towers: Mapping[str, ServedModel], weights: Mapping[str, float]) -> None:
+        self.model = FusedModel(towers, weights)
+        self.keys = self.model.item_keys()
+
+    @property
+    def towers(self) -> dict[str, ServedModel]:
+        return self.model.towers
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return self.model.weights
+
+    @property
+    def graph_view(self) -> Tensor | None:
+        views = (tower.graph_view for tower in self.towers.values())
+        return next((view for view in views if view is not None), None)
+
+    def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
+        return self.model.embed(indptr, items)
+
+    def item_keys(self) -> Tensor:
+        return self.keys
+
+    def extended(self, new: NewItems) -> ServedFused:
+        return ServedFused({name: tower.extended(new) for name, tower in self.towers.items()}, self.weights)
+
+    def save(self, folder: Path) -> None:
+        """Write every tower into towers/NAME, and what they add up to."""
+        for name, tower in self.towers.items():
+            (folder / _TOWERS / name).mkdir(parents=True)
+            tower.save(folder / _TOWERS / name)
+        _save_tensors({"item_keys": self.keys}, folder, {"fusion": json.dumps(self.weights)})
+
+    def to(self, device: str) -> None:
+        for tower in self.towers.values():
+            tower.to(device)
+
+    def scorer_on(self, device: str) -> ServedFused:
+        self.to(device)
+        return self
+
+
+def load_served(
+    folder: Path, titles: list[str | None], language_model: str | os.PathLike[str] | None = None
+) -> ServedModel:
+    """The model of a run directory, or of what `Recommender.save` wrote, whichever of the four it is.
+
+    `language_model` is where that of a fine-tuning run is now; None is where it was in training.
 
     Raises: DataError, a file of none of them. SafetensorError, a damaged one.
     """
@@ -226,20 +287,32 @@ def load_served(folder: Path, titles: list[str | None]) -> ServedModel:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     if "sasrec" in metadata:
         return ServedSASRec(SASRec.load(folder))
+    if "fusion" in metadata:
+        weights = json.loads(metadata["fusion"])
+        towers = {name: load_served(folder / _TOWERS / name, titles, language_model) for name in weights}
+        return ServedFused(towers, weights)
     if "fold_in_exponent" in metadata:
         return ServedGraph(tensors, float(metadata["fold_in_exponent"]))
     if not (folder / "model").is_dir():
-        raise DataError(f"{folder / FILE}: must be of a stage-1, SASRec or fine-tuning run, got {', '.join(tensors)}")
-    return _load_llm(folder, tensors, metadata, titles)
+        raise DataError(
+            f"{folder / FILE}: must be of a stage-1, SASRec, fine-tuning or fused run, got {', '.join(tensors)}"
+        )
+    return _load_llm(folder, tensors, metadata, titles, language_model)
 
 
-def _load_llm(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str], titles: list) -> ServedLLM:
+def _load_llm(
+    folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str], titles: list, language_model
+) -> ServedLLM:
     from hellm.models import RecommenderLLM
 
     tables = {name: tensors[name] for name in metadata["order"].split(",")}
     sequence = SASRec.load(folder / "sequence_model") if (folder / "sequence_model").is_dir() else None
     model = RecommenderLLM.from_pretrained(
-        folder / "model", item_embeddings=tables, item_titles=titles, sequence_model=sequence
+        folder / "model",
+        item_embeddings=tables,
+        language_model=language_model,
+        item_titles=titles,
+        sequence_model=sequence,
     )
     return ServedLLM(model, tables)
 

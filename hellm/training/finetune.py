@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,11 @@ from torch import Tensor
 
 from hellm._devices import resolve_device
 from hellm._files import atomic_path
-from hellm.config import FinetuneConfig
+from hellm.config import FinetuneConfig, load_config
 from hellm.data import Dataset
 from hellm.models.histories import pad_histories
 from hellm.models.language_model import load_language_model
+from hellm.models.llm_checkpoint import base_identity, check_base
 from hellm.models.recommender_llm import RecommenderLLM
 from hellm.ops import item_cross_entropy
 from hellm.training.checkpoint import read_model
@@ -53,6 +56,8 @@ __all__ = [
 Path_ = str | os.PathLike[str]
 MEMORY_ADVICE = "lower batch_tokens, model.max_length or eval_batch_size, or choose a smaller llm"
 _SEQUENCE_MODEL = "sequence_model"
+# In a run: the language model that it is trained on, as `base_identity` tells it.
+_LANGUAGE_MODEL = "checkpoint/language_model.json"
 
 
 def finetune(
@@ -81,6 +86,7 @@ def finetune(
         graph: finished stage-1 run of the same events; needed for the input "graph".
         sequence: finished SASRec run of the same events; needed for the input "sequence" and the residual.
         resume: go on from the last checkpoint in `out`, or start if there is none. A finished run is returned as it is.
+            `config.llm` may be another path, if the same language model is there.
         overwrite: replace a run that is there.
         on_plan: called with `plan_finetuning(...)` before the first epoch.
 
@@ -98,11 +104,18 @@ def finetune(
             "depends on all histories of its step"
         )
 
+    note = Path(out) / _LANGUAGE_MODEL
+    trained_with = json.loads(note.read_text(encoding="utf-8")) if resume and note.is_file() else None
+
     def prepare(config: FinetuneConfig, dataset: Dataset) -> tuple[ItemInputs, RecommenderLLM | None]:
         inputs = load_item_inputs(config, dataset, graph=graph, sequence=sequence)
-        # Here, so that what is wrong with the language model shows before a folder is made.
-        finished = resume and RunDirectory.holds_result(out)
-        return inputs, None if finished else build_recommender_llm(config, dataset, inputs)
+        if resume and _is_finished(out, config):
+            return inputs, None
+        # Here, so that what is wrong with the language model shows before a folder is made or changed.
+        model = build_recommender_llm(config, dataset, inputs)
+        if trained_with is not None:
+            check_base(out, trained_with, base_identity(model))
+        return inputs, model
 
     opened = open_run(
         config,
@@ -111,7 +124,8 @@ def finetune(
         resolve_finetune_config,
         prepare=prepare,
         fingerprint=lambda prepared: prepared[0].fingerprint,
-        may_change=MAY_CHANGE - {"max_epochs"},
+        # Where a language model is may change, as long as it is the same.
+        may_change=(MAY_CHANGE - {"max_epochs"}) | ({"llm", "llm_revision"} if trained_with else set()),
         resume=resume,
         overwrite=overwrite,
         processes=processes,
@@ -121,8 +135,9 @@ def finetune(
         return opened.finished
 
     inputs, model = opened.inputs
+    processes.on_first(lambda: _write_note(note, base_identity(model)))
     with readable_memory_errors("fine-tuning", MEMORY_ADVICE):
-        model = (model or build_recommender_llm(config, dataset, inputs)).to(config.device)
+        model = model.to(config.device)
         sampler = build_history_sampler(config, dataset, model)
         plan = plan_finetuning(config, model, sampler, processes)
         if on_plan is not None and processes.index == 0:
@@ -144,6 +159,16 @@ def finetune(
         return result
 
     return processes.on_first(finish)
+
+
+def _is_finished(out: Path_, config: FinetuneConfig) -> bool:
+    """Whether there is a finished run with just these settings, which is returned as it is."""
+    return RunDirectory.holds_result(out) and load_config(FinetuneConfig, Path(out) / "config.yaml") == config
+
+
+def _write_note(path: Path, identity: Mapping[str, Any]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
 
 
 def resolve_finetune_config(config: FinetuneConfig, dataset: Dataset) -> tuple[FinetuneConfig, list[str]]:

@@ -94,9 +94,7 @@ def select_towers(candidates: Candidates, monitor: str = "ndcg@10", *, level: fl
     best = metric.per_user(candidates.scores[chosen[0]])
     gains: list[Gain] = []
     while len(chosen) < len(names):
-        tried = {
-            name: _cross_fitted(candidates, [*chosen, name], half, metric) for name in names if name not in chosen
-        }
+        tried = {name: _cross_fitted(candidates, [*chosen, name], half, metric) for name in names if name not in chosen}
         name = max(tried, key=lambda one: metric.mean(tried[one]))
         gain, low, high = paired_gain(tried[name], best, level=level, seed=seed)
         gains.append(Gain(name, gain, low, high, kept=low > 0))

@@ -112,7 +112,9 @@ def resolve_sasrec_config(config: SASRecConfig, dataset: Dataset) -> tuple[SASRe
     for modality in content:
         if modality not in there:
             known = ", ".join(there) or "none"
-            raise ValueError(f"content must be among the features of data set {dataset.name!r}: {known}, got {modality!r}")
+            raise ValueError(
+                f"content must be among the features of data set {dataset.name!r}: {known}, got {modality!r}"
+            )
     if not content and not config.item_id:
         raise ValueError(f"item_id must be true for data set {dataset.name!r}, whose items have no features, got false")
     config = replace(config, content=content)
@@ -124,7 +126,9 @@ def resolve_sasrec_config(config: SASRecConfig, dataset: Dataset) -> tuple[SASRe
 def build_sasrec(config: SASRecConfig, dataset: Dataset) -> SASRec:
     """The untrained model of a resolved `config` for the items of `dataset`, on the CPU."""
     content = {
-        modality: WhitenedContent.of(torch.from_numpy(dataset.item_features[modality].values), config.content_components)
+        modality: WhitenedContent.of(
+            torch.from_numpy(dataset.item_features[modality].values), config.content_components
+        )
         for modality in config.content
     }
     return SASRec(

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hellm.config import FinetuneConfig, PretrainConfig, load_config, override_c
 from hellm.data import IdMap
 from hellm.evaluate import HistoryScorer, evaluate_histories
 from hellm.models import RecommenderLLM, SASRec
+from hellm.recommend import Recommender
 from hellm.training import finetune as module
 from hellm.training.finetune import (
     build_history_sampler,
@@ -86,6 +89,79 @@ def test_a_resumed_run_keeps_its_input_runs_and_the_length_of_its_schedule(confi
     with pytest.raises(ValueError, match="a resumed run must keep its settings; max_epochs was 1, got 2"):
         run(replace(config, max_epochs=2), small_dataset, tmp_path / "run", runs, resume=True)
     assert run(config, small_dataset, tmp_path / "run", runs, resume=True) == first
+
+
+@pytest.fixture
+def moving_llm(llm, tmp_path):
+    """A language model that a test may change or move."""
+    return Path(shutil.copytree(llm, tmp_path / "moving"))
+
+
+def cut_short(config, dataset, out, runs, monkeypatch):
+    """A run that was interrupted in its second epoch."""
+    count, original = [0], finetune_loss
+
+    def interrupting(model, batch):
+        count[0] += 1
+        if count[0] == 2 + 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(model, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(module, "finetune_loss", interrupting)
+        run(config, dataset, out, runs)
+
+
+def scale_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: 1.5 * value for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_resumed_run_keeps_its_language_model(config, small_dataset, runs, tmp_path, monkeypatch, moving_llm):
+    config = replace(config, llm=str(moving_llm))
+    cut_short(config, small_dataset, tmp_path / "cut", runs, monkeypatch)
+    before = {one: one.read_bytes() for one in (tmp_path / "cut").rglob("*") if one.is_file()}
+    scale_weights(moving_llm)
+    with pytest.raises(ValueError, match=r"cut was trained with the language model .*all_weights \w+.* got .*moving"):
+        run(config, small_dataset, tmp_path / "cut", runs, resume=True)
+    assert {one: one.read_bytes() for one in (tmp_path / "cut").rglob("*") if one.is_file()} == before
+
+
+def test_a_finished_run_with_another_language_model_stays_as_it_is(config, small_dataset, runs, tmp_path, moving_llm):
+    config = replace(config, llm=str(moving_llm), max_epochs=1)
+    first = run(config, small_dataset, tmp_path / "run", runs)
+    scale_weights(moving_llm)
+    assert run(config, small_dataset, tmp_path / "run", runs, resume=True) == first
+    with pytest.raises(ValueError, match="was trained with the language model"):
+        run(replace(config, patience=9), small_dataset, tmp_path / "run", runs, resume=True)
+    assert run(config, small_dataset, tmp_path / "run", runs, resume=True) == first
+
+
+def test_a_moved_language_model_can_be_told_to_a_resumed_run(
+    config, small_dataset, runs, tmp_path, monkeypatch, moving_llm
+):
+    config = replace(config, llm=str(moving_llm))
+    run(config, small_dataset, tmp_path / "whole", runs)
+    cut_short(config, small_dataset, tmp_path / "cut", runs, monkeypatch)
+    moved = replace(config, llm=str(shutil.move(moving_llm, tmp_path / "moved")))
+    run(moved, small_dataset, tmp_path / "cut", runs, resume=True)
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+    with pytest.raises(FileNotFoundError, match=r"moving does not exist; if it was moved, say where it is now"):
+        Recommender.load(tmp_path / "whole")
+    lists = [
+        Recommender.load(tmp_path / "whole", language_model=tmp_path / "moved").recommend("u1", k=3),
+        Recommender.load(tmp_path / "cut").recommend("u1", k=3),
+    ]
+    assert lists[0] == lists[1]
+
+
+def test_a_run_with_titles_some_of_them_empty_loads(config, small_dataset, runs, tmp_path):
+    config = replace(config, max_epochs=1, model=replace(config.model, titles=True))
+    run(config, small_dataset, tmp_path / "run", runs)
+    assert "" in small_dataset.item_titles
+    assert len(Recommender.load(tmp_path / "run").recommend("u1", k=3)[0]) == 3
 
 
 def test_a_wrong_language_model_leaves_no_folder_and_a_failed_start_binds_nobody(
