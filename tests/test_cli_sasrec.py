@@ -31,7 +31,7 @@ def test_json_is_result_json_on_the_last_line(call, shop, tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     assert last_json(out) == result
     assert result["test"]["recall@10"] == result["test"]["metrics"]["recall@10"]
-    assert SASRec.load(tmp_path / "run").sequence_embedding.shape == (result["dataset"]["num_items"], 8)
+    assert SASRec.load(tmp_path / "run").item_keys().shape == (result["dataset"]["num_items"], 8)
 
 
 def test_run_is_told_refused_resumed_and_overwritten(call, shop, tmp_path):

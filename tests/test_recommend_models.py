@@ -166,7 +166,7 @@ def sasrec_of_blocks(data: PlantedBlocks, steps: int) -> SASRec:
     model = SASRec(data.num_items, embedding_dim=8, num_layers=1, num_heads=1, feedforward_dim=8, dropout=0.0)
 
     def loss(items, mask):
-        logits = model(items[:, :-1], mask[:, :-1])[mask[:, 1:]] @ model.item_embedding.weight.T
+        logits = model(items[:, :-1], mask[:, :-1])[mask[:, 1:]] @ model.items().T
         return F.cross_entropy(logits, items[:, 1:][mask[:, 1:]])
 
     train_on_blocks(model, data, steps, loss)

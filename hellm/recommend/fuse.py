@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hellm._devices import resolve_device
 from hellm.config import FuseConfig
 from hellm.data import Dataset, load_dataset
 from hellm.evaluate import (
@@ -20,7 +19,6 @@ from hellm.evaluate import (
     RankingResult,
     evaluate_dataset,
     get_protocol,
-    log_test_evaluation,
     paired_bootstrap,
 )
 from hellm.recommend.compare import check_run_of

@@ -107,29 +107,21 @@ def resolve_sasrec_config(config: SASRecConfig, dataset: Dataset) -> tuple[SASRe
         `resolve_common`.
     """
     config, notes = resolve_common(config, dataset)
-    there = tuple(sorted(dataset.item_features))
-    content = there if config.content is None else config.content
-    for modality in content:
-        if modality not in there:
-            known = ", ".join(there) or "none"
-            raise ValueError(
-                f"content must be among the features of data set {dataset.name!r}: {known}, got {modality!r}"
-            )
-    if not content and not config.item_id:
+    config = replace(config, content=_modalities(config, dataset))
+    if not config.content and not config.item_id:
         raise ValueError(f"item_id must be true for data set {dataset.name!r}, whose items have no features, got false")
-    config = replace(config, content=content)
     if dataset.timestamps is None and dataset.form == "mmrec":
         notes.append("the data have no times: the order of the source is taken as the order in time")
     return config, notes
 
 
 def build_sasrec(config: SASRecConfig, dataset: Dataset) -> SASRec:
-    """The untrained model of a resolved `config` for the items of `dataset`, on the CPU."""
+    """The untrained model of `config` for the items of `dataset`, on the CPU."""
     content = {
         modality: WhitenedContent.of(
             torch.from_numpy(dataset.item_features[modality].values), config.content_components
         )
-        for modality in config.content
+        for modality in _modalities(config, dataset)
     }
     return SASRec(
         dataset.num_items,
@@ -145,6 +137,18 @@ def build_sasrec(config: SASRecConfig, dataset: Dataset) -> SASRec:
         dropout=config.dropout,
         norm_first=config.norm_first,
     )
+
+
+def _modalities(config: SASRecConfig, dataset: Dataset) -> tuple[str, ...]:
+    """Those that the items are read by."""
+    there = tuple(sorted(dataset.item_features))
+    for modality in config.content or ():
+        if modality not in there:
+            known = ", ".join(there) or "none"
+            raise ValueError(
+                f"content must be among the features of data set {dataset.name!r} ({known}), got {modality!r}"
+            )
+    return there if config.content is None else config.content
 
 
 def build_sequence_sampler(config: SASRecConfig, dataset: Dataset) -> SequenceSampler:

@@ -47,7 +47,7 @@ def reference_hidden(model, items):
     def linear(x, name):
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
-    x = norm(w["item_embedding.weight"][items] + w["position_embedding.weight"][: len(items)], "norm")
+    x = norm(w["items.id_embedding.weight"][items] + w["position_embedding.weight"][: len(items)], "norm")
     for layer in range(model.settings["num_layers"]):
         block = f"blocks.{layer}"
         heads = []
@@ -131,7 +131,7 @@ def test_embed_of_many_histories_is_that_of_its_parts(monkeypatch):
     model = make_model()
     indptr, items = make_histories()
     whole = model.embed(indptr, items)
-    monkeypatch.setattr("hellm.models.sasrec._BATCH", 3)
+    monkeypatch.setattr("hellm.models.sequence.sasrec._BATCH", 3)
     torch.testing.assert_close(model.embed(indptr, items), whole, rtol=1e-6, atol=1e-6)
 
 
@@ -162,7 +162,7 @@ def test_embed_takes_evaluation_mode_and_gives_the_mode_back():
 
 def test_item_table_is_shared_by_input_and_output():
     model = make_model()
-    assert model.item_keys().data_ptr() == model.sequence_embedding.data_ptr() == model.item_embedding.weight.data_ptr()
+    assert model.item_keys().data_ptr() == model.items().data_ptr() == model.items.id_embedding.weight.data_ptr()
     assert not model.item_keys().requires_grad and model.item_keys().shape == (NUM_ITEMS, 12)
 
 
@@ -187,7 +187,7 @@ def test_saved_model_loads_with_equal_scores(tmp_path):
     indptr, items = make_histories()
     scores = [one.embed(indptr, items) @ one.item_keys().T for one in (model, again)]
     assert torch.equal(*scores)
-    assert torch.equal(load_file(tmp_path / "embeddings.safetensors")["sequence_embedding"], model.sequence_embedding)
+    assert torch.equal(load_file(tmp_path / "embeddings.safetensors")["sequence_embedding"], model.item_keys())
 
 
 def test_what_is_no_sasrec_run_is_not_loaded(tmp_path):

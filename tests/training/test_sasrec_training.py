@@ -83,7 +83,7 @@ def finished(walks, tmp_path_factory):
     folder, calls = tmp_path_factory.mktemp("runs") / "run", []
 
     def evaluate(model, dataset, **options):
-        calls.append((options["split"], options["protocol"], model.sequence_embedding.clone()))
+        calls.append((options["split"], options["protocol"], model.item_keys().clone()))
         return evaluate_histories(model, dataset, **options)
 
     result = train_sasrec(changed("max_epochs=14"), walks, folder, evaluate=evaluate)
@@ -168,7 +168,7 @@ def test_loss_and_gradients_are_the_formulas_at_every_position(walks, loss):
         for t in range(start, stop):
             prefix = torch.from_numpy(batch.items[start : t + 1])[None]
             hidden = model(prefix, torch.ones_like(prefix, dtype=torch.bool))[0, -1]
-            scores = model.item_embedding.weight @ hidden
+            scores = model.items() @ hidden
             if loss == "cross_entropy":
                 terms.append(-torch.log_softmax(scores, 0)[batch.targets[t]])
             else:

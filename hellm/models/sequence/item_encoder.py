@@ -50,10 +50,8 @@ class WhitenedContent(NamedTuple):
         variance, axes = variance.flip(0), axes.flip(1)
         varies = variance > _SMALLEST_VARIANCE * variance[0].clamp(min=torch.finfo(torch.float64).tiny)
         matrix = axes * torch.where(varies, variance.clamp(min=0), torch.inf).rsqrt()
-        if components is None:
-            matrix = matrix @ axes.T
-        else:
-            matrix = matrix[:, : max(1, min(components, int(varies.sum())))]
+        kept = max(1, min(components or len(varies), int(varies.sum())))
+        matrix = matrix @ axes.T if components is None else matrix[:, :kept]
         mean, matrix = mean.float(), matrix.float()
         return cls(_whiten(features, mean, matrix), mean, matrix)
 
@@ -109,17 +107,14 @@ class ItemEncoder(nn.Module):
                 raise ValueError(f"content[{name!r}] must be of the {num_items} items, got {len(one.table)}")
         self.num_items, self.dim, self.hidden_dim = num_items, dim, hidden_dim
         self.id_embedding = nn.Embedding(num_items, dim) if item_id else None
-        self.projectors = nn.ModuleDict(
-            {name: _projector(one.table.shape[1], hidden_dim, dim, dropout) for name, one in content.items()}
+        # What the items are read by, besides their ids. Numbers stand for them below: names may hold anything.
+        self.modalities = list(content)
+        self.projectors = nn.ModuleList(
+            _projector(one.table.shape[1], hidden_dim, dim, dropout) for one in content.values()
         )
-        for name, one in content.items():
+        for place, one in enumerate(content.values()):
             for part, value in one._asdict().items():
-                self.register_buffer(f"{name}_{part}", value, persistent=False)
-
-    @property
-    def modalities(self) -> list[str]:
-        """What the items are read by, besides their ids."""
-        return list(self.projectors)
+                self.register_buffer(f"{part}_{place}", value, persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -127,13 +122,14 @@ class ItemEncoder(nn.Module):
 
     def content(self, modality: str) -> WhitenedContent:
         """The whitened features of one modality."""
-        return WhitenedContent(*(getattr(self, f"{modality}_{part}") for part in WhitenedContent._fields))
+        place = self.modalities.index(modality)
+        return WhitenedContent(*(getattr(self, f"{part}_{place}") for part in WhitenedContent._fields))
 
     def forward(self) -> Tensor:
         """[I, D] float32."""
         total = None if self.id_embedding is None else self.id_embedding.weight
-        for modality, projector in self.projectors.items():
-            x = getattr(self, f"{modality}_table")
+        for place, projector in enumerate(self.projectors):
+            x = getattr(self, f"table_{place}")
             projected = projector(x)
             if self.hidden_dim:
                 # A hidden layer makes something of nothing.

@@ -1,7 +1,7 @@
 """SASRec: self-attention over the sequence of a user's items.
 
-Kang and McAuley 2018, arXiv:1808.09781, with the blocks of BERT (post-norm, GELU) or of GPT-2 (pre-norm), over items that
-are known by a trained embedding, by their content, or by both (`ItemEncoder`).
+Kang and McAuley 2018, arXiv:1808.09781, with the blocks of BERT (post-norm, GELU) or of GPT-2 (pre-norm), over items
+that are known by a trained embedding, by their content, or by both (`ItemEncoder`).
 
 B = histories, T = longest of them in a batch, N = items in all of them, D = embedding width, I = items.
 """
@@ -210,12 +210,13 @@ class SASRec(nn.Module):
         from safetensors.torch import save_file
 
         tensors = self.state_dict() | {_KEYS: self.item_keys()}
-        for modality in self.items.modalities:
+        for place, modality in enumerate(self.items.modalities):
             for part, value in self.items.content(modality)._asdict().items():
-                tensors[f"{_CONTENT}{modality}.{part}"] = value
+                tensors[f"{_CONTENT}{place}.{part}"] = value
         owned = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        metadata = {"sasrec": json.dumps(self.settings), "modalities": json.dumps(self.items.modalities)}
         with atomic_path(Path(run_directory) / _FILE) as temporary:
-            save_file(owned, temporary, metadata={"sasrec": json.dumps(self.settings)})
+            save_file(owned, temporary, metadata=metadata)
 
     @classmethod
     def load(cls, run_directory: str | os.PathLike[str]) -> SASRec:
@@ -230,24 +231,21 @@ class SASRec(nn.Module):
             raise FileNotFoundError(f"{path} does not exist: {run_directory} is no SASRec run, or it is not finished")
         try:
             with safe_open(path, framework="pt") as file:
-                settings = (file.metadata() or {}).get("sasrec")
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
             raise ValueError(f"{path} is not readable: {error}") from None
-        if settings is None or _KEYS not in tensors:
+        if "sasrec" not in metadata or _KEYS not in tensors:
             raise ValueError(f"{path} must hold a SASRec model, got {', '.join(sorted(tensors)[:4]) or 'nothing'}")
         keys = tensors.pop(_KEYS)
         # Runs of version 0.1 had items by ids alone, whose table is what they are known by.
         if not any(name.startswith("items.") for name in tensors):
             tensors["items.id_embedding.weight"] = keys
-        modalities = [name.split(".")[1] for name in tensors if name.startswith(_CONTENT) and name.endswith(".table")]
         content = {
-            modality: WhitenedContent(
-                *(tensors.pop(f"{_CONTENT}{modality}.{part}") for part in WhitenedContent._fields)
-            )
-            for modality in modalities
+            modality: WhitenedContent(*(tensors.pop(f"{_CONTENT}{place}.{part}") for part in WhitenedContent._fields))
+            for place, modality in enumerate(json.loads(metadata.get("modalities", "[]")))
         }
-        model = cls(**json.loads(settings), content=content)
+        model = cls(**json.loads(metadata["sasrec"]), content=content)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
