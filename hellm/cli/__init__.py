@@ -23,6 +23,7 @@ VERBS = {
     "pretrain": ("hellm.cli.pretrain", "train the graph encoder (stage 1) into a run directory"),
     "sasrec": ("hellm.cli.sasrec", "train the sequence model SASRec into a run directory"),
     "finetune": ("hellm.cli.finetune", "fine-tune a language model that ranks the catalogue (stage 2)"),
+    "fuse": ("hellm.cli.fuse", "add up finished runs, chosen and weighted by validation"),
     "ablate": ("hellm.cli.ablate", "what each part of the fine-tuned language model adds, in one table"),
     "evaluate": ("hellm.cli.evaluate", "compare runs and baselines in one table"),
     "recommend": ("hellm.cli.recommend", "recommend to users, to bare histories, or items like an item"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,10 @@ from hellm.evaluate import (
     RankingResult,
     evaluate_dataset,
     get_protocol,
+    log_test_evaluation,
     paired_bootstrap,
 )
+from hellm.evaluate.evaluation_log import TRAINING
 from hellm.recommend.compare import check_run_of
 from hellm.recommend.recommender import Recommender
 from hellm.recommend.served import ServedFused, ServedModel
@@ -28,7 +32,10 @@ from hellm.training.fusion import Candidates, Selection, select_towers
 from hellm.training.run_directory import RunDirectory, environment
 from hellm.training.stage import resolve_common
 
-__all__ = ["fuse"]
+__all__ = ["fuse", "named_towers"]
+
+# Names of towers are names of folders.
+_NAME = re.compile(r"[\w][\w.-]*")
 
 PathLike_ = str | os.PathLike[str]
 
@@ -65,6 +72,9 @@ def fuse(
     config = config or FuseConfig()
     if not towers:
         raise ValueError("towers must be at least one run directory, got none")
+    for name in towers:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"names of towers must be letters, digits, '_', '-' and '.', got {name!r}")
     dataset = data if isinstance(data, Dataset) else load_dataset(data)
     config, notes = resolve_common(config, dataset)
     if not (dataset.split == 1).any():
@@ -85,12 +95,38 @@ def fuse(
     fused = ServedFused({name: models[name] for name in selection.weights}, selection.weights)
     result = _result(models, fused, selection, towers, dataset, config)
     result |= {"notes": notes, "seconds": time.perf_counter() - started, "environment": environment(config.device)}
+    if result["test"] is not None:
+        for one in (out, *towers.values()):
+            log_test_evaluation(
+                one,
+                by=TRAINING if one is out else "hellm.fuse",
+                protocols=[config.protocol],
+                metrics=list(result["test"]["metrics"]),
+                fingerprint=dataset.fingerprint,
+            )
     fused.save(run.path)
     run.write_ids(dataset)
     run.write_histories(dataset)
     run.write_content(dataset, device=config.device)
     run.write_result(result)
     return result
+
+
+def named_towers(runs: Sequence[PathLike_]) -> dict[str, str]:
+    """Name -> run directory, of runs given as RUN or NAME=RUN.
+
+    Raises: ValueError, one name for two.
+    """
+    towers: dict[str, str] = {}
+    for given in map(str, runs):
+        name, sign, run = given.partition("=")
+        if not sign or Path(given).is_dir():
+            name, run = Path(given).resolve().name, given
+        if towers.setdefault(name, run) != run:
+            raise ValueError(
+                f"RUN must have a name of its own, got {name!r} for {towers[name]} and {run}; give NAME=RUN"
+            )
+    return towers
 
 
 def _candidates(models: Mapping[str, ServedModel], dataset: Dataset, config: FuseConfig) -> Candidates:
