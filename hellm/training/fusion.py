@@ -46,7 +46,7 @@ class Gain:
         tower: Its name.
         gain: Mean difference of the monitored metric per user.
         low, high: Bootstrap interval over users.
-        kept: Whether the interval lies above 0.
+        kept: Whether the interval lies above 0, and all users together give the tower a weight.
     """
 
     tower: str
@@ -92,16 +92,17 @@ def select_towers(candidates: Candidates, monitor: str = "ndcg@10", *, level: fl
     alone = {name: metric.mean(metric.per_user(candidates.scores[name])) for name in names}
     chosen = [max(names, key=alone.__getitem__)]
     best = metric.per_user(candidates.scores[chosen[0]])
+    every, weights = np.ones(len(half), dtype=bool), [1.0]
     gains: list[Gain] = []
     while len(chosen) < len(names):
         tried = {name: _cross_fitted(candidates, [*chosen, name], half, metric) for name in names if name not in chosen}
         name = max(tried, key=lambda one: metric.mean(tried[one]))
         gain, low, high = paired_gain(tried[name], best, level=level, seed=seed)
-        gains.append(Gain(name, gain, low, high, kept=low > 0))
-        if low <= 0:
+        longer = _fitted(candidates, [*chosen, name], every, metric) if low > 0 else []
+        gains.append(Gain(name, gain, low, high, kept=low > 0 and longer[-1] > 0))
+        if not gains[-1].kept:
             break
-        chosen, best = [*chosen, name], tried[name]
-    weights = _fitted(candidates, chosen, np.ones(len(half), dtype=bool), metric)
+        chosen, best, weights = [*chosen, name], tried[name], longer
     kept = {name: weight for name, weight in zip(chosen, weights, strict=True) if weight > 0}
     return Selection(kept, alone, metric.mean(best), gains)
 
