@@ -11,7 +11,7 @@ __all__ = ["NOT_ATTRIBUTES", "split_values"]
 NOT_ATTRIBUTES = frozenset({"title", "description", "image", "image_url"})
 
 
-def split_values(texts: Sequence[str]) -> list[tuple[str, ...]]:
+def split_values(texts: Sequence[str], *, single: bool = False) -> list[tuple[str, ...]]:
     """The distinct values in each text of a column, in their order.
 
     A text is a JSON list, or values with one separator, the same for the whole column: "|" where it occurs, else ";",
@@ -19,7 +19,10 @@ def split_values(texts: Sequence[str]) -> list[tuple[str, ...]]:
 
     Args:
         texts: [num_items]; blank = no values.
+        single: A text is one value, whatever stands in it.
     """
+    if single:
+        return [(text.strip(),) if text.strip() else () for text in texts]
     plain = [text for text in texts if not text.lstrip().startswith("[")]
     separator = next((mark for mark in ("|", ";", ", ") if any(mark in text for text in plain)), None)
     return [_values(text, separator) for text in texts]

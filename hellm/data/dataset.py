@@ -225,9 +225,7 @@ class Dataset:
         from hellm.data.attributes import NOT_ATTRIBUTES, split_values
 
         return {
-            name: [(text.strip(),) if text.strip() else () for text in texts]
-            if name == "brand"
-            else split_values(texts)
+            name: split_values(texts, single=name == "brand")
             for name, texts in self.item_fields.items()
             if name not in NOT_ATTRIBUTES
         }

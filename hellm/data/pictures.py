@@ -31,7 +31,7 @@ _ONE_BY_ONE = ThreadPoolExecutor(1, thread_name_prefix="large pictures")
 def open_picture(path: str | Path, side: int) -> Image.Image:
     """The picture of a file, upright, in 8-bit RGB, transparent parts white.
 
-    Large pictures are reduced by a whole factor while they are read. 16-bit grey becomes the 8-bit picture it stands for.
+    Large pictures are reduced by a whole factor while they are read; 16-bit grey becomes 8-bit grey.
 
     Args:
         path: The file.
@@ -41,7 +41,7 @@ def open_picture(path: str | Path, side: int) -> Image.Image:
         ValueError: More than 89 megapixels.
         Exception: Whatever Pillow meets in a broken file.
 
-    Memory: a thread holds three copies of at most 4 megapixels or one of at most 8, and all together one larger picture.
+    Memory: a thread holds three copies of at most 4 megapixels or one of at most 8, all together one larger picture.
     """
     from PIL import Image
 
@@ -65,7 +65,7 @@ def _load_reduced(picture: Image.Image, side: int) -> Image.Image:
 
 
 def _upright(pixels: Image.Image, picture: Image.Image) -> Image.Image:
-    """Pixels turned as the EXIF block of their picture says, which must have been loaded: Pillow turns a TIFF itself."""
+    """Pixels turned as the EXIF block of their loaded picture says; Pillow turns a TIFF itself while it loads it."""
     from PIL import Image
 
     turn = {

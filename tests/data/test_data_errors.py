@@ -178,7 +178,7 @@ CASES = {
     "shop no rows": ({"events.csv": "user,item\n"}, "events.csv: the table has a header but no rows"),
     "shop no id": (
         {"events.csv": "user,item\na,\nb,nan\n"},
-        r"events.csv: no row is left that is an event .*2 events without item id in column 'item' are left out \('nan'\)",
+        r"events.csv: no row is left that is an event .*2 events without item id in column 'item' .* \('nan'\)",
     ),
     "shop time": (
         {"events.csv": EVENTS + "b,x,soon\n"},

@@ -101,8 +101,8 @@ def _listed(names: Sequence[str]) -> str:
 
 def _no_column(table: Table, role: str, names: Sequence[str]) -> str:
     text = (
-        f"{table.path}: no column for the {role} (one of {', '.join(names)}); found {_listed(table.columns)}; name it with "
-        f'columns={{"{role}": NAME}} (--columns {role}=NAME)'
+        f"{table.path}: no column for the {role} (one of {', '.join(names)}); found {_listed(table.columns)}; "
+        f'name it with columns={{"{role}": NAME}} (--columns {role}=NAME)'
     )
     if any(NON_NEGATIVE_INTEGER[0](column) or _times.parse_time(column) is not None for column in table.columns):
         text += "; the first line looks like data: add a header such as user,item,timestamp above it"
@@ -252,7 +252,7 @@ def _kept(table: Table, rows: pl.DataFrame, roles, notes: list[str], event_types
         which = (rows["quantity"] <= 0).fill_null(False).to_numpy()
         _leave_out(
             kept, which, notes,
-            f"{where}: {{}} events of quantity 0 or less in column {roles['quantity']!r} are taken as returns and left out",
+            f"{where}: {{}} events of quantity 0 or less in column {roles['quantity']!r} are left out as returns",
         )  # fmt: skip
     if min_rating is not None:
         if "rating" not in roles:
@@ -265,7 +265,7 @@ def _kept(table: Table, rows: pl.DataFrame, roles, notes: list[str], event_types
     elif "rating" in roles and rows["rating"].drop_nulls().n_unique() > 1:
         notes.append(
             f"{where}: every event counts, however low its rating in column {roles['rating']!r} (from "
-            f"{rows['rating'].min():g} to {rows['rating'].max():g}); min_rating=X (--min-rating X) leaves out lower ones"
+            f"{rows['rating'].min():g} to {rows['rating'].max():g}); min_rating=X (--min-rating X) leaves out lower"
         )
     return kept
 
@@ -287,8 +287,8 @@ def _of_types(table: Table, rows: pl.DataFrame, column: str | None, notes: list[
     out = types.is_in(undone).fill_null(False).to_numpy()
     if undone:
         notes.append(
-            f"{table.path.name}: {int(out.sum())} events of type {', '.join(undone)} in column {column!r} undo others and "
-            "are left out"
+            f"{table.path.name}: {int(out.sum())} events of type {', '.join(undone)} in column {column!r} undo others "
+            "and are left out"
         )
     if len(kinds) - len(undone) > 1:
         used = f"events of all types in column {column!r} are used: {some}"
@@ -346,7 +346,7 @@ def unused_note(table: Table, used: Sequence[str], notes: list[str], *, option: 
         notes.append(f"{table.path.name}: columns not used: {_listed(left)}{option}")
 
 
-def order_note(table: Table, used: Sequence[str], notes: list[str], name: str | None = None) -> None:
+def order_note(table: Table, used: Sequence[str], notes: list[str]) -> None:
     """Say that a table has no times, and which of its other columns look like some."""
     import polars as pl
 
@@ -366,11 +366,7 @@ def order_note(table: Table, used: Sequence[str], notes: list[str], name: str | 
             value is not None and (not number or value > 6e8) for value, number in zip(values, numbers, strict=True)
         ):
             like.append(column)
-    hint = (
-        f'; {", ".join(like)} may hold times: columns={{"time": "{like[0]}"}} (--columns time={like[0]})'
-        if like
-        else ""
-    )
-    notes.append(
-        f"{name or table.path.name}: no column of times, so the events of a user count as standing oldest first{hint}"
-    )
+    hint = ""
+    if like:
+        hint = f'; {", ".join(like)} may hold times: columns={{"time": "{like[0]}"}} (--columns time={like[0]})'
+    notes.append(f"{table.path.name}: no column of times, so the events of a user count as standing oldest first{hint}")

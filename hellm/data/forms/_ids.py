@@ -64,8 +64,8 @@ class IdColumn:
 def clean(raw: pl.Series, where: str = "", notes: list[str] | None = None) -> pl.Series:
     """Ids without what surrounds them; null where a text stands for no id.
 
-    Blanks and invisible marks around an id go. "7.0" becomes "7" where all ids are numbers, as a column of integers with
-    gaps is written by pandas. Leading zeros and case stay.
+    Blanks and invisible marks around an id go. "7.0" becomes "7" where all ids are numbers, as pandas
+    writes a column of integers with gaps. Leading zeros and case stay.
 
     Args:
         raw: Distinct texts.

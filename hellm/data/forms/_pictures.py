@@ -58,8 +58,8 @@ def find_pictures(
     if addresses:
         without = sum(not path for path in found)
         notes.append(
-            f"{addresses} images are web addresses, which are not fetched; save them under {FOLDER}/ as ITEM.jpg or the "
-            f"like ({without} of {len(found)} items have no picture)"
+            f"{addresses} images are web addresses, which are not fetched; save them under {FOLDER}/ as ITEM.jpg or "
+            f"the like ({without} of {len(found)} items have no picture)"
         )
     left = sorted(path.name for path in by_name.values() if path not in used)
     _say(notes, len(left), f"pictures in {FOLDER}/ belong to no item, or to one that has another", left)

@@ -1,7 +1,7 @@
 """Tables through polars: parquet, and text with fields and a header, whichever way it is written.
 
 What polars reads safely it reads itself, lazily. Text of another encoding, with other line ends, with quotes inside
-fields or with lines of other lengths goes row by row through `csv`, which is slower and says in which line what is wrong.
+fields or with lines of other lengths goes row by row through `csv`, which is slower and says which line is wrong.
 """
 
 from __future__ import annotations

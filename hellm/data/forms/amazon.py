@@ -185,9 +185,7 @@ def _read(
         times.append(time)
     notes: list[str] = []
     if without:
-        notes.append(
-            f"{path.name}: {without} reviews without user or item are left out (empty, NULL, nan and the like)"
-        )
+        notes.append(f"{path.name}: {without} reviews without user or item are left out (empty, NULL or the like)")
     if min_rating is not None:
         notes.append(f"{path.name}: {low} reviews rated below {min_rating:g} are left out")
     if not users:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hellm.data.dataset import DataError, Dataset, IdMap, ItemFeatures
+from hellm.data.dataset import DataError, Dataset, ItemFeatures
 from hellm.data.forms import _tables as tables
 from hellm.data.forms._base import Form, Source, distinct_ids, load_feature_file, load_mask
 from hellm.data.forms._text import load_json

@@ -181,9 +181,7 @@ def _columns(path: Path, lines: _Lines, notes: list[str]) -> tuple[np.ndarray, n
             'items nor "user item [rating] [time]"; leave "user item", or write events.csv with the header '
             "user,item,timestamp"
         )
-    if repeated and width == 2 and (lengths == 2).all():
-        pass
-    elif repeated:
+    if repeated and not (lengths == 2).all():
         notes.append(f"{path.name}: {len(heads) - len(np.unique(heads))} lines go on with a user of an earlier line")
     empty = int((lengths == 1).sum())
     if empty:

@@ -1,8 +1,8 @@
 """What a shop has: `events.csv|tsv|parquet`, optional `items.csv|tsv|parquet`, optional `images/`. Ids are strings.
 
-Columns are found by their usual names (`EVENT_COLUMNS`, `ITEM_COLUMNS`), or named by the option `columns`. Items stand in
-the order of the item table; ids that it lacks are an error unless `missing_items` says otherwise. `*_feat.npy` with row =
-line of the item table are read too.
+Columns are found by their usual names (`EVENT_COLUMNS`, `ITEM_COLUMNS`), or named by the option `columns`. Items stand
+in the order of the item table; ids that it lacks are an error unless `missing_items` says otherwise. `*_feat.npy` with
+row = line of the item table are read too.
 """
 
 from __future__ import annotations
