@@ -131,9 +131,9 @@ def _reduced(picture: Image.Image, side: int) -> Image.Image:
     small = Image.new("RGB", (-(-width // factor), -(-height // factor)))
     transparency = picture.info.get("transparency")
     top = _top(picture) if picture.mode.startswith("I") or picture.mode == "F" else None
-    for top in range(0, height, rows):
-        strip = picture.crop((0, top, width, min(top + rows, height)))
+    for row in range(0, height, rows):
+        strip = picture.crop((0, row, width, min(row + rows, height)))
         if transparency is not None:
             strip.info["transparency"] = transparency
-        small.paste(opaque(strip, top).reduce(factor), (0, top // factor))
+        small.paste(opaque(strip, top).reduce(factor), (0, row // factor))
     return small

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -193,11 +193,17 @@ def as_text(value: object) -> str:
     """
     if value is None:
         return ""
-    if isinstance(value, list):
-        return ", ".join(dict.fromkeys(filter(None, map(as_text, value))))
+    return ", ".join(dict.fromkeys(_flat(value))) if isinstance(value, list) else "".join(_flat(value))
+
+
+def _flat(value: object) -> Iterator[str]:
     if isinstance(value, dict):
         raise TypeError("must be text, a number or a list, got an object")
-    return str(value)
+    if isinstance(value, list):
+        for one in value:
+            yield from _flat(one)
+    elif value not in (None, ""):
+        yield str(value)
 
 
 ID_MAPPINGS = {"user": ("u_id_mapping.csv", "user_id", "userID"), "item": ("i_id_mapping.csv", "asin", "itemID")}
@@ -221,9 +227,14 @@ def save_id_mapping(ids: IdMap, folder: Path, side: str, used: np.ndarray, *, ba
         if "\0" in one or any("\ud800" <= mark <= "\udfff" for mark in one):
             raise ValueError(f"{name} cannot hold {side} id {one!r}; rename it, or write form 'hellm'")
     with (folder / name).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow([external, internal])
-        writer.writerows((one, number) for number, one in enumerate(ids.ids, base))
+        plain, quoted = (
+            csv.writer(file, delimiter="\t", lineterminator="\n", quoting=quoting)
+            for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+        )
+        plain.writerow([external, internal])
+        for number, one in enumerate(ids.ids, base):
+            # `csv` takes this for the end of a line only when it reads.
+            (quoted if "\r" in one else plain).writerow([one, number])
 
 
 def load_id_mapping(folder: Path, side: str) -> tuple[IdMap, int] | None:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Rule = tuple[Callable[[str], bool], str]
 
 NON_NEGATIVE_INTEGER: Rule = (
-    lambda text: text.strip().isascii() and text.strip().isdecimal(),
-    "a non-negative integer",
+    lambda text: text.isascii() and text.strip().isdecimal() and len(text.strip()) < 19,
+    "a non-negative integer of at most 18 digits",
 )
 LABEL: Rule = (lambda text: text.strip() in ("0", "1", "2"), "0, 1 or 2 (train, validation, test)")
 
@@ -161,7 +161,9 @@ class Table:
             skipped = list(islice(file, self._skip))
             rows = csv.reader(file, delimiter=self._separator, **quoting)
             try:
-                for cells in filter(None, rows):
+                for cells in rows:
+                    if not cells or (len(cells) == 1 and not cells[0].strip()):
+                        continue
                     if cells[0].startswith("\ufeff"):
                         cells[0] = cells[0].lstrip("\ufeff")
                     yield rows.line_num + len(skipped), cells
@@ -260,12 +262,11 @@ class Table:
         self._schema[column] = self._schema[column].inner
 
     def num_blank(self) -> int:
-        """Number of rows that are empty in all columns, as blank lines are."""
-        import polars as pl
-
+        """Number of rows that are blank lines; polars gives those and rows of empty cells alike."""
         if self._parquet or not self._lazy:
             return 0
-        return self.collect(lambda frame: frame.filter(pl.all_horizontal(pl.all().is_null())).select(pl.len())).item()
+        with self.path.open("rb") as file:
+            return sum(not line.strip(b" \t\r\n") for line in file)
 
     def refuse(self, rules: dict[str, Rule], otherwise: str) -> NoReturn:
         """Walk the file to the first cell that breaks its rule and raise for it; the slow way, taken once for an error.

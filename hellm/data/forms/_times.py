@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 WANTED = "a time (seconds since 1970, or ISO 8601 such as 2024-05-31 14:00:00)"
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
+# No time is longer, and patterns take their time over what is.
+_LONGEST = 80
 _CLOCK = r"(?:(?:[T ]\s*|,\s+)(\d{1,2})(?::?(\d\d)(?::?(\d\d)(?:[.,](\d+))?)?)?\s*([AP]M)?)?"
 _ZONE = r"\s*(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)?(?:\[[\w/+-]+\])?"
 _ISO = re.compile(
@@ -59,6 +61,8 @@ def parse_time(text: str, *, day_first: bool | None = None) -> float | None:
     text = text.strip()
     if is_number(text):
         return float(text)
+    if len(text) > _LONGEST:
+        return None
     match, local = _ISO.fullmatch(text), None
     if match is None:
         local = _LOCAL.fullmatch(text) if day_first is not None else None
@@ -106,7 +110,8 @@ def day_order(texts: Sequence[str]) -> tuple[bool | None, str]:
 
     Returns: The order, and how it was found; an empty string with None also where nothing tells.
     """
-    dates = [match for match in map(_LOCAL.fullmatch, map(str.strip, texts)) if match]
+    short = (text.strip() for text in texts if len(text) <= _LONGEST)
+    dates = [match for match in map(_LOCAL.fullmatch, short) if match]
     if not dates:
         return None, ""
     if any(int(one[1]) > 12 for one in dates) or all(one[2] == "." for one in dates):

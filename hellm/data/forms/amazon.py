@@ -109,6 +109,7 @@ def _decoded(path: Path, file: BinaryIO, encoding: str | None) -> Iterator[tuple
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+    line = line.lstrip("\ufeff")
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):

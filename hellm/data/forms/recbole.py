@@ -204,22 +204,24 @@ def _has_rows(path: Path, num_parts: int) -> bool:
         return bool(file.readline().strip())
 
 
-def _read_ids(table: Table, field: str, notes: list[str]) -> tuple[list[str], np.ndarray]:
-    """Clean ids in file order, and which rows have one, [rows] bool."""
+def _read_ids(
+    table: Table, field: str, notes: list[str], others: Sequence[str] = ()
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Clean ids in file order, and the texts of other columns in the rows that have one."""
     import polars as pl
 
     column = _column(table, field)
     if column in table.repeated:
         raise DataError(f"{table.path}: the header names {column!r} twice")
-    raw = table.collect(lambda frame: frame.select(table.text(column).alias("id")))["id"]
-    ids = clean(raw, f"{table.path.name}: column {column!r}", notes)
+    rows = table.collect(lambda frame: frame.select(table.text(name).alias(name) for name in (column, *others)))
+    ids = clean(rows[column], f"{table.path.name}: column {column!r}", notes)
     if ids.null_count():
         blank = table.num_blank()
         if ids.null_count() > blank:
             notes.append(f"{table.path.name}: {ids.null_count() - blank} rows without {field} are left out")
-    present = ids.cast(pl.String).drop_nulls().to_list()
-    distinct_ids(table.path, present, field)
-    return present, ids.is_not_null().to_numpy()
+    rows = rows.with_columns(ids.alias(column)).filter(pl.col(column).is_not_null())
+    distinct_ids(table.path, rows[column].to_list(), field)
+    return rows[column].to_list(), {name: rows[name].fill_null("").to_list() for name in others}
 
 
 def _read_users(path: Path, separator: str | None, encoding: str | None, notes: list[str]) -> list[str]:
@@ -233,17 +235,15 @@ def _read_items(
 ) -> tuple[list[str], dict[str, list[str]]]:
     """Item ids in file order, and the texts that the file has of them."""
     table = _open(path, separator, encoding)
-    ids, kept = _read_ids(table, "item_id", notes)
-    fields, used = {}, [_column(table, "item_id")]
+    columns: dict[str, str] = {}
     for column in table.columns:
         name = _name(column)
         field = "title" if name.endswith("_title") else _FIELDS.get(name)
-        if field and field not in fields:
-            cells = table.collect(lambda frame, column=column: frame.select(table.text(column).alias("cell")))["cell"]
-            fields[field] = cells.fill_null("").filter(kept).to_list()
-            used.append(column)
-    events.unused_note(table, used, notes)
-    return ids, fields
+        if field:
+            columns.setdefault(field, column)
+    ids, texts = _read_ids(table, "item_id", notes, list(columns.values()))
+    events.unused_note(table, [_column(table, "item_id"), *columns.values()], notes)
+    return ids, {field: texts[column] for field, column in columns.items()}
 
 
 def _write(dataset: Dataset, folder: Path) -> None:
