@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -321,20 +321,27 @@ def _times_of(
     """Times of the kept rows, and which of them are plain numbers."""
     times = rows["time"].fill_null(np.nan).to_numpy().copy()
     plain = np.full(len(times), numbers)
-    left = np.flatnonzero(np.isnan(times) & kept)
+    unread = rows["time"].is_null().to_numpy()
+    left = np.flatnonzero(unread & kept)
     texts = rows["other time"].gather(left).to_list()
     day_first, how = _times.day_order([text for text in texts if text])
+    hint = "; 1/2/2024 may be two days" if how == "undecided" else ""
 
     def rule(text: str) -> bool:
         return _times.parse_time(text, day_first=day_first) is not None
 
+    def refuse(row: int) -> NoReturn:
+        otherwise = f"row {row + 1}: column {column!r} must be {_times.WANTED}"
+        table.refuse({column: (rule, _times.WANTED + hint)}, otherwise)
+
+    with np.errstate(invalid="ignore"):
+        odd = kept & ~unread & ~_times.plausible(times, plain=numbers)
+    if odd.any():
+        refuse(int(odd.argmax()))
     for row, text in zip(left.tolist(), texts, strict=True):
         value = None if text is None else _times.parse_time(text, day_first=day_first)
         if value is None:
-            hint = "; 1/2/2024 may be two days" if how == "undecided" else ""
-            table.refuse(
-                {column: (rule, _times.WANTED + hint)}, f"row {row + 1}: column {column!r} must be {_times.WANTED}"
-            )
+            refuse(row)
         times[row], plain[row] = value, _times.is_number(text.strip())
     return times[kept], plain[kept]
 

@@ -26,7 +26,7 @@ _LONGEST = 80
 _CLOCK = r"(?:(?:[T ]\s*|,\s+)(\d{1,2})(?::?(\d\d)(?::?(\d\d)(?:[.,](\d+))?)?)?\s*([AP]M)?)?"
 _ZONE = r"\s*(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)?(?:\[[\w/+-]+\])?"
 _ISO = re.compile(
-    r"(?:(\d{4})([-/.])(\d{1,2})\2(\d{1,2})|(\d{4})(\d\d)(\d\d)(?=T)|(\d{4})-?W(\d\d)(?:-?([1-7]))?|(\d{4})-(\d{3}))"
+    r"\+?(?:(\d{4})([-/.])(\d{1,2})\2(\d{1,2})|(\d{4})(\d\d)(\d\d)(?=T)|(\d{4})-?W(\d\d)(?:-?([1-7]))?|(\d{4})-(\d{3}))"
     + _CLOCK + _ZONE, re.IGNORECASE | re.ASCII,
 )  # fmt: skip
 _LOCAL = re.compile(r"(\d{1,2})([/.-])(\d{1,2})\2(\d{4})" + _CLOCK + _ZONE, re.IGNORECASE | re.ASCII)
@@ -36,6 +36,7 @@ _FORMATS = (
     "%Y-%m-%dT%H:%M",
     "%Y-%m-%d %H:%M:%S%.f",
     "%Y-%m-%dT%H:%M:%S%.f",
+    "%Y-%m-%d %H:%M:%S%.f UTC",
     "%Y-%m-%d %H:%M:%S%.f%#z",
     "%Y-%m-%dT%H:%M:%S%.f%#z",
 )
@@ -44,6 +45,8 @@ _UNITS = ((1e17, 1e9, "nanoseconds"), (1e14, 1e6, "microseconds"), (1e11, 1e3, "
 # Before 1990 nobody logged clicks; what stands there is a counter, a default or another unit.
 _EARLIEST = 631_152_000
 _DAY = 86_400
+# chrono reads years of any length.
+_YEAR_1000, _YEAR_10000 = -30_610_224_000, 253_402_300_800
 
 
 def is_number(text: str) -> bool:
@@ -96,6 +99,8 @@ def _seconds(start: date, hour, minute, second, fraction, half, zone) -> float |
         hours = hours % 12 + 12 * (half.upper() == "PM")
     if minutes > 59 or seconds > 60 or hours > 24 or (hours == 24 and (minutes or seconds or fraction)):
         return None
+    if start.year < 1000:
+        return None
     whole = (start.toordinal() - _EPOCH.toordinal()) * _DAY + hours * 3600 + minutes * 60 + seconds
     if zone and zone[0] in "+-":
         digits = zone[1:].replace(":", "")
@@ -124,6 +129,8 @@ def day_order(texts: Sequence[str]) -> tuple[bool | None, str]:
 def fast_expression(head: pl.Series, source: pl.Expr) -> tuple[pl.Expr, bool]:
     """Expression that turns most of a column of texts into float64 numbers, null where the rule must decide.
 
+    Of its values only those that are `plausible` are times by the rule. It is kept to what polars computes once.
+
     Args:
         head: First texts of the column, by which the format is chosen.
         source: The column.
@@ -132,26 +139,21 @@ def fast_expression(head: pl.Series, source: pl.Expr) -> tuple[pl.Expr, bool]:
     """
     import polars as pl
 
-    def numbers(column):
-        value = column.str.strip_chars().cast(pl.Float64, strict=False)
-        return pl.when(value.is_finite()).then(value)
+    def parsed(column: pl.Expr, time_format: str | None) -> pl.Expr:
+        if time_format is None:
+            return column.cast(pl.Float64, strict=False)
+        moment = column.str.to_datetime(time_format, strict=False, time_unit="us", time_zone="UTC")
+        return moment.dt.epoch("us") / 1e6
 
-    head = head.drop_nulls()
-    best, least, plain = numbers(source), head.to_frame().select(numbers(pl.first())).to_series().null_count(), True
-    for time_format in _FORMATS:
-        if not least:
-            break
+    head = head.drop_nulls().to_frame()
+    failed = {one: head.select(parsed(pl.first(), one)).to_series().null_count() for one in (None, *_FORMATS)}
+    best = min(failed, key=failed.get)
+    return parsed(source, best), best is None
 
-        def parse(column, time_format=time_format):
-            text = column.str.strip_chars().str.strip_suffix(" UTC")
-            parsed = text.str.to_datetime(time_format, strict=False, time_unit="us", time_zone="UTC")
-            # chrono reads years of any length where the rule wants four digits.
-            return pl.when(text.str.contains(r"^\d{4}-")).then(parsed.dt.epoch("us") / 1e6)
 
-        failed = head.to_frame().select(parse(pl.first())).to_series().null_count()
-        if failed < least:
-            best, least, plain = parse(source), failed, False
-    return best, plain
+def plausible(times: np.ndarray, *, plain: bool) -> np.ndarray:
+    """Which of the values that polars made are those of the rule, [n] bool: finite, and years of four digits."""
+    return np.isfinite(times) if plain else (times >= _YEAR_1000) & (times < _YEAR_10000)
 
 
 def to_seconds(times: np.ndarray, notes: list[str], *, plain: np.ndarray | bool = True) -> np.ndarray:
