@@ -10,7 +10,10 @@ from typing import Any
 
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
-__all__ = ["add_settings", "new_parser", "parse"]
+__all__ = ["PAIRS", "add_settings", "new_parser", "parse"]
+
+# How the values of an option that takes "key=value" words show in the help.
+PAIRS = "ROLE=COLUMN"
 
 _KEY_VALUE = re.compile(r"(?P<key>[A-Za-z_][\w.-]*)=")
 _WRONG_VALUE = re.compile(r'Parser key "(?P<key>[\w.]+)":\s*(?P<what>.*)', re.DOTALL)
@@ -59,7 +62,15 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     """
     options = {name.lstrip("-"): name for name in parser._option_string_actions}
     by_spelling = {name.replace("-", "_"): name for name in options}
-    arguments = [_spelled(one, options, by_spelling) for one in argv]
+    arguments, pairs = [], False
+    for one in argv:
+        # What follows an option for pairs is its own, whatever options are called.
+        if one.startswith("--"):
+            name = by_spelling.get(one[2:].partition("=")[0].replace("-", "_"))
+            pairs = name is not None and parser._option_string_actions[options[name]].metavar == PAIRS
+            arguments.append(_spelled(one, options, by_spelling))
+        else:
+            arguments.append(one if pairs else _spelled(one, options, by_spelling))
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hellm.cli._output import count, print_json
-from hellm.cli._parser import new_parser, parse
+from hellm.cli._parser import PAIRS, new_parser, parse
 
 __all__ = ["add_reading_options", "describe", "print_report", "reading_options", "run", "summary"]
 
@@ -61,12 +61,36 @@ def add_reading_options(parser, *, split_option: str = "--split") -> None:
     parser.add_argument(
         "--missing-items", metavar="HOW", help="events on items that the item table lacks: error, keep or drop"
     )
+    parser.add_argument("--min-rating", type=float, metavar="X", help="leave out events rated lower")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        type=str,
+        metavar=PAIRS,
+        help="columns by name, where they have no usual one, e.g. time=sold_at user=cust attribute=colour",
+    )
+    parser.add_argument(
+        "--separator", type=str, metavar="MARK", help="of the fields of a table: one character, tab or space"
+    )
+    parser.add_argument("--encoding", type=str, metavar="NAME", help="of text files, e.g. latin-1 (default: UTF-8)")
 
 
 def reading_options(args) -> dict[str, Any]:
     """Arguments of `load_dataset` that were given."""
-    names = ("split", "form", "features", "event_types", "missing_items")
-    return {name: args[name] for name in names if args.get(name) is not None}
+    names = ("split", "form", "features", "event_types", "missing_items", "min_rating", "separator", "encoding")
+    given = {name: args[name] for name in names if args.get(name) is not None}
+    return given | {"columns": _columns(args.columns)} if args.get("columns") else given
+
+
+def _columns(pairs: Sequence[str]) -> dict[str, list[str]]:
+    """ "role=column" of each pair as role -> columns."""
+    columns: dict[str, list[str]] = {}
+    for pair in pairs:
+        role, equals, name = pair.partition("=")
+        if not (role and equals and name):
+            raise ValueError(f"--columns must be given as role=column, e.g. time=sold_at, got {pair!r}")
+        columns.setdefault(role, []).append(name)
+    return columns
 
 
 def _check(argv: Sequence[str]) -> int:
@@ -178,8 +202,13 @@ def print_report(report: dict[str, Any]) -> None:
         ["items", count(report["items"])],
         ["events", f"{count(events['total'])} ({parts})"],
         ["density", f"{report['density']:.3%} of all user-item pairs"],
-        ["history", f"{lengths['p0']:.0f} to {lengths['p100']:.0f} events per user, median {lengths['p50']:.0f}"],
     ]
+    if lengths is not None:
+        spread = f"{lengths['p0']:.0f} to {lengths['p100']:.0f} events per user, median {lengths['p50']:.0f}"
+        rows.append(["history", spread])
+    rows.append(["order", _order(report)])
+    if report["columns"]:
+        rows.append(["columns", ", ".join(f"{role} {column!r}" for role, column in report["columns"].items())])
     for name, feature in report["features"].items():
         without = f"{count(feature['missing'])} items without"
         rows.append([f"{name} features", f"{feature['dim']} numbers per item, {without}"])
@@ -188,6 +217,12 @@ def print_report(report: dict[str, Any]) -> None:
     remarks = _remarks(report)
     print("Worth a look:" if remarks else "Nothing stands out.")
     print("".join(f"  - {remark}\n" for remark in remarks), end="")
+
+
+def _order(report: dict[str, Any]) -> str:
+    if not report["time"]["known"]:
+        return f"{report['order']['by']}, as there are no times"
+    return f"by {report['order']['by']}, from {report['time']['first_day']} to {report['time']['last_day']}"
 
 
 def _remarks(report: dict[str, Any]) -> list[str]:
@@ -217,5 +252,11 @@ def _remarks(report: dict[str, Any]) -> list[str]:
             + (f", e.g. {', '.join(map(str, missing.get('first', [])[:3]))}" if missing["count"] else ""),
         ),
         (titles, f"{count(titles)} items have no title"),
+        (
+            (report["largest_user"] or {}).get("suspicious"),
+            "user {user!r} has {share:.1%} of all events; is that one person?".format(
+                **(report["largest_user"] or {"user": "", "share": 0})
+            ),
+        ),
     ]
     return [text for number, text in found if number] + list(report["notes"])

@@ -9,6 +9,7 @@ import numpy as np
 
 from hellm.data.dataset import SPLITS, DataError, Dataset
 from hellm.data.forms import detect
+from hellm.data.forms._times import day
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -27,12 +28,16 @@ def check_dataset(data: str | Path | Dataset, **options) -> dict[str, Any]:
         duplicates: `repeats` is how many events repeat an earlier (user, item) pair; `within_split` and `across_splits`
             say whether the first such event lies in the same split.
         leakage: distinct pairs that stand in two splits, for each two.
-        time: whether there are times, and the share of events that tie with another event of their user.
-        order: `inversions`: validation or test events that are older than a train event of their user.
+        time: whether there are times, the share of events that tie with another event of their user, and the first and
+            last time and day.
+        order: `by`: what the events of a user are ordered by; `inversions`: validation or test events that are older
+            than a train event of their user.
+        columns: role -> column of the table of events.
+        largest_user: the user with most events, their number and share, and whether that share is `suspicious`.
         cold: users and items without train events that validation or test asks for, and events without a trained item.
         without_events: users and items that no event names.
         short_histories: users with 1 or 2 events.
-        history_length: quantiles over users with events.
+        history_length: quantiles over users with events (None without events).
         five_core: users, items and events that would be left if all with fewer than 5 distinct partners were dropped,
             again and again, as papers often do.
         features: per modality: dim, missing items.
@@ -56,11 +61,13 @@ def check_dataset(data: str | Path | Dataset, **options) -> dict[str, Any]:
         "users": data.num_users,
         "items": data.num_items,
         "events": {**counts, "total": data.num_events},
-        "density": len(pairs) / (data.num_users * data.num_items),
+        "density": len(pairs) / max(data.num_users * data.num_items, 1),
         "duplicates": _duplicates(data, first, inverse),
         "leakage": _leakage(data, inverse, len(pairs)),
         "time": _times(data),
-        "order": {"inversions": _inversions(data)},
+        "order": {"by": _order(data), "inversions": _inversions(data)},
+        "columns": dict(data.columns),
+        "largest_user": _largest_user(data, lengths),
         "cold": _cold(data),
         "without_events": {
             "users": int((lengths == 0).sum()),
@@ -123,7 +130,7 @@ def _leakage(data: Dataset, inverse: np.ndarray, num_pairs: int) -> dict[str, in
 
 
 def _times(data: Dataset) -> dict[str, Any]:
-    if data.timestamps is None:
+    if data.timestamps is None or not data.num_events:
         return {"known": False, "tied_share": None}
     # Events are in time order within a user, so a tie is an equal neighbour.
     equal = (np.diff(data.users) == 0) & (np.diff(data.timestamps) == 0)
@@ -133,7 +140,27 @@ def _times(data: Dataset) -> dict[str, Any]:
         "tied_share": float(tied.mean()),
         "first": float(data.timestamps.min()),
         "last": float(data.timestamps.max()),
+        "first_day": day(data.timestamps.min()),
+        "last_day": day(data.timestamps.max()),
     }
+
+
+def _order(data: Dataset) -> str:
+    if data.timestamps is None:
+        return "order of the source, oldest first"
+    column = data.columns.get("time")
+    return f"time in column {column!r}, oldest first" if column else "time, oldest first"
+
+
+def _largest_user(data: Dataset, lengths: np.ndarray) -> dict[str, Any] | None:
+    if not data.num_events:
+        return None
+    user = int(lengths.argmax())
+    share = float(lengths[user] / data.num_events)
+    # One of few users has a large share in any case.
+    usual = 0.5 if data.num_users < 20 else 0.1
+    suspicious = data.num_users > 2 and share > usual
+    return {"user": data.user_ids.ids[user], "events": int(lengths[user]), "share": share, "suspicious": suspicious}
 
 
 def _inversions(data: Dataset) -> int | None:
@@ -162,6 +189,8 @@ def _cold(data: Dataset) -> dict[str, dict[str, int]]:
 
 def _k_core(users: np.ndarray, items: np.ndarray, inverse: np.ndarray, k: int = 5) -> dict[str, int]:
     """What is left of distinct pairs in the k-core; `inverse` is the pair of each event."""
+    if not len(users):
+        return {"users": 0, "items": 0, "events": 0}
     kept = np.ones(len(users), bool)
     while True:
         few_items = np.bincount(users[kept], minlength=users.max() + 1) < k
@@ -177,6 +206,8 @@ def _k_core(users: np.ndarray, items: np.ndarray, inverse: np.ndarray, k: int = 
     }
 
 
-def _quantiles(lengths: np.ndarray) -> dict[str, float]:
+def _quantiles(lengths: np.ndarray) -> dict[str, float] | None:
+    if not len(lengths):
+        return None
     report = {f"p{round(share * 100)}": float(np.quantile(lengths, share)) for share in QUANTILES}
     return {**report, "mean": float(lengths.mean())}

@@ -143,9 +143,10 @@ class Dataset:
         item_titles: [num_items], "" where there is none; None where the source has no titles at all.
         split_name: "given", "leave-two-out", "ratio", "time", "item-cold" or "user-cold".
         form: Form of the source, e.g. "mmrec".
-        item_fields: What else the source says of the items ("description", "brand", "category", "image"):
-            field -> [num_items] strings, "" where unknown.
+        item_fields: What else the source says of the items ("description", "brand", "category", "image", and columns
+            taken as attributes): field -> [num_items] strings, "" where unknown.
         notes: What the reader had to assume or met on the way, in words.
+        columns: What was read of a table of events: role ("user", "item", "time", ...) -> column.
     """
 
     name: str
@@ -163,6 +164,7 @@ class Dataset:
     form: str = "hellm"
     item_fields: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.user_ids) != self.num_users or len(self.item_ids) != self.num_items:
@@ -218,6 +220,20 @@ class Dataset:
         indptr = np.zeros(self.num_users + 1, dtype=np.int64)
         np.cumsum(np.bincount(self.users[chosen], minlength=self.num_users), out=indptr[1:])
         return indptr, self.items[chosen]
+
+    @cached_property
+    def item_attributes(self) -> dict[str, list[tuple[str, ...]]]:
+        """Attribute -> [num_items] tuples of values, () where unknown: brand, category and chosen columns.
+
+        Several values of an item are told apart as `hellm.data.attributes.split_values` says.
+        """
+        from hellm.data.attributes import NOT_ATTRIBUTES, split_values
+
+        return {
+            name: split_values(texts, single=name == "brand")
+            for name, texts in self.item_fields.items()
+            if name not in NOT_ATTRIBUTES
+        }
 
     def split_counts(self) -> dict[str, int]:
         """Number of events in each split; "history" where there are any."""

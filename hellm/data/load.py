@@ -12,6 +12,7 @@ from hellm.data import splits
 from hellm.data._files import new_folder
 from hellm.data.dataset import DataError, Dataset, IdMap, ItemFeatures
 from hellm.data.forms import Form, Source, detect, form_names, get_form
+from hellm.data.forms._times import remarks
 
 FEATURES = ("auto", "simple", "none")
 
@@ -42,7 +43,15 @@ def load_dataset(
         ratios: Shares of train, validation and test, for "ratio" and "time".
         cold_share: Share of items or users out of train, for "item-cold" and "user-cold".
         user_ids, item_ids: Id maps of an earlier load: their ids keep their indices, new ids follow.
-        **options: Of the form's reader, e.g. `missing_items="keep"` or `event_types=["purchase"]` (shop).
+        **options: Of the form's reader, where it has them:
+            missing_items: events on items that the item table lacks: "error", "keep" or "drop".
+            columns: role -> name of a column, where its name is not a usual one, e.g. {"time": "sold_at"}; the roles
+                are user, item, time, split, label, quantity, rating and type, of a shop's items also title,
+                description, brand, category, image and attribute (a name or a list of names).
+            separator: of the fields of a table: one character, or tab, comma, semicolon, pipe or space.
+            encoding: of text, as Python calls it, e.g. "latin-1"; by default UTF-8, or what a byte order mark says.
+            event_types: events of these types only (shop).
+            min_rating: leaves out events rated lower.
 
     Returns: The data set; `notes` says what had to be assumed.
 
@@ -61,6 +70,8 @@ def load_dataset(
     if unknown:
         raise ValueError(f"form {kind.name!r} takes {', '.join(allowed) or 'no options'}, got {', '.join(unknown)}")
     source = kind.read(main, **options)
+    if path.is_dir() and kind.name != "hellm":
+        _note_other_files(main, source)
     if user_ids is not None or item_ids is not None:
         _keep_indices(source, user_ids, item_ids)
     if features == "none":
@@ -125,6 +136,18 @@ def convert(
     return dataset
 
 
+def _note_other_files(main: Path, source: Source) -> None:
+    """Say which files of a data folder play no part."""
+    read = {main.name, "u_id_mapping.csv", "i_id_mapping.csv", *source.files}
+    others = sorted(
+        one.name for one in main.parent.iterdir()
+        if one.name not in read and not one.name.startswith(".") and not one.name.endswith("_feat.npy")
+    )  # fmt: skip
+    if others:
+        some = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
+        source.notes.append(f"not read: {some}")
+
+
 def _name(source: Source, main: Path) -> str:
     return source.name or main.name.split(".")[0] or main.parent.resolve().name
 
@@ -181,6 +204,8 @@ def _build(source: Source, kind: Form, name: str, split, seed, ratios, cold_shar
     if not len(source.users):
         raise DataError(f"{name}: there are no events")
     users, items = source.users.astype(np.int64), source.items.astype(np.int64)
+    if source.timestamps is not None and kind.name != "hellm":
+        source.notes += remarks(source.timestamps)
     order = _time_order(users, source.timestamps)
     if order is not None:
         users, items = users[order], items[order]
@@ -217,6 +242,7 @@ def _build(source: Source, kind: Form, name: str, split, seed, ratios, cold_shar
         form=kind.name,
         item_fields=source.item_fields,
         notes=source.notes,
+        columns=source.columns,
     )
 
 

@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from hellm.data.dataset import ItemFeatures
+from hellm.data.pictures import open_picture
 
 _WORD = re.compile(r"\w+")
+_LETTER = re.compile(r"[^\W\d_]")
 MAX_CHARACTERS = 1000
 _SIDE = 48
 _CELLS = 4
@@ -26,7 +28,11 @@ _CELLS = 4
 
 def item_texts(titles: list[str] | None, fields: dict[str, list[str]]) -> list[str] | None:
     """One text per item from title, brand, category and description; None if the source has none of them."""
-    columns = [titles, *(fields.get(name) for name in ("brand", "category", "description"))]
+    category = fields.get("category")
+    if category is not None and any(category) and not any(map(_LETTER.search, category)):
+        # Numbers of categories say nothing as text.
+        category = None
+    columns = [titles, fields.get("brand"), category, fields.get("description")]
     columns = [column for column in columns if column is not None]
     return [" ".join(filter(None, parts)) for parts in zip(*columns, strict=True)] if columns else None
 
@@ -102,14 +108,11 @@ def image_features(
 
 
 def _pixels(path: str | Path) -> np.ndarray:
-    """Picture as [48, 48, 3] float32 in 0..1, transparent parts white."""
+    """Picture as [48, 48, 3] float32 in 0..1."""
     from PIL import Image
 
-    with Image.open(path) as picture:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture).convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX)
-        return np.asarray(picture, dtype=np.float32) / 255
+    picture = open_picture(path, _SIDE).resize((_SIDE, _SIDE), Image.Resampling.BOX)
+    return np.asarray(picture, dtype=np.float32) / 255
 
 
 def _describe(pixels: np.ndarray) -> np.ndarray:

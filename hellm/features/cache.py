@@ -14,7 +14,7 @@ import numpy as np
 
 from hellm.data import DataError
 
-__all__ = ["FeatureCache", "content_key", "default_cache", "encoder_key"]
+__all__ = ["FeatureCache", "content_key", "default_cache", "encoder_key", "file_key"]
 
 # SQLite takes at most 999 values in one statement on older builds.
 _AT_ONCE = 900
@@ -28,6 +28,15 @@ def default_cache() -> Path:
 def content_key(content: bytes) -> bytes:
     """16 bytes that stand for what an encoder is given."""
     return hashlib.sha256(content).digest()[:16]
+
+
+def file_key(path: str | Path) -> bytes:
+    """`content_key` of what a file holds, in little memory."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.digest()[:16]
 
 
 def encoder_key(weights: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

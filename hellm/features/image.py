@@ -5,7 +5,6 @@ B = pictures in a batch, S = side or sides of what the encoder sees, D = width o
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from hellm._devices import resolve_device
 from hellm._pretrained import NO_CODE, NO_PICKLES
 from hellm.data import ItemFeatures
+from hellm.data.pictures import opaque, open_picture
 from hellm.features._encode import (
     check_batch_size,
     encode_rows,
@@ -27,7 +27,7 @@ from hellm.features._encode import (
     pooled,
     require,
 )
-from hellm.features.cache import FeatureCache, content_key, encoder_key
+from hellm.features.cache import FeatureCache, encoder_key, file_key
 
 __all__ = ["Preprocessing", "encode_images"]
 
@@ -138,13 +138,14 @@ class Preprocessing:
             config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0,
         )
 
+    @property
+    def side(self) -> int:
+        """The longest side that is resized to, in pixels."""
+        return self.resize if isinstance(self.resize, int) else max(self.resize)
+
     def apply(self, picture: Any) -> np.ndarray:
         """A Pillow image -> [3, height, width] float32."""
-        from PIL import Image
-
-        if picture.mode != "RGB":
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        picture = opaque(picture)
         if isinstance(self.resize, int):
             scale = self.resize / min(picture.size)
             width, height = (max(self.resize, round(side * scale)) for side in picture.size)
@@ -166,19 +167,16 @@ def _sides(size: Any) -> tuple[int, int] | int | None:
 
 def _file_key(path: str, errors: dict[str, Exception]) -> bytes | None:
     try:
-        return content_key(Path(path).read_bytes()) if path else None
+        return file_key(path) if path else None
     except OSError as error:
         errors[path] = error
         return None
 
 
 def _read(path: str, preprocessing: Preprocessing, errors: dict[str, Exception]) -> np.ndarray | None:
-    from PIL import Image
-
     # Pillow raises whatever its decoders meet in a broken file, so no narrower class will do.
     try:
-        with Image.open(io.BytesIO(Path(path).read_bytes())) as picture:
-            return preprocessing.apply(picture)
+        return preprocessing.apply(open_picture(path, preprocessing.side))
     except Exception as error:
         errors[path] = error
         return None
@@ -195,7 +193,9 @@ class _ImageModel:
     def __init__(self, model: Any, preprocessing: Preprocessing, device: str) -> None:
         self.model, self.preprocessing, self.device = model.to(device).eval(), preprocessing, device
         self.dim = self.encode(np.zeros((1, 3, *preprocessing.crop), np.float32)).shape[1]
-        self.key = encoder_key(model.state_dict(), {"kind": "image", "pooling": "mean"} | asdict(preprocessing))
+        # "decoding" counts the ways in which `open_picture` has turned files into pixels.
+        settings = {"kind": "image", "pooling": "mean", "decoding": 2} | asdict(preprocessing)
+        self.key = encoder_key(model.state_dict(), settings)
 
     def encode(self, pictures: np.ndarray) -> np.ndarray:
         """[B, 3, height, width] float32 -> [B, D] float32."""

@@ -42,3 +42,11 @@ def triples(dataset: Dataset) -> list[tuple[str, str, int]]:
     events = zip(dataset.users.tolist(), dataset.items.tolist(), dataset.split.tolist(), strict=True)
     named = [(dataset.user_ids.ids[user], dataset.item_ids.ids[item], split) for user, item, split in events]
     return sorted(named, key=lambda event: event[0])
+
+
+def write(folder, **files) -> None:
+    """Write files into a folder; `events_csv="..."` is events.csv, and bytes stay as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        path = folder / ".".join(name.rsplit("_", 1))
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())

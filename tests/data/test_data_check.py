@@ -48,8 +48,10 @@ def test_known_defects_are_counted():
     assert report["density"] == pytest.approx(6 / 20)
     assert report["duplicates"] == {"repeats": 2, "within_split": 1, "across_splits": 1}
     assert report["leakage"] == {"train_valid": 0, "train_test": 1, "valid_test": 0}
-    assert report["time"] == {"known": True, "tied_share": 2 / 8, "first": 5.0, "last": 40.0}
-    assert report["order"] == {"inversions": 1}
+    days = {"first_day": "1970-01-01", "last_day": "1970-01-01"}
+    assert report["time"] == {"known": True, "tied_share": 2 / 8, "first": 5.0, "last": 40.0, **days}
+    assert report["order"] == {"by": "time, oldest first", "inversions": 1}
+    assert report["largest_user"] == {"user": "0", "events": 5, "share": 5 / 8, "suspicious": True}
     assert report["cold"]["valid"] == {"users": 0, "items": 1, "events": 1}
     assert report["cold"]["test"] == {"users": 1, "items": 1, "events": 1}
     assert report["without_events"] == {"users": 1, "items": 1}
@@ -66,7 +68,7 @@ def test_clean_data_without_times():
     report = check_dataset(dataset)
     assert report["duplicates"] == {"repeats": 0, "within_split": 0, "across_splits": 0}
     assert report["time"] == {"known": False, "tied_share": None}
-    assert report["order"] == {"inversions": None}
+    assert report["order"] == {"by": "order of the source, oldest first", "inversions": None}
     assert report["features"] == {"image": {"dim": 2, "missing": 1}}
     assert report["titles"] is None
     assert report["items_missing_from_table"] is None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hellm.data.dataset import DataError, Dataset, IdMap, ItemFeatures
+from hellm.data.forms._ids import find_large
+from hellm.data.forms._text import read_text
 
 MISSING_ITEMS = ("error", "keep", "drop")
 
@@ -27,6 +28,8 @@ class Source:
         split_name: What made `labels`.
         item_titles, item_fields, item_features, notes: As in `Dataset`.
         name: Overrides the name taken from the path.
+        columns: As in `Dataset`.
+        files: Names of the files and folders beside the main one that were read or looked into.
     """
 
     users: np.ndarray
@@ -41,6 +44,8 @@ class Source:
     item_fields: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     name: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    files: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -78,26 +83,6 @@ def find_one(path: Path, *patterns: str, accept: Callable[[Path], bool] = lambda
         names = ", ".join(one.name for one in matching)
         raise DataError(f"{path}: several data sets in one folder ({names}); give the path of one file")
     return matching[0] if matching else None
-
-
-def first_line(path: Path) -> str:
-    """First line of a text file, without its end. Raises DataError for an empty file."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        line = file.readline().rstrip("\r\n")
-    if not line.strip():
-        raise DataError(f"{path}: the file is empty")
-    return line
-
-
-def load_json(path: Path) -> Any:
-    """A JSON file. Raises DataError naming line and column of a syntax error."""
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.strip():
-        raise DataError(f"{path}: the file is empty")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}:{error.colno}: not valid JSON ({error.msg})") from None
 
 
 def check_ids_known(path: Path, missing: list[str], where: str, policy: str) -> None:
@@ -146,15 +131,13 @@ def load_table_features(path: Path, table: Path, num_items: int, notes: list[str
 
 def load_feature_file(path: Path, num_items: int) -> ItemFeatures:
     """One feature file as float32; all-zero rows become missing. Raises as `load_features`."""
-    try:
-        values = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{path}: not a plain .npy array ({error})") from None
+    values = _open_array(path)
     if values.ndim != 2 or values.dtype.kind not in "fiu":
         raise DataError(f"{path}: must be a 2-d array of numbers, got {values.ndim}-d {values.dtype}")
     if len(values) != num_items:
         raise DataError(f"{path}: must have one row per item, got {len(values)} rows for {num_items} items")
-    values = np.ascontiguousarray(values, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        values = np.array(values, dtype=np.float32, order="C")
     # A row sum is not finite if an entry is not, and needs no [num_items, dim] temporary.
     suspects = np.flatnonzero(~np.isfinite(values.sum(axis=1, dtype=np.float64)))
     if len(suspects):
@@ -169,12 +152,26 @@ def feature_rows(folder: Path) -> int:
     """Largest row count among the `*_feat.npy` of a folder, read from the headers; 0 if there are none."""
     rows = 0
     for path in folder.glob("*_feat.npy"):
-        try:
-            shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
-        except (ValueError, EOFError, OSError) as error:
-            raise DataError(f"{path}: not a plain .npy array ({error})") from None
+        shape = _open_array(path).shape
         rows = max(rows, shape[0] if shape else 0)
     return rows
+
+
+def _open_array(path: Path) -> np.ndarray:
+    """A `.npy` file, mapped: a header that promises more than the file holds is refused before memory is taken."""
+    # A damaged header goes through Python's own parser, which raises nearly anything.
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:
+        raise DataError(f"{path}: not a plain .npy array ({error})") from None
+
+
+def load_mask(path: Path, num_items: int) -> np.ndarray:
+    """[num_items] bool of a `.npy` file. Raises DataError for anything else."""
+    mask = _open_array(path)
+    if mask.shape != (num_items,) or mask.dtype != np.bool_:
+        raise DataError(f"{path}: must be [{num_items}] bool, got {list(mask.shape)} {mask.dtype}")
+    return np.array(mask)
 
 
 def save_features(dataset: Dataset, folder: Path) -> None:
@@ -183,18 +180,61 @@ def save_features(dataset: Dataset, folder: Path) -> None:
         np.save(folder / f"{modality}_feat.npy", np.where(features.mask[:, None], features.values, np.float32(0)))
 
 
+def file_name(dataset: Dataset) -> str:
+    """The data set's name as the beginning of a file name."""
+    return dataset.name.replace("/", "_").replace("\0", "_").lstrip(".") or "data"
+
+
+def as_text(value: object) -> str:
+    """A JSON value as text: lists joined by commas, however nested; empty for null.
+
+    Raises:
+        TypeError: It is an object, or holds one.
+    """
+    if value is None:
+        return ""
+    return ", ".join(dict.fromkeys(_flat(value))) if isinstance(value, list) else "".join(_flat(value))
+
+
+def _flat(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        raise TypeError("must be text, a number or a list, got an object")
+    if isinstance(value, list):
+        for one in value:
+            yield from _flat(one)
+    elif value not in (None, ""):
+        yield str(value)
+
+
 ID_MAPPINGS = {"user": ("u_id_mapping.csv", "user_id", "userID"), "item": ("i_id_mapping.csv", "asin", "itemID")}
 
 
-def save_id_mapping(ids: IdMap, folder: Path, side: str, *, base: int = 0) -> None:
-    """Write MMRec's `u_id_mapping.csv` / `i_id_mapping.csv` (tab separated), unless ids and numbers are the same."""
-    if all(one == str(number) for number, one in enumerate(ids.ids, base)):
+def save_id_mapping(ids: IdMap, folder: Path, side: str, used: np.ndarray, *, base: int = 0) -> None:
+    """Write MMRec's `u_id_mapping.csv` / `i_id_mapping.csv` (tab separated), unless the events alone say the same.
+
+    Args:
+        ids: All ids.
+        folder: Where to.
+        side: "user" or "item".
+        used: Indices that the written events hold.
+        base: Number of the first id.
+    """
+    same = all(one == str(number) for number, one in enumerate(ids.ids, base))
+    if same and len(used) and int(used.max()) == len(ids) - 1:
         return
     name, external, internal = ID_MAPPINGS[side]
+    for one in ids.ids:
+        if "\0" in one or any("\ud800" <= mark <= "\udfff" for mark in one):
+            raise ValueError(f"{name} cannot hold {side} id {one!r}; rename it, or write form 'hellm'")
     with (folder / name).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow([external, internal])
-        writer.writerows((one, number) for number, one in enumerate(ids.ids, base))
+        plain, quoted = (
+            csv.writer(file, delimiter="\t", lineterminator="\n", quoting=quoting)
+            for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+        )
+        plain.writerow([external, internal])
+        for number, one in enumerate(ids.ids, base):
+            # `csv` takes this for the end of a line only when it reads.
+            (quoted if "\r" in one else plain).writerow([one, number])
 
 
 def load_id_mapping(folder: Path, side: str) -> tuple[IdMap, int] | None:
@@ -206,27 +246,51 @@ def load_id_mapping(folder: Path, side: str) -> tuple[IdMap, int] | None:
     path = folder / ID_MAPPINGS[side][0]
     if not path.exists():
         return None
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t"))[1:]
+    reader = csv.reader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""), delimiter="\t", strict=True)
+    numbered: list[tuple[int, str]] = []
     try:
-        numbered = sorted((int(number), one) for one, number in rows)
-    except ValueError:
-        line = next(at for at, row in enumerate(rows, 2) if len(row) != 2 or not row[1].isdecimal())
-        raise DataError(f"{path}:{line}: must hold an id, a tab and its number, got {rows[line - 2]}") from None
+        for row in reader:
+            if reader.line_num == 1 or not row:
+                continue
+            if len(row) != 2 or not (row[1].isascii() and row[1].isdecimal() and len(row[1]) < 19):
+                raise DataError(f"{path}:{reader.line_num}: must hold an id, a tab and its number, got {row}")
+            numbered.append((int(row[1]), row[0]))
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: {error}") from None
+    numbered.sort()
     base = numbered[0][0] if numbered else 0
     if base not in (0, 1) or [number for number, _ in numbered] != list(range(base, base + len(numbered))):
         raise DataError(f"{path}: the numbers must be consecutive and start at 0 or 1, got a gap or a repeat")
-    return IdMap(one for _, one in numbered), base
+    return distinct_ids(path, [one for _, one in numbered]), base
 
 
-def number_ids(path: Path, side: str, largest: int, *, at_least: int = 0) -> IdMap:
+def distinct_ids(path: Path, ids: list[str], column: str = "id") -> IdMap:
+    """Map of the ids of a file. Raises DataError naming the file where one occurs twice."""
+    try:
+        return IdMap(ids)
+    except DataError:
+        seen: set[str] = set()
+        twice = next(one for one in ids if one in seen or seen.add(one))
+        raise DataError(f"{path}: column {column} must hold distinct ids, got {twice!r} twice") from None
+
+
+def number_ids(path: Path, side: str, values: np.ndarray, *, at_least: int = 0, source: Path | None = None) -> IdMap:
     """Ids of one side of a form with integer ids from 0: those of the id mapping beside it, else the numbers.
 
+    Args:
+        path: Main file, beside which the mapping stands.
+        side: "user" or "item".
+        values: Numbers that occur.
+        at_least: Number of rows that something else says there are.
+        source: File of the numbers; None is `path`.
+
     Raises:
-        DataError: The mapping is shorter than the largest number.
+        DataError: The mapping is shorter than the largest number, or there is none and the number is out of proportion.
     """
     mapping = load_id_mapping(path.parent, side)
+    largest = int(values.max(initial=-1))
     if mapping is None:
+        find_large(source or path, side, values, at_least)
         return IdMap.range(max(largest + 1, at_least))
     ids, base = mapping
     if base != 0 or largest >= len(ids):

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hellm.data.dataset import DataError, Dataset, IdMap, ItemFeatures
+from hellm.data.dataset import DataError, Dataset, ItemFeatures
 from hellm.data.forms import _tables as tables
-from hellm.data.forms._base import Form, Source, load_feature_file, load_json
+from hellm.data.forms._base import Form, Source, distinct_ids, load_feature_file, load_mask
+from hellm.data.forms._text import load_json
 
 VERSION = 1
 # As `tables.LABEL`, and 3 for events that are only history.
-_LABEL: tables.Rule = (lambda text: text in ("0", "1", "2", "3"), "0, 1 or 2 (train, validation, test), or 3 (history)")
-_INTEGER: tables.Rule = (str.isdecimal, "a non-negative integer")
+_LABEL = "0, 1 or 2 (train, validation, test), or 3 (history)"
 
 
 def _find(path: Path) -> Path | None:
@@ -31,8 +31,6 @@ def _find(path: Path) -> Path | None:
 
 
 def _read(path: Path) -> Source:
-    import polars as pl
-
     folder, about = path.parent, load_json(path)
     if not isinstance(about, dict) or about.get("form") != "hellm":
         raise DataError(f"{path}: must be an object with form 'hellm'")
@@ -42,34 +40,71 @@ def _read(path: Path) -> Source:
     for name in names:
         if not (folder / f"{name}.parquet").exists():
             raise DataError(f"{folder / name}.parquet: no such file, but dataset.json stands beside it")
-    events, users, items = (tables.scan(folder / f"{name}.parquet") for name in names)
-    rules = {"user": _INTEGER, "item": _INTEGER, "split": _LABEL}
-    table = tables.collect(events, folder / "events.parquet", rules)
-    catalogue = items.with_columns(pl.exclude("id").fill_null("")).collect()
-    user_ids, item_ids = IdMap(users.collect()["id"].to_list()), IdMap(catalogue["id"].to_list())
-    for column, ids in (("user", user_ids), ("item", item_ids)):
-        if not 0 <= table[column].min() <= table[column].max() < len(ids):
+    events, users, items = (tables.Table(folder / f"{name}.parquet") for name in names)
+    table = _integers(events)
+    user_ids, item_ids = (distinct_ids(one.path, _texts(one, "id")) for one in (users, items))
+    for column, count in (("user", len(user_ids)), ("item", len(item_ids))):
+        values = table[column]
+        if len(values) and not 0 <= values.min() <= values.max() < count:
             raise DataError(
-                f"{folder / 'events.parquet'}: column {column!r} must lie in 0..{len(ids) - 1}, "
-                f"got {table[column].min()}..{table[column].max()}"
+                f"{events.path}: column {column!r} must lie in 0..{count - 1}, got {values.min()}..{values.max()}"
             )
-    if not 0 <= table["split"].min() <= table["split"].max() <= 3:
-        raise DataError(f"{folder / 'events.parquet'}: column 'split' must be {_LABEL[1]}")
-    fields = {name: catalogue[name].to_list() for name in catalogue.columns if name != "id"}
+    if len(table["split"]) and not 0 <= table["split"].min() <= table["split"].max() <= 3:
+        raise DataError(f"{events.path}: column 'split' must be {_LABEL}")
+    fields = {name: _texts(items, name) for name in items.columns if name != "id"}
+    modalities, notes = about.get("modalities", []), about.get("notes", [])
+    for key, value in (("modalities", modalities), ("notes", notes)):
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise DataError(f"{path}: {key} must be a list of text")
+    columns = about.get("columns", {})
+    if not isinstance(columns, dict) or not all(isinstance(one, str) for one in columns.values()):
+        raise DataError(f"{path}: columns must be an object of text")
+    if any("/" in one or one.startswith(".") for one in modalities):
+        raise DataError(f"{path}: modalities must be plain names, got {', '.join(modalities)}")
+    if not all(isinstance(about.get(key, ""), str) for key in ("name", "split")):
+        raise DataError(f"{path}: name and split must be text")
     return Source(
-        table["user"].to_numpy(),
-        table["item"].to_numpy(),
+        table["user"],
+        table["item"],
         user_ids,
         item_ids,
-        timestamps=table["timestamp"].to_numpy() if "timestamp" in table.columns else None,
-        labels=table["split"].to_numpy(),
+        timestamps=table.get("timestamp"),
+        labels=table["split"],
         split_name=about.get("split", "given"),
-        item_features=_read_features(folder / "features", about.get("modalities", []), len(item_ids)),
+        item_features=_read_features(folder / "features", modalities, len(item_ids)),
         item_titles=fields.pop("title", None),
         item_fields=fields,
-        notes=list(about.get("notes", [])),
+        notes=list(notes),
         name=about.get("name"),
+        columns=columns,
+        files={"users.parquet", "items.parquet", "events.parquet", "features"},
     )
+
+
+def _integers(events: tables.Table) -> dict[str, np.ndarray]:
+    """Columns of events.parquet. Raises DataError for a column that lacks, or holds anything but numbers."""
+    columns = {}
+    for name in ("user", "item", "split", "timestamp"):
+        if name not in events.columns:
+            if name == "timestamp":
+                continue
+            raise DataError(f"{events.path}: no column {name!r}; found {', '.join(events.columns)}")
+        dtype = events.dtype(name)
+        if not (dtype.is_integer() or (name == "timestamp" and dtype.is_float())):
+            raise DataError(f"{events.path}: column {name!r} must hold integers, got {dtype}")
+        values = events.collect(lambda frame, name=name: frame.select(name))[name]
+        if values.null_count():
+            raise DataError(f"{events.path}: column {name!r}: row {values.is_null().arg_max() + 1} is empty")
+        columns[name] = values.to_numpy()
+    if "timestamp" in columns and not np.isfinite(columns["timestamp"]).all():
+        raise DataError(f"{events.path}: column 'timestamp' must be finite")
+    return columns
+
+
+def _texts(table: tables.Table, column: str) -> list[str]:
+    if column not in table.columns:
+        raise DataError(f"{table.path}: no column {column!r}; found {', '.join(table.columns)}")
+    return table.collect(lambda frame: frame.select(table.text(column).fill_null("").alias("cell")))["cell"].to_list()
 
 
 def _read_features(folder: Path, modalities: list[str], num_items: int) -> dict[str, ItemFeatures]:
@@ -77,9 +112,7 @@ def _read_features(folder: Path, modalities: list[str], num_items: int) -> dict[
     for modality in modalities:
         path = folder / f"{modality}.npy"
         values = load_feature_file(path, num_items).values
-        mask = np.load(path.with_name(f"{modality}.mask.npy"), allow_pickle=False)
-        if mask.shape != (num_items,) or mask.dtype != np.bool_:
-            raise DataError(f"{path.with_name(f'{modality}.mask.npy')}: must be [{num_items}] bool, got {mask.shape}")
+        mask = load_mask(path.with_name(f"{modality}.mask.npy"), num_items)
         features[modality] = ItemFeatures(values, mask)
     return features
 
@@ -110,6 +143,7 @@ def _write(dataset: Dataset, folder: Path) -> None:
         "split": dataset.split_name,
         "split_counts": dataset.split_counts(),
         "modalities": list(dataset.item_features),
+        "columns": dataset.columns,
         "notes": dataset.notes,
         "fingerprint": dataset.fingerprint,
     }

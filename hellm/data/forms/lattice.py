@@ -19,11 +19,12 @@ from hellm.data.forms._base import (
     Source,
     feature_rows,
     load_features,
-    load_json,
     number_ids,
     save_features,
     save_id_mapping,
 )
+from hellm.data.forms._ids import most_rows, too_large
+from hellm.data.forms._text import line_with, load_json
 
 PARTS = ("train", "val", "test")
 
@@ -37,6 +38,11 @@ def _find(path: Path) -> Path | None:
     return None
 
 
+def is_row_number(text: str) -> bool:
+    """Whether a key of a JSON object is a plain non-negative integer below 2^62."""
+    return text.isascii() and text.isdecimal() and len(text) < 19 and (text == "0" or not text.startswith("0"))
+
+
 def flatten(path: Path, lists: Any) -> tuple[np.ndarray, np.ndarray]:
     """{user: [items]} with integer ids as users and items, both [num_events] int64, users ascending.
 
@@ -46,8 +52,8 @@ def flatten(path: Path, lists: Any) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(lists, dict):
         raise DataError(f"{path}: must be an object of user: [items], got {type(lists).__name__}")
     for user, items in lists.items():
-        if not (user.isascii() and user.isdecimal()):
-            raise DataError(f"{path}: user {user!r}: must be a non-negative integer")
+        if not is_row_number(user):
+            raise DataError(f"{path}: user {user[:40]!r}: must be a non-negative integer")
         if not isinstance(items, list):
             raise DataError(f"{path}: user {user!r}: must be a list of items, got {type(items).__name__}")
         if set(map(type, items)) - {int}:
@@ -55,6 +61,8 @@ def flatten(path: Path, lists: Any) -> tuple[np.ndarray, np.ndarray]:
             raise DataError(f"{path}: user {user!r}: items must be integers, got {bad!r}")
         if items and min(items) < 0:
             raise DataError(f"{path}: user {user!r}: items must be >= 0, got {min(items)}")
+        if items and max(items) >= 1 << 62:
+            raise too_large(f"{path}:{line_with(path, str(max(items)))}", "item", max(items), most_rows(0))
     ordered = sorted(lists, key=int)
     lengths = [len(lists[user]) for user in ordered]
     users = np.repeat(np.array([int(user) for user in ordered], dtype=np.int64), lengths)
@@ -67,17 +75,16 @@ def gather(users: np.ndarray, items: np.ndarray, num_users: int) -> dict[str, li
     return {str(user): part.tolist() for user, part in enumerate(parts)}
 
 
-def _read(path: Path) -> Source:
-    users, items, labels = [], [], []
-    most_users = -1
+def _read(path: Path, *, encoding: str | None = None) -> Source:
+    users, items, labels, listed = [], [], [], []
     for label, part in enumerate(PARTS):
         file = path.with_name(f"{part}.json")
         if part == "val" and not file.exists():
             continue
-        lists = load_json(file)
+        lists = load_json(file, encoding)
         of_users, of_items = flatten(file, lists)
         # A user whose lists are all empty is still a row.
-        most_users = max([most_users, *map(int, lists)])
+        listed += map(int, lists)
         users.append(of_users)
         items.append(of_items)
         labels.append(np.full(len(of_users), label, np.int8))
@@ -86,16 +93,18 @@ def _read(path: Path) -> Source:
         raise DataError(f"{path.parent}: there are no events in {', '.join(PARTS)}.json")
     folder = path.parent.parent if path.parent.name == "5-core" else path.parent
     notes: list[str] = []
-    item_ids = number_ids(folder / path.name, "item", int(all_items.max()), at_least=feature_rows(folder))
+    main = folder / path.name
+    item_ids = number_ids(main, "item", all_items, at_least=feature_rows(folder), source=path)
     return Source(
         np.concatenate(users),
         all_items,
-        number_ids(folder / path.name, "user", most_users),
+        number_ids(main, "user", np.array(listed, dtype=np.int64), source=path),
         item_ids,
         labels=np.concatenate(labels),
         item_features=load_features(folder, len(item_ids), notes),
         notes=notes,
         name=folder.resolve().name,
+        files={"5-core", *(f"{part}.json" for part in PARTS)},
     )
 
 
@@ -105,8 +114,8 @@ def _write(dataset: Dataset, folder: Path) -> None:
         chosen = dataset.split == label
         lists = gather(dataset.users[chosen], dataset.items[chosen], dataset.num_users)
         (folder / "5-core" / f"{part}.json").write_text(json.dumps(lists), encoding="utf-8")
-    save_id_mapping(dataset.user_ids, folder, "user")
-    save_id_mapping(dataset.item_ids, folder, "item")
+    save_id_mapping(dataset.user_ids, folder, "user", dataset.users)
+    save_id_mapping(dataset.item_ids, folder, "item", dataset.items)
     save_features(dataset, folder)
 
 

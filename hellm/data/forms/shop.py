@@ -1,28 +1,35 @@
 """What a shop has: `events.csv|tsv|parquet`, optional `items.csv|tsv|parquet`, optional `images/`. Ids are strings.
 
-Columns are found by their usual names (`EVENT_COLUMNS`, `ITEM_COLUMNS`). Items stand in the order of the item table;
-ids that it lacks are an error unless `missing_items` says otherwise. `*_feat.npy` with row = line of the item table are
-read too.
+Columns are found by their usual names (`EVENT_COLUMNS`, `ITEM_COLUMNS`), or named by the option `columns`. Items stand
+in the order of the item table; ids that it lacks are an error unless `missing_items` says otherwise. `*_feat.npy` with
+row = line of the item table are read too.
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hellm.data.attributes import NOT_ATTRIBUTES
 from hellm.data.dataset import DataError, Dataset, IdMap
+from hellm.data.forms import _events as events
 from hellm.data.forms import _tables as tables
-from hellm.data.forms._base import Form, Source, check_ids_known, load_table_features, save_features
+from hellm.data.forms import _times as times
+from hellm.data.forms._base import Form, Source, check_ids_known, distinct_ids, load_table_features, save_features
+from hellm.data.forms._ids import check_ids_writable, clean, read_ids, without_unused
+from hellm.data.forms._pictures import FOLDER, find_pictures
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 EVENT_COLUMNS = {
     "user": ("user", "user_id", "userid", "customer", "customer_id", "customerid", "client", "client_id", "visitor",
-             "visitor_id", "visitorid", "account_id", "member_id", "reviewerid"),
+             "visitor_id", "visitorid", "account_id", "member_id", "reviewerid", "uid", "user_name", "username",
+             "shopper_id", "buyer_id", "session_id"),
     "item": ("item", "item_id", "itemid", "product", "product_id", "productid", "sku", "article", "article_id", "asin",
-             "parent_asin", "movieid", "movie_id"),
-    "time": ("timestamp", "time", "ts", "datetime", "date", "event_time", "created_at", "order_date", "purchased_at",
-             "t_dat", "unixreviewtime"),
-    "type": ("type", "event", "event_type", "action"),
+             "parent_asin", "movieid", "movie_id", "iid", "stockcode", "stock_code", "product_sku", "variant_id"),
+    "time": events.TIMES,
     "split": ("split", "x_label"),
+    **events.MEANINGS,
 }  # fmt: skip
 ITEM_COLUMNS = {
     "item": (*EVENT_COLUMNS["item"], "id"),
@@ -30,150 +37,155 @@ ITEM_COLUMNS = {
     "description": ("description", "desc", "detail_desc", "text"),
     "brand": ("brand", "store", "manufacturer", "vendor"),
     "category": ("category", "categories", "genres", "product_type", "product_type_name"),
-    "image": ("image", "image_path", "image_file", "img", "picture", "photo"),
-}
+    "image": ("image", "image_path", "image_file", "img", "picture", "photo", "image_name", "filename", "image_url",
+              "imageurl", "img_url", "imurl", "image_link", "picture_url", "photo_url", "thumbnail", "image_src",
+              "images"),
+}  # fmt: skip
+ROLES = tuple(dict.fromkeys((*EVENT_COLUMNS, *ITEM_COLUMNS, "attribute")))
 LABELS = {"train": 0, "valid": 1, "validation": 1, "val": 1, "test": 2, "0": 0, "1": 1, "2": 2}
 _SPLIT: tables.Rule = (LABELS.__contains__, "train, valid or test")
 
 
 def _find(path: Path) -> Path | None:
     if path.is_file():
-        return path if path.suffix in SUFFIXES and path.stem not in ("items", "users") else None
+        return path if path.suffix.lower() in SUFFIXES and path.stem not in ("items", "users") else None
     return next((path / f"events{suffix}" for suffix in SUFFIXES if (path / f"events{suffix}").exists()), None)
 
 
-def _roles(
-    path: Path, columns: list[str], synonyms: dict[str, tuple[str, ...]], required: tuple[str, ...]
-) -> dict[str, str]:
-    """Role -> column; the earlier of two synonyms wins."""
-    plain = {column.strip().lower().replace(" ", "_").replace("-", "_"): column for column in reversed(columns)}
-    roles = {role: next((plain[name] for name in names if name in plain), None) for role, names in synonyms.items()}
-    for role in required:
-        if roles[role] is None:
-            raise DataError(
-                f"{path}: no column for the {role} (one of {', '.join(synonyms[role])}); found {', '.join(columns)}"
-            )
-    return {role: column for role, column in roles.items() if column is not None}
-
-
-def _read(path: Path, *, missing_items: str = "error", event_types: list[str] | None = None) -> Source:
-    import polars as pl
-
-    notes: list[str] = []
-    frame = tables.scan(path)
-    roles = _roles(path, tables.columns_of(frame), EVENT_COLUMNS, ("user", "item"))
-    user, item = roles["user"], roles["item"]
-    frame = tables.without_blank_lines(frame, (user, item))
-    frame = frame.with_columns(pl.col(user, item).cast(pl.String))
-    if event_types is not None:
-        frame = _choose_types(path, frame, roles.get("type"), event_types)
-    elif "type" in roles:
-        kinds = frame.select(pl.col(roles["type"]).cast(pl.String).unique()).collect(engine="streaming").to_series()
-        some = ", ".join(map(str, kinds.sort().to_list()[:8]))
-        notes.append(f"events of all types in column {roles['type']!r} are used: {some}")
-
+def _read(
+    path: Path,
+    *,
+    missing_items: str = "error",
+    event_types: Sequence[str] | None = None,
+    columns: Mapping[str, str | Sequence[str]] | None = None,
+    separator: str | None = None,
+    encoding: str | None = None,
+    min_rating: float | None = None,
+) -> Source:
+    chosen = events.columns_argument(columns, ROLES)
+    table = tables.Table(path, separator=separator, encoding=encoding)
+    notes = table.notes
+    roles = events.find_roles(table, EVENT_COLUMNS, ("user", "item"), chosen, elsewhere=("item",))
+    _explode_lists(table, roles["item"], notes)
     candidates = [path.with_name(f"items{suffix}") for suffix in SUFFIXES]
-    item_path = next((one for one in candidates if one.exists()), candidates[0])
-    listed, fields = _read_items(item_path, notes) if item_path.exists() else ([], {})
-    item_ids = tables.index_ids(frame, item, listed)
+    item_path = next((one for one in candidates if one.exists() and one != path), candidates[0])
+    listed: list[str] = []
+    fields: dict[str, list[str]] = {}
+    if item_path.exists() and item_path != path:
+        listed, fields, item_column = _read_items(item_path, chosen, separator, encoding, notes)
+    else:
+        item_column = None
+        for role, names in chosen.items():
+            if role not in EVENT_COLUMNS:
+                raise DataError(f"{path}: columns names {', '.join(names)} for {role}, but there is no table of items")
+    if "item" in chosen and chosen["item"][0] not in (roles["item"], item_column):
+        raise DataError(f"{path}: no column {chosen['item'][0]!r} for the item; found {', '.join(table.columns)}")
+    ids = {"user": read_ids(table, roles["user"], notes), "item": read_ids(table, roles["item"], notes, listed)}
+    item_ids = ids["item"].ids
+    read = events.read_events(
+        table, roles, ids=ids, notes=notes, labels=(LABELS, _SPLIT), event_types=event_types, min_rating=min_rating
+    )  # fmt: skip
+    hint = "; columns={role: NAME} (--columns ROLE=NAME) uses one"
+    events.unused_note(table, list(roles.values()), notes, option=hint)
+    if "time" not in roles:
+        events.order_note(table, list(roles.values()), notes)
+    seconds = None if read.times is None else times.to_seconds(read.times, notes, plain=read.plain)
+    labels = read.split
+    user_ids, users = without_unused(ids["user"].ids, 0, read.users)
+    item_ids, items = without_unused(item_ids, len(listed), read.items)
     if listed:
         missing = item_ids.ids[len(listed) :]
         check_ids_known(path, missing, item_path.name, missing_items)
         if missing and missing_items == "drop":
-            frame = frame.filter(pl.col(item).is_in(listed) | pl.col(item).is_null())
+            keep = items < len(listed)
+            notes.append(f"{int((~keep).sum())} events on items that {item_path.name} lacks are left out")
+            users, items = users[keep], items[keep]
+            labels, seconds = (None if values is None else values[keep] for values in (labels, seconds))
             item_ids = IdMap(listed)
-    user_ids = tables.index_ids(frame, user)
-    chosen = [tables.to_index(user, user_ids), tables.to_index(item, item_ids)]
-    rules = {user: tables.ID, item: tables.ID}
-    if "time" in roles:
-        chosen.append(tables.time_expression(frame, roles["time"]).alias(roles["time"]))
-        rules[roles["time"]] = tables.TIME
-    if "split" in roles:
-        text = pl.col(roles["split"]).cast(pl.String).str.to_lowercase()
-        chosen.append(text.replace_strict(LABELS, default=None, return_dtype=pl.Int8))
-        rules[roles["split"]] = _SPLIT
-    table = tables.collect(frame.select(chosen), path, rules)
     pad = [""] * (len(item_ids) - len(listed))
     fields = {name: texts + pad for name, texts in fields.items()}
-    images = _find_images(path.parent, item_ids, fields.get("image"), notes)
+    images = find_pictures(path.parent, item_ids.ids, fields.pop("image", None), notes)
     if images is not None:
         fields["image"] = images
     return Source(
-        table[user].to_numpy(),
-        table[item].to_numpy(),
+        users,
+        items,
         user_ids,
         item_ids,
-        timestamps=tables.to_seconds(table[roles["time"]].to_numpy(), notes) if "time" in roles else None,
-        labels=table[roles["split"]].to_numpy() if "split" in roles else None,
+        timestamps=seconds,
+        labels=labels,
         item_titles=fields.pop("title", None),
         item_fields=fields,
         item_features=load_table_features(path, item_path, len(item_ids), notes),
         notes=notes,
         name=path.parent.resolve().name if path.stem == "events" else None,
+        columns=roles,
+        files={item_path.name, FOLDER},
     )
 
 
-def _choose_types(path: Path, frame, column: str | None, event_types: list[str]):
+def _explode_lists(table: tables.Table, column: str, notes: list[str]) -> None:
     import polars as pl
 
-    if column is None:
-        raise DataError(f"{path}: event_types needs a column for the type (one of {', '.join(EVENT_COLUMNS['type'])})")
-    kinds = frame.select(pl.col(column).cast(pl.String).unique()).collect(engine="streaming").to_series().to_list()
-    unknown = [one for one in event_types if one not in kinds]
-    if unknown:
-        known = ", ".join(sorted(filter(None, kinds)))
-        raise ValueError(f"event_types must be among {known}, got {', '.join(unknown)}")
-    return frame.filter(pl.col(column).cast(pl.String).is_in(event_types))
+    if table.dtype(column) in (pl.List, pl.Array):
+        table.explode(column)
+        notes.append(f"{table.path.name}: column {column!r} holds lists; each entry counts as an event of its row")
 
 
-def _read_items(path: Path, notes: list[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Item ids in file order, and the texts that the table has of them."""
+def _read_items(
+    path: Path, chosen: Mapping[str, list[str]], separator: str | None, encoding: str | None, notes: list[str]
+) -> tuple[list[str], dict[str, list[str]], str]:
+    """Item ids in file order, the texts that the table has of them, and the column of the ids."""
     import polars as pl
 
-    frame = tables.scan(path)
-    roles = _roles(path, tables.columns_of(frame), ITEM_COLUMNS, ("item",))
-    frame = tables.without_blank_lines(frame, roles.values())
-    chosen = [
-        pl.col(column).cast(pl.String) if not isinstance(frame.collect_schema()[column], pl.List)
-        else pl.col(column).cast(pl.List(pl.String)).list.join(", ")
-        for column in dict.fromkeys(roles.values())
-    ]  # fmt: skip
-    table = tables.collect(frame.select(chosen), path, {roles["item"]: tables.ID})
-    distinct = table.unique(subset=roles["item"], keep="first", maintain_order=True)
-    if distinct.height < table.height:
-        notes.append(f"{path.name}: {table.height - distinct.height} rows repeat an item id; the first row counts")
-    fields = {role: distinct[column].fill_null("").to_list() for role, column in roles.items() if role != "item"}
-    return distinct[roles["item"]].to_list(), fields
+    table = tables.Table(path, separator=separator, encoding=encoding)
+    notes += table.notes
+    mine = {role: names for role, names in chosen.items() if role in ITEM_COLUMNS}
+    roles = events.find_roles(table, ITEM_COLUMNS, ("item",), mine, elsewhere=("item",))
+    for name in chosen.get("attribute", ()):
+        if name not in table.columns:
+            raise DataError(f"{path}: no column {name!r} for the attribute; found {', '.join(table.columns)}")
+        if name in NOT_ATTRIBUTES:
+            raise ValueError(f"columns must not name {name!r} as an attribute; it is a field of its own")
+        roles.setdefault(name, name)
+    events.unused_note(
+        table, list(roles.values()), notes, option='; columns={"attribute": NAME} (--columns attribute=NAME) keeps one'
+    )
+    rows = table.collect(lambda frame: frame.select(_cell(table, name).alias(role) for role, name in roles.items()))
+    where = f"{path.name}: column {roles['item']!r}"
+    ids = clean(rows["item"], where, notes)
+    without = int(ids.null_count())
+    without -= table.num_blank() if without else 0
+    if without:
+        notes.append(f"{where}: {without} rows without item id are left out")
+    rows = rows.with_columns(item=ids).filter(pl.col("item").is_not_null())
+    if not rows.height:
+        raise DataError(f"{path}: the table has a header but no rows")
+    distinct = rows.unique(subset="item", keep="first", maintain_order=True)
+    if distinct.height < rows.height:
+        notes.append(f"{path.name}: {rows.height - distinct.height} rows repeat an item id; the first row counts")
+    fields = {role: distinct[role].fill_null("").to_list() for role in roles if role != "item"}
+    return distinct_ids(path, distinct["item"].to_list()).ids, fields, roles["item"]
 
 
-def _find_images(folder: Path, item_ids: IdMap, named: list[str] | None, notes: list[str]) -> list[str] | None:
-    """Path of each item's picture, "" where there is none: as the item table names it, else `images/{id}.*`."""
-    folder = folder.resolve()
-    pictures = folder / "images"
-    if named is None:
-        if not pictures.is_dir():
-            return None
-        files = {file.stem: str(file) for file in sorted(pictures.iterdir()) if file.is_file()}
-        return [files.get(one, "") for one in item_ids.ids]
-    found, absent, addresses = [], 0, 0
-    for name in named:
-        if name.startswith(("http://", "https://")):
-            addresses += 1
-            found.append("")
-            continue
-        path = next((str(place / name) for place in (folder, pictures) if name and (place / name).is_file()), "")
-        absent += bool(name and not path)
-        found.append(path)
-    if absent:
-        notes.append(f"{absent} images named in the item table are not there")
-    if addresses:
-        notes.append(f"{addresses} images are web addresses, which are not fetched; save them under images/")
-    return found
+def _cell(table: tables.Table, column: str):
+    """A cell of any type as text, lists joined by commas."""
+    import polars as pl
+
+    if table.dtype(column) in (pl.List, pl.Array):
+        entry = table.dtype(column).inner
+        if entry.is_nested():
+            raise DataError(
+                f"{table.path}: column {column!r} must hold text or lists of text, got {table.dtype(column)}"
+            )
+        return pl.col(column).cast(pl.List(entry)).cast(pl.List(pl.String)).list.drop_nulls().list.join(", ")
+    return table.text(column)
 
 
 def _write(dataset: Dataset, folder: Path) -> None:
     import polars as pl
 
+    check_ids_writable(dataset, "shop")
     columns = {
         "user": pl.Series(dataset.user_ids.ids).gather(dataset.users),
         "item": pl.Series(dataset.item_ids.ids).gather(dataset.items),
@@ -185,11 +197,24 @@ def _write(dataset: Dataset, folder: Path) -> None:
     items = {"item": dataset.item_ids.ids}
     if dataset.item_titles is not None:
         items["title"] = dataset.item_titles
-    items |= {name: texts for name, texts in dataset.item_fields.items() if name in ITEM_COLUMNS}
+    items |= {name: texts for name, texts in dataset.item_fields.items() if name not in items and name != "image_url"}
     if "image" in items:
-        items["image"] = [str(Path(one).resolve()) if one else "" for one in items["image"]]
-    pl.DataFrame(items).write_csv(folder / "items.csv")
+        items["image"] = _copy_pictures(items["image"], folder)
+    pl.DataFrame(items, schema=dict.fromkeys(items, pl.String)).write_csv(folder / "items.csv")
     save_features(dataset, folder)
+
+
+def _copy_pictures(paths: Sequence[str], folder: Path) -> list[str]:
+    """Copy pictures to `images/`, numbered as the items; gives the names for the table, "" where there is no file."""
+    names = []
+    for index, path in enumerate(paths):
+        name = ""
+        if path and Path(path).is_file():
+            name = f"{FOLDER}/{index}{Path(path).suffix.lower()}"
+            (folder / FOLDER).mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
+        names.append(name)
+    return names
 
 
 FORM = Form(
