@@ -1,4 +1,4 @@
-"""What callers may give for a tensor or a whole number: arrays of other libraries over the same memory, their numbers."""
+"""What callers may give for a tensor or a whole number: arrays of other libraries as tensors over the same memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ def as_tensor(name: str, value: Any) -> Tensor:
     well; the operators never write into their inputs.
 
     Raises:
-        ValueError: naming `name`, for anything else, a sparse or nested tensor, and for an array that torch cannot share
+        ValueError: naming `name`, for anything else, a sparse or nested tensor, and an array that torch cannot share
             memory with.
     """
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.is_nested:
-            raise ValueError(
-                f"{name} must be a dense tensor, got {'a nested one' if value.is_nested else value.layout}"
-            )
+            layout = "nested" if value.is_nested else value.layout
+            raise ValueError(f"{name} must be a dense tensor, got {layout}")
         return value
     shared = hasattr(value, "__dlpack__")
     if not shared and not hasattr(value, "__cuda_array_interface__"):

@@ -2,8 +2,9 @@
 
 They need torch and nothing else of this package. Each runs as a compiled kernel where there is one and as plain torch
 elsewhere, and works under autograd in both modes, the transforms of `torch.func`, autocast and
-`torch.compile(fullgraph=True)`. The compiled kernels give the same bits on every run and for every number of threads. Where a tensor is wanted, an array of NumPy, CuPy or another library
-with `__dlpack__` will do: its memory is shared, nothing is copied, and tensors come back.
+`torch.compile(fullgraph=True)`. The compiled kernels give the same bits on every run and for every number of threads.
+Where a tensor is wanted, an array of NumPy, CuPy or another library with `__dlpack__` will do: its memory is shared,
+nothing is copied, and tensors come back.
 
 V = vertices, M = hyperedges, N = rows, R = chosen rows, I = items, D = columns.
 """
@@ -62,8 +63,8 @@ def hypergraph_conv(
         num_layers: >= 0.
 
     Returns:
-        [V, D] like x. Sums, those of gradients too, are accumulated in float32 (float64 for float64). Any derivative, in
-        reverse and forward mode, under `torch.func` and `torch.vmap`.
+        [V, D] like x. Sums, those of gradients too, are accumulated in float32 (float64 for float64). Any derivative,
+        in reverse and forward mode, under `torch.func` and `torch.vmap`.
 
     Raises:
         ValueError: naming the argument, what it must be, and what it was.
@@ -160,8 +161,8 @@ def info_nce(
     Args:
         anchor: [N, D] float32, float16, bfloat16 or float64.
         positive: [N, D], same dtype and device as `anchor`.
-        temperature: t, > 0; smaller is sharper, accurate down to 0.01. A 0-d tensor may require a gradient; one on a GPU
-            is not waited for, and gives NaN if it is not > 0.
+        temperature: t, > 0; smaller is sharper, accurate down to 0.01. A 0-d tensor may require a gradient; one on a
+            GPU is not waited for, and gives NaN if it is not > 0.
         intra_view_negatives: GRACE's denominator (both views); False is SimCLR's one-directional cross-view form.
         reduction: "mean", "sum" or "none".
         precision: "highest" (float32 products), "high" or "medium" (16-bit products, float32 sums); None reads
@@ -171,8 +172,8 @@ def info_nce(
             `item_cross_entropy` for what happens otherwise.
 
     Returns:
-        float32 (float64 for float64) scalar, or [R] for "none". Any derivative in `anchor`, `positive` and `temperature`;
-        a second one, and forward mode for "none", fall back to plain torch and store the similarities.
+        float32 (float64 for float64) scalar, or [R] for "none". Any derivative in `anchor`, `positive` and
+        `temperature`; a second one, and forward mode for "none", fall back to plain torch and store the similarities.
 
     Raises:
         ValueError: naming the argument, what it must be, and what it was.
@@ -218,8 +219,8 @@ def item_cross_entropy(
 
     Args:
         hidden: [N, D] float32, float16, bfloat16 or float64.
-        item_embedding: [I, D], I >= 1, same dtype and device as `hidden`. Under autocast both take its dtype, but float64
-            stays float64.
+        item_embedding: [I, D], I >= 1, same dtype and device as `hidden`. Under autocast both take its dtype, but
+            float64 stays float64.
         target: [N] int64, each in [0, I). One that is not raises on the CPU. A GPU is not waited for: there its loss
             and every gradient that it has a part in are NaN, while plain torch ends with a device-side assertion.
         bias: [I] of a floating dtype, or None.

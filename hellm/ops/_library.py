@@ -51,10 +51,11 @@ _IMPLEMENTATIONS: dict[str, Any] = {
 
 
 class Derivatives(torch.autograd.Function):
-    """Derivatives of an operator by its arguments: `setup_context`, `backward`, `jvp` and `vmap` of an autograd function.
+    """Derivatives of an operator by its arguments, as methods of an autograd function.
 
-    Those of `backward` and `jvp` are taken in turn, so that both consist of operations that have them. `define` adds
-    `forward` and, where there is none, a `vmap` that computes one element of the batch after the other.
+    `jvp` gets what was saved as its second argument, where it is free of its own tangents. Derivatives of `backward`
+    and `jvp` are taken in turn, so that both consist of operations that have them. `define` adds `forward` and, where
+    there is none, a `vmap` that computes one element of the batch after the other.
     """
 
     @staticmethod
@@ -126,7 +127,7 @@ def define(
 
 
 def _autograd_function(
-    name: str, operator: Any, forward: Callable, derivatives: type[Derivatives]
+    name: str, operator: Callable, forward: Callable, derivatives: type[Derivatives]
 ) -> type[Derivatives]:
     """Gradients come from the backend that was asked for at the forward pass.
 
@@ -141,7 +142,13 @@ def _autograd_function(
         with contextlib.nullcontext() if ctx.chosen_backend is None else _backends.backend(ctx.chosen_backend):
             return derivatives.backward(ctx, *grads)
 
-    methods = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    def jvp(ctx, *tangents):
+        # torch turns forward mode off in here, for the transforms around this one as well.
+        saved = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+        with forward_ad._set_fwd_grad_enabled(True):
+            return derivatives.jvp(ctx, saved, *tangents)
+
+    methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp}
     if derivatives.vmap is torch.autograd.Function.vmap:
         methods["vmap"] = functools.partial(one_by_one, operator)
     return type(name, (derivatives,), {method: staticmethod(function) for method, function in methods.items()})

@@ -6,7 +6,7 @@ those of the definition, which stores the similarities or logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,10 +52,14 @@ def _second_order(row_loss: Callable, inputs: list[Tensor], row_grad: Tensor, di
     derivative of the row losses along the directions.
     """
 
-    def gradients(*arguments):
-        return torch.func.vjp(row_loss, *arguments[:-1])[1](arguments[-1])
+    places = tuple(range(len(inputs)))
 
-    return torch.func.vjp(gradients, *inputs, row_grad)[1](tuple(directions))
+    def along(*arguments):
+        *at, row_grad = arguments
+        found = torch.func.grad(lambda *at: _dot(row_loss(*at), row_grad), places)(*at)
+        return sum(map(_dot, found, directions))
+
+    return torch.func.grad(along, (*places, len(inputs)))(*inputs, row_grad)
 
 
 def _or_zeros(found: tuple, like: list[Tensor]) -> list[Tensor]:
@@ -147,8 +151,8 @@ class _InfoNCE(Derivatives):
         return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 5
 
     @staticmethod
-    def jvp(ctx, *tangents):
-        anchor, positive, temperature, rows = ctx.saved_tensors
+    def jvp(ctx, saved, *tangents):
+        anchor, positive, temperature, rows = saved
         intra_view_negatives, reduction, precision = ctx.settings
         inputs = [anchor, positive, temperature]
         row_grad = _row_grad((anchor if rows is None else rows).shape[0], anchor, reduction)
@@ -180,8 +184,8 @@ class _InfoNCEBackward(Derivatives):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def _along(ctx, directions: tuple) -> tuple:
-        *inputs, rows, row_grad = ctx.saved_tensors
+    def _along(ctx, saved: Sequence[Tensor | None], directions: tuple) -> tuple:
+        *inputs, rows, row_grad = saved
         definition = _info_nce_rows(rows, ctx.intra_view_negatives)
         return _second_order(definition, inputs, row_grad, _or_zeros(directions, inputs))
 
@@ -189,13 +193,13 @@ class _InfoNCEBackward(Derivatives):
     def backward(ctx, *grads):
         if all(grad is None for grad in grads):
             return (None,) * 7
-        *found, row_grad = _InfoNCEBackward._along(ctx, grads)
+        *found, row_grad = _InfoNCEBackward._along(ctx, ctx.saved_tensors, grads)
         return *found, None, row_grad, None, None
 
     @staticmethod
-    def jvp(ctx, *tangents):
-        *inputs, rows, row_grad = ctx.saved_tensors
-        found = _InfoNCEBackward._along(ctx, tangents[:3])[:3]
+    def jvp(ctx, saved, *tangents):
+        *inputs, rows, _ = saved
+        found = _InfoNCEBackward._along(ctx, saved, tangents[:3])[:3]
         if tangents[4] is not None:
             linear = torch.ops.hellm.info_nce_backward(
                 *inputs, rows, tangents[4], ctx.intra_view_negatives, ctx.precision
@@ -284,8 +288,8 @@ class _ItemCrossEntropy(Derivatives):
         return *grads[:2], None, grads[2], *[None] * 3
 
     @staticmethod
-    def jvp(ctx, *tangents):
-        hidden, item_embedding, target, bias = ctx.saved_tensors
+    def jvp(ctx, saved, *tangents):
+        hidden, item_embedding, target, bias = saved
         row_grad = _row_grad(hidden.shape[0], hidden, ctx.reduction)
         inputs = [t for t in (hidden, item_embedding, bias) if t is not None]
         tangents = [tangents[place] for place in (0, 1, 3)]
@@ -340,8 +344,8 @@ class _ItemCrossEntropyBackward(Derivatives):
         return hidden, items, None, bias, row_grad, None, None
 
     @staticmethod
-    def jvp(ctx, *tangents):
-        hidden, item_embedding, target, bias, row_grad = ctx.saved_tensors
+    def jvp(ctx, saved, *tangents):
+        hidden, item_embedding, target, bias, row_grad = saved
         inputs = [t for t in (hidden, item_embedding, bias) if t is not None]
         directions = [tangents[place] for place in (0, 1, 3)]
         found = _second_order(

@@ -6,7 +6,7 @@ batch of matrices is one matrix. Gradients of scales and values are summed in th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,15 +66,15 @@ class _IncidenceProduct(Derivatives):
         ctx.save_for_forward(x, matrix.values, transposed.values)
 
     @staticmethod
-    def _saved(ctx) -> tuple[Tensor | None, _Csr, _Csr]:
-        x, *values = ctx.saved_tensors
+    def _saved(ctx, saved: Sequence[Tensor | None]) -> tuple[Tensor | None, _Csr, _Csr]:
+        x, *values = saved
         return x, *(csr._replace(values=v) for csr, v in zip(ctx.matrices, values, strict=True))
 
     @staticmethod
     def backward(ctx, grad):
         grads = [None] * 15
         if grad is not None:
-            x, matrix, transposed = _IncidenceProduct._saved(ctx)
+            x, matrix, transposed = _IncidenceProduct._saved(ctx, ctx.saved_tensors)
             if ctx.needs_input_grad[0]:
                 grads[0] = _product(grad, transposed, matrix)
             if ctx.needs_input_grad[3]:
@@ -82,8 +82,8 @@ class _IncidenceProduct(Derivatives):
         return tuple(grads)
 
     @staticmethod
-    def jvp(ctx, *tangents):
-        x, matrix, transposed = _IncidenceProduct._saved(ctx)
+    def jvp(ctx, saved, *tangents):
+        x, matrix, transposed = _IncidenceProduct._saved(ctx, saved)
         terms = [] if tangents[0] is None else [_product(tangents[0], matrix, transposed)]
         if tangents[3] is not None:
             changed = matrix._replace(values=tangents[3]), transposed._replace(values=tangents[10])
@@ -113,8 +113,7 @@ define(
 class _Layer(NamedTuple):
     """The factors of one layer y = out * (H_v (edge * H_e (in * x)) - diagonal * in * x), H_v = H, H_e = H^T.
 
-    The order is that of the operator's arguments 3, 6, 7, ...; y is linear in x and in each factor, in edge scale and
-    diagonal together.
+    y is linear in x and in each scale, in edge scale and diagonal together.
     """
 
     vertex_values: Tensor | None
@@ -125,6 +124,7 @@ class _Layer(NamedTuple):
     diagonal: Tensor | None
 
 
+# Where they stand among the arguments of the operator.
 _PLACES = (3, 6, 7, 8, 9, 10)
 
 
@@ -155,16 +155,15 @@ class _HypergraphConv(Derivatives):
         return tuple(grads)
 
     @staticmethod
-    def jvp(ctx, *tangents):
-        x, *factors = ctx.saved_tensors
+    def jvp(ctx, saved, *tangents):
+        x, *factors = saved
         layer, change = _Layer(*factors), _Layer(*(tangents[place] for place in _PLACES))
         if all(tangent is None for tangent in change):
             return None if tangents[0] is None else _convolve(ctx, tangents[0], layer, ctx.num_layers)
         rows, tangent, wide = x, tangents[0], accumulation_dtype(x)
         for _ in range(ctx.num_layers):
             terms = [] if tangent is None else [_convolve(ctx, tangent.to(wide), layer)]
-            for changed in _changed(layer, change, ctx.structure[2].shape[0] - 1):
-                terms.append(_convolve(ctx, rows.to(wide), changed))
+            terms += _changes(ctx, layer, change, rows.to(wide))
             rows, tangent = _convolve(ctx, rows.to(wide), layer), _sum(terms)
         return None if tangent is None else tangent.to(x.dtype)
 
@@ -182,27 +181,39 @@ def _convolve(ctx, x: Tensor, layer: _Layer, num_layers: int = 1) -> Tensor:
     return torch.ops.hellm.hypergraph_conv(x, *vertex, *edge, *layer[2:], num_layers, *ctx.schedules)
 
 
-def _changed(layer: _Layer, change: _Layer, num_hyperedges: int) -> list[_Layer]:
-    """Layers whose outputs add up to the change of the output of `layer` when its factors change."""
-    alone = layer._replace(diagonal=None)  # the diagonal does not pass through the incidence
-    found = [
-        base._replace(**{name: getattr(change, name)})
-        for base, name in (
-            (alone, "vertex_values"), (alone, "edge_values"), (layer, "in_scale"), (layer, "out_scale"),
-        )
+def _changes(ctx, layer: _Layer, change: _Layer, rows: Tensor) -> list[Tensor]:
+    """What adds up to the change of the output of one layer when its factors change."""
+    changed = [
+        layer._replace(**{name: getattr(change, name)})
+        for name in ("in_scale", "out_scale")
         if getattr(change, name) is not None
-    ]  # fmt: skip
+    ]
     if change.edge_scale is not None or change.diagonal is not None:
+        num_hyperedges = ctx.structure[2].shape[0] - 1
         edge_scale = change.diagonal.new_zeros(num_hyperedges) if change.edge_scale is None else change.edge_scale
-        found.append(layer._replace(edge_scale=edge_scale, diagonal=change.diagonal))
+        changed.append(layer._replace(edge_scale=edge_scale, diagonal=change.diagonal))
+    found = [_convolve(ctx, rows, other) for other in changed]
+    if change.vertex_values is not None:
+        # H and H^T change together: their products, and derivatives of these, take one for the other transposed.
+        (vertex, edge), (to_vertex, to_edge) = _matrices(ctx, layer), _matrices(ctx, change)
+        source = _scaled(rows, layer.in_scale)
+        joined = _scaled(_product(source, edge, vertex), layer.edge_scale)
+        joined_change = _scaled(_product(source, to_edge, to_vertex), layer.edge_scale)
+        total = _product(joined, to_vertex, to_edge) + _product(joined_change, vertex, edge)
+        found.append(_scaled(total, layer.out_scale))
     return found
+
+
+def _matrices(ctx, layer: _Layer) -> tuple[_Csr, _Csr]:
+    """H and H^T."""
+    vertex_indptr, vertex_edges, edge_indptr, edge_vertices = ctx.structure
+    vertex = _Csr(vertex_indptr, vertex_edges, layer.vertex_values, *ctx.schedules[:4])
+    return vertex, _Csr(edge_indptr, edge_vertices, layer.edge_values, *ctx.schedules[4:])
 
 
 def _conv_gradients(ctx, layer: _Layer, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     """Gradients in x and in every factor, None where not needed; all but that in x in the accumulation dtype."""
-    vertex_indptr, vertex_edges, edge_indptr, edge_vertices = ctx.structure
-    vertex = _Csr(vertex_indptr, vertex_edges, layer.vertex_values, *ctx.schedules[:4])
-    edge = _Csr(edge_indptr, edge_vertices, layer.edge_values, *ctx.schedules[4:])
+    vertex, edge = _matrices(ctx, layer)
     needed = [ctx.needs_input_grad[place] for place in _PLACES]
 
     def core(joined: Tensor, source: Tensor) -> Tensor:
@@ -224,9 +235,9 @@ def _conv_gradients(ctx, layer: _Layer, x: Tensor, grad: Tensor) -> tuple[Tensor
         back = core(left, scaled)
         gradients: tuple[Callable[[], Tensor], ...] = (
             lambda s=scaled, j=joined: vertex.dot(s, _scaled(j, layer.edge_scale)),
-            lambda l=left, s=source: edge.dot(_scaled(l, layer.edge_scale), s),
+            lambda b=left, s=source: edge.dot(_scaled(b, layer.edge_scale), s),
             lambda b=back, r=rows: (b * r).sum(1),
-            lambda l=left, j=joined: (l * j).sum(1),
+            lambda b=left, j=joined: (b * j).sum(1),
             lambda c=cotangent, i=inner: (c * i).sum(1),
             lambda s=scaled, r=source: -(s * r).sum(1),
         )
@@ -284,7 +295,7 @@ class _BipartitePropagate(Derivatives):
         return *_BipartitePropagate._of(ctx, user, item), *[None] * 15
 
     @staticmethod
-    def jvp(ctx, user, item, *_):
+    def jvp(ctx, saved, user, item, *_):
         return _BipartitePropagate._of(ctx, user, item)
 
     @staticmethod
