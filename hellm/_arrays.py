@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["as_count", "as_tensor"]
+__all__ = ["as_count", "as_tensor", "check_flag"]
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
@@ -58,3 +58,13 @@ def as_count(name: str, value: Any, *, low: int | None = 0) -> int:
     if low is not None and value < low:
         raise ValueError(f"{name} must be >= {low}, got {value}")
     return value
+
+
+def check_flag(name: str, value: Any) -> None:
+    """A yes or no, not what merely counts as one.
+
+    Raises:
+        ValueError: naming `name`, unless `value` is True or False.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from hellm._arrays import as_count, as_tensor
+from hellm._arrays import as_count, as_tensor, check_flag
 
 NORMALIZATIONS = ("symmetric", "row", "none")
 # Indices are stored as int32.
@@ -75,9 +75,10 @@ class Hypergraph:
     An incidence that is listed several times counts as the sum of its values (as many ones without
     `incidence_weight`), in the degrees and in the products alike.
 
-    The incidence is copied; `hyperedge_weight` is not, and what depends on it is computed at every use, so that it may
-    be changed in any way. What depends on the incidence alone is kept once it was computed eagerly. A hypergraph may
-    be used from many threads, copied and pickled; `torch.load` reads one with `weights_only=True`.
+    The incidence is copied; `hyperedge_weight` is not and may change in any way: what was computed from it is used again
+    only on the CPU and while all its numbers are the same. What depends on the incidence alone is kept once it was
+    computed eagerly. A hypergraph may be used from many threads, copied and pickled; `torch.load` reads one with
+    `weights_only=True`.
 
     Args:
         hyperedge_index: [2, nnz] int32 or int64; row 0 the vertex, row 1 the hyperedge (PyTorch Geometric's order).
@@ -124,6 +125,7 @@ class Hypergraph:
         elif value is not None:
             self._values = _as_values(value[vertex_order]), _as_values(value[edge_order])
         self._cache: dict[tuple, tuple] = {}
+        self._weighted_cache: dict[tuple, tuple[Tensor, Scales]] = {}
 
     @property
     def num_incidences(self) -> int:
@@ -194,7 +196,10 @@ class Hypergraph:
 
     def to(self, device: torch.device | str) -> Hypergraph:
         """The same hypergraph on `device`; itself if it is there already."""
-        device = torch.empty(0, device=device).device  # "cuda" is the current one, "cpu:0" is "cpu"
+        try:
+            device = torch.empty(0, device=torch.device(device)).device  # "cuda" is the current one, "cpu:0" is "cpu"
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device must be one that torch has here, got {device!r}: {error}") from error
         if self.device == device:
             return self
 
@@ -204,19 +209,21 @@ class Hypergraph:
             return tuple(map(there, value)) if type(value) is tuple else value
 
         moved = object.__new__(Hypergraph)
-        moved.__dict__.update({name: there(value) for name, value in self.__dict__.items()}, _cache={})
+        moved.__dict__.update(
+            {name: there(value) for name, value in self.__dict__.items()}, _cache={}, _weighted_cache={}
+        )
         return moved
 
     def with_weight(self, hyperedge_weight: Tensor | None) -> Hypergraph:
         """The same incidence with other hyperedge weights [M]; shares the index tensors."""
         weighted = object.__new__(Hypergraph)
         weighted.__dict__.update(self.__dict__)
-        weighted.hyperedge_weight = hyperedge_weight
+        weighted.hyperedge_weight, weighted._weighted_cache = hyperedge_weight, {}
         return weighted
 
     def __deepcopy__(self, memo: dict) -> Hypergraph:
         copied = object.__new__(Hypergraph)
-        copied.__dict__.update(copy.deepcopy({**self.__dict__, "_cache": {}}, memo))
+        copied.__dict__.update(copy.deepcopy({**self.__dict__, "_cache": {}, "_weighted_cache": {}}, memo))
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
@@ -248,21 +255,26 @@ class Hypergraph:
         `self_loops=False`; D = A 1. "symmetric" is D^-1/2 A D^-1/2, "row" D^-1 A, "none" A; 0/0 is 0. Weights may be
         negative: the root of a negative degree is that of its absolute value.
 
-        Computed in float64, differentiable in the weights. Kept when there is no weight but constant incidence; under
-        `torch.compile` what is not kept yet is computed at every call.
+        Computed in float64, differentiable in the weights. Kept as the class says; under `torch.compile` what is not
+        kept yet is computed at every call.
         """
         if not isinstance(normalization, str) or normalization not in NORMALIZATIONS:
             raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
-        for name, value in (("hyperedge_degree", hyperedge_degree), ("self_loops", self_loops)):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} must be True or False, got {value!r}")
-        arguments = (normalization, hyperedge_degree, self_loops, dtype)
-        if self.hyperedge_weight is not None or self._learned_values is not None:
+        check_flag("hyperedge_degree", hyperedge_degree)
+        check_flag("self_loops", self_loops)
+        _check_floating(dtype)
+        arguments, weight = (normalization, hyperedge_degree, self_loops, dtype), self.hyperedge_weight
+        if self._learned_values is not None:
             return self._compute_scales(*arguments)
-        return self._kept(arguments, lambda: self._compute_scales(*arguments))
+        if weight is None:
+            return self._kept(arguments, lambda: self._compute_scales(*arguments))
+        if not _eager() or not weight.is_cpu or _learned(weight):
+            return self._compute_scales(*arguments)
+        return self._kept_for(weight, arguments)
 
     def bipartite_scales(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """D^-1/2 of the vertices [V] and of the hyperedges [M] as the two sides of a bipartite graph."""
+        _check_floating(dtype)
 
         def compute() -> tuple[Tensor, Tensor]:
             user, item = (_inverse_root(degree).to(dtype) for degree in (self.vertex_degree, self.hyperedge_degree))
@@ -280,6 +292,16 @@ class Hypergraph:
         # A tensor made in inference mode could never be used in training afterwards.
         with torch.inference_mode(False):
             return self._cache.setdefault(key, compute())
+
+    def _kept_for(self, weight: Tensor, arguments: tuple) -> Scales:
+        """Scales for a plain weight on the CPU, kept for as long as its numbers are what they were."""
+        then, found = self._weighted_cache.get(arguments, (None, None))
+        if then is None or then.dtype != weight.dtype or not torch.equal(then, weight):
+            with torch.inference_mode(False):
+                then = weight.detach().clone()
+                found = self.with_weight(then)._compute_scales(*arguments)
+            self._weighted_cache[arguments] = then, found
+        return found
 
     def _compute_scales(self, normalization: str, divide: bool, self_loops: bool, dtype: torch.dtype) -> Scales:
         size = self.hyperedge_degree
@@ -389,6 +411,7 @@ def item_hypergraph(
     """
     from hellm.ops import knn
 
+    check_flag("keep_nonpositive", keep_nonpositive)
     blocks = _checked_features(features, masks)
     num_items = next(iter(blocks.values())).shape[0]
     vertices, edges, values = [], [], []
@@ -413,6 +436,9 @@ def item_hypergraph(
 
 def _checked_features(features: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Features with the rows of absent items set to zero, which `knn` gives no neighbours."""
+    for name, given in (("features", features), ("masks", {} if masks is None else masks)):
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{name} must map modalities to tensors, got {type(given).__name__}")
     if not features:
         raise ValueError("features must hold at least one modality, got none")
     unknown = set(masks or {}) - set(features)
@@ -429,7 +455,7 @@ def _checked_features(features: Mapping[str, Tensor], masks: Mapping[str, Tensor
         if x.device != first.device:
             raise ValueError(f"features[{modality!r}] must be on {first.device} like the first, got {x.device}")
         if masks is not None and modality in masks:
-            mask = torch.as_tensor(masks[modality])
+            mask = as_tensor(f"masks[{modality!r}]", masks[modality])
             if mask.shape != x.shape[:1] or mask.dtype != torch.bool:
                 raise ValueError(
                     f"masks[{modality!r}] must be [{x.shape[0]}] bool, got {tuple(mask.shape)} {mask.dtype}"
@@ -484,6 +510,11 @@ def _checked_weight(name: str, weight: Tensor | None, size: int, index: Tensor) 
     if weight.device != index.device:
         raise ValueError(f"{name} must be on {index.device} like the incidence, got {weight.device}")
     return weight
+
+
+def _check_floating(dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating torch.dtype, got {dtype!r}")
 
 
 def _csr(row: Tensor, column: Tensor, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hellm import ops
-from hellm._arrays import as_count, as_tensor
+from hellm._arrays import as_count, as_tensor, check_flag
 from hellm.hypergraph import Hypergraph
 
 __all__ = ["HypergraphConv", "InfoNCELoss", "LightGCNPropagation"]
@@ -54,6 +54,7 @@ class HypergraphConv(nn.Module):
                 "use_attention must be False, this layer has no attention: torch_geometric.nn.HypergraphConv has, and "
                 "coefficients of your own can be the incidence_weight of a Hypergraph"
             )
+        check_flag("bias", bias)
         in_channels = as_count("in_channels", in_channels, low=1)
         out_channels = as_count("out_channels", out_channels, low=1)
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -91,9 +92,11 @@ class HypergraphConv(nn.Module):
         Raises:
             ValueError: as `Hypergraph` and `hellm.ops.hypergraph_conv` do; num_edges that is not M.
         """
+        x = as_tensor("x", x)
+        if x.ndim != 2 or x.shape[1] != self.in_channels or not x.is_floating_point():
+            raise ValueError(f"x must be [V, {self.in_channels}] floating point, got {tuple(x.shape)} {x.dtype}")
         num_edges = None if num_edges is None else as_count("num_edges", num_edges)
         if not isinstance(hyperedge_index, Hypergraph):
-            x = as_tensor("x", x)
             hypergraph = Hypergraph(
                 hyperedge_index, num_vertices=x.shape[0], num_hyperedges=num_edges, hyperedge_weight=hyperedge_weight
             )

@@ -16,7 +16,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from hellm._arrays import as_count, as_tensor
+from hellm._arrays import as_count, as_tensor, check_flag
 from hellm.hypergraph import Hypergraph
 from hellm.ops import _losses, _products  # noqa: F401  (register the operators)
 from hellm.ops._backends import backend
@@ -96,7 +96,7 @@ def incidence_product(x: Tensor, hypergraph: Hypergraph, *, transpose: bool = Fa
         ValueError: naming the argument, what it must be, and what it was.
     """
     _check_hypergraph(hypergraph)
-    _check_flag("transpose", transpose)
+    check_flag("transpose", transpose)
     name = "num_vertices" if transpose else "num_hyperedges"
     x = _checked_rows("x", x, size=getattr(hypergraph, name), size_name=f"hypergraph.{name}")
     _check_device("hypergraph", hypergraph.device, x)
@@ -187,7 +187,7 @@ def info_nce(
     if positive.shape != anchor.shape:
         raise ValueError(f"positive must have the shape of anchor {tuple(anchor.shape)}, got {tuple(positive.shape)}")
     _check_same("positive", positive, "anchor", anchor)
-    _check_flag("intra_view_negatives", intra_view_negatives)
+    check_flag("intra_view_negatives", intra_view_negatives)
     _check_reduction(reduction)
     precision = _default_precision() if precision is None else precision
     if not isinstance(precision, str) or precision not in _PRECISIONS:
@@ -294,11 +294,6 @@ def _default_precision() -> str:
 def _check_hypergraph(hypergraph: Hypergraph) -> None:
     if not isinstance(hypergraph, Hypergraph):
         raise ValueError(f"hypergraph must be a Hypergraph, got {type(hypergraph).__name__}")
-
-
-def _check_flag(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def _check_reduction(reduction: str) -> None:
