@@ -75,9 +75,9 @@ class Hypergraph:
     An incidence that is listed several times counts as the sum of its values (as many ones without
     `incidence_weight`), in the degrees and in the products alike.
 
-    The incidence is copied; `hyperedge_weight` is not and may change in any way: what was computed from it is used again
-    only on the CPU and while all its numbers are the same. What depends on the incidence alone is kept once it was
-    computed eagerly. A hypergraph may be used from many threads, copied and pickled; `torch.load` reads one with
+    The incidence is copied; `hyperedge_weight` is not and may change in any way: what was computed from it is used
+    again only on the CPU and while all its numbers are the same. What depends on the incidence alone is kept once it
+    was computed eagerly. A hypergraph may be used from many threads, copied and pickled; `torch.load` reads one with
     `weights_only=True`.
 
     Args:
@@ -209,10 +209,11 @@ class Hypergraph:
             return tuple(map(there, value)) if type(value) is tuple else value
 
         moved = object.__new__(Hypergraph)
-        moved.__dict__.update(
-            {name: there(value) for name, value in self.__dict__.items()}, _cache={}, _weighted_cache={}
-        )
+        moved.__dict__.update({name: there(value) for name, value in self._without_kept().items()})
         return moved
+
+    def _without_kept(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": {}, "_weighted_cache": {}}
 
     def with_weight(self, hyperedge_weight: Tensor | None) -> Hypergraph:
         """The same incidence with other hyperedge weights [M]; shares the index tensors."""
@@ -223,7 +224,7 @@ class Hypergraph:
 
     def __deepcopy__(self, memo: dict) -> Hypergraph:
         copied = object.__new__(Hypergraph)
-        copied.__dict__.update(copy.deepcopy({**self.__dict__, "_cache": {}, "_weighted_cache": {}}, memo))
+        copied.__dict__.update(copy.deepcopy(self._without_kept(), memo))
         return copied
 
     def __getstate__(self) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def test_lightgcn_propagation_is_the_operator():
 
 
 def test_modules_say_what_they_are():
-    assert repr(nn.HypergraphConv(4, 3, bias=False)).startswith("HypergraphConv(\n  4, 3, bias=False")
+    assert repr(nn.HypergraphConv(4, 3, bias=False)) == "HypergraphConv(4, 3)"
     assert "temperature=0.3" in repr(nn.InfoNCELoss(0.3, learnable_temperature=True))
     assert repr(nn.LightGCNPropagation(3)) == "LightGCNPropagation(num_layers=3)"
 
