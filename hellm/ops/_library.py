@@ -144,7 +144,7 @@ def _autograd_function(
 
     def jvp(ctx, *tangents):
         # torch turns forward mode off in here, for the transforms around this one as well.
-        saved = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+        saved = [None if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors]
         with forward_ad._set_fwd_grad_enabled(True):
             return derivatives.jvp(ctx, saved, *tangents)
 
