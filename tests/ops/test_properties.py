@@ -112,6 +112,9 @@ def test_hypergraph_conv(graph, normalization, flags, num_layers, dim, dtype, la
     size, sizes = h.sum(0).abs(), h.abs().sum(0)
     if flags[0] and bool((size > 0).any()):
         cancelled *= float((sizes[size > 0] / size[size > 0]).max())
+    # So do the parts of a gradient in a weight, terms over the square of a degree.
+    if small.numel():
+        cancelled *= max(1.0, float(1 / small.min())) * max(1.0, float(parts.max()))
     norm = max(1.0, float(dense.operator(h, weight, **chosen).abs().sum(1).max())) ** max(num_layers, 1)
 
     def function(x, w, v):
