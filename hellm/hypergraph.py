@@ -450,6 +450,8 @@ def _checked_features(features: Mapping[str, Tensor], masks: Mapping[str, Tensor
         x = as_tensor(f"features[{modality!r}]", value)
         if x.ndim != 2:
             raise ValueError(f"features[{modality!r}] must be [num_items, dim], got shape {tuple(x.shape)}")
+        if x.is_meta:
+            raise ValueError(f"features[{modality!r}] must hold numbers, got a tensor on the meta device")
         first = next(iter(blocks.values()), x)
         if x.shape[0] != first.shape[0]:
             raise ValueError(f"features[{modality!r}] must have {first.shape[0]} rows, got {x.shape[0]}")
@@ -474,6 +476,8 @@ def _checked_index(index: Tensor, name: str = "hyperedge_index") -> tuple[Tensor
         raise ValueError(f"{name} must be [2, nnz], got shape {tuple(index.shape)}")
     if index.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be int32 or int64, got {index.dtype}")
+    if index.is_meta:
+        raise ValueError(f"{name} must hold numbers, got a tensor on the meta device")
     return index[0], index[1]
 
 

@@ -93,7 +93,7 @@ class HypergraphConv(nn.Module):
             ValueError: as `Hypergraph` and `hellm.ops.hypergraph_conv` do; num_edges that is not M.
         """
         x = as_tensor("x", x)
-        if x.ndim != 2 or x.shape[1] != self.in_channels or not x.is_floating_point():
+        if x.ndim != 2 or x.shape[1] != self.in_channels or not x.is_floating_point() or x.itemsize < 2:
             raise ValueError(f"x must be [V, {self.in_channels}] floating point, got {tuple(x.shape)} {x.dtype}")
         num_edges = None if num_edges is None else as_count("num_edges", num_edges)
         if not isinstance(hyperedge_index, Hypergraph):

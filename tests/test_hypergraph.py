@@ -264,7 +264,7 @@ X = torch.ones(3, 2)
         (
             {"image": X, "text": X.to("meta")},
             {},
-            r"features\['text'\] must be on cpu like the first, got meta",
+            r"features\['text'\] must hold numbers, got a tensor on the meta device",
         ),
         ({"image": X}, {"k": 4}, r"features\['image'\]: k must be between 1 and the number of rows 3, got 4"),
         ({"text": X / 0}, {}, r"features\['text'\]: x must be finite, got NaN or infinity first in row 0"),

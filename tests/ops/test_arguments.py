@@ -44,7 +44,7 @@ CALLS = {
     "hypergraph_conv num_layers": (lambda a: ops.hypergraph_conv(X, GRAPH, num_layers=a), ("integer",)),
     "incidence_product x": (lambda a: ops.incidence_product(a, GRAPH), ()),
     "incidence_product hypergraph": (lambda a: ops.incidence_product(X[:3], a), ("hypergraph",)),
-    "incidence_product transpose": (lambda a: ops.incidence_product(X[:3], GRAPH, transpose=a), ()),
+    "incidence_product transpose": (lambda a: ops.incidence_product(X, GRAPH, transpose=a), ("boolean",)),
     "bipartite_propagate user_x": (lambda a: ops.bipartite_propagate(a, X[:3], GRAPH), ()),
     "bipartite_propagate item_x": (lambda a: ops.bipartite_propagate(X, a, GRAPH), ()),
     "bipartite_propagate hypergraph": (lambda a: ops.bipartite_propagate(X, X[:3], a), ("hypergraph",)),
