@@ -1,13 +1,14 @@
-"""Arrays of other libraries as torch tensors over the same memory."""
+"""What callers may give for a tensor or a whole number: arrays of other libraries as tensors over the same memory."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["as_tensor"]
+__all__ = ["as_count", "as_tensor", "check_flag"]
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
@@ -17,9 +18,13 @@ def as_tensor(name: str, value: Any) -> Tensor:
     well; the operators never write into their inputs.
 
     Raises:
-        ValueError: naming `name`, for anything else and for an array that torch cannot share memory with.
+        ValueError: naming `name`, for anything else, a sparse or nested tensor, and an array that torch cannot share
+            memory with.
     """
     if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_nested:
+            layout = "nested" if value.is_nested else value.layout
+            raise ValueError(f"{name} must be a dense tensor, got {layout}")
         return value
     shared = hasattr(value, "__dlpack__")
     if not shared and not hasattr(value, "__cuda_array_interface__"):
@@ -35,3 +40,31 @@ def as_tensor(name: str, value: Any) -> Tensor:
     if tensor.data_ptr() % tensor.element_size():
         raise ValueError(f"{name} must be aligned to its {tensor.dtype} elements, got address {tensor.data_ptr()}")
     return tensor
+
+
+def as_count(name: str, value: Any, *, low: int | None = 0) -> int:
+    """`value` as an int: one already, or a whole number of NumPy or of a 0-d integer tensor.
+
+    Raises:
+        ValueError: naming `name`, for anything else (booleans and 2.0 too) and for a number below `low`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        if isinstance(value, (bool, float)) or str(getattr(value, "dtype", "")).endswith("bool"):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
+        try:
+            value = operator.index(value)
+        except (TypeError, RuntimeError):
+            raise ValueError(f"{name} must be an integer, got {type(value).__name__}") from None
+    if low is not None and value < low:
+        raise ValueError(f"{name} must be >= {low}, got {value}")
+    return value
+
+
+def check_flag(name: str, value: Any) -> None:
+    """A yes or no, not what merely counts as one.
+
+    Raises:
+        ValueError: naming `name`, unless `value` is True or False.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")

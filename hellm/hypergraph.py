@@ -5,15 +5,21 @@ V = vertices, M = hyperedges, nnz = incidences. Nothing of size V x V, V x M or 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from hellm._arrays import as_tensor
+from hellm._arrays import as_count, as_tensor, check_flag
 
 NORMALIZATIONS = ("symmetric", "row", "none")
+# Indices are stored as int32.
+MOST_ROWS = 2**31 - 1
+# Without a given size, larger ids than these many, and than this many for each incidence, are taken for a mistake.
+MANY_ROWS, MOST_UNUSED = 10_000_000, 100
 
 
 class Scales(NamedTuple):
@@ -69,23 +75,31 @@ class Hypergraph:
     An incidence that is listed several times counts as the sum of its values (as many ones without
     `incidence_weight`), in the degrees and in the products alike.
 
+    The incidence is copied; `hyperedge_weight` is not and may change in any way: what was computed from it is used
+    again only on the CPU and while all its numbers are the same. What depends on the incidence alone is kept once it
+    was computed eagerly. A hypergraph may be used from many threads, copied and pickled; `torch.load` reads one with
+    `weights_only=True`.
+
     Args:
         hyperedge_index: [2, nnz] int32 or int64; row 0 the vertex, row 1 the hyperedge (PyTorch Geometric's order).
-        num_vertices: V; default: the largest vertex + 1.
-        num_hyperedges: M; default: the largest hyperedge + 1. Give it when trailing hyperedges are empty.
+        num_vertices: V < 2^31; default: the largest vertex + 1.
+        num_hyperedges: M < 2^31; default: the largest hyperedge + 1. Give it when trailing hyperedges are empty.
         hyperedge_weight: [M] floating point; may require a gradient. None is all ones.
         incidence_weight: [nnz] floating point, the values of H in the order of `hyperedge_index`. None is all ones.
+            One that requires a gradient, such as attention coefficients, gets it and may change; any other is copied.
 
     Attributes:
-        vertex_indptr, vertex_edges, vertex_values: CSR of H: [V + 1] int64, [nnz] int32, [nnz] float32 or None;
-            the hyperedges of each vertex, ascending.
+        vertex_indptr, vertex_edges, vertex_values: CSR of H: [V + 1] int64, [nnz] int32, [nnz] float32 (float64 for
+            float64) or None; the hyperedges of each vertex, ascending.
         edge_indptr, edge_vertices, edge_values: CSR of H^T, likewise: the vertices of each hyperedge.
         vertex_schedule, edge_schedule: how a GPU shares out the rows of each.
 
     Raises:
-        ValueError: an index out of range (which, where, the limit), or a wrong shape, dtype, size or device.
+        ValueError: an index out of range (which, where, the limit), one so large that the ids should be relabelled, or
+            a wrong shape, dtype, size or device.
     """
 
+    @torch.inference_mode(False)  # a tensor made in inference mode could never be used in training afterwards
     def __init__(
         self,
         hyperedge_index: Tensor,
@@ -98,16 +112,20 @@ class Hypergraph:
         vertex, edge = _checked_index(hyperedge_index)
         self.num_vertices = _checked_size("num_vertices", num_vertices, vertex, row=0)
         self.num_hyperedges = _checked_size("num_hyperedges", num_hyperedges, edge, row=1)
-        self.hyperedge_weight = _checked_weight("hyperedge_weight", hyperedge_weight, self.num_hyperedges, vertex)
+        self._hyperedge_weight = _checked_weight("hyperedge_weight", hyperedge_weight, self.num_hyperedges, vertex)
         value = _checked_weight("incidence_weight", incidence_weight, vertex.numel(), vertex)
-        self.edge_indptr, self.edge_vertices, self.edge_values = _csr(
-            edge, vertex, value, self.num_hyperedges, self.num_vertices
-        )
-        self.vertex_indptr, self.vertex_edges, self.vertex_values = _csr(
-            vertex, edge, value, self.num_vertices, self.num_hyperedges
-        )
+        self.edge_indptr, self.edge_vertices, edge_order = _csr(edge, vertex, self.num_hyperedges, self.num_vertices)
+        self.vertex_indptr, self.vertex_edges, vertex_order = _csr(vertex, edge, self.num_vertices, self.num_hyperedges)
+        self._repeated = _any_repeated(self.vertex_indptr, self.vertex_edges)
         self.vertex_schedule, self.edge_schedule = map(RowSchedule.of, (self.vertex_indptr, self.edge_indptr))
+        # Values in both orders, or the learned ones as given and where both orders find them.
+        self._values = self._learned_values = self._value_orders = None
+        if value is not None and _learned(value):
+            self._learned_values, self._value_orders = value, (vertex_order, edge_order)
+        elif value is not None:
+            self._values = _as_values(value[vertex_order]), _as_values(value[edge_order])
         self._cache: dict[tuple, tuple] = {}
+        self._weighted_cache: dict[tuple, tuple[Tensor, Scales]] = {}
 
     @property
     def num_incidences(self) -> int:
@@ -120,6 +138,30 @@ class Hypergraph:
         return self.edge_vertices.device
 
     @property
+    def hyperedge_weight(self) -> Tensor | None:
+        """[M] or None; the tensor that was given. Assign to it for another one, checked as by the constructor."""
+        return self._hyperedge_weight
+
+    @hyperedge_weight.setter
+    def hyperedge_weight(self, weight: Tensor | None) -> None:
+        self._hyperedge_weight = _checked_weight("hyperedge_weight", weight, self.num_hyperedges, self.edge_vertices)
+
+    @property
+    def vertex_values(self) -> Tensor | None:
+        """[nnz] in the order of `vertex_edges`."""
+        return self._values_in_order(0)
+
+    @property
+    def edge_values(self) -> Tensor | None:
+        """[nnz] in the order of `edge_vertices`."""
+        return self._values_in_order(1)
+
+    def _values_in_order(self, direction: int) -> Tensor | None:
+        if self._learned_values is not None:
+            return _as_values(self._learned_values[self._value_orders[direction]])
+        return None if self._values is None else self._values[direction]
+
+    @property
     def hyperedge_index(self) -> Tensor:
         """[2, nnz] int64 in order of vertex, then hyperedge."""
         return torch.stack([_rows(self.vertex_indptr, self.num_incidences), self.vertex_edges.long()])
@@ -127,12 +169,16 @@ class Hypergraph:
     @property
     def hyperedge_degree(self) -> Tensor:
         """[M] float64: sum of the incidence values of each hyperedge, the number of its vertices when they are ones."""
-        return _degree(self.edge_indptr, self.edge_values)
+        if not self._valued:
+            return self.edge_indptr.diff().double()
+        return self._incidence_sum(torch.ones_like(self.vertex_indptr[1:], dtype=torch.float64), transpose=True)
 
     @property
     def vertex_degree(self) -> Tensor:
         """[V] float64: sum of the incidence values of each vertex."""
-        return _degree(self.vertex_indptr, self.vertex_values)
+        if not self._valued:
+            return self.vertex_indptr.diff().double()
+        return self._incidence_sum(torch.ones_like(self.edge_indptr[1:], dtype=torch.float64))
 
     @property
     def vertex_csr(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -144,25 +190,57 @@ class Hypergraph:
         """H^T as (indptr, indices, values)."""
         return self.edge_indptr, self.edge_vertices, self.edge_values
 
+    @property
+    def _valued(self) -> bool:
+        return self._values is not None or self._learned_values is not None
+
     def to(self, device: torch.device | str) -> Hypergraph:
         """The same hypergraph on `device`; itself if it is there already."""
-        if self.device == torch.device(device):
+        try:
+            device = torch.empty(0, device=torch.device(device)).device  # "cuda" is the current one, "cpu:0" is "cpu"
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device must be one that torch has here, got {device!r}: {error}") from error
+        if self.device == device:
             return self
+
+        def there(value: Any) -> Any:
+            if isinstance(value, (Tensor, RowSchedule)):
+                return value.to(device)
+            return tuple(map(there, value)) if type(value) is tuple else value
+
         moved = object.__new__(Hypergraph)
-        for name, value in self.__dict__.items():
-            setattr(moved, name, value.to(device) if isinstance(value, (Tensor, RowSchedule)) else value)
-        moved._cache = {}
+        moved.__dict__.update({name: there(value) for name, value in self._without_kept().items()})
         return moved
+
+    def _without_kept(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": {}, "_weighted_cache": {}}
 
     def with_weight(self, hyperedge_weight: Tensor | None) -> Hypergraph:
         """The same incidence with other hyperedge weights [M]; shares the index tensors."""
         weighted = object.__new__(Hypergraph)
         weighted.__dict__.update(self.__dict__)
-        weighted.hyperedge_weight = _checked_weight(
-            "hyperedge_weight", hyperedge_weight, self.num_hyperedges, self.edge_vertices
-        )
-        weighted._cache = {}
+        weighted.hyperedge_weight, weighted._weighted_cache = hyperedge_weight, {}
         return weighted
+
+    def __deepcopy__(self, memo: dict) -> Hypergraph:
+        copied = object.__new__(Hypergraph)
+        copied.__dict__.update(copy.deepcopy(self._without_kept(), memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The arguments of the constructor, which checks them again: a file may hold any index."""
+        if self.device.type == "meta":
+            raise ValueError("a Hypergraph on the meta device has no incidence to save")
+        index, values = self.hyperedge_index, self.vertex_values
+        if self._learned_values is not None:  # as given, so that what it is shared with stays shared
+            order, values = self._value_orders[0], self._learned_values
+            index = torch.empty_like(index).index_copy_(1, order, index)
+        sizes = {"num_vertices": self.num_vertices, "num_hyperedges": self.num_hyperedges}
+        weights = {"hyperedge_weight": self.hyperedge_weight, "incidence_weight": values}
+        return {"hyperedge_index": index, **sizes, **weights}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
 
     def scales(
         self,
@@ -175,69 +253,105 @@ class Hypergraph:
         """Diagonal factors that turn the incidence into a normalised operator.
 
         A = H diag(w / d_e) H^T, or H diag(w) H^T with `hyperedge_degree=False`; minus its diagonal with
-        `self_loops=False`; D = A 1. "symmetric" is D^-1/2 A D^-1/2, "row" D^-1 A, "none" A; 0/0 is 0.
+        `self_loops=False`; D = A 1. "symmetric" is D^-1/2 A D^-1/2, "row" D^-1 A, "none" A; 0/0 is 0. Weights may be
+        negative: the root of a negative degree is that of its absolute value.
 
-        Computed in float64. Without a weight that requires a gradient the result is cached; with one it is
-        differentiable in the weight.
+        Computed in float64, differentiable in the weights. Kept as the class says; under `torch.compile` what is not
+        kept yet is computed at every call.
         """
-        if normalization not in NORMALIZATIONS:
+        if not isinstance(normalization, str) or normalization not in NORMALIZATIONS:
             raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
-        weight = self.hyperedge_weight
-        arguments = (normalization, hyperedge_degree, self_loops, dtype)
-        if weight is None:
-            return self._cached(arguments, 0, lambda: self._compute_scales(*arguments))
-        if weight.requires_grad or torch.compiler.is_compiling() or weight.is_inference():
+        check_flag("hyperedge_degree", hyperedge_degree)
+        check_flag("self_loops", self_loops)
+        _check_floating(dtype)
+        arguments, weight = (normalization, hyperedge_degree, self_loops, dtype), self.hyperedge_weight
+        if self._learned_values is not None:
             return self._compute_scales(*arguments)
-        return self._cached(arguments, weight._version, lambda: self._compute_scales(*arguments))
-
-    def _cached(self, key: tuple, version: int, compute: Callable[[], tuple]) -> tuple:
-        """One entry per key, replaced when the version of what it was computed from has changed."""
-        if key not in self._cache or self._cache[key][0] != version:
-            if torch.compiler.is_compiling():
-                self._cache[key] = version, compute()
-                return self._cache[key][1]
-            # A tensor made in inference mode could never be used in training afterwards.
-            with torch.inference_mode(False):
-                self._cache[key] = version, compute()
-        return self._cache[key][1]
+        if weight is None:
+            return self._kept(arguments, lambda: self._compute_scales(*arguments))
+        if not _eager() or not weight.is_cpu or _learned(weight):
+            return self._compute_scales(*arguments)
+        return self._kept_for(weight, arguments)
 
     def bipartite_scales(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """D^-1/2 of the vertices [V] and of the hyperedges [M] as the two sides of a bipartite graph."""
+        _check_floating(dtype)
 
         def compute() -> tuple[Tensor, Tensor]:
-            user, item = (_power(degree, -0.5).to(dtype) for degree in (self.vertex_degree, self.hyperedge_degree))
+            user, item = (_inverse_root(degree).to(dtype) for degree in (self.vertex_degree, self.hyperedge_degree))
             return user, item
 
-        return self._cached(("bipartite", dtype), 0, compute)
+        return compute() if self._learned_values is not None else self._kept(("bipartite", dtype), compute)
+
+    def _kept(self, key: tuple, compute: Callable[[], tuple]) -> tuple:
+        """What depends on constant incidence alone. Only plain tensors are kept: nothing that was traced or faked."""
+        found = self._cache.get(key)
+        if found is not None:
+            return found
+        if not _eager():
+            return compute()
+        # A tensor made in inference mode could never be used in training afterwards.
+        with torch.inference_mode(False):
+            return self._cache.setdefault(key, compute())
+
+    def _kept_for(self, weight: Tensor, arguments: tuple) -> Scales:
+        """Scales for a plain weight on the CPU, kept for as long as its numbers are what they were."""
+        then, found = self._weighted_cache.get(arguments, (None, None))
+        if then is None or then.dtype != weight.dtype or not torch.equal(then, weight):
+            with torch.inference_mode(False):
+                then = weight.detach().clone()
+                found = self.with_weight(then)._compute_scales(*arguments)
+            self._weighted_cache[arguments] = then, found
+        return found
 
     def _compute_scales(self, normalization: str, divide: bool, self_loops: bool, dtype: torch.dtype) -> Scales:
         size = self.hyperedge_degree
         weight = torch.ones_like(size) if self.hyperedge_weight is None else self.hyperedge_weight.double()
         if divide:
-            weight = weight * _power(size, -1.0)
+            weight = weight * _inverse(size)
         edge_scale = None if self.hyperedge_weight is None and not divide else weight
-
-        vertex, edge = _rows(self.vertex_indptr, self.num_incidences), self.vertex_edges.long()
-        value = (
-            torch.ones_like(edge, dtype=torch.float64) if self.vertex_values is None else self.vertex_values.double()
-        )
-        diagonal = None
-        contribution = (weight * size)[edge] * value
-        if not self_loops:
-            # H[v, e] is the sum over repeats. Subtracting it from the degree inside the sum leaves an exact zero for a
-            # vertex that is alone in its hyperedges.
-            incidence = _pair_sum(vertex, edge, value, self.num_hyperedges)
-            diagonal = _row_sum(weight[edge] * value * incidence, self.vertex_indptr, vertex)
-            contribution = weight[edge] * value * (size[edge] - incidence)
-        degree = _row_sum(contribution, self.vertex_indptr, vertex)
+        if self_loops:
+            degree, diagonal = self._incidence_sum(weight * size), None
+        else:
+            degree, diagonal = self._without_self_loops(weight, size)
         if normalization == "symmetric":
-            root = _power(degree, -0.5)
+            root = _inverse_root(degree)
             scales = (root, edge_scale, root, diagonal)
         elif normalization == "row":
-            scales = (None, edge_scale, _power(degree, -1.0), diagonal)
+            scales = (None, edge_scale, _inverse(degree), diagonal)
         else:
             scales = (None, edge_scale, None, diagonal)
-        return Scales(*(None if scale is None else scale.to(dtype) for scale in scales))
+        # One conversion where one tensor stands twice.
+        converted = {id(scale): scale.to(dtype) for scale in scales if scale is not None}
+        return Scales(*(None if scale is None else converted[id(scale)] for scale in scales))
+
+    def _without_self_loops(self, weight: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """Degrees without the diagonal of A, and that diagonal.
+
+        Its part is left out of each entry and not of the sum, so that a vertex that is alone in its hyperedges has
+        degree exactly zero. H[v, e] is the sum over repeats.
+        """
+        if not self._valued and not self._repeated:
+            return self._incidence_sum(weight * (size - 1)), self._incidence_sum(weight)
+        edge, value = self.vertex_edges.long(), self.vertex_values
+        value = torch.ones_like(edge, dtype=torch.float64) if value is None else value.double()
+        incidence = _pair_sum(_rows(self.vertex_indptr, self.num_incidences), edge, value, self.num_hyperedges)
+        weighted = weight[edge] * value
+        everywhere = torch.ones_like(self.edge_indptr[1:], dtype=torch.float64)
+        return (
+            self._incidence_sum(everywhere, values=weighted * (size[edge] - incidence)),
+            self._incidence_sum(everywhere, values=weighted * incidence),
+        )
+
+    def _incidence_sum(self, x: Tensor, *, transpose: bool = False, values: Tensor | None = None) -> Tensor:
+        """H x, or H^T x, of a float64 vector; with other `values` of H, in which it is differentiable then."""
+        from hellm.ops import _products  # noqa: F401  (registers the operator)
+
+        vertex, edge = [*self.vertex_csr, *self.vertex_schedule], [*self.edge_csr, *self.edge_schedule]
+        if values is not None:
+            vertex[2] = values
+        matrices = (*edge, *vertex) if transpose else (*vertex, *edge)
+        return torch.ops.hellm.incidence_product(x.unsqueeze(1), *matrices).squeeze(1)
 
     def __repr__(self) -> str:
         return (
@@ -261,8 +375,10 @@ def user_hypergraph(user_item_index: Tensor, num_users: int, num_items: int) -> 
         ValueError: an index out of range (which, where, the limit), or a wrong shape or dtype.
     """
     user, item = _checked_index(user_item_index, "user_item_index")
-    _checked_size("num_users", num_users, user, row=0, name="user_item_index")
-    _checked_size("num_items", num_items, item, row=1, name="user_item_index")
+    for name, size in (("num_users", num_users), ("num_items", num_items)):
+        as_count(name, size)
+    num_users = _checked_size("num_users", num_users, user, row=0, name="user_item_index")
+    num_items = _checked_size("num_items", num_items, item, row=1, name="user_item_index")
     pair = torch.unique(user.long() * num_items + item)
     index = torch.stack([pair // max(num_items, 1), pair % max(num_items, 1)])
     return Hypergraph(index, num_vertices=num_users, num_hyperedges=num_items)
@@ -296,6 +412,7 @@ def item_hypergraph(
     """
     from hellm.ops import knn
 
+    check_flag("keep_nonpositive", keep_nonpositive)
     blocks = _checked_features(features, masks)
     num_items = next(iter(blocks.values())).shape[0]
     vertices, edges, values = [], [], []
@@ -320,6 +437,9 @@ def item_hypergraph(
 
 def _checked_features(features: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Features with the rows of absent items set to zero, which `knn` gives no neighbours."""
+    for name, given in (("features", features), ("masks", {} if masks is None else masks)):
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{name} must map modalities to tensors, got {type(given).__name__}")
     if not features:
         raise ValueError("features must hold at least one modality, got none")
     unknown = set(masks or {}) - set(features)
@@ -330,13 +450,15 @@ def _checked_features(features: Mapping[str, Tensor], masks: Mapping[str, Tensor
         x = as_tensor(f"features[{modality!r}]", value)
         if x.ndim != 2:
             raise ValueError(f"features[{modality!r}] must be [num_items, dim], got shape {tuple(x.shape)}")
+        if x.is_meta:
+            raise ValueError(f"features[{modality!r}] must hold numbers, got a tensor on the meta device")
         first = next(iter(blocks.values()), x)
         if x.shape[0] != first.shape[0]:
             raise ValueError(f"features[{modality!r}] must have {first.shape[0]} rows, got {x.shape[0]}")
         if x.device != first.device:
             raise ValueError(f"features[{modality!r}] must be on {first.device} like the first, got {x.device}")
         if masks is not None and modality in masks:
-            mask = torch.as_tensor(masks[modality])
+            mask = as_tensor(f"masks[{modality!r}]", masks[modality])
             if mask.shape != x.shape[:1] or mask.dtype != torch.bool:
                 raise ValueError(
                     f"masks[{modality!r}] must be [{x.shape[0]}] bool, got {tuple(mask.shape)} {mask.dtype}"
@@ -354,6 +476,8 @@ def _checked_index(index: Tensor, name: str = "hyperedge_index") -> tuple[Tensor
         raise ValueError(f"{name} must be [2, nnz], got shape {tuple(index.shape)}")
     if index.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be int32 or int64, got {index.dtype}")
+    if index.is_meta:
+        raise ValueError(f"{name} must hold numbers, got a tensor on the meta device")
     return index[0], index[1]
 
 
@@ -362,14 +486,22 @@ def _checked_size(size_name: str, size: int | None, index: Tensor, *, row: int, 
     if low < 0:
         position = int((index < 0).nonzero()[0])
         raise ValueError(f"{name}[{row}, {position}] must be >= 0, got {int(index[position])}")
-    if size is None:
-        return high + 1
-    if size < 0:
-        raise ValueError(f"{size_name} must be >= 0, got {size}")
-    if high >= size:
-        position = int((index >= size).nonzero()[0])
-        raise ValueError(f"{name}[{row}, {position}] must be < {size_name} = {size}, got {int(index[position])}")
-    return size
+    if size is not None:
+        size = as_count(size_name, size)
+        if size > MOST_ROWS:
+            raise ValueError(f"{size_name} must be < 2**31, got {size}")
+        if high >= size:
+            position = int((index >= size).nonzero()[0])
+            raise ValueError(f"{name}[{row}, {position}] must be < {size_name} = {size}, got {int(index[position])}")
+        return size
+    # One huge id would take all memory, 30 bytes for each number that is not in use.
+    if high >= max(MOST_UNUSED * index.numel(), MANY_ROWS) or high >= MOST_ROWS:
+        position = int(index.argmax())
+        raise ValueError(
+            f"{name}[{row}, {position}] = {high} makes {size_name} {high + 1} for {index.numel()} incidences: "
+            f"relabel the ids to 0, 1, 2, ..." + (f", or give {size_name}" if high < MOST_ROWS else "")
+        )
+    return high + 1
 
 
 def _checked_weight(name: str, weight: Tensor | None, size: int, index: Tensor) -> Tensor | None:
@@ -385,36 +517,47 @@ def _checked_weight(name: str, weight: Tensor | None, size: int, index: Tensor) 
     return weight
 
 
-def _csr(
-    row: Tensor, column: Tensor, value: Tensor | None, num_rows: int, num_columns: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """CSR with columns ascending within a row: [num_rows + 1] int64, [nnz] int32, [nnz] float32 or None."""
+def _check_floating(dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating torch.dtype, got {dtype!r}")
+
+
+def _csr(row: Tensor, column: Tensor, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """CSR with columns ascending within a row, [num_rows + 1] int64 and [nnz] int32, and the order of its entries."""
     order = torch.argsort(row.long() * max(num_columns, 1) + column, stable=True)
     indptr = row.new_zeros(num_rows + 1, dtype=torch.int64)
     torch.cumsum(torch.bincount(row, minlength=num_rows), 0, out=indptr[1:])
-    return indptr, column[order].to(torch.int32), None if value is None else value.detach()[order].float()
+    return indptr, column[order].to(torch.int32), order
+
+
+def _any_repeated(indptr: Tensor, columns: Tensor) -> bool:
+    """Whether a row of a CSR matrix with ascending columns has a column twice."""
+    equal = columns[1:] == columns[:-1]
+    begin = indptr[(indptr > 0) & (indptr < columns.numel())]
+    return bool(equal.index_fill(0, begin - 1, False).any())
+
+
+def _as_values(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _learned(value: Tensor) -> bool:
+    """Whether a derivative of any kind may be asked for."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return value.requires_grad or wrapped or forward_ad.unpack_dual(value).tangent is not None
+
+
+def _eager() -> bool:
+    """Whether torch computes what it is told, now: nothing is traced, faked or transformed."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
 
 
 def _rows(indptr: Tensor, nnz: int) -> Tensor:
     """Row of each stored entry, [nnz] int64; nothing here has a shape that depends on values."""
     rows = torch.arange(indptr.numel() - 1, device=indptr.device)
     return torch.repeat_interleave(rows, indptr.diff(), output_size=nnz)
-
-
-def _degree(indptr: Tensor, values: Tensor | None) -> Tensor:
-    if values is None:
-        return indptr.diff().double()
-    return _row_sum(values.double(), indptr, _rows(indptr, values.numel()))
-
-
-def _row_sum(value: Tensor, indptr: Tensor, row: Tensor) -> Tensor:
-    """Sums of the entries of each row of a CSR matrix. Without a gradient in their order, on a GPU too.
-
-    torch cannot differentiate that one twice, and on a GPU one thread has a row: fit for once, not for every step.
-    """
-    if torch.is_grad_enabled() and value.requires_grad:
-        return value.new_zeros(indptr.numel() - 1).index_add(0, row, value)
-    return torch.segment_reduce(value, "sum", offsets=indptr, initial=0, unsafe=True)
 
 
 def _pair_sum(vertex: Tensor, edge: Tensor, value: Tensor, num_hyperedges: int) -> Tensor:
@@ -428,7 +571,17 @@ def _pair_sum(vertex: Tensor, edge: Tensor, value: Tensor, num_hyperedges: int) 
     return value.new_zeros(value.numel()).index_add(0, pair, value)[pair]
 
 
-def _power(degree: Tensor, exponent: float) -> Tensor:
-    """degree ** exponent where degree > 0, else 0; safe to differentiate."""
-    positive = degree > 0
-    return torch.where(positive, torch.where(positive, degree, 1.0) ** exponent, 0.0)
+def _inverse(degree: Tensor) -> Tensor:
+    """1 / degree, 0 for 0; safe to differentiate."""
+    zero = degree == 0
+    return torch.where(zero, 0.0, 1.0 / torch.where(zero, 1.0, degree))
+
+
+def _inverse_root(degree: Tensor) -> Tensor:
+    """|degree|^-1/2, 0 for 0; safe to differentiate."""
+    zero = degree == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, degree.abs()) ** -0.5)
+
+
+# Its state is tensors and numbers, and is checked like arguments.
+torch.serialization.add_safe_globals([Hypergraph])

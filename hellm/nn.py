@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor, nn
 
 from hellm import ops
+from hellm._arrays import as_count, as_tensor, check_flag
 from hellm.hypergraph import Hypergraph
 
 __all__ = ["HypergraphConv", "InfoNCELoss", "LightGCNPropagation"]
@@ -20,22 +22,41 @@ class HypergraphConv(nn.Module):
 
     (Bai et al. 2021, "Hypergraph Convolution and Hypergraph Attention", equation 6). D holds the weighted degrees of
     the vertices, B the sizes of the hyperedges, 1/0 is 0. Here W multiplies the messages as the formula says;
-    torch_geometric.nn.HypergraphConv uses the weights in D alone. Without weights both agree. Attention is not offered.
+    torch_geometric.nn.HypergraphConv uses the weights in D alone. Without weights both agree. Attention is not offered:
+    coefficients of your own are the `incidence_weight` of a `Hypergraph`, where they learn.
 
     Args:
         in_channels: columns of x, >= 1.
         out_channels: columns of the output, >= 1.
+        use_attention: False.
+        attention_mode, heads, concat, negative_slope, dropout: of attention, as in the other layer; without effect.
         bias: add a learned bias [out_channels].
 
     Raises:
-        ValueError: a number of channels below 1.
+        ValueError: a number of channels below 1; attention.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        use_attention: bool = False,
+        attention_mode: str = "node",
+        heads: int = 1,
+        concat: bool = True,
+        negative_slope: float = 0.2,
+        dropout: float = 0.0,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
-        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels < 1:
-                raise ValueError(f"{name} must be >= 1, got {channels}")
+        if use_attention:
+            raise ValueError(
+                "use_attention must be False, this layer has no attention: torch_geometric.nn.HypergraphConv has, and "
+                "coefficients of your own can be the incidence_weight of a Hypergraph"
+            )
+        check_flag("bias", bias)
+        in_channels = as_count("in_channels", in_channels, low=1)
+        out_channels = as_count("out_channels", out_channels, low=1)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.lin = nn.Linear(in_channels, out_channels, bias=False)
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
@@ -52,6 +73,7 @@ class HypergraphConv(nn.Module):
         x: Tensor,
         hyperedge_index: Tensor | Hypergraph,
         hyperedge_weight: Tensor | None = None,
+        hyperedge_attr: Tensor | None = None,
         num_edges: int | None = None,
     ) -> Tensor:
         """Convolve.
@@ -61,6 +83,7 @@ class HypergraphConv(nn.Module):
             hyperedge_index: [2, nnz] vertex, hyperedge; or a `Hypergraph`, which spares sorting the incidence at every
                 call and is what `torch.compile` needs.
             hyperedge_weight: [M]; may require a gradient. None: ones, or the weights of the `Hypergraph`.
+            hyperedge_attr: features of hyperedges, which only attention reads: without effect, as in the other layer.
             num_edges: M; None: the largest hyperedge + 1, or M of the `Hypergraph`.
 
         Returns:
@@ -69,6 +92,10 @@ class HypergraphConv(nn.Module):
         Raises:
             ValueError: as `Hypergraph` and `hellm.ops.hypergraph_conv` do; num_edges that is not M.
         """
+        x = as_tensor("x", x)
+        if x.ndim != 2 or x.shape[1] != self.in_channels or not x.is_floating_point() or x.itemsize < 2:
+            raise ValueError(f"x must be [V, {self.in_channels}] floating point, got {tuple(x.shape)} {x.dtype}")
+        num_edges = None if num_edges is None else as_count("num_edges", num_edges)
         if not isinstance(hyperedge_index, Hypergraph):
             hypergraph = Hypergraph(
                 hyperedge_index, num_vertices=x.shape[0], num_hyperedges=num_edges, hyperedge_weight=hyperedge_weight
@@ -86,8 +113,8 @@ class HypergraphConv(nn.Module):
             out = ops.hypergraph_conv(self.lin(x), hypergraph, normalization="row")
         return out if self.bias is None else out + self.bias
 
-    def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, bias={self.bias is not None}"
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.in_channels}, {self.out_channels})"
 
 
 class InfoNCELoss(nn.Module):
@@ -114,6 +141,8 @@ class InfoNCELoss(nn.Module):
         learnable_temperature: bool = False,
     ) -> None:
         super().__init__()
+        if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
+            raise ValueError(f"temperature must be a number, got {temperature!r}")
         if not temperature > 0:
             raise ValueError(f"temperature must be > 0, got {temperature}")
         self.initial_temperature = temperature
@@ -140,9 +169,12 @@ class InfoNCELoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        temperature = float(torch.as_tensor(self.temperature).detach())
+        try:
+            temperature = f"{float(torch.as_tensor(self.temperature).detach()):g}"
+        except RuntimeError:  # on the meta device, or faked, there is no number
+            temperature = "?"
         return (
-            f"temperature={temperature:g}, intra_view_negatives={self.intra_view_negatives}, "
+            f"temperature={temperature}, intra_view_negatives={self.intra_view_negatives}, "
             f"reduction={self.reduction!r}, learnable_temperature={self.log_temperature is not None}"
         )
 
@@ -159,9 +191,7 @@ class LightGCNPropagation(nn.Module):
 
     def __init__(self, num_layers: int = 2) -> None:
         super().__init__()
-        if num_layers < 0:
-            raise ValueError(f"num_layers must be >= 0, got {num_layers}")
-        self.num_layers = num_layers
+        self.num_layers = as_count("num_layers", num_layers)
 
     def forward(self, user_x: Tensor, item_x: Tensor, hypergraph: Hypergraph) -> tuple[Tensor, Tensor]:
         """([V, D], [M, D]) from user_x [V, D], item_x [M, D] and the graph that `user_hypergraph` gives."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -146,7 +148,7 @@ def test_lightgcn_propagation_is_the_operator():
 
 
 def test_modules_say_what_they_are():
-    assert repr(nn.HypergraphConv(4, 3, bias=False)).startswith("HypergraphConv(\n  4, 3, bias=False")
+    assert repr(nn.HypergraphConv(4, 3, bias=False)) == "HypergraphConv(4, 3)"
     assert "temperature=0.3" in repr(nn.InfoNCELoss(0.3, learnable_temperature=True))
     assert repr(nn.LightGCNPropagation(3)) == "LightGCNPropagation(num_layers=3)"
 
@@ -172,3 +174,40 @@ def test_modules_compile_to_one_graph():
         values.append([value.detach(), *torch.autograd.grad(value, parameters)])
     for eager, compiled in zip(*values, strict=True):
         torch.testing.assert_close(compiled, eager)
+
+
+def test_hypergraph_conv_is_called_as_in_pyg():
+    """(x, hyperedge_index, hyperedge_weight, hyperedge_attr, num_edges): attributes are for attention alone."""
+    layer, x, weight = nn.HypergraphConv(16, 32), rows(6, 16), rows(4).abs()
+    expected = layer(x, INDEX, weight)
+    assert expected.shape == (6, 32)
+    for arguments in ((rows(4, 16),), (None,), (None, 4), (rows(4, 16), 4)):
+        assert torch.equal(layer(x, INDEX, weight, *arguments), expected)
+    assert torch.equal(layer(x, INDEX, hyperedge_weight=weight, hyperedge_attr=None, num_edges=4), expected)
+    wide = nn.HypergraphConv(16, 32, False, "node", 1, True, 0.2, 0.0, False)
+    assert wide.bias is None and str(wide) == "HypergraphConv(16, 32)"
+    with pytest.raises(ValueError, match="use_attention must be False, this layer has no attention"):
+        nn.HypergraphConv(16, 32, use_attention=True, heads=2)
+
+
+def test_hypergraph_conv_signature_is_that_of_pyg():
+    pyg = pytest.importorskip("torch_geometric.nn", reason="torch_geometric is not installed")
+    for method in ("__init__", "forward"):
+        theirs, ours = (list(inspect.signature(getattr(m.HypergraphConv, method)).parameters) for m in (pyg, nn))
+        assert ours == [name for name in theirs if name != "kwargs"]
+    assert repr(pyg.HypergraphConv(16, 32)) == repr(nn.HypergraphConv(16, 32))
+
+
+def test_attention_coefficients_of_ones_own_learn():
+    layer, x = nn.HypergraphConv(4, 3), rows(6, 4)
+    attention = torch.rand(7, requires_grad=True)
+    layer(x, Hypergraph(INDEX, incidence_weight=attention.softmax(0))).square().sum().backward()
+    assert attention.grad.abs().min() > 0
+
+
+def test_hypergraph_conv_of_negative_weights_is_the_formula():
+    layer, x, weight = nn.HypergraphConv(4, 3, bias=False), rows(6, 4), torch.tensor([-2.0, -1.0, 1.0, 1.0])
+    h = torch.zeros(6, 4).index_put((INDEX[0], INDEX[1]), torch.ones(7))
+    inverse = [torch.where(d == 0, 0.0, 1 / d) for d in (h @ weight, h.sum(0))]
+    expected = inverse[0][:, None] * (h @ ((weight * inverse[1])[:, None] * (h.T @ layer.lin(x))))
+    torch.testing.assert_close(layer(x, INDEX, weight), expected)

@@ -1,22 +1,26 @@
 """Fused operators for hypergraph convolution, contrastive and item losses and exact nearest neighbours.
 
 They need torch and nothing else of this package. Each runs as a compiled kernel where there is one and as plain torch
-elsewhere, and works under autograd, autocast and `torch.compile(fullgraph=True)`. The compiled kernels give the same
-bits on every run and for every number of threads. Where a tensor is wanted, an array of NumPy, CuPy or another library
-with `__dlpack__` will do: its memory is shared, nothing is copied, and tensors come back.
+elsewhere, and works under autograd in both modes, the transforms of `torch.func`, autocast and
+`torch.compile(fullgraph=True)`. The compiled kernels give the same bits on every run and for every number of threads.
+Where a tensor is wanted, an array of NumPy, CuPy or another library with `__dlpack__` will do: its memory is shared,
+nothing is copied, and tensors come back.
 
 V = vertices, M = hyperedges, N = rows, R = chosen rows, I = items, D = columns.
 """
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
-from hellm._arrays import as_tensor
+from hellm._arrays import as_count, as_tensor, check_flag
 from hellm.hypergraph import Hypergraph
-from hellm.ops import _library  # noqa: F401  (registers the operators)
+from hellm.ops import _losses, _products  # noqa: F401  (register the operators)
 from hellm.ops._backends import backend
+from hellm.ops._library import accumulation_dtype, autocast_enabled
 
 __all__ = [
     "backend",
@@ -52,30 +56,28 @@ def hypergraph_conv(
 
     Args:
         x: [V, D] float32, float16, bfloat16 or float64.
-        hypergraph: V vertices, on the device of x. Its `hyperedge_weight` gets a gradient if it requires one.
+        hypergraph: V vertices, on the device of x. Its weights get a gradient if they require one.
         normalization: "symmetric", "row" or "none".
         hyperedge_degree: divide by the degree of each hyperedge.
         self_loops: keep the diagonal of the operator, a vertex reached from itself.
         num_layers: >= 0.
 
     Returns:
-        [V, D] like x. Sums are accumulated in float32 (float64 for float64). Twice differentiable in x.
+        [V, D] like x. Sums, those of gradients too, are accumulated in float32 (float64 for float64). Any derivative,
+        in reverse and forward mode, under `torch.func` and `torch.vmap`.
 
     Raises:
         ValueError: naming the argument, what it must be, and what it was.
     """
+    _check_hypergraph(hypergraph)
     x = _checked_rows("x", x, size=hypergraph.num_vertices, size_name="hypergraph.num_vertices")
     _check_device("hypergraph", hypergraph.device, x)
-    _check_at_least("num_layers", num_layers, 0)
+    num_layers = as_count("num_layers", num_layers)
     scales = hypergraph.scales(
-        normalization, hyperedge_degree=hyperedge_degree, self_loops=self_loops, dtype=_accumulation_dtype(x)
+        normalization, hyperedge_degree=hyperedge_degree, self_loops=self_loops, dtype=accumulation_dtype(x)
     )
     csr = (*hypergraph.vertex_csr, *hypergraph.edge_csr)
     schedules = (*hypergraph.vertex_schedule, *hypergraph.edge_schedule)
-    if any(scale is not None and scale.requires_grad for scale in scales):
-        for _ in range(num_layers):
-            x = torch.ops.hellm.hypergraph_conv(x, *csr, *scales, 1, *schedules)
-        return x
     return torch.ops.hellm.hypergraph_conv(x, *csr, *scales, num_layers, *schedules)
 
 
@@ -88,11 +90,13 @@ def incidence_product(x: Tensor, hypergraph: Hypergraph, *, transpose: bool = Fa
         transpose: from vertices to hyperedges instead of from hyperedges to vertices.
 
     Returns:
-        [V, D], or [M, D] with `transpose`, like x. Accumulated in float32 (float64 for float64).
+        [V, D], or [M, D] with `transpose`, like x. Accumulated in float32 (float64 for float64). Any derivative.
 
     Raises:
         ValueError: naming the argument, what it must be, and what it was.
     """
+    _check_hypergraph(hypergraph)
+    check_flag("transpose", transpose)
     name = "num_vertices" if transpose else "num_hyperedges"
     x = _checked_rows("x", x, size=getattr(hypergraph, name), size_name=f"hypergraph.{name}")
     _check_device("hypergraph", hypergraph.device, x)
@@ -110,23 +114,25 @@ def bipartite_propagate(
     Args:
         user_x: [V, D] float32, float16, bfloat16 or float64.
         item_x: [M, D], same dtype and device.
-        hypergraph: incidence R as `user_hypergraph` gives it: users are vertices, items hyperedges.
+        hypergraph: incidence R as `user_hypergraph` gives it: users are vertices, items hyperedges; without weights.
         num_layers: >= 0.
 
     Returns:
-        ([V, D], [M, D]) like the inputs. Sums are accumulated in float32. Twice differentiable.
+        ([V, D], [M, D]) like the inputs. Sums are accumulated in float32 (float64 for float64). Any derivative.
 
     Raises:
         ValueError: naming the argument, what it must be, and what it was.
     """
+    _check_hypergraph(hypergraph)
     user_x = _checked_rows("user_x", user_x, size=hypergraph.num_vertices, size_name="hypergraph.num_vertices")
     item_x = _checked_rows("item_x", item_x, size=hypergraph.num_hyperedges, size_name="hypergraph.num_hyperedges")
     _check_same("item_x", item_x, "user_x", user_x)
     _check_device("hypergraph", hypergraph.device, user_x)
-    _check_at_least("num_layers", num_layers, 0)
-    if hypergraph.vertex_values is not None:
-        raise ValueError("hypergraph must have no incidence_weight here, got one")
-    scales = hypergraph.bipartite_scales(_accumulation_dtype(user_x))
+    num_layers = as_count("num_layers", num_layers)
+    for name in ("incidence_weight", "hyperedge_weight"):
+        if (hypergraph.vertex_values if name == "incidence_weight" else hypergraph.hyperedge_weight) is not None:
+            raise ValueError(f"hypergraph must have no {name} here, got one")
+    scales = hypergraph.bipartite_scales(accumulation_dtype(user_x))
     csr = (*hypergraph.vertex_csr[:2], *hypergraph.edge_csr[:2])
     schedules = (*hypergraph.vertex_schedule, *hypergraph.edge_schedule)
     return torch.ops.hellm.bipartite_propagate(user_x, item_x, *csr, *scales, num_layers, *schedules)
@@ -155,7 +161,8 @@ def info_nce(
     Args:
         anchor: [N, D] float32, float16, bfloat16 or float64.
         positive: [N, D], same dtype and device as `anchor`.
-        temperature: t, > 0; smaller is sharper, accurate down to 0.01. A 0-d tensor may require a gradient.
+        temperature: t, > 0; smaller is sharper, accurate down to 0.01. A 0-d tensor may require a gradient; one on a
+            GPU is not waited for, and gives NaN if it is not > 0.
         intra_view_negatives: GRACE's denominator (both views); False is SimCLR's one-directional cross-view form.
         reduction: "mean", "sum" or "none".
         precision: "highest" (float32 products), "high" or "medium" (16-bit products, float32 sums); None reads
@@ -165,8 +172,8 @@ def info_nce(
             `item_cross_entropy` for what happens otherwise.
 
     Returns:
-        float32 (float64 for float64) scalar, or [R] for "none". Differentiable in `anchor`, `positive` and
-        `temperature`; a second derivative falls back to plain torch and stores the similarities.
+        float32 (float64 for float64) scalar, or [R] for "none". Any derivative in `anchor`, `positive` and
+        `temperature`; a second one, and forward mode for "none", fall back to plain torch and store the similarities.
 
     Raises:
         ValueError: naming the argument, what it must be, and what it was.
@@ -180,10 +187,10 @@ def info_nce(
     if positive.shape != anchor.shape:
         raise ValueError(f"positive must have the shape of anchor {tuple(anchor.shape)}, got {tuple(positive.shape)}")
     _check_same("positive", positive, "anchor", anchor)
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
+    check_flag("intra_view_negatives", intra_view_negatives)
+    _check_reduction(reduction)
     precision = _default_precision() if precision is None else precision
-    if precision not in _PRECISIONS:
+    if not isinstance(precision, str) or precision not in _PRECISIONS:
         raise ValueError(f"precision must be None or one of {_PRECISIONS}, got {precision!r}")
     rows = _checked_row_choice(rows, anchor)
     if reduction == "mean" and (anchor if rows is None else rows).shape[0] == 0:
@@ -212,15 +219,17 @@ def item_cross_entropy(
 
     Args:
         hidden: [N, D] float32, float16, bfloat16 or float64.
-        item_embedding: [I, D], I >= 1, same dtype and device as `hidden`. Under autocast both take its dtype.
+        item_embedding: [I, D], I >= 1, same dtype and device as `hidden`. Under autocast both take its dtype, but
+            float64 stays float64.
         target: [N] int64, each in [0, I). One that is not raises on the CPU. A GPU is not waited for: there its loss
             and every gradient that it has a part in are NaN, while plain torch ends with a device-side assertion.
         bias: [I] of a floating dtype, or None.
         reduction: "mean", "sum" or "none".
 
     Returns:
-        float32 (float64 for float64) scalar, or [N] for "none"; sums are accumulated in that dtype. Differentiable in
-        `hidden`, `item_embedding` and `bias`; a second derivative falls back to plain torch and stores the logits.
+        float32 (float64 for float64) scalar, or [N] for "none"; sums are accumulated in that dtype. Any derivative in
+        `hidden`, `item_embedding` and `bias`; a second one, and forward mode for "none", fall back to plain torch and
+        store the logits.
 
     Raises:
         ValueError: naming the argument, what it must be, and what it was; for `target` on the CPU the first one out of
@@ -234,11 +243,11 @@ def item_cross_entropy(
     """
     hidden = _checked_rows("hidden", hidden)
     item_embedding = _checked_rows("item_embedding", item_embedding)
-    _check_same("item_embedding", item_embedding, "hidden", hidden, same_dtype=not _autocast_to(hidden))
+    one_dtype = autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, item_embedding.dtype)
+    _check_same("item_embedding", item_embedding, "hidden", hidden, same_dtype=not one_dtype)
     if item_embedding.shape[0] == 0:
         raise ValueError("item_embedding must have at least one row, got 0")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
+    _check_reduction(reduction)
     if reduction == "mean" and hidden.shape[0] == 0:
         raise ValueError("hidden must have at least one row for the mean, got 0")
     target = _checked_target(target, hidden)
@@ -254,7 +263,7 @@ def knn(x: Tensor, k: int, *, metric: str = "cosine") -> tuple[Tensor, Tensor]:
     """The k most similar rows of every row, exact, by blocks: nothing of size N * N is stored.
 
     The row itself is included. Lower index first among equal similarities. A row that is all zero has no neighbours
-    and is nobody's neighbour.
+    and is nobody's neighbour. No gradient flows into x.
 
     Args:
         x: [N, D] float32, float16, bfloat16 or float64, finite.
@@ -269,13 +278,11 @@ def knn(x: Tensor, k: int, *, metric: str = "cosine") -> tuple[Tensor, Tensor]:
         ValueError: naming the argument, what it must be, and what it was; for x the first row that is not finite.
     """
     x = _checked_rows("x", x)
-    if metric != "cosine":
+    if not isinstance(metric, str) or metric != "cosine":
         raise ValueError(f"metric must be 'cosine', got {metric!r}")
+    k = as_count("k", k, low=None)
     if not 1 <= k <= x.shape[0]:
         raise ValueError(f"k must be between 1 and the number of rows {x.shape[0]}, got {k}")
-    finite = torch.isfinite(x).all(1)
-    if _readable(x) and not bool(finite.all()):
-        raise ValueError(f"x must be finite, got NaN or infinity first in row {int((~finite).nonzero()[0])}")
     return torch.ops.hellm.knn(x.detach(), k)
 
 
@@ -284,8 +291,14 @@ def _default_precision() -> str:
     return torch.get_float32_matmul_precision()
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _check_hypergraph(hypergraph: Hypergraph) -> None:
+    if not isinstance(hypergraph, Hypergraph):
+        raise ValueError(f"hypergraph must be a Hypergraph, got {type(hypergraph).__name__}")
+
+
+def _check_reduction(reduction: str) -> None:
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
 
 
 def _checked_rows(name: str, x: Tensor, *, size: int | None = None, size_name: str = "") -> Tensor:
@@ -297,13 +310,6 @@ def _checked_rows(name: str, x: Tensor, *, size: int | None = None, size_name: s
     if size is not None and x.shape[0] != size:
         raise ValueError(f"{name} must have {size_name} = {size} rows, got {x.shape[0]}")
     return x
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether values can be looked at now: not under torch.compile, not while a CUDA graph is captured."""
-    if torch.compiler.is_compiling() or x.is_meta:
-        return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _check_same(name: str, x: Tensor, like_name: str, like: Tensor, *, same_dtype: bool = True) -> None:
@@ -319,11 +325,6 @@ def _check_device(name: str, device: torch.device, like: Tensor, like_name: str 
         raise ValueError(f"{name} must be on {like.device} like {like_name}, got {device}")
 
 
-def _check_at_least(name: str, value: int, low: int) -> None:
-    if value < low:
-        raise ValueError(f"{name} must be >= {low}, got {value}")
-
-
 def _checked_row_choice(rows: Tensor | None, anchor: Tensor) -> Tensor | None:
     if rows is None:
         return None
@@ -335,22 +336,22 @@ def _checked_row_choice(rows: Tensor | None, anchor: Tensor) -> Tensor | None:
 
 
 def _checked_temperature(temperature: float | Tensor, anchor: Tensor) -> Tensor:
-    if hasattr(temperature, "__dlpack__"):
-        temperature = as_tensor("temperature", temperature)
-        if temperature.ndim != 0:
-            raise ValueError(f"temperature must be a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
-        if not temperature.is_floating_point():
-            raise ValueError(f"temperature must be floating point, got {temperature.dtype}")
-        _check_device("temperature", temperature.device, anchor, "anchor")
-        return temperature
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
-    return torch.full((), temperature, dtype=torch.float64, device=anchor.device)
-
-
-def _autocast_to(x: Tensor) -> bool:
-    """Whether autocast is about to make one dtype of the matrices on the device of x."""
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    """0-d. The value of a tensor on the CPU is checked by the kernel."""
+    if isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
+        if not temperature > 0:
+            raise ValueError(f"temperature must be > 0, got {temperature}")
+        return torch.full((), temperature, dtype=torch.float64, device=anchor.device)
+    if isinstance(temperature, numbers.Real) and not isinstance(temperature, bool):  # a number of NumPy
+        return _checked_temperature(float(temperature), anchor)
+    if not isinstance(temperature, Tensor) and not hasattr(temperature, "__dlpack__"):
+        raise ValueError(f"temperature must be a number or a 0-d tensor, got {temperature!r}")
+    temperature = as_tensor("temperature", temperature)
+    if temperature.ndim != 0:
+        raise ValueError(f"temperature must be a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
+    if not temperature.is_floating_point():
+        raise ValueError(f"temperature must be floating point, got {temperature.dtype}")
+    _check_device("temperature", temperature.device, anchor, "anchor")
+    return temperature if temperature.is_cpu else torch.where(temperature > 0, temperature, torch.nan)
 
 
 def _checked_target(target: Tensor, hidden: Tensor) -> Tensor:

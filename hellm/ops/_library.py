@@ -1,24 +1,37 @@
-"""Registration with torch.library: schemas, shapes without data, kernels, autograd and autocast rules.
+"""Registration with torch.library: what every operator has in common.
 
-Arguments are checked in `hellm.ops`; only the values of indices are checked here, where compiled code comes by too.
+An operator is one schema, one implementation per backend, its shapes without data, a dtype under autocast and its
+derivatives. They serve every way to call it: autograd, forward mode, transforms of `torch.func`, autocast, tracing.
+Arguments are checked in `hellm.ops`; only values are checked in kernels, where compiled code comes by too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from hellm.hypergraph import RowSchedule
 from hellm.ops import _backends, _gpu, _native, _nvrtc, _triton, reference
 
 _library = torch.library.Library("hellm", "DEF")
-_AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 
+# The compiled kernels serve the first two; the others get plain torch, as every device gets that torch comes to know
+# as PrivateUse1.
+_KERNEL_KEYS = ("CPU", "CUDA", "MPS", "XPU", "HPU", "MTIA", "PrivateUse1")
+_AUTOCAST_KEYS = {
+    "cpu": "AutocastCPU",
+    "cuda": "AutocastCUDA",
+    "mps": "AutocastMPS",
+    "xpu": "AutocastXPU",
+    "hpu": "AutocastHPU",
+    "mtia": "AutocastMTIA",
+}
 
 # Backend -> its implementation of every operator, under the same names with the same arguments.
 _IMPLEMENTATIONS: dict[str, Any] = {
@@ -37,390 +50,141 @@ _IMPLEMENTATIONS: dict[str, Any] = {
 }
 
 
-def _define(schema: str, kernel_of: Callable[[Any], Callable], fake: Callable, autocast: torch.dtype | None) -> None:
-    """Define one operator from what it is in each implementation.
+class Derivatives(torch.autograd.Function):
+    """Derivatives of an operator by its arguments, as methods of an autograd function.
 
-    `autocast` is the dtype it runs in under autocast, None the one autocast is set to.
+    `jvp` gets what was saved as its second argument, where it is free of its own tangents. Derivatives of `backward`
+    and `jvp` are taken in turn, so that both consist of operations that have them. `define` adds `forward` and, where
+    there is none, a `vmap` that computes one element of the batch after the other.
+    """
+
+    @staticmethod
+    def without_precomputed(*args):
+        """The arguments, with what only a plain backward pass can use left out: it has no derivative of its own."""
+        return args
+
+
+def define(
+    schema: str,
+    kernel_of: Callable[[Any], Callable],
+    fake: Callable,
+    derivatives: type[Derivatives],
+    *,
+    autocast: torch.dtype | None = None,
+) -> None:
+    """Define one operator.
+
+    Args:
+        schema: as `torch.library` reads it.
+        kernel_of: from a module of implementations to the one of this operator.
+        fake: the shapes, dtypes and device of its outputs, which are contiguous.
+        derivatives: by its arguments.
+        autocast: the dtype that matrices have under autocast; None is the one autocast is set to.
     """
     name = schema[: schema.index("(")]
     _library.define(schema)
+    operator = getattr(torch.ops.hellm, name).default
     kernels = {backend: kernel_of(implementation) for backend, implementation in _IMPLEMENTATIONS.items()}
 
     def kernel(*args):
-        device = next(a.device for a in args if isinstance(a, Tensor))
-        return kernels[_backends.select(device)](*args)
+        found = kernels[_backends.select(_device(args))](*args)
+        return tuple(t.contiguous() for t in found) if isinstance(found, tuple) else found.contiguous()
 
-    for key in ("CPU", "CUDA"):
+    for key in _KERNEL_KEYS:
         _library.impl(name, kernel, key)
     torch.library.register_fake(f"hellm::{name}", fake, lib=_library)
-    operator = getattr(torch.ops.hellm, name)
 
-    for device_type, key in _AUTOCAST_KEYS.items():
+    def below_autograd(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
 
-        def under_autocast(*args, device_type=device_type, key=key):
-            dtype = autocast or torch.get_autocast_dtype(device_type)
-            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-                return operator(*(_cast_rows(a, dtype) for a in args))
+    function = _autograd_function(name, operator, below_autograd, derivatives)
 
-        _library.impl(name, under_autocast, key.name)
+    def with_autograd(*args):
+        if forward_ad._current_level >= 0:
+            return function.apply(*function.without_precomputed(*args))
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return function.apply(*args)
+        return below_autograd(*args)
+
+    _library.impl(name, with_autograd, "Autograd")
+
+    def transformed(*args):
+        args = _cast_rows(args, autocast) if autocast_enabled(_device(args).type) else args
+        return function.apply(*function.without_precomputed(*args))
+
+    # Where transforms of torch.func come in, before autocast and autograd; autograd functions know what to do there.
+    _library.impl(name, transformed, "FuncTorchDynamicLayerFrontMode")
+
+    for key in filter(lambda key: hasattr(torch._C.DispatchKey, key), _AUTOCAST_KEYS.values()):
+        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def under_autocast(*args, excluded=excluded):
+            with torch._C._ExcludeDispatchKeyGuard(excluded):
+                return operator(*_cast_rows(args, autocast))
+
+        _library.impl(name, under_autocast, key)
 
 
-def _register_autograd(name: str, backward: Callable, setup: Callable) -> None:
+def _autograd_function(
+    name: str, operator: Callable, forward: Callable, derivatives: type[Derivatives]
+) -> type[Derivatives]:
     """Gradients come from the backend that was asked for at the forward pass.
 
     Autograd runs the backward pass of a GPU in a thread of its own, where the caller's choice is not in force.
     """
 
-    def keep(ctx, inputs, output):
+    def setup_context(ctx, inputs, output):
         ctx.chosen_backend = _backends.chosen()
-        setup(ctx, inputs, output)
+        derivatives.setup_context(ctx, inputs, output)
 
-    def run(ctx, *grads):
+    def backward(ctx, *grads):
         with contextlib.nullcontext() if ctx.chosen_backend is None else _backends.backend(ctx.chosen_backend):
-            return backward(ctx, *grads)
+            return derivatives.backward(ctx, *grads)
 
-    torch.library.register_autograd(f"hellm::{name}", run, setup_context=keep, lib=_library)
+    def jvp(ctx, *tangents):
+        # torch turns forward mode off in here, for the transforms around this one as well.
+        saved = [None if t is None else forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors]
+        with forward_ad._set_fwd_grad_enabled(True):
+            return derivatives.jvp(ctx, saved, *tangents)
 
-
-def _cast_rows(argument, dtype: torch.dtype):
-    """Matrices of rows follow autocast; scales, values and indices (all 1-d) keep their dtype, and so does float64."""
-    matrix = isinstance(argument, Tensor) and argument.ndim == 2 and argument.is_floating_point()
-    return argument.to(dtype) if matrix and argument.dtype != torch.float64 else argument
-
-
-def _check_in_range(name: str, index: Tensor, count: int) -> None:
-    """Indices on the CPU; looking at those on a GPU would wait for it at every step, and its kernels take any value.
-
-    Raises:
-        ValueError: naming the first index that is not in [0, count).
-    """
-    if not index.is_cpu:
-        return
-    outside = (index < 0) | (index >= count)
-    if bool(outside.any()):
-        place = int(outside.nonzero()[0])
-        raise ValueError(f"{name} must be in [0, {count}), got {int(index[place])} first at position {place}")
+    methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp}
+    if derivatives.vmap is torch.autograd.Function.vmap:
+        methods["vmap"] = functools.partial(one_by_one, operator)
+    return type(name, (derivatives,), {method: staticmethod(function) for method, function in methods.items()})
 
 
-# ----------------------------------------------------------------------------------------------- sparse products
-
-
-def _incidence_product_fake(x, indptr, *_):
-    return x.new_empty(indptr.shape[0] - 1, x.shape[1])
-
-
-_define(
-    "incidence_product(Tensor x, Tensor indptr, Tensor indices, Tensor? values, Tensor row_order,"
-    " Tensor hub_chunk_begin, int num_long, int num_hub_chunks, Tensor t_indptr, Tensor t_indices, Tensor? t_values,"
-    " Tensor t_row_order, Tensor t_hub_chunk_begin, int t_num_long, int t_num_hub_chunks) -> Tensor",
-    lambda ops: lambda *args: ops.incidence_product(*args[:4], RowSchedule(*args[4:8])),
-    _incidence_product_fake,
-    autocast=None,
-)
-
-
-def _incidence_product_setup(ctx, inputs, output):
-    ctx.matrices = inputs[1:]
-
-
-def _incidence_product_backward(ctx, grad):
-    matrix, transposed = ctx.matrices[:7], ctx.matrices[7:]
-    grad_x = torch.ops.hellm.incidence_product(grad, *transposed, *matrix) if ctx.needs_input_grad[0] else None
-    return grad_x, *[None] * 14
-
-
-_register_autograd("incidence_product", _incidence_product_backward, _incidence_product_setup)
-
-_define(
-    "hypergraph_conv(Tensor x, Tensor vertex_indptr, Tensor vertex_edges, Tensor? vertex_values, Tensor edge_indptr,"
-    " Tensor edge_vertices, Tensor? edge_values, Tensor? in_scale, Tensor? edge_scale, Tensor? out_scale,"
-    " Tensor? diagonal, int num_layers, Tensor vertex_row_order, Tensor vertex_hub_chunk_begin, int vertex_num_long,"
-    " int vertex_num_hub_chunks, Tensor edge_row_order, Tensor edge_hub_chunk_begin, int edge_num_long,"
-    " int edge_num_hub_chunks) -> Tensor",
-    lambda ops: lambda *args: ops.hypergraph_conv(*args[:12], RowSchedule(*args[12:16]), RowSchedule(*args[16:])),
-    lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
-    autocast=None,
-)
-
-
-def _conv_setup(ctx, inputs, output):
-    x, *csr, in_scale, edge_scale, out_scale, diagonal, ctx.num_layers = inputs[:12]
-    scales_need = any(ctx.needs_input_grad[7:11])
-    ctx.csr, ctx.schedules = csr, inputs[12:]
-    ctx.save_for_backward(in_scale, edge_scale, out_scale, diagonal, x if scales_need else None)
-
-
-def _conv_backward(ctx, grad):
-    in_scale, edge_scale, out_scale, diagonal, x = ctx.saved_tensors
-    grad_x = None
-    if ctx.needs_input_grad[0]:
-        # The core H diag(e) H^T - diag(c) is symmetric: the transpose is the same operator, outer scales swapped.
-        grad_x = torch.ops.hellm.hypergraph_conv(
-            grad, *ctx.csr, out_scale, edge_scale, in_scale, diagonal, ctx.num_layers, *ctx.schedules
-        )
-    grad_scales = [None] * 4
-    if x is not None:
-        grad_scales = _conv_scale_gradients(ctx, grad, x, in_scale, edge_scale, out_scale, diagonal)
-    return grad_x, *[None] * 6, *grad_scales, *[None] * 9
-
-
-def _conv_scale_gradients(ctx, grad, x, in_scale, edge_scale, out_scale, diagonal):
-    """Gradients of one layer in its four diagonal factors: row-wise dots of what stands left and right of each."""
-    vertex, edge = (*ctx.csr[:3], *ctx.schedules[:4]), (*ctx.csr[3:], *ctx.schedules[4:])
-
-    def scaled(rows, scale):
-        return rows if scale is None else rows * scale.to(rows.dtype).unsqueeze(1)
-
-    def core(rows):
-        joined = scaled(torch.ops.hellm.incidence_product(rows, *edge, *vertex), edge_scale)
-        out = torch.ops.hellm.incidence_product(joined, *vertex, *edge)
-        return out if diagonal is None else out - scaled(rows, diagonal)
-
-    def dot(left, right, scale):
-        return (left * right).sum(1).to(scale.dtype)
-
-    source, cotangent = scaled(x, in_scale), scaled(grad, out_scale)
-    grads = [None] * 4
-    if ctx.needs_input_grad[7]:
-        grads[0] = dot(core(cotangent), x, in_scale)
-    if ctx.needs_input_grad[8]:
-        left = torch.ops.hellm.incidence_product(cotangent, *edge, *vertex)
-        grads[1] = dot(left, torch.ops.hellm.incidence_product(source, *edge, *vertex), edge_scale)
-    if ctx.needs_input_grad[9]:
-        grads[2] = dot(grad, core(source), out_scale)
-    if ctx.needs_input_grad[10]:
-        grads[3] = -dot(cotangent, source, diagonal)
-    return grads
-
-
-_register_autograd("hypergraph_conv", _conv_backward, _conv_setup)
-
-_define(
-    "bipartite_propagate(Tensor user_x, Tensor item_x, Tensor vertex_indptr, Tensor vertex_edges, Tensor edge_indptr,"
-    " Tensor edge_vertices, Tensor user_scale, Tensor item_scale, int num_layers, Tensor vertex_row_order,"
-    " Tensor vertex_hub_chunk_begin, int vertex_num_long, int vertex_num_hub_chunks, Tensor edge_row_order,"
-    " Tensor edge_hub_chunk_begin, int edge_num_long, int edge_num_hub_chunks) -> (Tensor, Tensor)",
-    lambda ops: lambda *args: ops.bipartite_propagate(*args[:9], RowSchedule(*args[9:13]), RowSchedule(*args[13:])),
-    lambda user_x, item_x, *_: (user_x.new_empty(user_x.shape), item_x.new_empty(item_x.shape)),
-    autocast=None,
-)
-
-
-def _propagate_setup(ctx, inputs, output):
-    ctx.rest = inputs[2:]
-    ctx.shapes = [(t.shape, t.dtype, t.device) for t in inputs[:2]]
-
-
-def _propagate_backward(ctx, grad_user, grad_item):
-    grads = [
-        torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
-        for grad, (shape, dtype, device) in zip((grad_user, grad_item), ctx.shapes, strict=True)
+def one_by_one(operator: Callable, info: Any, in_dims: tuple, *args) -> tuple:
+    """`vmap` of an operator: its outputs for each element of the batch, stacked, and where the batch is in them."""
+    found = [
+        operator(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
     ]
-    return *torch.ops.hellm.bipartite_propagate(*grads, *ctx.rest), *[None] * 15
+    if isinstance(found[0], Tensor):
+        return torch.stack(found), 0
+    return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
 
 
-_register_autograd("bipartite_propagate", _propagate_backward, _propagate_setup)
-
-# ------------------------------------------------------------------------------------------------------ InfoNCE
-
-
-def _loss_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _device(args: tuple) -> torch.device:
+    return next(a.device for a in args if isinstance(a, Tensor))
 
 
-def _reduce(row_loss: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return row_loss
-    return row_loss.mean() if reduction == "mean" else row_loss.sum()
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a type of device; False for one that it does not know."""
+    return device_type in _AUTOCAST_KEYS and torch.is_autocast_enabled(device_type)
 
 
-def _row_grad(row_count: int, like: Tensor, reduction: str) -> Tensor:
-    scale = 1.0 / row_count if reduction == "mean" and row_count else 1.0
-    return torch.full((row_count,), scale, dtype=_loss_dtype(like), device=like.device)
-
-
-def _with_loss(x: Tensor, reduction: str) -> bool:
-    """Whether the gradients of the loss, a scalar, come from its own sweep, to be scaled in the backward pass.
-
-    Those of a mean are too small for float16: they must be multiplied by the loss scale before they are rounded.
-    """
-    return reduction != "none" and x.dtype != torch.float16
-
-
-def _row_grad_of(grad: Tensor, row_count: int, reduction: str) -> Tensor:
-    """Gradient in each row's loss from that in the reduced loss."""
-    return grad if reduction == "none" else grad.expand(row_count) / (row_count if reduction == "mean" else 1)
-
-
-def _info_nce_with(implementation: Callable) -> Callable:
-    """Loss and, for a scalar reduction, both gradients in the same sweep, but see `_with_loss`."""
-
-    def kernel(anchor, positive, temperature, rows, intra_view_negatives, reduction, precision, compute_grad):
-        count = anchor.shape[0] if rows is None else rows.shape[0]
-        if rows is not None:
-            _check_in_range("rows", rows, anchor.shape[0])
-        row_grad = _row_grad(count, anchor, reduction) if compute_grad and _with_loss(anchor, reduction) else None
-        row_loss, *grads = implementation(
-            anchor, positive, temperature, rows, row_grad, intra_view_negatives, precision
-        )
-        return _reduce(row_loss, reduction), *grads
-
-    return kernel
-
-
-def _info_nce_fake(anchor, positive, temperature, rows, intra_view_negatives, reduction, precision, compute_grad):
-    count = anchor.shape[0] if rows is None else rows.shape[0]
-    loss = anchor.new_empty((count,) if reduction == "none" else (), dtype=_loss_dtype(anchor))
-    if not compute_grad or not _with_loss(anchor, reduction):
-        return loss, anchor.new_empty(0), anchor.new_empty(0), temperature.new_empty(0)
-    return loss, anchor.new_empty(anchor.shape), positive.new_empty(positive.shape), temperature.new_empty(())
-
-
-_define(
-    "info_nce(Tensor anchor, Tensor positive, Tensor temperature, Tensor? rows, bool intra_view_negatives,"
-    " str reduction, str precision, bool compute_grad) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda ops: _info_nce_with(ops.info_nce),
-    _info_nce_fake,
-    autocast=torch.float32,
-)
-
-
-def _info_nce_backward_fake(anchor, positive, temperature, *_):
-    return anchor.new_empty(anchor.shape), positive.new_empty(positive.shape), temperature.new_empty(())
-
-
-_define(
-    "info_nce_backward(Tensor anchor, Tensor positive, Tensor temperature, Tensor? rows, Tensor row_grad,"
-    " bool intra_view_negatives, str precision) -> (Tensor, Tensor, Tensor)",
-    lambda ops: lambda *args: ops.info_nce(*args)[1:],
-    _info_nce_backward_fake,
-    autocast=torch.float32,
-)
-
-
-def _info_nce_setup(ctx, inputs, output):
-    anchor, positive, temperature, rows, *ctx.settings = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(anchor, positive, temperature, rows, *output[1:])
-
-
-def _info_nce_backward(ctx, grad, *_):
-    anchor, positive, temperature, rows, *computed = ctx.saved_tensors
-    intra_view_negatives, reduction, precision = ctx.settings[:3]
-    if grad is None:
-        return (None,) * 8
-    if torch.is_grad_enabled():
-        # A second derivative is asked for; the fused sweep has none, the definition has.
-        row_loss = reference.info_nce(anchor, positive, temperature, rows, intra_view_negatives)
-        needed = [t for t, need in zip((anchor, positive, temperature), ctx.needs_input_grad, strict=False) if need]
-        found = iter(torch.autograd.grad(_reduce(row_loss, reduction), needed, grad, create_graph=True))
-        grads = [next(found) if need else None for need in ctx.needs_input_grad[:3]]
-    elif not _with_loss(anchor, reduction):
-        row_grad = _row_grad_of(grad, (anchor if rows is None else rows).shape[0], reduction)
-        grads = torch.ops.hellm.info_nce_backward(
-            anchor, positive, temperature, rows, row_grad, intra_view_negatives, precision
-        )
-    else:
-        grads = [g * grad.to(g.dtype) for g in computed]
-    return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 5
-
-
-_register_autograd("info_nce", _info_nce_backward, _info_nce_setup)
-
-# ------------------------------------------------------------------------------------------- item cross-entropy
-
-
-def _item_cross_entropy_with(implementation: Callable) -> Callable:
-    """Loss and, for a scalar reduction, the wanted gradients in the same sweep, but see `_with_loss`."""
-
-    def kernel(hidden, item_embedding, target, bias, reduction, hidden_grad, items_grad):
-        _check_in_range("target", target, item_embedding.shape[0])
-        wanted = (hidden_grad or items_grad) and _with_loss(hidden, reduction)
-        row_grad = _row_grad(hidden.shape[0], hidden, reduction) if wanted else None
-        row_loss, *grads = implementation(hidden, item_embedding, target, bias, row_grad, hidden_grad, items_grad)
-        return _reduce(row_loss, reduction), *grads
-
-    return kernel
-
-
-def _item_cross_entropy_gradient_shapes(hidden, item_embedding, bias, hidden_grad, items_grad):
-    grad_items = item_embedding.new_empty(item_embedding.shape if items_grad else 0)
-    if bias is None:
-        grad_bias = hidden.new_empty(0, dtype=_loss_dtype(hidden))
-    else:
-        grad_bias = bias.new_empty(bias.shape if items_grad else 0)
-    return hidden.new_empty(hidden.shape if hidden_grad else 0), grad_items, grad_bias
-
-
-def _item_cross_entropy_fake(hidden, item_embedding, target, bias, reduction, hidden_grad, items_grad):
-    loss = hidden.new_empty((hidden.shape[0],) if reduction == "none" else (), dtype=_loss_dtype(hidden))
-    now = _with_loss(hidden, reduction)
-    return loss, *_item_cross_entropy_gradient_shapes(
-        hidden, item_embedding, bias, hidden_grad and now, items_grad and now
+def _cast_rows(args: tuple, dtype: torch.dtype | None) -> tuple:
+    """Matrices of rows follow autocast; scales, values and indices (all 1-d) keep their dtype, and so does float64."""
+    dtype = dtype or torch.get_autocast_dtype(_device(args).type)
+    return tuple(
+        a.to(dtype)
+        if isinstance(a, Tensor) and a.ndim == 2 and a.is_floating_point() and a.dtype != torch.float64
+        else a
+        for a in args
     )
 
 
-_define(
-    "item_cross_entropy(Tensor hidden, Tensor item_embedding, Tensor target, Tensor? bias, str reduction,"
-    " bool hidden_grad, bool items_grad) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda ops: _item_cross_entropy_with(ops.item_cross_entropy),
-    _item_cross_entropy_fake,
-    autocast=None,
-)
-
-_define(
-    "item_cross_entropy_backward(Tensor hidden, Tensor item_embedding, Tensor target, Tensor? bias, Tensor row_grad,"
-    " bool hidden_grad, bool items_grad) -> (Tensor, Tensor, Tensor)",
-    lambda ops: lambda *args: ops.item_cross_entropy(*args)[1:],
-    lambda hidden, items, target, bias, row_grad, *need: _item_cross_entropy_gradient_shapes(
-        hidden, items, bias, *need
-    ),
-    autocast=None,
-)
-
-
-def _item_cross_entropy_setup(ctx, inputs, output):
-    hidden, item_embedding, target, bias, ctx.reduction, *ctx.wanted = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(hidden, item_embedding, target, bias, *output[1:])
-
-
-def _item_cross_entropy_backward(ctx, grad, *_):
-    hidden, item_embedding, target, bias, *computed = ctx.saved_tensors
-    need = [ctx.needs_input_grad[place] for place in (0, 1, 3)]
-    if grad is None:
-        return (None,) * 7
-    if torch.is_grad_enabled():
-        # A second derivative is asked for; the fused sweep has none, the definition has.
-        wide = [None if t is None else t.to(_loss_dtype(hidden)) for t in (hidden, item_embedding, bias)]
-        row_loss = reference.item_cross_entropy(*wide[:2], target, wide[2])
-        needed = [t for t, wanted in zip((hidden, item_embedding, bias), need, strict=True) if wanted]
-        found = iter(torch.autograd.grad(_reduce(row_loss, ctx.reduction), needed, grad, create_graph=True))
-        grads = [next(found) if wanted else None for wanted in need]
-    elif not _with_loss(hidden, ctx.reduction):
-        row_grad = _row_grad_of(grad, hidden.shape[0], ctx.reduction)
-        grads = torch.ops.hellm.item_cross_entropy_backward(
-            hidden, item_embedding, target, bias, row_grad, need[0], need[1] or need[2]
-        )
-    else:
-        grads = [g * grad.to(g.dtype) for g in computed]
-    grads = [g if wanted else None for g, wanted in zip(grads, need, strict=True)]
-    return *grads[:2], None, grads[2], *[None] * 3
-
-
-_register_autograd("item_cross_entropy", _item_cross_entropy_backward, _item_cross_entropy_setup)
-
-# ---------------------------------------------------------------------------------------------------------- kNN
-
-
-_define(
-    "knn(Tensor x, int k) -> (Tensor, Tensor)",
-    lambda ops: ops.knn,
-    lambda x, k: (
-        x.new_empty((x.shape[0], k), dtype=torch.int64),
-        x.new_empty((x.shape[0], k), dtype=_loss_dtype(x)),
-    ),
-    autocast=torch.float32,
-)
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -22,9 +22,9 @@ import torch
 RELEASE: dict[str, dict[str, str]] = {}
 
 _SOURCES = {
-    "cuda": ("_library.py", "reference.py", "_native.py", "_gpu.py"),
-    "nvrtc": ("_library.py", "reference.py", "_native.py", "_gpu.py", "_nvrtc.py"),
-    "triton": ("_library.py", "reference.py", "_native.py", "_triton.py"),
+    "cuda": ("_library.py", "_products.py", "_losses.py", "reference.py", "_native.py", "_gpu.py"),
+    "nvrtc": ("_library.py", "_products.py", "_losses.py", "reference.py", "_native.py", "_gpu.py", "_nvrtc.py"),
+    "triton": ("_library.py", "_products.py", "_losses.py", "reference.py", "_native.py", "_triton.py"),
 }
 
 _COMPILERS = {"nvrtc": "cupy", "triton": "triton"}

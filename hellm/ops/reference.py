@@ -16,13 +16,31 @@ from torch import Tensor
 
 
 def incidence_product(x: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None, *_: object) -> Tensor:
-    """CSR matrix [rows, columns] times x [columns, D] -> [rows, D]; absent values are ones."""
-    num_rows = indptr.numel() - 1
-    row = torch.repeat_interleave(torch.arange(num_rows, device=x.device), indptr.diff(), output_size=indices.numel())
-    gathered = x[indices.long()]
+    """CSR matrix [rows, columns] times x [columns, D] -> [rows, D]; absent values are ones. Sums as in `_wide`."""
+    wide = _wide(x)
+    gathered = wide[indices.long()]
     if values is not None:
-        gathered = gathered * values.to(x.dtype).unsqueeze(1)
-    return x.new_zeros(num_rows, x.shape[1]).index_add(0, row, gathered)
+        gathered = gathered * values.to(wide.dtype).unsqueeze(1)
+    row = _row_of_entry(indptr, indices)
+    return wide.new_zeros(indptr.numel() - 1, x.shape[1]).index_add(0, row, gathered).to(x.dtype)
+
+
+def incidence_dot(left: Tensor, right: Tensor, indptr: Tensor, indices: Tensor, block: int = 2**16) -> Tensor:
+    """For each entry of a CSR matrix <its row of left, its column's row of right>: [nnz], with which values learn."""
+    rows, columns = _row_of_entry(indptr, indices).split(block), indices.long().split(block)
+    left, right = _wide(left), _wide(right)
+    return torch.cat([(left[row] * right[column]).sum(1) for row, column in zip(rows, columns, strict=True)])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In the dtype that sums are accumulated in: float64 for float64, else float32."""
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _row_of_entry(indptr: Tensor, indices: Tensor) -> Tensor:
+    """[nnz] int64; nothing here has a shape that depends on values."""
+    rows = torch.arange(indptr.numel() - 1, device=indptr.device)
+    return torch.repeat_interleave(rows, indptr.diff(), output_size=indices.numel())
 
 
 def hypergraph_conv(
@@ -43,14 +61,15 @@ def hypergraph_conv(
     """num_layers times x <- out_scale * (H (edge_scale * H^T (in_scale * x)) - diagonal * in_scale * x)."""
     if num_layers == 0:
         return x.clone()  # the output of an operator must not share memory with its input
+    wide = _wide(x)
     for _ in range(num_layers):
-        scaled = _scale(x, in_scale)
+        scaled = _scale(wide, in_scale)
         edge = _scale(incidence_product(scaled, edge_indptr, edge_vertices, edge_values), edge_scale)
-        x = incidence_product(edge, vertex_indptr, vertex_edges, vertex_values)
+        wide = incidence_product(edge, vertex_indptr, vertex_edges, vertex_values)
         if diagonal is not None:
-            x = x - _scale(scaled, diagonal)
-        x = _scale(x, out_scale)
-    return x
+            wide = wide - _scale(scaled, diagonal)
+        wide = _scale(wide, out_scale)
+    return wide.to(x.dtype)
 
 
 def bipartite_propagate(
@@ -66,13 +85,13 @@ def bipartite_propagate(
     *_: object,
 ) -> tuple[Tensor, Tensor]:
     """Mean of layers 0..num_layers of user <- user_scale * R (item_scale * item), item <- likewise with R^T."""
-    user_sum, item_sum = user_x, item_x
+    user, item = user_sum, item_sum = _wide(user_x), _wide(item_x)
     for _ in range(num_layers):
-        user_next = _scale(incidence_product(_scale(item_x, item_scale), vertex_indptr, vertex_edges, None), user_scale)
-        item_next = _scale(incidence_product(_scale(user_x, user_scale), edge_indptr, edge_vertices, None), item_scale)
-        user_x, item_x = user_next, item_next
-        user_sum, item_sum = user_sum + user_x, item_sum + item_x
-    return user_sum / (num_layers + 1), item_sum / (num_layers + 1)
+        user_next = _scale(incidence_product(_scale(item, item_scale), vertex_indptr, vertex_edges, None), user_scale)
+        item_next = _scale(incidence_product(_scale(user, user_scale), edge_indptr, edge_vertices, None), item_scale)
+        user, item = user_next, item_next
+        user_sum, item_sum = user_sum + user, item_sum + item
+    return (user_sum / (num_layers + 1)).to(user_x.dtype), (item_sum / (num_layers + 1)).to(item_x.dtype)
 
 
 def info_nce(
@@ -85,9 +104,9 @@ def info_nce(
     """Loss of each row (of `rows`, default all): softplus(lse over its negatives - its positive / temperature) [R].
 
     The positive stands outside the sum and the diagonal is masked, so nothing cancels. A row with no negatives has
-    loss 0. Stores the [R, 2N] similarities.
+    loss 0. Stores the [R, 2N] similarities. 16-bit inputs are computed in float32.
     """
-    u, v = _unit(anchor), _unit(positive)
+    u, v = _unit(_wide(anchor)), _unit(_wide(positive))
     index = torch.arange(u.shape[0], device=u.device) if rows is None else rows.long()
     query = u[index]
     keys = torch.cat([v, u]) if intra_view_negatives else v
@@ -100,8 +119,13 @@ def info_nce(
 
 
 def item_cross_entropy(hidden: Tensor, item_embedding: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Loss of each row [N]: lse_j(<h_i, e_j> + b_j) - (<h_i, e_t> + b_t), t = target_i. Stores the [N, I] logits."""
-    return F.cross_entropy(F.linear(hidden, item_embedding, bias), target, reduction="none")
+    """Loss of each row [N]: lse_j(<h_i, e_j> + b_j) - (<h_i, e_t> + b_t), t = target_i. Stores the [N, I] logits.
+
+    16-bit inputs are computed in float32.
+    """
+    hidden = _wide(hidden)
+    logits = F.linear(hidden, item_embedding.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+    return F.cross_entropy(logits, target, reduction="none")
 
 
 def knn(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -144,13 +168,21 @@ def _nearest(unit: Tensor, present: Tensor, start: int, stop: int, k: int) -> tu
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Rows over their lengths; a row that is all zero stays zero and has gradient 0."""
-    return x / _length(x)
+    """Rows over their lengths; a row that is all zero stays zero and has derivative 0, of any order and mode."""
+    largest = _largest(x)
+    zero = largest == 0
+    scaled = torch.where(zero, 0.0, x / largest.masked_fill(zero, 1.0))
+    return scaled * scaled.square().sum(dim=1, keepdim=True).masked_fill(zero, 1.0).rsqrt()
+
+
+def _largest(x: Tensor) -> Tensor:
+    """[N, 1]; no square of entries overflows or is lost where they were divided by it first."""
+    return x.detach().abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1)
 
 
 def _length(x: Tensor) -> Tensor:
-    """[N, 1], infinite for rows that are all zero. Over the largest entry first: no square overflows or is lost."""
-    largest = x.detach().abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
+    """[N, 1], infinite for rows that are all zero; not to be differentiated."""
+    largest = _largest(x)
     largest = largest.masked_fill(largest == 0, float("inf"))
     return largest * (x / largest).norm(dim=1, keepdim=True).masked_fill(largest.isinf(), 1.0)
 

@@ -53,6 +53,22 @@ def use_triton(monkeypatch):
         yield
 
 
+def test_outputs_are_contiguous_whatever_the_inputs():
+    graph, target = GRAPHS["odd-63"].build(), torch.arange(63) % 17
+    x, items = rows(6, 63).T, rows(6, 17, seed=1).T
+    found = [
+        ops.hypergraph_conv(x, graph, num_layers=0),
+        ops.hypergraph_conv(x, graph),
+        *ops.bipartite_propagate(x, items, graph),
+        *torch.ops.hellm.info_nce(x, x * 2, torch.tensor(0.3), None, True, "mean", "highest", True),
+        *torch.ops.hellm.info_nce(x.double(), x.double(), torch.tensor(0.3), None, True, "mean", "highest", True),
+        *torch.ops.hellm.item_cross_entropy(x, items, target, None, "mean", True, True),
+        *torch.ops.hellm.item_cross_entropy(x.double(), items.double(), target, None, "mean", True, True),
+        *ops.knn(x, 3),
+    ]
+    assert all(t.is_contiguous() for t in found)
+
+
 def compare(function, definition, inputs, *, compute=None, factor=4.0):
     """Budget: what plain torch in the tested dtype loses, or in `compute` where the kernel accumulates in that."""
     compute = compute or inputs[0].dtype

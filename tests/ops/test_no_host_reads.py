@@ -8,7 +8,7 @@ from op_cases import GRAPH_CASES, GraphCase, needs_native
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hellm import ops
-from hellm.ops import _backends, _gpu, _library, reference
+from hellm.ops import _backends, _gpu, _losses, reference
 
 
 def meta(*shape, dtype=torch.float32):
@@ -70,9 +70,9 @@ def test_losses_of_tensors_on_a_gpu_read_no_value():
         assert ops.item_cross_entropy(hidden, x, index, reduction="none").shape == (9,)
         assert ops.info_nce(x, x, rows=index, reduction="none").shape == (9,)
     x, index = meta(30, 4), meta(9, dtype=torch.int64)
-    item_cross_entropy = _library._item_cross_entropy_with(reference.item_cross_entropy_with_gradients)
+    item_cross_entropy = _losses._item_cross_entropy_with(reference.item_cross_entropy_with_gradients)
     assert item_cross_entropy(x[:9], x, index, None, "mean", True, True)[0].shape == ()
-    info_nce = _library._info_nce_with(reference.info_nce_with_gradients)
+    info_nce = _losses._info_nce_with(reference.info_nce_with_gradients)
     assert info_nce(x, x, meta(), index, True, "mean", "high", True)[0].shape == ()
 
 
