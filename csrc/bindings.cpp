@@ -30,8 +30,8 @@ hellm::Csr csr(Address indptr, Address indices, Address values) {
 
 // Python runs its signal handlers in the main thread alone.
 bool in_main_thread() {
-  const py::module_ threading = py::module_::import("threading");
-  return threading.attr("get_ident")().equal(threading.attr("main_thread")().attr("ident"));
+  static const py::handle main_thread = py::object(py::module_::import("threading").attr("main_thread")).release();
+  return main_thread().attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
 }
 
 // Runs the handlers of the signals that came; true if one of them raised, as that of Ctrl-C does.

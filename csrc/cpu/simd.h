@@ -177,14 +177,24 @@ inline Vector<double> exp2(Vector<double> x) {
   return x;
 }
 
-// C[r, v] (+)= sum_k A(r, k) B[k, v] for kRows rows and kColumns vectors, all in registers; C is added at the end.
+// What becomes of C: the product, C with the product's terms added one by one, or C plus the product. The last is more
+// accurate; the second is faster where C is not in cache, as it is loaded before there is anything to wait for.
+enum class Into { kProduct, kChain, kSum };
+
+// C[r, v] from sum_k A(r, k) B[k, v] for kRows rows and kColumns vectors, all in registers.
 // A(r, k) = a[r * a_row + k * a_depth]; rows of B and C are b_depth and c_row elements apart.
-template <int kRows, int kColumns, bool kAccumulate, typename T>
+template <int kRows, int kColumns, Into kInto, typename T>
 inline __attribute__((always_inline)) void tile(const T* __restrict a, int64_t a_row, int64_t a_depth,
                                                 const T* __restrict b, int64_t b_depth, T* __restrict c, int64_t c_row,
                                                 int64_t depth) {
   constexpr int kWidth = kLanes<T>;
-  Vector<T> sum[kRows][kColumns] = {};
+  Vector<T> sum[kRows][kColumns];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kColumns; ++v) {
+      sum[r][v] = kInto == Into::kChain ? load(c + r * c_row + v * kWidth) : Vector<T>{};
+    }
   for (int64_t k = 0; k < depth; ++k) {
     Vector<T> column[kColumns];
 #pragma GCC unroll 8
@@ -203,26 +213,26 @@ inline __attribute__((always_inline)) void tile(const T* __restrict a, int64_t a
 #pragma GCC unroll 8
     for (int v = 0; v < kColumns; ++v) {
       T* const to = c + r * c_row + v * kWidth;
-      store(to, kAccumulate ? load(to) + sum[r][v] : sum[r][v]);
+      store(to, kInto == Into::kSum ? load(to) + sum[r][v] : sum[r][v]);
     }
 }
 
-template <int kColumns, bool kAccumulate, typename T>
+template <int kColumns, Into kInto, typename T>
 inline void tile_rows(int rows, const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_depth, T* c,
                       int64_t c_row, int64_t depth) {
   switch (rows) {
-    case 6: return tile<6, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
-    case 5: return tile<5, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
-    case 4: return tile<4, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
-    case 3: return tile<3, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
-    case 2: return tile<2, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
-    default: return tile<1, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    case 6: return tile<6, kColumns, kInto>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    case 5: return tile<5, kColumns, kInto>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    case 4: return tile<4, kColumns, kInto>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    case 3: return tile<3, kColumns, kInto>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    case 2: return tile<2, kColumns, kInto>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    default: return tile<1, kColumns, kInto>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
   }
 }
 
-// C [rows, columns] (+)= A [rows, depth] B [depth, columns]; columns is a multiple of the vector width.
+// C [rows, columns] from A [rows, depth] B [depth, columns]; columns is a multiple of the vector width.
 // Column tiles outside, row tiles inside: a column panel of B stays in the nearest caches.
-template <bool kAccumulate, typename T>
+template <Into kInto, typename T>
 inline void multiply_panels(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
                      const T* b, int64_t b_depth, T* c, int64_t c_row) {
   constexpr int kWidth = kLanes<T>;
@@ -235,25 +245,27 @@ inline void multiply_panels(int64_t rows, int64_t columns, int64_t depth, const 
       T* cp = c + row * c_row + column;
       switch (wide) {
 #if defined(__AVX512F__)
-        case 4: tile_rows<4, kAccumulate>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
-        case 3: tile_rows<3, kAccumulate>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
+        case 4: tile_rows<4, kInto>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
+        case 3: tile_rows<3, kInto>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
 #endif
-        case 2: tile_rows<2, kAccumulate>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
-        default: tile_rows<1, kAccumulate>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
+        case 2: tile_rows<2, kInto>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
+        default: tile_rows<1, kInto>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
       }
     }
     column += wide * kWidth;
   }
 }
 
-// The same for any depth.
+// C (+)= A B for any depth.
 template <bool kAccumulate, typename T>
 inline void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
                      const T* b, int64_t b_depth, T* c, int64_t c_row) {
   const auto block = [=](int64_t begin) { return depth - begin < kDepth ? depth - begin : kDepth; };
-  multiply_panels<kAccumulate>(rows, columns, block(0), a, a_row, a_depth, b, b_depth, c, c_row);
+  constexpr Into kFirst = kAccumulate ? Into::kChain : Into::kProduct;
+  multiply_panels<kFirst>(rows, columns, block(0), a, a_row, a_depth, b, b_depth, c, c_row);
   for (int64_t k = kDepth; k < depth; k += kDepth) {
-    multiply_panels<true>(rows, columns, block(k), a + k * a_depth, a_row, a_depth, b + k * b_depth, b_depth, c, c_row);
+    multiply_panels<Into::kSum>(rows, columns, block(k), a + k * a_depth, a_row, a_depth, b + k * b_depth, b_depth, c,
+                                c_row);
   }
 }
 
