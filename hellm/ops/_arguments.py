@@ -144,9 +144,17 @@ def checked(function: Callable) -> Callable:
         for position, name, letter in schedules:
             row_order, hub_chunk_begin, *_ = given[position]
             rows = ((letter, 0),)
-            if row_order.dtype != torch.int32 or row_order.shape != (sizes[letter],) or row_order.get_device() != device:
+            if (
+                row_order.dtype != torch.int32
+                or row_order.shape != (sizes[letter],)
+                or row_order.get_device() != device
+            ):
                 _refuse(f"{name}.row_order", row_order, (torch.int32,), rows, sizes, args[first].device)
-            if hub_chunk_begin.dtype != torch.int32 or hub_chunk_begin.ndim != 1 or hub_chunk_begin.get_device() != device:
+            if (
+                hub_chunk_begin.dtype != torch.int32
+                or hub_chunk_begin.ndim != 1
+                or hub_chunk_begin.get_device() != device
+            ):
                 _refuse(f"{name}.hub_chunk_begin", hub_chunk_begin, (torch.int32,), (("H", 1),), {}, args[first].device)
         for position, name, least, letter in counts:
             if not least <= given[position] or (letter is not None and given[position] > sizes[letter]):
