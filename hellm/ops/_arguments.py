@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-# Backend functions, by name -> arguments -> kind and sizes. "rows" have one dtype throughout, those of the first. Equal
-# letters are equal sizes; "R=N" is N where the argument is None. A count is at least this and, if so said, at most that.
+# Backend functions, by name -> arguments -> kind and sizes. All "rows" have the dtype of the first. Equal letters are
+# equal sizes; "R=N" is N where the argument is None. A count is at least its first bound and at most its second.
 _LAYOUTS: dict[str, dict[str, str]] = {
     "incidence_product": {
         "x": "rows C D",
@@ -124,7 +124,7 @@ def checked(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(*args: Any) -> Any:
         given, sizes = list(args), {}
-        device, dtype = args[first].get_device(), args[first].dtype  # the number of a device is quicker to compare
+        device, dtype = args[first].device, args[first].dtype
         for position, name, is_rows, dtypes, letters, default in tensors:
             tensor = given[position]
             if tensor is None:
@@ -132,30 +132,22 @@ def checked(function: Callable) -> Callable:
                     sizes[letters[0][0]] = sizes[default]
                 continue
             shape = tensor.shape
-            fits = tensor.dtype in dtypes and tensor.get_device() == device and len(shape) == len(letters)
+            fits = tensor.dtype in dtypes and tensor.device == device and len(shape) == len(letters)
             if fits:
                 for (letter, more), size in zip(letters, shape, strict=True):
                     if not sizes.setdefault(letter, size - more) == size - more >= 0:
                         fits = False
             if not fits or (is_rows and tensor.dtype != dtype):
                 dtypes = (dtype,) if is_rows and dtype in dtypes else dtypes
-                _refuse(name, tensor, dtypes, letters, sizes, args[first].device)
+                _refuse(name, tensor, dtypes, letters, sizes, device)
             given[position] = tensor.contiguous()
         for position, name, letter in schedules:
             row_order, hub_chunk_begin, *_ = given[position]
-            rows = ((letter, 0),)
-            if (
-                row_order.dtype != torch.int32
-                or row_order.shape != (sizes[letter],)
-                or row_order.get_device() != device
-            ):
-                _refuse(f"{name}.row_order", row_order, (torch.int32,), rows, sizes, args[first].device)
-            if (
-                hub_chunk_begin.dtype != torch.int32
-                or hub_chunk_begin.ndim != 1
-                or hub_chunk_begin.get_device() != device
-            ):
-                _refuse(f"{name}.hub_chunk_begin", hub_chunk_begin, (torch.int32,), (("H", 1),), {}, args[first].device)
+            parts = (("row_order", row_order, letter, 0), ("hub_chunk_begin", hub_chunk_begin, f"hubs of {name}", 1))
+            for part, tensor, count, more in parts:
+                fits = tensor.dtype == torch.int32 and tensor.ndim == 1 and tensor.device == device
+                if not fits or sizes.setdefault(count, len(tensor) - more) != len(tensor) - more:
+                    _refuse(f"{name}.{part}", tensor, (torch.int32,), ((count, more),), sizes, device)
         for position, name, least, letter in counts:
             if not least <= given[position] or (letter is not None and given[position] > sizes[letter]):
                 limit = f">= {least}" if letter is None else f"between {least} and {sizes[letter]}"

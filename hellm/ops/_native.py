@@ -31,7 +31,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _num_threads() -> int:
-    """Threads for a kernel: one in a forked process, where OpenMP waits for ever for those that the fork left behind."""
+    """Threads of a kernel: one in a forked process, where OpenMP would wait for those that the fork left behind."""
     return 1 if _forked else torch.get_num_threads()
 
 
