@@ -3,13 +3,28 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find hellm csrc -name '*.py' -o -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test sanitize lint bench clean
 
 demo: .venv/demo
 	$(BIN)/hellm demo --out demo --overwrite
 
 test: .venv/test
 	$(BIN)/python -m pytest tests
+
+# The kernels under AddressSanitizer and UBSan. What Python and torch keep until the end of the process is no leak.
+sanitize: .venv/test
+	$(BIN)/pip install --quiet cmake ninja pybind11
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DHELLM_SANITIZE=ON -DHELLM_CUDA=OFF \
+		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	HELLM_EXTENSION="$$(echo build/sanitize/_C*.so)" \
+	$(BIN)/python -m pytest --capture=sys -q -k "$(SANITIZED_TESTS)" $(addprefix tests/ops/test_,$(addsuffix .py,\
+		hypergraph_conv bipartite_propagate info_nce item_cross_entropy knn threads kernel_arguments interruption))
+
+# Left out: what calls no kernel, what compiles, and plain torch.
+SANITIZED_TESTS := native and not compile and not gradcheck and not opcheck and not process
 
 lint: .venv/lint
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/dispatch.h"
+#include "cpu/interruption.h"
 #include "cuda/plan.h"
 #if defined(HELLM_CUDA)
 #include "cuda/launch.h"
@@ -27,52 +28,81 @@ hellm::Csr csr(Address indptr, Address indices, Address values) {
   return {at<const int64_t>(indptr), at<const int32_t>(indices), at(values)};
 }
 
+// Python runs its signal handlers in the main thread alone.
+bool in_main_thread() {
+  static const py::handle main_thread = py::object(py::module_::import("threading").attr("main_thread")).release();
+  return main_thread().attr("ident").cast<unsigned long>() == PyThread_get_thread_ident();
+}
+
+// Runs the handlers of the signals that came; true if one of them raised, as that of Ctrl-C does.
+bool signal_raises() {
+  const PyGILState_STATE state = PyGILState_Ensure();
+  const bool raises = PyErr_CheckSignals() != 0;
+  PyGILState_Release(state);
+  return raises;
+}
+
+// Runs a kernel without the interpreter lock.
+template <typename Arguments>
+void run(void (*kernel)(const Arguments&, hellm::cpu::Interruption&), const Arguments& arguments) {
+  hellm::cpu::Interruption interruption(in_main_thread() ? &signal_raises : nullptr);
+  {
+    const py::gil_scoped_release unlocked;
+    kernel(arguments, interruption);
+  }
+  if (interruption.requested()) throw py::error_already_set();
+}
+
 void incidence_product(Address x, Address indptr, Address indices, Address values, Address out, int64_t rows,
                        int64_t dim, int dtype, int num_threads) {
-  hellm::cpu::kernels().incidence_product(
-      {at(x), csr(indptr, indices, values), at(out), rows, dim, DType(dtype), num_threads});
+  const hellm::IncidenceProductArguments arguments{at(x), csr(indptr, indices, values), at(out), rows, dim,
+      DType(dtype), num_threads};
+  run(hellm::cpu::kernels().incidence_product, arguments);
 }
 
 void hypergraph_conv(Address x, Address vertex_indptr, Address vertex_edges, Address edge_indptr, Address edge_vertices,
                      Address vertex_values, Address edge_values, Address in_scale, Address edge_scale,
                      Address out_scale, Address diagonal, Address out, Address workspace, int64_t num_vertices,
                      int64_t num_hyperedges, int64_t dim, int num_layers, int dtype, int num_threads) {
-  hellm::cpu::kernels().hypergraph_conv(
-      {at(x), csr(vertex_indptr, vertex_edges, vertex_values), csr(edge_indptr, edge_vertices, edge_values),
-       at(in_scale), at(edge_scale), at(out_scale), at(diagonal), at(out), at(workspace), num_vertices, num_hyperedges,
-       dim, num_layers, DType(dtype), num_threads});
+  const hellm::HypergraphConvArguments arguments{at(x), csr(vertex_indptr, vertex_edges, vertex_values),
+      csr(edge_indptr, edge_vertices, edge_values), at(in_scale), at(edge_scale), at(out_scale), at(diagonal), at(out),
+      at(workspace), num_vertices, num_hyperedges, dim, num_layers, DType(dtype), num_threads};
+  run(hellm::cpu::kernels().hypergraph_conv, arguments);
 }
 
 void bipartite_propagate(Address user_x, Address item_x, Address vertex_indptr, Address vertex_edges,
                          Address edge_indptr, Address edge_vertices, Address user_scale, Address item_scale,
                          Address user_out, Address item_out, Address workspace, int64_t num_users, int64_t num_items,
                          int64_t dim, int num_layers, int dtype, int num_threads) {
-  hellm::cpu::kernels().bipartite_propagate(
-      {at(user_x), at(item_x), csr(vertex_indptr, vertex_edges, 0), csr(edge_indptr, edge_vertices, 0), at(user_scale),
-       at(item_scale), at(user_out), at(item_out), at(workspace), num_users, num_items, dim, num_layers, DType(dtype),
-       num_threads});
+  const hellm::BipartitePropagateArguments arguments{at(user_x), at(item_x), csr(vertex_indptr, vertex_edges, 0),
+      csr(edge_indptr, edge_vertices, 0), at(user_scale), at(item_scale), at(user_out), at(item_out), at(workspace),
+      num_users, num_items, dim, num_layers, DType(dtype), num_threads};
+  run(hellm::cpu::kernels().bipartite_propagate, arguments);
 }
 
 void info_nce(Address anchor, Address positive, Address rows, Address row_grad, Address row_loss, Address grad_anchor,
               Address grad_positive, Address row_slope, int64_t num_keys, int64_t num_rows, int64_t dim,
               double temperature, bool intra_view_negatives, bool highest_precision, int dtype, int num_threads) {
-  hellm::cpu::kernels().info_nce({at(anchor), at(positive), at<const int64_t>(rows), at(row_grad), at(row_loss),
-                                  at(grad_anchor), at(grad_positive), at(row_slope), num_keys, num_rows, dim,
-                                  temperature, intra_view_negatives, highest_precision, DType(dtype), num_threads});
+  const hellm::InfoNceArguments arguments{at(anchor), at(positive), at<const int64_t>(rows), at(row_grad), at(row_loss),
+      at(grad_anchor), at(grad_positive), at(row_slope), num_keys, num_rows, dim, temperature, intra_view_negatives,
+      highest_precision, DType(dtype), num_threads};
+  run(hellm::cpu::kernels().info_nce, arguments);
 }
 
 void item_cross_entropy(Address hidden, Address item_embedding, Address target, Address bias, Address row_grad,
                         Address row_loss, Address grad_hidden, Address grad_items, Address grad_bias, int64_t num_rows,
                         int64_t num_items, int64_t dim, int dtype, int num_threads) {
-  hellm::cpu::kernels().item_cross_entropy({at(hidden), at(item_embedding), at<const int64_t>(target), at(bias),
-                                            at(row_grad), at(row_loss), at(grad_hidden), at(grad_items), at(grad_bias),
-                                            num_rows, num_items, dim, DType(dtype), num_threads});
+  const hellm::ItemCrossEntropyArguments arguments{at(hidden), at(item_embedding), at<const int64_t>(target), at(bias),
+      at(row_grad), at(row_loss), at(grad_hidden), at(grad_items), at(grad_bias), num_rows, num_items, dim,
+      DType(dtype), num_threads};
+  run(hellm::cpu::kernels().item_cross_entropy, arguments);
 }
 
 void knn(Address x, Address index, Address similarity, int64_t num_rows, int64_t dim, int64_t k, int dtype,
          int num_threads) {
-  hellm::cpu::kernels().knn(
-      {at(x), at<int64_t>(index), at(similarity), num_rows, dim, k, DType(dtype), num_threads});
+  const hellm::KnnArguments arguments{at(x), at<int64_t>(index), at(similarity), num_rows, dim, k, DType(dtype),
+      num_threads};
+  run(hellm::cpu::kernels().knn, arguments);
 }
 
 // GPUs: addresses are those of device memory. Each function gives the arguments of a launch plan.
@@ -260,13 +290,12 @@ void use_instruction_set(const std::string& name) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of hellm.ops. Addresses are those of contiguous tensors; nothing is checked here.";
-  const auto unlocked = py::call_guard<py::gil_scoped_release>();
-  m.def("incidence_product", &incidence_product, unlocked);
-  m.def("hypergraph_conv", &hypergraph_conv, unlocked);
-  m.def("bipartite_propagate", &bipartite_propagate, unlocked);
-  m.def("info_nce", &info_nce, unlocked);
-  m.def("item_cross_entropy", &item_cross_entropy, unlocked);
-  m.def("knn", &knn, unlocked);
+  m.def("incidence_product", &incidence_product);
+  m.def("hypergraph_conv", &hypergraph_conv);
+  m.def("bipartite_propagate", &bipartite_propagate);
+  m.def("info_nce", &info_nce);
+  m.def("item_cross_entropy", &item_cross_entropy);
+  m.def("knn", &knn);
   gpu::define_all(m);
   m.def("instruction_sets", &instruction_sets, "Names of the usable instruction sets, widest first.");
   m.def("instruction_set", [] { return hellm::cpu::kernels().name; }, "The instruction set in use.");

@@ -5,14 +5,14 @@
 
 namespace hellm::cpu {
 
-#define HELLM_DECLARE_KERNELS(isa)                               \
-  namespace isa {                                                \
-  void incidence_product(const IncidenceProductArguments&);      \
-  void hypergraph_conv(const HypergraphConvArguments&);          \
-  void bipartite_propagate(const BipartitePropagateArguments&);  \
-  void info_nce(const InfoNceArguments&);                        \
-  void item_cross_entropy(const ItemCrossEntropyArguments&);     \
-  void knn(const KnnArguments&);                                 \
+#define HELLM_DECLARE_KERNELS(isa)                                             \
+  namespace isa {                                                              \
+  void incidence_product(const IncidenceProductArguments&, Interruption&);     \
+  void hypergraph_conv(const HypergraphConvArguments&, Interruption&);         \
+  void bipartite_propagate(const BipartitePropagateArguments&, Interruption&); \
+  void info_nce(const InfoNceArguments&, Interruption&);                       \
+  void item_cross_entropy(const ItemCrossEntropyArguments&, Interruption&);    \
+  void knn(const KnnArguments&, Interruption&);                                \
   }
 #define HELLM_KERNELS(isa, supported) \
   {#isa,          supported, isa::incidence_product,  isa::hypergraph_conv, isa::bipartite_propagate, \

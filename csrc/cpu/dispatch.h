@@ -5,18 +5,19 @@
 #include "../info_nce.h"
 #include "../item_cross_entropy.h"
 #include "../knn.h"
+#include "interruption.h"
 
 namespace hellm::cpu {
 
 struct Kernels {
   const char* name;
   bool (*supported)();
-  void (*incidence_product)(const IncidenceProductArguments&);
-  void (*hypergraph_conv)(const HypergraphConvArguments&);
-  void (*bipartite_propagate)(const BipartitePropagateArguments&);
-  void (*info_nce)(const InfoNceArguments&);
-  void (*item_cross_entropy)(const ItemCrossEntropyArguments&);
-  void (*knn)(const KnnArguments&);
+  void (*incidence_product)(const IncidenceProductArguments&, Interruption&);
+  void (*hypergraph_conv)(const HypergraphConvArguments&, Interruption&);
+  void (*bipartite_propagate)(const BipartitePropagateArguments&, Interruption&);
+  void (*info_nce)(const InfoNceArguments&, Interruption&);
+  void (*item_cross_entropy)(const ItemCrossEntropyArguments&, Interruption&);
+  void (*knn)(const KnnArguments&, Interruption&);
 };
 
 // Widest first. Entries that this processor cannot run are included; ask supported().

@@ -131,13 +131,13 @@ inline void fixed_multiply(int64_t rows, int64_t columns, int64_t depth, const i
   }
 }
 
-// unit [stride] = kUnit x [dim] / |x|, zero padded, and |x|: 0 for a row that is all zero.
+// unit [stride] = kUnit x [dim] / |x|, zero padded; false for a row that is all zero.
 template <typename S>
-inline double normalize_row(const S* x, int64_t dim, int64_t stride, int16_t* unit) {
-  const double norm = length(x, dim), scale = norm > 0 ? double(kUnit) / norm : 0.0;
+inline bool normalize_row(const S* x, int64_t dim, int64_t stride, int16_t* unit) {
+  const double norm = length(x, dim).norm, scale = norm > 0 ? double(kUnit) / norm : 0.0;
   for (int64_t k = 0; k < dim; ++k) unit[k] = int16_t(__builtin_lrint(double(to_float(x[k])) * scale));
   for (int64_t k = dim; k < stride; ++k) unit[k] = 0;
-  return norm;
+  return norm > 0;
 }
 
 inline Vector<float> absolute(Vector<float> x) {

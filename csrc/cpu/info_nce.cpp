@@ -74,6 +74,7 @@ void sweep_rows(const Problem<T, U>& p, int64_t block, int64_t start, int64_t co
   std::memset(sum, 0, p.strip * sizeof(T));
   for (int64_t key = 0; key < p.keys(block); key += kGroup) {
     const int64_t left = p.keys(block) - key, keys = left < kGroup ? left : kGroup;
+    if (p.interruption.after(2 * keys * p.strip * p.stride)) return;
     similarities(p, p.view(block), p.first_key(block) + key, keys, start, count, scratch, s + key * p.strip);
     exponentiate(p, keys, scratch.shift, s + key * p.strip, sum);
   }
@@ -118,7 +119,7 @@ void finish_rows(const Problem<T, U>& p, int64_t start, int64_t count, int threa
     const RowResult<T> result = finish_row(p, i, row, s.shift[i]);
     if (mine) static_cast<T*>(p.arguments.row_loss)[start + i] = T(result.loss);
     if (!p.gradients) continue;
-    const U *u = p.unit[0] + row * p.stride, *v = p.unit[1] + row * p.stride;
+    const U* u = p.unit[0] + row * p.stride;
     const double weight = double(row_grad[start + i]) * result.sigmoid;
     const double inverse = result.sum > 0 ? 1 / result.sum : 0;
     s.coefficient[i] = T(weight * inverse);
@@ -144,6 +145,7 @@ void finish_rows(const Problem<T, U>& p, int64_t start, int64_t count, int threa
 
 template <typename T, typename U>
 void sweep_keys(const Problem<T, U>& p, int64_t block, int64_t start, int64_t count, const Scratch<T, U>& scratch) {
+  if (p.interruption.after(p.keys(block) * p.strip * p.stride)) return;
   key_side<false>(p, p.keys(block), start, count, p.similarity + block * kBlock * p.strip, scratch,
                   p.grad[p.view(block)] + p.first_key(block) * p.stride);
 }
@@ -160,9 +162,10 @@ void sum_triangle(const Problem<T, U>& p, int64_t group, const Scratch<T, U>& sc
     load_queries(p, start, count, scratch);
     T* const sum = scratch.coefficient;
     std::memset(sum, 0, p.strip * sizeof(T));
-    for (int64_t first = start; first < n;) {
+    for (int64_t first = start, block = start; first < n;) {
       const int64_t end = first < start + count ? start + count : n;
       const int64_t keys = end - first < kGroup ? end - first : kGroup;
+      if (p.interruption.after(keys * p.strip * p.stride)) return;
       similarities(p, 0, first, keys, start, count, scratch, scratch.block);
       exponentiate(p, keys, scratch.shift, scratch.block, sum);
       for (int64_t j = 0; j < keys && first >= start + count; ++j) {
@@ -171,8 +174,12 @@ void sum_triangle(const Problem<T, U>& p, int64_t group, const Scratch<T, U>& sc
         for (int lane = 0; lane < kLanes<T>; ++lane) part[first + j] += total[lane];
       }
       first += keys;
+      if (first - block < kBlock && first < n) continue;
+      // By blocks: a single chain of additions over all keys would lose digits.
+      for (int64_t i = 0; i < count; ++i) part[start + i] += sum[i];
+      std::memset(sum, 0, p.strip * sizeof(T));
+      block = first;
     }
-    for (int64_t i = 0; i < count; ++i) part[start + i] += sum[i];
   }
 }
 
@@ -233,16 +240,9 @@ void set_shift(const Problem<T, U>& p, T* shift) {
 }
 
 template <typename T, typename U>
-void run_thread(const Problem<T, U>& p, int thread, int threads) {
-  const int64_t num_rows = p.arguments.num_rows, table = p.strip * p.stride;
-  Buffer<T> memory(4 * p.strip + 2 * table + kBlock * p.strip);
-  Buffer<U> factors((kFixed<T, U> ? 2 : 1) * table + (kFixed<T, U> ? kBlock * p.strip : 0));
-  T *const shift = memory, *const coefficient = shift + p.strip, *const scale = coefficient + p.strip;
-  T *const unit_scale = scale + p.strip, *const weighted = unit_scale + p.strip, *const product = weighted + table;
-  U *const query = factors, *const own = query + table;
-  const Scratch<T, U> scratch{query, own, shift, coefficient, weighted, product + table, own + table, scale, product,
-                              unit_scale};
-  for (int64_t i = 0; i < p.strip; ++i) unit_scale[i] = T(1 / (kUnit * kUnit));
+void run_thread(const Problem<T, U>& p, const Scratch<T, U>& scratch, int thread, int threads) {
+  const int64_t num_rows = p.arguments.num_rows;
+  for (int64_t i = 0; i < p.strip; ++i) scratch.unit_scale[i] = T(1 / (kUnit * kUnit));
 
   if (p.symmetric) {
     set_shift(p, scratch.shift);
@@ -256,12 +256,13 @@ void run_thread(const Problem<T, U>& p, int thread, int threads) {
       }
     }
   }
-  for (int64_t start = 0; start < num_rows; start += p.strip) {
+  for (int64_t start = 0; start < num_rows && !p.interruption.settled(); start += p.strip) {
     const int64_t count = num_rows - start < p.strip ? num_rows - start : p.strip;
     load_queries(p, start, count, scratch);
     if (p.find_maximum) {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t block = 0; block < p.num_blocks; ++block) {
+        if (p.interruption.after(p.keys(block) * p.strip * p.stride)) continue;
         similarities(p, p.view(block), p.first_key(block), p.keys(block), start, count, scratch, scratch.block);
         block_maximum(p, block, scratch.block);
       }
@@ -269,6 +270,7 @@ void run_thread(const Problem<T, U>& p, int thread, int threads) {
     set_shift(p, scratch.shift);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t block = 0; block < p.num_blocks; ++block) sweep_rows(p, block, start, count, scratch);
+    p.interruption.settle();
     finish_rows(p, start, count, thread, threads, scratch);
     if (!p.gradients) {
 #pragma omp barrier
@@ -283,6 +285,7 @@ void run_thread(const Problem<T, U>& p, int thread, int threads) {
         continue;
       }
       for (int64_t first = part * triangle; first <= start && first < (part + 1) * triangle; first += p.strip) {
+        if (p.interruption.after(3 * p.strip * p.strip * p.stride)) break;
         sweep_triangle(p, first, first == start ? count : p.strip, start, count, scratch);
       }
     }
@@ -299,12 +302,16 @@ void store_gradient(const Problem<T, U>& p, int view, int64_t row, const S* cons
   const int64_t dim = p.arguments.dim;
   const T* const g = p.grad[view] + row * p.stride;
   const S *const own = views[view] + row * dim, *const positive = views[1 - view] + row * dim;
-  const double norm = length(own, dim), weight = double(p.own_weight[row]);
+  const double weight = double(p.own_weight[row]);
+  const Length norm = length(own, dim);
   // A row of no loss may have anything for a positive.
-  const double distance = weight == 0 ? 0 : length(positive, dim), pull = distance == 0 ? 0 : weight / distance;
-  const auto direction = [&](int64_t k) { return norm == 0 ? 0 : double(to_float(own[k])) / norm; };
+  const Length distance = weight == 0 ? Length{0, 1} : length(positive, dim);
+  const double pull = distance.norm == 0 ? 0 : weight / distance.norm;
+  const auto direction = [&](int64_t k) {
+    return norm.norm == 0 ? 0 : double(to_float(own[k])) * norm.scale / norm.norm;
+  };
   const auto towards = [&](int64_t k) {
-    return double(g[k]) - (pull == 0 ? 0 : pull * double(to_float(positive[k])));
+    return double(g[k]) - (pull == 0 ? 0 : pull * (double(to_float(positive[k])) * distance.scale));
   };
   double along = 0;
   for (int64_t k = 0; k < dim; ++k) along += towards(k) * direction(k);
@@ -313,7 +320,7 @@ void store_gradient(const Problem<T, U>& p, int view, int64_t row, const S* cons
     T& slope = static_cast<T*>(p.arguments.row_slope)[row];
     slope = T((along + double(slope)) / 2);
   }
-  const double scale = norm == 0 ? 0 : 1 / (norm * p.arguments.temperature);
+  const double scale = norm.norm == 0 ? 0 : norm.scale / (norm.norm * p.arguments.temperature);
   for (int64_t k = 0; k < dim; ++k) from_float(T((towards(k) - along * direction(k)) * scale), out[row * dim + k]);
 }
 
@@ -330,7 +337,7 @@ void transpose_panel(const Problem<T, U>& p, int view, int64_t panel) {
 }
 
 template <typename T, typename U, typename S>
-void run_with(const InfoNceArguments& a) {
+void run_with(const InfoNceArguments& a, Interruption& interruption) {
   const int64_t n = a.num_keys, stride = (a.dim + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   const int64_t blocks_a_view = (n + kBlock - 1) / kBlock;
   const bool gradients = a.row_grad != nullptr, find_maximum = a.temperature < kFixedShiftTemperature;
@@ -338,55 +345,69 @@ void run_with(const InfoNceArguments& a) {
   const bool symmetric = a.intra_view_negatives && a.rows == nullptr && !find_maximum;
   const int64_t num_blocks = blocks_a_view * (a.intra_view_negatives && !symmetric ? 2 : 1);
   // Wide strips reuse each key more often; E of a strip should stay below 16 MiB.
-  const int64_t strip = num_blocks * kBlock * 96 * int64_t(sizeof(T)) <= (int64_t(16) << 20) ? 96 : 48;
+  const int64_t most = num_blocks * kBlock * 96 * int64_t(sizeof(T)) <= (int64_t(16) << 20) ? 96 : 48;
+  const int64_t strip = strip_rows<T>(a.num_rows, stride, most);
   // With nothing to pad, the caller's gradients serve as the accumulators.
   const bool in_place = sizeof(S) == sizeof(T) && stride == a.dim;
 
   const int64_t panel[2] = {symmetric ? strip : kBlock, kBlock};
-  const int64_t panels[2] = {kFixed<T, U> && a.intra_view_negatives ? (n + panel[0] - 1) / panel[0] : 0,
-                             kFixed<T, U> ? blocks_a_view : 0};
+  const bool transposed = kFixed<T, U> && gradients;
+  const int64_t panels[2] = {transposed && a.intra_view_negatives ? (n + panel[0] - 1) / panel[0] : 0,
+                             transposed ? blocks_a_view : 0};
+  const int64_t across_size[2] = {panels[0] * panel[0] * stride, panels[1] * panel[1] * stride};
+  const int64_t grad_size = gradients && !in_place ? n * stride : 0, intra_size = symmetric ? n : 0;
 
-  Buffer<U> unit(2 * n * stride), across(gradients ? (panels[0] * panel[0] + panels[1] * panel[1]) * stride : 0);
-  Buffer<T> grad(gradients && !in_place ? 2 * n * stride : 1);
-  Buffer<T> similarity(gradients ? num_blocks * kBlock * strip : 1);
-  Buffer<T> partial(2 * num_blocks * strip), partial_key(gradients ? num_blocks * strip * stride : 1);
-  Buffer<T> pending(strip * stride), row_weight(strip), own_weight(gradients ? n : 1);
-  Buffer<T> intra(symmetric ? (2 + kTriangleGroups) * n : 1);
-  Buffer<T> intra_key(symmetric && gradients ? (n / (kTriangleStrips * strip) + 1) * strip * stride : 1);
+  Buffer<U> unit(2 * n * stride), across(across_size[0] + across_size[1]);
+  Buffer<T> grad(2 * grad_size);
+  Buffer<T> similarity(gradients ? num_blocks * kBlock * strip : 0);
+  Buffer<T> partial(2 * num_blocks * strip), partial_key(gradients ? num_blocks * strip * stride : 0);
+  Buffer<T> pending(strip * stride), row_weight(strip), own_weight(gradients ? n : 0);
+  Buffer<T> intra((2 + kTriangleGroups) * intra_size);
+  Buffer<T> intra_key(symmetric && gradients ? (n / (kTriangleStrips * strip) + 1) * strip * stride : 0);
   T* const outside[2] = {static_cast<T*>(a.grad_anchor), static_cast<T*>(a.grad_positive)};
-  const Problem<T, U> p{a, stride, strip, blocks_a_view, num_blocks, gradients, find_maximum, symmetric,
+  const Problem<T, U> p{a, interruption, stride, strip, blocks_a_view, num_blocks, gradients, find_maximum, symmetric,
                         T(kLog2E / a.temperature),
                         {unit, unit + n * stride},
-                        {across, across + panels[0] * panel[0] * stride}, {panel[0], panel[1]},
-                        {in_place ? outside[0] : grad, in_place ? outside[1] : grad + n * stride},
+                        {across, across + across_size[0]}, {panel[0], panel[1]},
+                        {in_place ? outside[0] : grad, in_place ? outside[1] : grad + grad_size},
                         similarity, partial, partial + num_blocks * strip, partial_key, pending, row_weight, own_weight,
-                        intra, intra + 2 * n, intra + n, intra_key};
+                        intra, intra + 2 * intra_size, intra + intra_size, intra_key};
   const S* const views[2] = {static_cast<const S*>(a.anchor), static_cast<const S*>(a.positive)};
   S* const outputs[2] = {static_cast<S*>(a.grad_anchor), static_cast<S*>(a.grad_positive)};
 
   const double operations = 12.0 * double(a.num_rows) * double(n) * double(a.dim);
   const int threads = useful_threads(a.num_threads, operations, kGrain);
+  const int64_t scratch_size = Scratch<T, U>::size(p), factors_size = Scratch<T, U>::factors_size(p);
+  Buffer<T> scratch(threads * scratch_size);
+  Buffer<U> factors(threads * factors_size);
 #pragma omp parallel num_threads(threads)
   {
     for (int view = 0; view < 2; ++view) {
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < n; ++row) {
+        if (interruption.after(a.dim)) continue;
         normalize_row(views[view] + row * a.dim, a.dim, stride, p.unit[view] + row * stride);
         if (!gradients) continue;
         std::memset(p.grad[view] + row * stride, 0, stride * sizeof(T));
         p.own_weight[row] = T(0);
       }
     }
-    for (int view = 0; view < 2 && gradients; ++view) {
+    for (int view = 0; view < 2; ++view) {
 #pragma omp for schedule(static)
-      for (int64_t one = 0; one < panels[view]; ++one) transpose_panel(p, view, one);
+      for (int64_t one = 0; one < panels[view]; ++one) {
+        if (!interruption.after(panel[view] * stride)) transpose_panel(p, view, one);
+      }
     }
-    run_thread(p, omp_get_thread_num(), omp_get_num_threads());
+    const int thread = omp_get_thread_num();
+    run_thread(p, Scratch<T, U>(p, scratch + thread * scratch_size, factors + thread * factors_size), thread,
+               omp_get_num_threads());
 #pragma omp barrier
     if (gradients) {
       for (int view = 0; view < 2; ++view) {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < n; ++row) store_gradient(p, view, row, views, outputs[view]);
+        for (int64_t row = 0; row < n; ++row) {
+          if (!interruption.after(a.dim)) store_gradient(p, view, row, views, outputs[view]);
+        }
       }
     }
   }
@@ -400,21 +421,21 @@ bool all_finite(const S* x, int64_t size) {
 }
 
 template <typename T, typename S>
-void run(const InfoNceArguments& a) {
+void run(const InfoNceArguments& a, Interruption& interruption) {
   if constexpr (kPairsAreFast && std::is_same<T, float>::value) {
     const int64_t size = a.num_keys * a.dim;
     const auto finite = [&](const void* x) { return all_finite(static_cast<const S*>(x), size); };
     // Fixed point has no NaN to answer with.
-    if (!a.highest_precision && finite(a.anchor) && finite(a.positive)) return run_with<T, int16_t, S>(a);
+    if (!a.highest_precision && finite(a.anchor) && finite(a.positive)) return run_with<T, int16_t, S>(a, interruption);
   }
-  run_with<T, T, S>(a);
+  run_with<T, T, S>(a, interruption);
 }
 
 }  // namespace
 
-void info_nce(const InfoNceArguments& a) {
+void info_nce(const InfoNceArguments& a, Interruption& interruption) {
   if (a.num_rows == 0 && a.row_grad == nullptr) return;
-  HELLM_BY_DTYPE(run, a)
+  HELLM_BY_DTYPE(run, a, interruption)
 }
 
 }  // namespace hellm::cpu::HELLM_ISA

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "fixed_point.h"
+#include "interruption.h"
 #include "simd.h"
 
 namespace hellm::cpu::HELLM_ISA {
@@ -20,6 +21,7 @@ constexpr int64_t kGroup = 12;   // keys whose E is computed while it is in the 
 template <typename T, typename U>
 struct Problem {
   const InfoNceArguments& arguments;
+  Interruption& interruption;
   int64_t stride;        // dim rounded up to whole vectors
   int64_t strip;         // rows a strip
   int64_t blocks_a_view, num_blocks;
@@ -53,6 +55,9 @@ struct Problem {
 };
 
 template <typename T, typename U>
+constexpr bool kFixed = !std::is_same<T, U>::value;
+
+template <typename T, typename U>
 struct Scratch {  // of one thread
   U* query;       // [stride, strip]: unit anchors of the strip, transposed; fixed point: [stride / 2, strip, 2]
   U* own;         // fixed point: unit anchors of the strip, [strip / 2, stride, 2]
@@ -64,10 +69,18 @@ struct Scratch {  // of one thread
   T* scale;       // fixed point: [strip], of the factor
   T* product;     // fixed point: [stride, strip]
   T* unit_scale;  // fixed point: [strip], of the product of two units
-};
 
-template <typename T, typename U>
-constexpr bool kFixed = !std::is_same<T, U>::value;
+  // Elements of the memory of each type.
+  static int64_t size(const Problem<T, U>& p) { return (4 + kBlock) * p.strip + 2 * p.strip * p.stride; }
+  static int64_t factors_size(const Problem<T, U>& p) {
+    return kFixed<T, U> ? 2 * p.strip * p.stride + kBlock * p.strip : p.strip * p.stride;
+  }
+  Scratch(const Problem<T, U>& p, T* memory, U* factors)
+      : query(factors), own(query + (kFixed<T, U> ? p.strip * p.stride : 0)), shift(memory),
+        coefficient(shift + p.strip), weighted(coefficient + p.strip), block(weighted + p.strip * p.stride),
+        packed(own + (kFixed<T, U> ? p.strip * p.stride : 0)), scale(block + kBlock * p.strip),
+        product(scale + p.strip), unit_scale(product + p.strip * p.stride) {}
+};
 
 template <typename T, typename U>
 inline T unit(U u) {

@@ -14,6 +14,7 @@
 
 #include <limits>
 
+#include "interruption.h"
 #include "simd.h"
 
 namespace hellm::cpu::HELLM_ISA {
@@ -27,6 +28,7 @@ constexpr double kLog2E = 1.4426950408889634;
 template <typename T>
 struct Problem {
   const ItemCrossEntropyArguments& arguments;
+  Interruption& interruption;
   int64_t depth;       // dim, and one more with a bias
   int64_t stride;      // depth rounded up to whole vectors
   int64_t strip;       // rows a strip
@@ -92,6 +94,7 @@ void block_logits(const Problem<T>& p, int64_t block, int64_t start, int64_t cou
   for (int64_t i = 0; i < strip; ++i) maximum[i] = std::numeric_limits<T>::lowest();
   for (int64_t item = 0; item < num_items; item += kGroup) {
     const int64_t left = num_items - item, items = left < kGroup ? left : kGroup;
+    if (p.interruption.after(items * strip * p.depth)) return;
     T* const s = logits + item * strip;
     multiply<false>(items, strip, p.depth, p.items + (first + item) * p.stride, p.stride, 1, query, strip, s, strip);
     for (int64_t i = 0; i < count; ++i) {
@@ -115,6 +118,7 @@ void sweep_rows(const Problem<T>& p, int64_t block, int64_t start, int64_t count
   const int64_t strip = p.strip, items = p.items_of(block);
   T* const e = p.exponential ? p.exponential + block * kBlock * strip : scratch.block;
   block_logits(p, block, start, count, scratch.query, e);
+  if (p.interruption.requested()) return;
   const Vector<T> scale = broadcast(T(kLog2E));
   for (int64_t i = 0; i < strip; i += kLanes<T>) {
     const Vector<T> maximum = load(p.partial_maximum + block * strip + i);
@@ -184,6 +188,7 @@ void finish_row(const Problem<T>& p, int64_t start, int64_t i, T maximum, const 
 template <typename T>
 void sweep_items(const Problem<T>& p, int64_t block, int64_t start, int64_t count, const Scratch<T>& scratch) {
   const int64_t stride = p.stride, first = p.first_item(block), items = p.items_of(block);
+  if (p.interruption.after(items * count * stride)) return;
   for (int64_t i = 0; i < count; ++i) {
     const T factor = p.coefficient[i] * p.ratio[block * p.strip + i];
     for (int64_t k = 0; k < stride; ++k) scratch.weighted[i * stride + k] = factor * scratch.hidden[i * stride + k];
@@ -212,10 +217,12 @@ template <typename T, typename S>
 void run_thread(const Problem<T>& p, const Scratch<T>& scratch, int thread, int threads) {
   const int64_t num_rows = p.arguments.num_rows;
   for (int64_t start = 0; start < num_rows; start += p.strip) {
+    if (p.interruption.settled()) break;
     const int64_t count = num_rows - start < p.strip ? num_rows - start : p.strip;
     load_rows<T, S>(p, start, count, scratch);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t block = 0; block < p.num_blocks; ++block) sweep_rows(p, block, start, count, scratch);
+    p.interruption.settle();
     for (int64_t i = kLanes<T> * thread; i < count; i += kLanes<T> * threads) {
       const Vector<T> maximum = common_maximum(p, i);
       for (int64_t lane = 0; lane < kLanes<T> && i + lane < count; ++lane) {
@@ -230,14 +237,14 @@ void run_thread(const Problem<T>& p, const Scratch<T>& scratch, int thread, int 
 }
 
 template <typename T, typename S>
-void run(const ItemCrossEntropyArguments& a) {
+void run(const ItemCrossEntropyArguments& a, Interruption& interruption) {
   const int64_t depth = a.dim + (a.bias ? 1 : 0), stride = (depth + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   const int64_t num_blocks = (a.num_items + kBlock - 1) / kBlock;
   const bool need_hidden = a.row_grad && a.grad_hidden;
   const bool need_items = a.row_grad && (a.grad_items || a.grad_bias);
   // Wide strips reuse each item more often; E of a strip should stay below 16 MiB.
-  const int64_t widest = num_blocks * kBlock * 96 * int64_t(sizeof(T)) <= (int64_t(16) << 20) ? 96 : 48;
-  const int64_t whole = (a.num_rows + kLanes<T> - 1) / kLanes<T> * kLanes<T>, strip = whole < widest ? whole : widest;
+  const int64_t most = num_blocks * kBlock * 96 * int64_t(sizeof(T)) <= (int64_t(16) << 20) ? 96 : 48;
+  const int64_t strip = strip_rows<T>(a.num_rows, stride, most);
   // With nothing to convert or pad, the caller's tables serve as they are.
   const bool in_place = sizeof(S) == sizeof(T) && stride == a.dim;
 
@@ -245,7 +252,7 @@ void run(const ItemCrossEntropyArguments& a) {
   Buffer<T> exponential(need_items ? num_blocks * kBlock * strip : 1);
   Buffer<T> partial(3 * num_blocks * strip), partial_item(need_hidden ? num_blocks * strip * stride : 1);
   Buffer<T> row(2 * strip);
-  const Problem<T> p{a, depth, stride, strip, num_blocks,
+  const Problem<T> p{a, interruption, depth, stride, strip, num_blocks,
                      in_place ? static_cast<const T*>(a.item_embedding) : items,
                      !need_items ? nullptr : in_place ? static_cast<T*>(a.grad_items) : grad,
                      need_items ? static_cast<T*>(exponential) : nullptr,
@@ -261,6 +268,7 @@ void run(const ItemCrossEntropyArguments& a) {
     if (!in_place) {
 #pragma omp for schedule(static)
       for (int64_t item = 0; item < a.num_items; ++item) {
+        if (interruption.after(a.dim)) continue;
         const T bias = a.bias ? static_cast<const T*>(a.bias)[item] : T(0);
         widen_row(p, static_cast<const S*>(a.item_embedding) + item * a.dim, bias, items + item * stride);
       }
@@ -270,13 +278,17 @@ void run(const ItemCrossEntropyArguments& a) {
 #pragma omp barrier
     if (p.grad_items && !in_place) {
 #pragma omp for schedule(static)
-      for (int64_t item = 0; item < a.num_items; ++item) store_item_gradient<T, S>(p, item);
+      for (int64_t item = 0; item < a.num_items; ++item) {
+        if (!interruption.after(a.dim)) store_item_gradient<T, S>(p, item);
+      }
     }
   }
 }
 
 }  // namespace
 
-void item_cross_entropy(const ItemCrossEntropyArguments& a) { HELLM_BY_DTYPE(run, a) }
+void item_cross_entropy(const ItemCrossEntropyArguments& a, Interruption& interruption) {
+  HELLM_BY_DTYPE(run, a, interruption)
+}
 
 }  // namespace hellm::cpu::HELLM_ISA

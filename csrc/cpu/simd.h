@@ -7,7 +7,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <new>
+#include <type_traits>
 
 #include "../dtype.h"
 
@@ -28,6 +30,8 @@ constexpr int kVectorBytes = 16;
 constexpr int kTileVectors = 2;
 #endif
 constexpr int kTileRows = 6;
+// Longest chain of float32 additions in a product: the error of a sum grows with it.
+constexpr int64_t kDepth = 512;
 
 template <typename T>
 struct VectorOf {
@@ -173,9 +177,13 @@ inline Vector<double> exp2(Vector<double> x) {
   return x;
 }
 
-// C[r, v] (+)= sum_k A(r, k) B[k, v] for kRows rows and kColumns vectors, all in registers.
+// What becomes of C: the product, C with the product's terms added one by one, or C plus the product. The last is more
+// accurate; the second is faster where C is not in cache, as it is loaded before there is anything to wait for.
+enum class Into { kProduct, kChain, kSum };
+
+// C[r, v] from sum_k A(r, k) B[k, v] for kRows rows and kColumns vectors, all in registers.
 // A(r, k) = a[r * a_row + k * a_depth]; rows of B and C are b_depth and c_row elements apart.
-template <int kRows, int kColumns, bool kAccumulate, typename T>
+template <int kRows, int kColumns, Into kInto, typename T>
 inline __attribute__((always_inline)) void tile(const T* __restrict a, int64_t a_row, int64_t a_depth,
                                                 const T* __restrict b, int64_t b_depth, T* __restrict c, int64_t c_row,
                                                 int64_t depth) {
@@ -184,7 +192,9 @@ inline __attribute__((always_inline)) void tile(const T* __restrict a, int64_t a
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kColumns; ++v) sum[r][v] = kAccumulate ? load(c + r * c_row + v * kWidth) : Vector<T>{};
+    for (int v = 0; v < kColumns; ++v) {
+      sum[r][v] = kInto == Into::kChain ? load(c + r * c_row + v * kWidth) : Vector<T>{};
+    }
   for (int64_t k = 0; k < depth; ++k) {
     Vector<T> column[kColumns];
 #pragma GCC unroll 8
@@ -201,26 +211,29 @@ inline __attribute__((always_inline)) void tile(const T* __restrict a, int64_t a
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kColumns; ++v) store(c + r * c_row + v * kWidth, sum[r][v]);
+    for (int v = 0; v < kColumns; ++v) {
+      T* const to = c + r * c_row + v * kWidth;
+      store(to, kInto == Into::kSum ? load(to) + sum[r][v] : sum[r][v]);
+    }
 }
 
-template <int kColumns, bool kAccumulate, typename T>
+template <int kColumns, Into kInto, typename T>
 inline void tile_rows(int rows, const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_depth, T* c,
                       int64_t c_row, int64_t depth) {
   switch (rows) {
-    case 6: return tile<6, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
-    case 5: return tile<5, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
-    case 4: return tile<4, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
-    case 3: return tile<3, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
-    case 2: return tile<2, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
-    default: return tile<1, kColumns, kAccumulate>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    case 6: return tile<6, kColumns, kInto>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    case 5: return tile<5, kColumns, kInto>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    case 4: return tile<4, kColumns, kInto>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    case 3: return tile<3, kColumns, kInto>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    case 2: return tile<2, kColumns, kInto>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
+    default: return tile<1, kColumns, kInto>(a, a_row, a_depth, b, b_depth, c, c_row, depth);
   }
 }
 
-// C [rows, columns] (+)= A [rows, depth] B [depth, columns]; columns is a multiple of the vector width.
-// Column tiles outside, row tiles inside: a column panel of B stays in the first-level cache.
-template <bool kAccumulate, typename T>
-inline void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
+// C [rows, columns] from A [rows, depth] B [depth, columns]; columns is a multiple of the vector width.
+// Column tiles outside, row tiles inside: a column panel of B stays in the nearest caches.
+template <Into kInto, typename T>
+inline void multiply_panels(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
                      const T* b, int64_t b_depth, T* c, int64_t c_row) {
   constexpr int kWidth = kLanes<T>;
   for (int64_t column = 0; column < columns;) {
@@ -232,15 +245,37 @@ inline void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, i
       T* cp = c + row * c_row + column;
       switch (wide) {
 #if defined(__AVX512F__)
-        case 4: tile_rows<4, kAccumulate>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
-        case 3: tile_rows<3, kAccumulate>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
+        case 4: tile_rows<4, kInto>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
+        case 3: tile_rows<3, kInto>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
 #endif
-        case 2: tile_rows<2, kAccumulate>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
-        default: tile_rows<1, kAccumulate>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
+        case 2: tile_rows<2, kInto>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
+        default: tile_rows<1, kInto>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
       }
     }
     column += wide * kWidth;
   }
+}
+
+// C (+)= A B for any depth.
+template <bool kAccumulate, typename T>
+inline void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
+                     const T* b, int64_t b_depth, T* c, int64_t c_row) {
+  const auto block = [=](int64_t begin) { return depth - begin < kDepth ? depth - begin : kDepth; };
+  constexpr Into kFirst = kAccumulate ? Into::kChain : Into::kProduct;
+  multiply_panels<kFirst>(rows, columns, block(0), a, a_row, a_depth, b, b_depth, c, c_row);
+  for (int64_t k = kDepth; k < depth; k += kDepth) {
+    multiply_panels<Into::kSum>(rows, columns, block(k), a + k * a_depth, a_row, a_depth, b + k * b_depth, b_depth, c,
+                                c_row);
+  }
+}
+
+// Rows of a strip: `most`, or fewer where there are fewer or where they would fill 4 MiB; whole vectors, one at least.
+template <typename T>
+inline int64_t strip_rows(int64_t rows, int64_t stride, int64_t most) {
+  constexpr int64_t kWidth = kLanes<T>;
+  const int64_t fit = (int64_t(4) << 20) / (stride * int64_t(sizeof(T)) + 1) / kWidth * kWidth;
+  const int64_t whole = (rows + kWidth - 1) / kWidth * kWidth, least = whole < fit ? whole : fit;
+  return least > most ? most : least < kWidth ? kWidth : least;
 }
 
 // Threads worth starting: each should have `grain` operations at least, or waking it costs more than it brings.
@@ -265,30 +300,53 @@ class Buffer {
   T* data_;
 };
 
-// |x|, its squares summed in double.
+// |x| = norm / scale, squares summed in double. The scale is a power of two: 1, but where a square of float64 would
+// over- or underflow.
+struct Length {
+  double norm, scale;
+};
+
 template <typename S>
-inline double length(const S* x, int64_t dim) {
-  double square = 0;
-  for (int64_t k = 0; k < dim; ++k) square += double(to_float(x[k])) * double(to_float(x[k]));
-  return __builtin_sqrt(square);
+inline Length length(const S* x, int64_t dim) {
+  const auto norm = [=](double scale) {
+    double square = 0;
+    for (int64_t k = 0; k < dim; ++k) {
+      const double value = double(to_float(x[k])) * scale;
+      square += value * value;
+    }
+    return __builtin_sqrt(square);
+  };
+  const double plain = norm(1.0);
+  if (!std::is_same<S, double>::value || (plain > 1e-140 && plain < 1e150)) return {plain, 1.0};
+  double largest = 0;
+  for (int64_t k = 0; k < dim; ++k) {
+    const double value = __builtin_fabs(double(to_float(x[k])));
+    largest = value > largest ? value : largest;
+  }
+  if (largest == 0 || largest > std::numeric_limits<double>::max()) return {plain, 1.0};
+  int exponent;
+  __builtin_frexp(largest, &exponent);
+  const double scale = __builtin_ldexp(1.0, exponent < -1020 ? 1020 : exponent > 1020 ? -1020 : -exponent);
+  return {norm(scale), scale};
 }
 
-// unit [stride] = x [dim] / |x|, zero padded, and |x|: 0 for a row that is all zero.
+// unit [stride] = x [dim] / |x|, zero padded; false for a row that is all zero.
 template <typename T, typename S>
-inline double normalize_row(const S* x, int64_t dim, int64_t stride, T* unit) {
-  const double norm = length(x, dim), inverse = norm > 0 ? 1.0 / norm : 0.0;
-  for (int64_t k = 0; k < dim; ++k) unit[k] = T(double(to_float(x[k])) * inverse);
+inline bool normalize_row(const S* x, int64_t dim, int64_t stride, T* unit) {
+  const auto [norm, scale] = length(x, dim);
+  const double inverse = norm > 0 ? 1.0 / norm : 0.0;
+  for (int64_t k = 0; k < dim; ++k) unit[k] = T(double(to_float(x[k])) * scale * inverse);
   for (int64_t k = dim; k < stride; ++k) unit[k] = T(0);
-  return norm;
+  return norm > 0;
 }
 
-// Calls run<accumulation type, storage type>(arguments).
-#define HELLM_BY_DTYPE(run, arguments)                                  \
-  switch (arguments.dtype) {                                            \
-    case DType::kFloat32: return run<float, float>(arguments);          \
-    case DType::kFloat64: return run<double, double>(arguments);        \
-    case DType::kBFloat16: return run<float, BFloat16>(arguments);      \
-    case DType::kFloat16: return run<float, Float16>(arguments);        \
+// Calls run<accumulation type, storage type>(arguments...).
+#define HELLM_BY_DTYPE(run, arguments, ...)                                     \
+  switch (arguments.dtype) {                                                    \
+    case DType::kFloat32: return run<float, float>(arguments, __VA_ARGS__);     \
+    case DType::kFloat64: return run<double, double>(arguments, __VA_ARGS__);   \
+    case DType::kBFloat16: return run<float, BFloat16>(arguments, __VA_ARGS__); \
+    case DType::kFloat16: return run<float, Float16>(arguments, __VA_ARGS__);   \
   }
 
 }  // namespace hellm::cpu::HELLM_ISA

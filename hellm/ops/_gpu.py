@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hellm.hypergraph import RowSchedule
 from hellm.ops import reference
+from hellm.ops._arguments import checked
 from hellm.ops._backends import native
 from hellm.ops._native import _DTYPE_CODE, _address, _compute_dtype, _like
 
@@ -72,10 +73,11 @@ class Gpu:
         self._launch, self._processors = launch, processors
         self._shared_bytes, self._cache_bytes = shared_bytes, cache_bytes
 
+    @checked
     def incidence_product(
         self, x: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None, schedule: RowSchedule
     ) -> Tensor:
-        x, values = x.contiguous(), _like(values, x)
+        values = _like(values, x)
         out = x.new_empty(indptr.numel() - 1, x.shape[1])
         workspace = x.new_empty(schedule.num_hub_chunks, x.shape[1], dtype=_compute_dtype(x))
         self._launch(
@@ -86,6 +88,7 @@ class Gpu:
         )  # fmt: skip
         return out
 
+    @checked
     def hypergraph_conv(
         self,
         x: Tensor,
@@ -104,7 +107,6 @@ class Gpu:
         edge_schedule: RowSchedule,
     ) -> Tensor:
         """Layers in between are stored in the accumulation dtype."""
-        x = x.contiguous()
         if num_layers == 0:
             return x.clone()
         factors = [_like(t, x) for t in (vertex_values, edge_values, in_scale, edge_scale, out_scale, diagonal)]
@@ -118,6 +120,7 @@ class Gpu:
         self._launch("hypergraph_conv", arguments, x.device)
         return out
 
+    @checked
     def bipartite_propagate(
         self,
         user_x: Tensor,
@@ -133,7 +136,6 @@ class Gpu:
         edge_schedule: RowSchedule,
     ) -> tuple[Tensor, Tensor]:
         """Layers in between are stored in the accumulation dtype."""
-        user_x, item_x = user_x.contiguous(), item_x.contiguous()
         if num_layers == 0:
             return user_x.clone(), item_x.clone()
         scales = [_like(t, user_x) for t in (user_scale, item_scale)]
@@ -148,6 +150,7 @@ class Gpu:
         self._launch("bipartite_propagate", arguments, user_x.device)
         return user_out, item_out
 
+    @checked
     def info_nce(
         self,
         anchor: Tensor,
@@ -169,8 +172,7 @@ class Gpu:
             return reference.info_nce_with_gradients(
                 anchor, positive, temperature, rows, row_grad, intra_view_negatives, precision
             )
-        anchor, positive = anchor.contiguous(), positive.contiguous()
-        rows = None if rows is None else rows.to(torch.int64).contiguous()
+        rows = None if rows is None else rows.to(torch.int64)
         row_grad, gradients = _like(row_grad, anchor), row_grad is not None
         on_device = temperature.to(torch.float64)
         row_order = row_begin = None
@@ -195,6 +197,7 @@ class Gpu:
         slope = -row_slope.sum(dtype=torch.float64) / on_device**2
         return row_loss, *grads, slope.to(temperature.dtype)
 
+    @checked
     def item_cross_entropy(
         self,
         hidden: Tensor,
@@ -212,7 +215,7 @@ class Gpu:
             return reference.item_cross_entropy_with_gradients(
                 hidden, item_embedding, target, bias, row_grad, hidden_grad, items_grad
             )
-        hidden, items, target = hidden.contiguous(), item_embedding.contiguous(), target.contiguous()
+        items = item_embedding
         values, row_grad = _like(bias, hidden), _like(row_grad, hidden)
         hidden_grad, items_grad = hidden_grad and row_grad is not None, items_grad and row_grad is not None
         row_order = row_begin = None
@@ -236,6 +239,7 @@ class Gpu:
         like = (hidden, items, row_loss if bias is None else bias)
         return row_loss, *(t.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True))
 
+    @checked
     def knn(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Products of float16 choose candidates; sums in float64 rank them.
 
@@ -244,7 +248,7 @@ class Gpu:
         if x.dtype == torch.float64 or k > _MOST_NEIGHBOURS or x.shape[1] == 0:
             return reference.knn_by_panels(x, k)
         scanned = k <= _MOST_SCANNED and x.shape[1] <= _MOST_COLUMNS[False]
-        return self._knn_by_scan(x.contiguous(), k) if scanned else self._knn_by_panels(x.contiguous(), k)
+        return self._knn_by_scan(x, k) if scanned else self._knn_by_panels(x, k)
 
     def _knn_by_scan(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Of narrow rows, whose panels would take longer to store and read than to make."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hellm.hypergraph import RowSchedule
 from hellm.ops import reference
+from hellm.ops._arguments import checked
 from hellm.ops._backends import triton
 from hellm.ops._native import _compute_dtype, _like
 
@@ -30,16 +31,17 @@ def _on_device_of_first(function: Callable) -> Callable:
     return guarded
 
 
+@checked
 @_on_device_of_first
 def incidence_product(
     x: Tensor, indptr: Tensor, indices: Tensor, values: Tensor | None, schedule: RowSchedule
 ) -> Tensor:
-    x = x.contiguous()
     out = x.new_empty(indptr.numel() - 1, x.shape[1])
     triton().hypergraph_conv.incidence_product(x, indptr, indices, _like(values, x), out, schedule)
     return out
 
 
+@checked
 @_on_device_of_first
 def hypergraph_conv(
     x: Tensor,
@@ -57,7 +59,6 @@ def hypergraph_conv(
     vertex_schedule: RowSchedule,
     edge_schedule: RowSchedule,
 ) -> Tensor:
-    x = x.contiguous()
     if num_layers == 0:
         return x.clone()
     out = torch.empty_like(x)
@@ -71,6 +72,7 @@ def hypergraph_conv(
     return out
 
 
+@checked
 @_on_device_of_first
 def bipartite_propagate(
     user_x: Tensor,
@@ -85,7 +87,6 @@ def bipartite_propagate(
     vertex_schedule: RowSchedule,
     edge_schedule: RowSchedule,
 ) -> tuple[Tensor, Tensor]:
-    user_x, item_x = user_x.contiguous(), item_x.contiguous()
     if num_layers == 0:
         return user_x.clone(), item_x.clone()
     user_out, item_out = torch.empty_like(user_x), torch.empty_like(item_x)
@@ -99,6 +100,7 @@ def bipartite_propagate(
     return user_out, item_out
 
 
+@checked
 @_on_device_of_first
 def info_nce(
     anchor: Tensor,
@@ -115,8 +117,7 @@ def info_nce(
         return reference.info_nce_with_gradients(
             anchor, positive, temperature, rows, row_grad, intra_view_negatives, precision
         )
-    anchor, positive = anchor.contiguous(), positive.contiguous()
-    rows = None if rows is None else rows.to(torch.int64).contiguous()
+    rows = None if rows is None else rows.to(torch.int64)
     row_loss = anchor.new_empty(num_rows, dtype=torch.float32)
     grads = row_slope = None
     if row_grad is not None:
@@ -131,6 +132,7 @@ def info_nce(
     return row_loss, *grads, slope.to(temperature.dtype)
 
 
+@checked
 @_on_device_of_first
 def item_cross_entropy(
     hidden: Tensor,
@@ -150,20 +152,21 @@ def item_cross_entropy(
         return reference.item_cross_entropy_with_gradients(
             hidden, item_embedding, target, bias, row_grad, hidden_grad, items_grad
         )
-    hidden, items = hidden.contiguous(), item_embedding.contiguous()
+    items = item_embedding
     hidden_grad, items_grad = hidden_grad and row_grad is not None, items_grad and row_grad is not None
     row_loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     grad_hidden = torch.empty_like(hidden) if hidden_grad else None
     grad_items = torch.empty_like(items) if items_grad else None
     grad_bias = row_loss.new_empty(items.shape[0]) if items_grad and bias is not None else None
     triton().item_cross_entropy.item_cross_entropy(
-        hidden, items, target.contiguous(), _like(bias, hidden), _like(row_grad, hidden), row_loss,
+        hidden, items, target, _like(bias, hidden), _like(row_grad, hidden), row_loss,
         grad_hidden, grad_items, grad_bias, precision,
     )  # fmt: skip
     found = zip((grad_hidden, grad_items, grad_bias), (hidden, items, hidden if bias is None else bias), strict=True)
     return row_loss, *(like.new_empty(0) if grad is None else grad.to(like.dtype) for grad, like in found)
 
 
+@checked
 def knn(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return reference.knn_by_panels(x, k)
 

@@ -1,9 +1,19 @@
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if path := os.environ.get("HELLM_EXTENSION"):
+    # Another build of the extension than the installed one: that of `make sanitize`.
+    spec = importlib.util.spec_from_file_location("hellm._C", path)
+    sys.modules["hellm._C"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["hellm._C"])
+
 from op_cases import KERNELS
 
 from hellm import ops
