@@ -28,6 +28,8 @@ class LLMConfig:
         max_title_tokens: tokens kept of a title.
         max_length: latest items of a history that are read.
         sequence_residual: start from the scores of the sequence model and add to them.
+        item_id_dim: width of a trained embedding per item, beside `item_inputs`; 0 is none.
+        item_dropout: dropout probability of the `item_inputs`.
         lora_rank: rank of the LoRA updates; 0 trains none.
         lora_alpha: scale of the updates times `lora_rank`.
         lora_dropout: dropout probability of their input.
@@ -46,6 +48,8 @@ class LLMConfig:
     max_title_tokens: int = 16
     max_length: int = 50
     sequence_residual: bool = False
+    item_id_dim: int = 64
+    item_dropout: float = 0.2
     lora_rank: int = 16
     lora_alpha: float = 16.0
     lora_dropout: float = 0.05
@@ -55,7 +59,8 @@ class LLMConfig:
     def __post_init__(self) -> None:
         for name in ("num_prefix_tokens", "max_title_tokens", "max_length"):
             require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        for name in ("prefix_dropout", "lora_dropout"):
+        require(self.item_id_dim >= 0, "item_id_dim", ">= 0", self.item_id_dim)
+        for name in ("prefix_dropout", "item_dropout", "lora_dropout"):
             require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         require(self.gram_rank is None or self.gram_rank >= 1, "gram_rank", "null or >= 1", self.gram_rank)
         require(self.lora_rank >= 0, "lora_rank", ">= 0", self.lora_rank)
@@ -72,6 +77,8 @@ OFFICIAL_LLM: dict[str, Any] = {
     "head": "frozen",
     "titles": False,
     "sequence_residual": False,
+    "item_id_dim": 0,
+    "item_dropout": 0.0,
 }
 """What `compat="official"` asks of an `LLMConfig`."""
 
@@ -84,9 +91,12 @@ class FinetuneConfig:
         model: the recommender around the language model.
         llm: "smollm2-135m" (comes with the extra `smollm2`), a local folder, a .gguf file or an id on the hub.
         llm_revision: of a model on the hub; null takes the newest.
+        llm_layers: its first layers that are used; null takes all.
         dtype: of the language model's weights; what is trained stays float32.
         mixed_precision: "bf16" computes training steps in bfloat16 where that is safe, whatever the dtype of weights.
-        item_inputs: tables that make the item token: "graph" (stage 1), "sequence" (SASRec), names of item features.
+        item_inputs: tables that make the item token: "graph" (stage 1), "sequence" (SASRec), names of item features,
+            which are whitened. null takes the graph and all features, or the sequence model where there are none.
+        content_components: whitened directions of each of the features that are kept; null keeps all.
         learning_rate: AdamW step size after the warm-up.
         min_learning_rate: where the cosine ends, at `max_epochs`.
         warmup_epochs: epochs of linear growth from 0.
@@ -115,9 +125,11 @@ class FinetuneConfig:
     model: LLMConfig = field(default_factory=LLMConfig)
     llm: str = "smollm2-135m"
     llm_revision: str | None = None
+    llm_layers: int | None = 6
     dtype: Literal["float32", "bfloat16"] = "float32"
     mixed_precision: Literal["no", "bf16"] = "no"
-    item_inputs: tuple[str, ...] = ("graph", "sequence")
+    item_inputs: tuple[str, ...] | None = None
+    content_components: int | None = 256
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-5
     warmup_epochs: float = 0.5
@@ -143,12 +155,15 @@ class FinetuneConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        inputs = self.item_inputs
         require(
-            len(set(self.item_inputs)) == len(self.item_inputs) > 0,
+            inputs is None or len(set(inputs)) == len(inputs) > 0,
             "item_inputs",
-            "one or more different names",
-            self.item_inputs,
+            "null, or one or more different names",
+            inputs,
         )
+        components = self.content_components
+        require(components is None or components >= 1, "content_components", "null or >= 1", components)
         require(isfinite(self.learning_rate) and self.learning_rate > 0, "learning_rate", "> 0", self.learning_rate)
         for name in ("min_learning_rate", "warmup_epochs", "weight_decay"):
             require(isfinite(getattr(self, name)) and getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
@@ -157,7 +172,7 @@ class FinetuneConfig:
         )
         for name in ("batch_tokens", "accumulate"):
             require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        for name in ("batch_size", "steps_per_epoch", "validate_steps"):
+        for name in ("llm_layers", "batch_size", "steps_per_epoch", "validate_steps"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "null or >= 1", value)
         norm = self.max_grad_norm

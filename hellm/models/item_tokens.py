@@ -13,15 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hellm.models.dropout import Dropout
 from hellm.models.graph_prefix import RunningGraph
 
 __all__ = ["ItemTokens", "check_item_embeddings", "last_hidden", "right_align", "shallow_copy"]
+
+_ID_STD = 0.1
 
 
 class ItemTokens(nn.Module):
     """The item projector, the frozen tables that it reads, and the order of tokens in a history.
 
-        key_i = Linear(GELU(Linear(concat of the embeddings of item i)));  token_i = token_scale * key_i
+        key_i = Linear(GELU(Linear(concat of the embeddings of item i)))  [+ Linear(id_i)]
+        token_i = token_scale * key_i
 
     Args:
         tables: named float tables [I, d]; frozen, and not part of the state.
@@ -31,6 +35,8 @@ class ItemTokens(nn.Module):
         titles: ids [I, M] and lengths [I] of title tokens that follow an item, or None.
         normalise: divide each table by its root mean square, and start with keys of unit root mean square; else raw
             tables and torch's initialisation.
+        id_dim: width of a trained embedding of each item, for what the tables do not tell; 0 is none.
+        dropout: of the tables.
     """
 
     def __init__(
@@ -42,6 +48,8 @@ class ItemTokens(nn.Module):
         running_graph: RunningGraph | None = None,
         titles: tuple[Tensor, Tensor] | None = None,
         normalise: bool = True,
+        id_dim: int = 0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.widths = {name: table.shape[1] for name, table in tables.items()}
@@ -55,6 +63,14 @@ class ItemTokens(nn.Module):
         self.register_buffer("title_ids", ids, persistent=False)
         self.register_buffer("title_lengths", lengths, persistent=False)
         self.projector = nn.Sequential(nn.Linear(self.features.shape[1], width), nn.GELU(), nn.Linear(width, width))
+        self.dropout = Dropout(dropout)
+        self.id_embedding = self.id_projector = None
+        if id_dim:
+            self.id_embedding = nn.Embedding(len(self.features), id_dim)
+            self.id_projector = nn.Linear(id_dim, width, bias=False)
+            # Small beside what the tables tell of an item.
+            nn.init.normal_(self.id_embedding.weight, std=_ID_STD)
+            nn.init.normal_(self.id_projector.weight, std=id_dim**-0.5)
         if normalise:
             self._scale_keys()
 
@@ -73,7 +89,14 @@ class ItemTokens(nn.Module):
 
     def keys(self) -> Tensor:
         """[I, W] projected items."""
-        return self.projector(self.features)
+        return self._project(slice(None))
+
+    def _project(self, rows: Tensor | slice) -> Tensor:
+        projected = self.projector(self.dropout(self.features[rows]))
+        if self.id_embedding is None:
+            return projected
+        ids = self.id_embedding.weight if isinstance(rows, slice) else self.id_embedding(rows)
+        return projected + self.id_projector(ids)
 
     def rescale(self, table_scales: Mapping[str, float]) -> None:
         """Divide the tables by these instead: those of the catalogue that the model was trained on."""
@@ -81,8 +104,12 @@ class ItemTokens(nn.Module):
             self.table_scales = dict(table_scales)
             self.features = self._join(self.tables).to(self.features)
 
-    def extended(self, tables: Mapping[str, Tensor], titles: tuple[Tensor, Tensor] | None) -> ItemTokens:
+    def extended(
+        self, tables: Mapping[str, Tensor], titles: tuple[Tensor, Tensor] | None, ids: Tensor | None = None
+    ) -> ItemTokens:
         """A copy with more items, after those there are, and the same projector.
+
+        `ids` [n, id_dim] are their embeddings, where the model has them; None is zeros.
 
         Raises: ValueError, tables of other names or widths.
         """
@@ -92,6 +119,10 @@ class ItemTokens(nn.Module):
         other = shallow_copy(self)
         other.features = torch.cat([self.features, self._join(tables).to(self.features)])
         other.tables = {name: torch.cat([table, tables[name].to(table)]) for name, table in self.tables.items()}
+        if self.id_embedding is not None:
+            known = self.id_embedding.weight.detach()
+            new = known.new_zeros(len(other.features) - len(known), known.shape[1]) if ids is None else ids.to(known)
+            other.id_embedding = nn.Embedding.from_pretrained(torch.cat([known, new]), freeze=False)
         if self.title_lengths is not None:
             ids, lengths = (x.to(self.features.device) for x in titles)
             longest = max(ids.shape[1], self.title_ids.shape[1])
@@ -111,7 +142,7 @@ class ItemTokens(nn.Module):
         Returns: tokens [B, S, W], left-aligned; which of them are used [B, S]; and the place [B, T] of the last token
             of each item, None where it is the item's own place.
         """
-        token = self.projector(self.features[items])
+        token = self._project(items)
         if self.running_graph is not None:
             token = token + self.running_graph(self.graph(items))
         token = token * self.token_scale

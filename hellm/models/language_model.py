@@ -53,7 +53,11 @@ _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_
 
 
 def load_language_model(
-    name: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, revision: str | None = None
+    name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    num_layers: int | None = None,
 ) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer, in evaluation mode on the CPU.
 
@@ -64,6 +68,7 @@ def load_language_model(
             transformers form, a `.gguf` file (its weights are de-quantised), or the id of a model on the hub.
         dtype: of the weights.
         revision: branch, tag or commit on the hub; None takes the newest.
+        num_layers: its first layers to keep, all where it has fewer; None keeps all.
     Returns: the transformers model, with what `language_model_identity` records, and the tokenizer.
     Raises:
         ImportError: transformers, gguf or the model's package is not installed; says what to install.
@@ -101,7 +106,28 @@ def load_language_model(
     # A path is kept whole: whoever loads the run may stand in another folder.
     kept = name if on_hub or name in PACKAGED else Path(source, gguf_file or "")
     model.hellm_source = {"name": str(kept), "revision": commit if on_hub else None}
+    if num_layers is not None:
+        keep_layers(model, num_layers)
     return model.eval(), tokenizer
+
+
+def keep_layers(model: nn.Module, num_layers: int) -> None:
+    """Drop all but the first layers of a language model, in place; one with fewer stays as it is.
+
+    Raises: ValueError, a model whose layers are not one list.
+    """
+    config = model.config.get_text_config()
+    before = getattr(config, "num_hidden_layers", None)
+    if before is None or before <= num_layers:
+        return
+    decoder = decoder_of(model)
+    lists = [name for name, part in decoder.named_children() if isinstance(part, nn.ModuleList) and len(part) == before]
+    if len(lists) != 1:
+        raise ValueError(f"llm_layers must be null for {type(model).__name__}, whose layers are not one list")
+    setattr(decoder, lists[0], getattr(decoder, lists[0])[:num_layers])
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:num_layers]
 
 
 def language_model_identity(model: nn.Module) -> dict[str, Any]:

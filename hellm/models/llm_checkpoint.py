@@ -162,7 +162,9 @@ def open_saved(
         moved = language_model is not None
         name, revision = (language_model, None) if moved else (identity["name"], identity["revision"])
         try:
-            language_model, tokenizer = load_language_model(name, dtype=_dtype(identity, folder), revision=revision)
+            language_model, tokenizer = load_language_model(
+                name, dtype=_dtype(identity, folder), revision=revision, num_layers=identity["num_layers"]
+            )
         except FileNotFoundError as error:
             raise error if moved else FileNotFoundError(f"{error}; if it was moved, say where it is now") from None
     check_base(folder, identity, language_model_identity(language_model))

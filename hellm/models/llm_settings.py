@@ -12,6 +12,7 @@ __all__ = ["SETTINGS", "check_settings"]
 SETTINGS = (
     *("graph_context", "num_prefix_tokens", "learned_prefix", "prefix_gate", "prefix_dropout", "gram_rank"),
     *("head", "titles", "max_title_tokens", "max_length", "sequence_residual"),
+    *("item_id_dim", "item_dropout"),
     *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "compat"),
 )
 _CHOICES = {
@@ -32,7 +33,9 @@ def check_settings(settings: Mapping[str, Any], widths: Mapping[str, int], model
     for name in ("num_prefix_tokens", "max_title_tokens", "max_length"):
         if settings[name] < 1:
             raise ValueError(f"{name} must be >= 1, got {settings[name]}")
-    for name in ("prefix_dropout", "lora_dropout"):
+    if settings["item_id_dim"] < 0:
+        raise ValueError(f"item_id_dim must be >= 0, got {settings['item_id_dim']}")
+    for name in ("prefix_dropout", "item_dropout", "lora_dropout"):
         if not 0 <= settings[name] < 1:
             raise ValueError(f"{name} must be in [0, 1), got {settings[name]}")
     if settings["gram_rank"] is not None and settings["gram_rank"] < 1:

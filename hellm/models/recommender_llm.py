@@ -72,6 +72,8 @@ class RecommenderLLM(nn.Module):
         max_title_tokens: tokens kept of a title.
         max_length: items kept of a history, the latest.
         sequence_residual: add the scores of `sequence_model`; the model's own start at 0.
+        item_id_dim: width of a trained embedding per item, beside `item_embeddings`; 0 is none.
+        item_dropout: of the item embeddings.
         lora_rank: of the LoRA updates; 0 trains none.
         lora_alpha: scale of the updates times `lora_rank`.
         lora_dropout: of their input.
@@ -102,6 +104,8 @@ class RecommenderLLM(nn.Module):
         max_title_tokens: int = 16,
         max_length: int = 50,
         sequence_residual: bool = False,
+        item_id_dim: int = 0,
+        item_dropout: float = 0.0,
         lora_rank: int = 16,
         lora_alpha: float = 16.0,
         lora_dropout: float = 0.05,
@@ -139,6 +143,8 @@ class RecommenderLLM(nn.Module):
             running_graph=RunningGraph(widths["graph"], width, rank=gram_rank) if graph_context == "causal" else None,
             titles=self._title_tokens(item_titles, len(next(iter(item_embeddings.values())))),
             normalise=compat is None,
+            id_dim=item_id_dim,
+            dropout=item_dropout,
         )
         self._build_head()
         self._add_sequence_model(sequence_model)
@@ -297,6 +303,7 @@ class RecommenderLLM(nn.Module):
         item_titles: Sequence[str | None] | None = None,
         *,
         sequence_model: nn.Module | None = None,
+        item_ids: Tensor | None = None,
     ) -> None:
         """More items, numbered after those there are, which rank at once and may stand in histories.
 
@@ -304,9 +311,10 @@ class RecommenderLLM(nn.Module):
             item_embeddings: tables [new, d] of the names and widths that the model has.
             item_titles: one text per new item, where the model uses titles.
             sequence_model: the sequence model with the new items as well, where the model has a residual on it.
+            item_ids: [new, item_id_dim] in place of embeddings that were not trained; None is zeros.
         Raises: ValueError, a head that is not "tied", or tables, titles or a sequence model that do not fit.
         """
-        other = self.extended(item_embeddings, item_titles, sequence_model=sequence_model)
+        other = self.extended(item_embeddings, item_titles, sequence_model=sequence_model, item_ids=item_ids)
         self.items, self.item_titles, self.sequence_model = other.items, other.item_titles, other.sequence_model
 
     def extended(
@@ -315,6 +323,7 @@ class RecommenderLLM(nn.Module):
         item_titles: Sequence[str | None] | None = None,
         *,
         sequence_model: nn.Module | None = None,
+        item_ids: Tensor | None = None,
     ) -> RecommenderLLM:
         """A model with more items, which shares all that is trained with this one; this one keeps its items.
 
@@ -327,7 +336,7 @@ class RecommenderLLM(nn.Module):
         tokens = self._title_tokens(item_titles, added)
         self._check_sequence_model(sequence_model, self.num_items + added)
         other = shallow_copy(self)
-        other.items = self.items.extended(item_embeddings, tokens)
+        other.items = self.items.extended(item_embeddings, tokens, item_ids)
         if tokens is not None:
             other.item_titles = [*self.item_titles, *item_titles]
         if self.sequence_model is not None:

@@ -20,6 +20,7 @@ from hellm.data import DataError
 from hellm.models import FoldIn, SASRec
 from hellm.models.fused import FusedModel
 from hellm.models.item_content import ItemContent, Neighbours
+from hellm.models.sequence import WhitenedContent
 
 __all__ = ["NewItems", "ServedFused", "ServedGraph", "ServedLLM", "ServedModel", "ServedSASRec", "load_served"]
 
@@ -174,18 +175,21 @@ class ServedSASRec:
 class ServedLLM:
     """A language model with tied head: a new item's key is the projection of its rows in the item tables.
 
-    Tables of features take the features themselves; "graph" and "sequence" take the mean of the neighbours' rows, as
-    does a modality that was not given.
+    Tables of features take the features themselves, whitened; "graph" and "sequence" take the mean of the neighbours'
+    rows, as do the trained embeddings of items and a modality that was not given.
 
     Args:
         model: `hellm.models.RecommenderLLM`.
         tables: Its item tables [I, d], in its order.
+        whitening: Name -> (mean [C], matrix [C, d]) of the tables that are whitened features.
     """
 
     user = graph_view = None
 
-    def __init__(self, model: Any, tables: Mapping[str, Tensor]) -> None:
-        self.model, self.tables = model.eval(), dict(tables)
+    def __init__(
+        self, model: Any, tables: Mapping[str, Tensor], whitening: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    ) -> None:
+        self.model, self.tables, self.whitening = model.eval(), dict(tables), dict(whitening or {})
 
     def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
         return self.model.embed(indptr, items).cpu()
@@ -194,18 +198,29 @@ class ServedLLM:
         return self.model.item_keys().cpu()
 
     def extended(self, new: NewItems) -> ServedLLM:
-        rows = {name: new.features[name] if name in new.features else new.mean(x) for name, x in self.tables.items()}
+        rows = {name: new.mean(x) for name, x in self.tables.items()}
+        for name in self.tables.keys() & new.features.keys():
+            features = new.features[name]
+            if name in self.whitening:
+                features = WhitenedContent(rows[name][:0], *self.whitening[name]).extended(features).table
+            rows[name] = features
         widths = {name: (x.shape[1], rows[name].shape[1]) for name, x in self.tables.items()}
         for name, (width, given) in widths.items():
             if width != given:
                 raise ValueError(f"features[{name!r}] must be {width} wide like the item table, got {given}")
         sequence = self.model.sequence_model
         sequence = None if sequence is None else sequence.extended(new.features, new.mean)
-        model = self.model.extended(rows, new.titles, sequence_model=sequence)
-        return ServedLLM(model, {name: torch.cat([self.tables[name], rows[name]]) for name in self.tables})
+        embedding = self.model.items.id_embedding
+        ids = None if embedding is None else new.mean(embedding.weight.detach().cpu())
+        model = self.model.extended(rows, new.titles, sequence_model=sequence, item_ids=ids)
+        tables = {name: torch.cat([self.tables[name], rows[name]]) for name in self.tables}
+        return ServedLLM(model, tables, self.whitening)
 
     def save(self, folder: Path) -> None:
-        _save_tensors(self.tables, folder, {"order": ",".join(self.tables)})
+        tensors = dict(self.tables)
+        for name, (mean, matrix) in self.whitening.items():
+            tensors |= {f"{name}.mean": mean, f"{name}.matrix": matrix}
+        _save_tensors(tensors, folder, {"order": ",".join(self.tables)})
         if self.model.sequence_model is not None:
             (folder / "sequence_model").mkdir()
             self.model.sequence_model.save(folder / "sequence_model")
@@ -314,7 +329,10 @@ def _load_llm(
         item_titles=titles,
         sequence_model=sequence,
     )
-    return ServedLLM(model, tables)
+    whitening = {
+        name: (tensors[f"{name}.mean"], tensors[f"{name}.matrix"]) for name in tables if f"{name}.mean" in tensors
+    }
+    return ServedLLM(model, tables, whitening)
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], folder: Path, metadata: dict[str, str]) -> None:

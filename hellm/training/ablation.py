@@ -195,13 +195,14 @@ def run_ablations(
         valid and test metrics, intervals, training seconds, users scored per second and number of trained parameters.
     Raises: as `plan_ablations`, `load_item_inputs` and `finetune`; ValueError without test events.
     """
-    from hellm.training.item_inputs import load_item_inputs
+    from hellm.training.item_inputs import load_item_inputs, resolve_item_inputs
 
     if not (dataset.split == 2).any():
         raise ValueError(f"data set {dataset.name!r} must have test events to compare by, got none")
     seeds = list(dict.fromkeys(seeds if seeds is not None else [config.seed]))
     if not seeds:
         raise ValueError("seeds must hold one or more numbers, got none")
+    config = resolve_item_inputs(config, dataset)
     planned, skipped = plan_ablations(config, dataset, graph=graph, rows=rows)
     # Every input is read once before anything is trained: a missing run shows at once.
     for row in planned:

@@ -26,7 +26,7 @@ from hellm.models.recommender_llm import RecommenderLLM
 from hellm.ops import item_cross_entropy
 from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, HistorySampler
-from hellm.training.item_inputs import ItemInputs, load_item_inputs
+from hellm.training.item_inputs import ItemInputs, load_item_inputs, resolve_item_inputs
 from hellm.training.loop import Progress, fit
 from hellm.training.processes import Processes, launched_processes
 from hellm.training.run_directory import RunDirectory, peak_memory_bytes
@@ -177,6 +177,7 @@ def resolve_finetune_config(config: FinetuneConfig, dataset: Dataset) -> tuple[F
     Raises: ValueError for titles that the data have not, and as `resolve_common`.
     """
     config, notes = resolve_common(config, dataset)
+    config = resolve_item_inputs(config, dataset)
     if config.model.titles and not dataset.item_titles:
         raise ValueError(f"model.titles needs item titles, and data set {dataset.name!r} has none")
     return config, notes
@@ -185,7 +186,10 @@ def resolve_finetune_config(config: FinetuneConfig, dataset: Dataset) -> tuple[F
 def build_recommender_llm(config: FinetuneConfig, dataset: Dataset, inputs: ItemInputs) -> RecommenderLLM:
     """The untrained model of `config`, on the CPU; drawn from torch's global generator."""
     language_model, tokenizer = load_language_model(
-        config.llm, dtype=getattr(torch, config.dtype), revision=config.llm_revision
+        config.llm,
+        dtype=getattr(torch, config.dtype),
+        revision=config.llm_revision,
+        num_layers=None if config.model.compat == "official" else config.llm_layers,
     )
     settings = asdict(config.model)
     return RecommenderLLM(
@@ -387,8 +391,11 @@ def _write_outputs(model: RecommenderLLM, inputs: ItemInputs, dataset: Dataset, 
     from safetensors.torch import save_file
 
     with atomic_path(run.embeddings) as temporary:
-        tables = {name: table.detach().cpu().contiguous().clone() for name, table in inputs.tables.items()}
-        save_file(tables, temporary, metadata={"order": ",".join(tables)})
+        tensors = dict(inputs.tables)
+        for name, content in inputs.content.items():
+            tensors |= {f"{name}.mean": content.mean, f"{name}.matrix": content.matrix}
+        owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(owned, temporary, metadata={"order": ",".join(inputs.tables)})
     if inputs.sequence_model is not None:
         (run.path / _SEQUENCE_MODEL).mkdir(exist_ok=True)
         inputs.sequence_model.save(run.path / _SEQUENCE_MODEL)

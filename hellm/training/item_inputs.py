@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ from torch import Tensor
 from hellm.config import FinetuneConfig
 from hellm.data import Dataset
 from hellm.models import SASRec
+from hellm.models.sequence import WhitenedContent
 
-__all__ = ["ItemInputs", "load_item_inputs"]
+__all__ = ["ItemInputs", "load_item_inputs", "resolve_item_inputs"]
 
 Path_ = str | os.PathLike[str]
 
@@ -24,11 +26,13 @@ class ItemInputs(NamedTuple):
     """What a language model is told of the items.
 
     Attributes:
-        tables: name -> [num_items, d] float32, in the order of `FinetuneConfig.item_inputs`.
+        tables: name -> [num_items, d] float32, in the order of `FinetuneConfig.item_inputs`; features are whitened.
+        content: name -> what whitened them, for those of features.
         sequence_model: the SASRec whose scores are the start, for `model.sequence_residual`; None otherwise.
     """
 
     tables: dict[str, Tensor]
+    content: dict[str, WhitenedContent]
     sequence_model: SASRec | None
 
     @property
@@ -42,6 +46,17 @@ class ItemInputs(NamedTuple):
         return digest.hexdigest()[:16]
 
 
+def resolve_item_inputs(config: FinetuneConfig, dataset: Dataset) -> FinetuneConfig:
+    """`config` with its item inputs named: the graph and all features, or the sequence model where there are none.
+
+    With compat, the published ones: graph and sequence model.
+    """
+    if config.item_inputs is not None:
+        return config
+    content = () if config.model.compat == "official" else tuple(sorted(dataset.item_features))
+    return replace(config, item_inputs=("graph", *(content or ("sequence",))))
+
+
 def load_item_inputs(
     config: FinetuneConfig, dataset: Dataset, *, graph: Path_ | None = None, sequence: Path_ | None = None
 ) -> ItemInputs:
@@ -50,7 +65,9 @@ def load_item_inputs(
     Raises: FileNotFoundError, ValueError: a run that is missing, unfinished, or of other items or training events; a
         feature that the data set has not.
     """
+    config = resolve_item_inputs(config, dataset)
     tables: dict[str, Tensor] = {}
+    content: dict[str, WhitenedContent] = {}
     residual = config.model.sequence_residual
     model = None
     if "sequence" in config.item_inputs or residual:
@@ -61,11 +78,13 @@ def load_item_inputs(
         elif name == "sequence":
             tables[name] = model.item_keys()
         elif name in dataset.item_features:
-            tables[name] = torch.from_numpy(dataset.item_features[name].values)
+            features = torch.from_numpy(dataset.item_features[name].values)
+            content[name] = WhitenedContent.of(features, config.content_components)
+            tables[name] = content[name].table
         else:
             known = ", ".join(["graph", "sequence", *dataset.item_features])
             raise ValueError(f"item_inputs must be among {known} for data set {dataset.name!r}, got {name!r}")
-    return ItemInputs(tables, model if residual else None)
+    return ItemInputs(tables, content, model if residual else None)
 
 
 def _checked_run(path: Path_ | None, name: str, verb: str, dataset: Dataset) -> Path:

@@ -367,7 +367,7 @@ def test_exhausted_memory_says_what_to_lower(config, small_dataset, runs, tmp_pa
         ("learning_rate=0", "learning_rate must be > 0, got 0"),
         ("min_learning_rate=-1", "min_learning_rate must be >= 0, got -1"),
         ("betas=[0.9]", r"betas must be two numbers in \[0, 1\), got"),
-        ("item_inputs=[]", "item_inputs must be one or more different names, got"),
+        ("item_inputs=[]", "item_inputs must be null, or one or more different names, got"),
         ("batch_tokens=0", "batch_tokens must be >= 1, got 0"),
         ("batch_size=0", "batch_size must be null or >= 1, got 0"),
         ("steps_per_epoch=0", "steps_per_epoch must be null or >= 1, got 0"),

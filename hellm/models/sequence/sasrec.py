@@ -168,7 +168,8 @@ class SASRec(nn.Module):
         check_histories(indptr, items, self.num_items)
         queries = self.position_embedding.weight.new_zeros(len(indptr) - 1, self.embedding_dim)
         training = self.training
-        self.eval()
+        if training:  # else nothing is written, as other threads may read
+            self.eval()
         table = self.items() if table is None else table
         for start in range(0, len(queries), _BATCH):
             offsets = indptr[start : start + _BATCH + 1]
@@ -178,16 +179,19 @@ class SASRec(nn.Module):
                 last = (mask.sum(1) - 1).clamp(min=0)
                 hidden = self(padded, mask, table)
                 queries[start : start + _BATCH] = hidden[torch.arange(len(last), device=last.device), last]
-        self.train(training)
+        if training:
+            self.train()
         return queries
 
     @torch.no_grad()
     def item_keys(self) -> Tensor:
         """[I, D] float32, without gradient: what queries are multiplied with, in evaluation mode."""
-        training = self.training
-        self.items.eval()
+        training = self.items.training
+        if training:
+            self.items.eval()
         keys = self.items().detach()
-        self.items.train(training)
+        if training:
+            self.items.train()
         return keys
 
     def extended(self, content: Mapping[str, Tensor], mean: Callable[[Tensor], Tensor]) -> SASRec:
