@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -29,9 +30,7 @@ def operator_calls():
         "info_nce, medium": (lambda a, b: ops.info_nce(a, b, precision="medium"), [few, few + 1]),
         "item_cross_entropy": (lambda a, b: ops.item_cross_entropy(a, b, target), [few, y]),
     }
-    calls = {
-        name: lambda f=f, inputs=inputs: outputs_and_gradients(f, inputs) for name, (f, inputs) in functions.items()
-    }
+    calls = {name: partial(outputs_and_gradients, *call) for name, call in functions.items()}
     return calls | {"knn": lambda: list(ops.knn(few, 7))}
 
 
