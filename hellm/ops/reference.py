@@ -210,7 +210,7 @@ def info_nce_with_gradients(
     inverse = 1.0 / temperature.double()
     inverse_t = inverse.to(compute)
     norms = [_length(z) for z in (z1, z2)]
-    u, v = z1 / norms[0], z2 / norms[1]
+    u, v = _unit(z1), _unit(z2)
     index = torch.arange(u.shape[0], device=u.device) if rows is None else rows.long()
     keys = torch.cat([v, u]) if intra_view_negatives else v
     losses, slope = [], z1.new_zeros(())
