@@ -36,6 +36,8 @@ from hellm.models.prompted_model import PromptedModel, SharedContext
 
 __all__ = ["RecommenderLLM"]
 
+# What settings were before a saved model knew of them.
+_BEFORE = {"item_id_dim": 0, "item_dropout": 0.0}
 # Tokens per batch of `embed`. Larger ones leave the CPU's cache: 8,192 take three times as long a token.
 EMBED_TOKENS = 512
 
@@ -104,8 +106,8 @@ class RecommenderLLM(nn.Module):
         max_title_tokens: int = 16,
         max_length: int = 50,
         sequence_residual: bool = False,
-        item_id_dim: int = 0,
-        item_dropout: float = 0.0,
+        item_id_dim: int = 64,
+        item_dropout: float = 0.2,
         lora_rank: int = 16,
         lora_alpha: float = 16.0,
         lora_dropout: float = 0.05,
@@ -391,7 +393,7 @@ class RecommenderLLM(nn.Module):
         )
         extra = {"item_titles": item_titles, "sequence_model": sequence_model}
         with LOADING:
-            model = cls(language_model, tokenizer, item_embeddings, **extra, **config["settings"])
+            model = cls(language_model, tokenizer, item_embeddings, **extra, **_BEFORE | config["settings"])
         check_base(folder, config["language_model"], base_identity(model))
         model.items.rescale(config["table_scales"])
         load_saved(model, folder)

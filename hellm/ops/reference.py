@@ -180,11 +180,14 @@ def _largest(x: Tensor) -> Tensor:
     return x.detach().abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1)
 
 
-def _length(x: Tensor) -> Tensor:
-    """[N, 1], infinite for rows that are all zero; not to be differentiated."""
+def _unit_and_length(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows over their lengths, and lengths [N, 1], infinite for rows that are all zero; not to be differentiated."""
     largest = _largest(x)
     largest = largest.masked_fill(largest == 0, float("inf"))
-    return largest * (x / largest).norm(dim=1, keepdim=True).masked_fill(largest.isinf(), 1.0)
+    scaled = x / largest
+    length = scaled.norm(dim=1, keepdim=True).masked_fill(largest.isinf(), 1.0)
+    # Not over the product: lengths of subnormal rows have few digits.
+    return scaled / length, largest * length
 
 
 def _scale(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -209,8 +212,7 @@ def info_nce_with_gradients(
     z1, z2 = anchor.to(compute), positive.to(compute)
     inverse = 1.0 / temperature.double()
     inverse_t = inverse.to(compute)
-    norms = [_length(z) for z in (z1, z2)]
-    u, v = _unit(z1), _unit(z2)
+    (u, norm_u), (v, norm_v) = (_unit_and_length(z) for z in (z1, z2))
     index = torch.arange(u.shape[0], device=u.device) if rows is None else rows.long()
     keys = torch.cat([v, u]) if intra_view_negatives else v
     losses, slope = [], z1.new_zeros(())
@@ -238,7 +240,7 @@ def info_nce_with_gradients(
         return row_loss, anchor.new_empty(0), positive.new_empty(0), temperature.new_empty(0)
     grad_u, grad_v = grad_u + grad_keys[u.shape[0] :] if intra_view_negatives else grad_u, grad_keys[: u.shape[0]]
     grads = []
-    for grad, unit, norm, z in ((grad_u, u, norms[0], anchor), (grad_v, v, norms[1], positive)):
+    for grad, unit, norm, z in ((grad_u, u, norm_u, anchor), (grad_v, v, norm_v, positive)):
         tangent = (grad - (grad * unit).sum(1, keepdim=True) * unit) * (inverse_t / norm)
         grads.append(tangent.to(z.dtype))
     return row_loss, *grads, (slope * -(inverse**2)).to(temperature.dtype)

@@ -112,6 +112,9 @@ def plan_ablations(
     Returns: rows, and name -> why of those left out: not possible (only where `rows` is None), or the same as "full".
     Raises: ValueError, a row that is unknown (with the nearest name) or, if named, not possible.
     """
+    from hellm.training.item_inputs import resolve_item_inputs
+
+    config = resolve_item_inputs(config, dataset)
     planned, skipped = [], {}
     names = list(ABLATIONS) if rows is None else ["full", *rows]
     for name in dict.fromkeys(names):
@@ -195,14 +198,13 @@ def run_ablations(
         valid and test metrics, intervals, training seconds, users scored per second and number of trained parameters.
     Raises: as `plan_ablations`, `load_item_inputs` and `finetune`; ValueError without test events.
     """
-    from hellm.training.item_inputs import load_item_inputs, resolve_item_inputs
+    from hellm.training.item_inputs import load_item_inputs
 
     if not (dataset.split == 2).any():
         raise ValueError(f"data set {dataset.name!r} must have test events to compare by, got none")
     seeds = list(dict.fromkeys(seeds if seeds is not None else [config.seed]))
     if not seeds:
         raise ValueError("seeds must hold one or more numbers, got none")
-    config = resolve_item_inputs(config, dataset)
     planned, skipped = plan_ablations(config, dataset, graph=graph, rows=rows)
     # Every input is read once before anything is trained: a missing run shows at once.
     for row in planned:

@@ -67,4 +67,5 @@ def runs(small_dataset, tmp_path_factory):
 @pytest.fixture
 def config(llm):
     """Settings of a fine-tuning of a second."""
-    return FinetuneConfig(llm=str(llm), learning_rate=0.01, batch_tokens=48, max_epochs=3, **LOOP)
+    inputs = ("graph", "sequence")
+    return FinetuneConfig(llm=str(llm), item_inputs=inputs, learning_rate=0.01, batch_tokens=48, max_epochs=3, **LOOP)

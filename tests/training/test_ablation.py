@@ -64,7 +64,7 @@ def test_rows_that_the_data_do_not_allow_are_left_out_with_the_reason(config, sm
     with pytest.raises(ValueError, match=r"row 'titles' is not possible: model.titles needs item titles"):
         plan_ablations(config, bare, rows=["titles"])
     alone = replace(config, item_inputs=("graph",))
-    assert "item_inputs must be one or more" in plan_ablations(alone, bare, graph=runs["graph"])[1]["no-graph"]
+    assert "item_inputs must be null, or one or more" in plan_ablations(alone, bare, graph=runs["graph"])[1]["no-graph"]
     alone = override_config(config, ["model.graph_context=none", "item_inputs=[sequence]"])
     why = plan_ablations(alone, bare)[1]["no-user-hypergraph"]
     assert why == "item_inputs must hold 'graph', got sequence"

@@ -323,6 +323,8 @@ OFFICIAL_OVERRIDES = {
     "prefix_gate": "false",
     "gram_rank": "null",
     "head": "frozen",
+    "item_id_dim": "0",
+    "item_dropout": "0",
     "compat": "official",
 }
 
