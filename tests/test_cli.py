@@ -233,7 +233,7 @@ class TestData:
         fails("data", "chek", shop, match=r"data action must be one of check, .* got 'chek'; did you mean 'check'\?")
         fails("data", "check", tmp_path, match="unknown form; found an empty folder. Known forms: hellm: ")
         fails("data", "check", match="missing: DATA")
-        fails("data", "build", shop, shop, match="exists already; give another path or --overwrite")
+        fails("data", "build", shop, shop, match="is not empty; --overwrite replaces it, or give another")
         fails("data", "convert", shop, tmp_path / "x", match="missing: --to")
         fails("data", "convert", shop, tmp_path / "x", "--to", "mmrek", match="form must be one of .*, got 'mmrek'")
         fails("data", "sample", tmp_path / "x", "--num-users", "0", match="num_users must be > 0, got 0")
@@ -256,7 +256,7 @@ class TestPretrain:
     def test_run_directory_is_refused_resumed_and_overwritten(self, call, fails, shop, tmp_path):
         argv = ["pretrain", "--data", shop, "--out", tmp_path / "run"]
         first = last_json(call(*argv, *FAST, "--max-epochs", "2", "--json")[1])
-        fails(*argv, *FAST, match="run directory .* is not empty; resume it, overwrite it, or choose another")
+        fails(*argv, *FAST, match="run is not empty; --resume goes on with it, --overwrite replaces it")
         # Without settings of its own, a resumed run goes on with those that it had.
         assert last_json(call(*argv, "--resume", "--json")[1]) == first
         longer = last_json(call(*argv, "--resume", "--max-epochs", "3", "--json")[1])
@@ -268,7 +268,13 @@ class TestPretrain:
     def test_overwrite_leaves_folders_that_are_no_run(self, fails, shop, tmp_path):
         (tmp_path / "letter.txt").write_text("dear", encoding="utf-8")
         fails(
-            "pretrain", "--data", shop, "--out", tmp_path, "--overwrite", match="holds no config.yaml, so it is no run"
+            "pretrain",
+            "--data",
+            shop,
+            "--out",
+            tmp_path,
+            "--overwrite",
+            match=r"holds no \.hellm\.json, so hellm did not",
         )
         assert (tmp_path / "letter.txt").read_text(encoding="utf-8") == "dear"
 
@@ -466,11 +472,11 @@ class TestDemo:
         assert len(result["verdicts"]) == 1 and str(out / "run" / "llm") in result["verdicts"][0]
         assert "is recommended" in text and "recall@10" in text and "because of" in text
         assert "bought both, alike in " in text
-        fails("demo", "--out", out, match="is not empty; give --overwrite or another --out")
+        fails("demo", "--out", out, match="is not empty; --overwrite replaces it, or give another")
         (tmp_path / "file").touch()
-        fails("demo", "--out", tmp_path / "file", match="is a file; give another --out")
+        fails("demo", "--out", tmp_path / "file", match="is a file; give another folder")
         (out / "letter.txt").touch()
-        fails("demo", "--out", out, "--overwrite", match=r"holds 'letter\.txt', which no demo made")
+        fails("demo", "--out", out, "--overwrite", match=r"holds letter\.txt, which hellm did not write")
 
 
 class TestRun:
@@ -497,9 +503,9 @@ class TestRun:
         out = tmp_path / "out"
         out.mkdir()
         (out / "letter.txt").touch()
-        fails("run", "--data", shop, "--out", out, match="is not empty; resume it, overwrite it, or choose another")
-        fails("run", "--data", shop, "--out", out, "--overwrite", match=r"holds no config\.yaml, so it is no run")
-        fails("run", "--data", shop, "--out", out / "letter.txt", match="is a file; give another --out")
+        fails("run", "--data", shop, "--out", out, match="is not empty; --resume goes on with it, --overwrite")
+        fails("run", "--data", shop, "--out", out, "--overwrite", match=r"holds no \.hellm\.json, so hellm did not")
+        fails("run", "--data", shop, "--out", out / "letter.txt", match="is a file; give another folder")
         fails("run", "--data", shop, match="missing: --out")
         fails("run", "--data", shop, "--out", out, "--resume", "--overwrite", match="must not both be given")
         fails("run", "--data", shop, "--out", out, "baselines=[magic]", match="baselines must be among .*, got 'magic'")

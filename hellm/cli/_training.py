@@ -44,14 +44,19 @@ def run_training(
     args, config = parse_settings(parser, argv, config_class)
     from hellm.data import load_dataset
 
-    dataset = load_dataset(args.data, **reading_options(args))
     runs = {name: args[name] for name in inputs}
     if args.dry_run:
+        dataset = load_dataset(args.data, **reading_options(args))
         planned = plan(config, dataset, **runs)
         print_json(planned) if args.json else print_plan(planned, dataset)
         return 0
     if args.out is None:
         raise ValueError("missing: --out (the run directory to make)")
+    from hellm.training.run_directory import check_run
+
+    # Before the data are read, which may take long.
+    check_run(args.out, resume=args.resume, overwrite=args.overwrite, inputs=[args.data, *runs.values()])
+    dataset = load_dataset(args.data, **reading_options(args))
     result = train(config, dataset, args.out, resume=args.resume, overwrite=args.overwrite, **runs)
     if args.json:
         print_json(result)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hellm._files import atomic_path
 from hellm.cli._figure import plot_ablation
 from hellm.cli._output import duration, print_json, table
 from hellm.cli._parser import add_settings, new_parser
@@ -23,7 +25,9 @@ _LEVEL = 0.95
 def run(argv: Sequence[str]) -> int:
     args, config = parse_settings(_parser(), argv, FinetuneConfig)
     from hellm.data import load_dataset
+    from hellm.training.ablation import check_ablations
 
+    check_ablations(args.out)
     dataset = load_dataset(args.data, **reading_options(args))
     ablation = ablate(
         config, dataset, args.out, graph=args.graph, sequence=args.sequence, rows=args.rows, seeds=args.seeds
@@ -79,16 +83,21 @@ def ablate(config: FinetuneConfig, dataset, out: str | Path, **options: Any) -> 
         mean over seeds and interval) and "difference_to_full" (metric -> paired difference on the same users).
     Raises: as `run_ablations`; ImportError without scipy, where there are several seeds.
     """
-    import json
-
-    from hellm._files import atomic_path
-    from hellm.evaluate import evaluate_dataset, evaluate_histories, seeds_summary
-    from hellm.training.ablation import run_ablations
+    from hellm.evaluate import seeds_summary
+    from hellm.training.ablation import hold_ablations
 
     if len(set(options.get("seeds") or ())) > 1:
         # A missing package shows now, not after the training.
         seeds_summary([{}, {}])
     out = Path(out)
+    with hold_ablations(out):
+        return _ablate(config, dataset, out, options)
+
+
+def _ablate(config: FinetuneConfig, dataset, out: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    from hellm.evaluate import evaluate_dataset, evaluate_histories
+    from hellm.training.ablation import run_ablations
+
     ran = run_ablations(
         config,
         dataset,

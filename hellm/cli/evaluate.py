@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import json
+import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hellm._files import read_json
 from hellm.cli._output import count, print_json, table
 from hellm.cli._parser import new_parser, parse
 from hellm.cli.data import add_reading_options, reading_options
 
 __all__ = ["compare", "print_comparison", "run"]
+
+logger = logging.getLogger(__name__)
 
 _BASELINES = ("popularity", "itemknn", "bpr", "als")
 
@@ -49,12 +52,14 @@ def run(argv: Sequence[str]) -> int:
     # Here --split names the held-out events; how the data are split is --data-split, or as the runs have it.
     split = args.data_split or _split_of_runs([one for runs in models.values() for one in runs])
     dataset = load_dataset(args.data, **reading_options(args) | {"split": split})
+    if max(args.ks) > dataset.num_items:
+        logger.warning("list lengths (--ks) cut to the %d items there are", dataset.num_items)
     comparison = compare(
         models,
         dataset,
         split=args.split,
         protocol=args.protocol,
-        ks=args.ks,
+        ks=[min(k, dataset.num_items) for k in args.ks],
         metrics=args.metrics,
         seed=args.seed,
         device=args.device,
@@ -181,7 +186,7 @@ def _stage(name: str, kind: str) -> str | None:
         return "finetune"
     if kind != "run" or not result.is_file():
         return None
-    return json.loads(result.read_text(encoding="utf-8")).get("stage")
+    return read_json(result).get("stage")
 
 
 def _verdict(name: str, rival: str, metric: str, difference, speeds: dict[str, float]) -> str:
@@ -262,7 +267,7 @@ def _split_of_runs(models: Sequence[str]) -> str | None:
     for name in models:
         result = Path(name) / "result.json"
         if name not in _BASELINES and result.is_file():
-            found.add(json.loads(result.read_text(encoding="utf-8"))["dataset"]["split"])
+            found |= {read_json(result).get("dataset", {}).get("split")} - {None}
     if len(found) > 1:
         raise ValueError(f"the runs were trained on different splits ({', '.join(sorted(found))}); evaluate them apart")
     return found.pop() if found else None

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hellm._folders import new_folder
 from hellm.data import DataError, IdMap, ItemFeatures
-from hellm.data._files import new_folder
 from hellm.evaluate import HistoryScorer, top_items
 from hellm.models.item_content import ItemContent
 from hellm.recommend import explain
@@ -118,12 +118,10 @@ class Recommender:
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write what `load` needs, and nothing else of the run, into a new folder.
 
-        Raises: FileExistsError, the folder exists and `overwrite` is False, or it holds no recommender to overwrite.
+        Raises: FileExistsError, the folder is not empty and `overwrite` is False, or it is not one that `save` wrote.
         """
         path = Path(path)
-        if overwrite and path.exists() and not (path / "embeddings.safetensors").is_file():
-            raise FileExistsError(f"{path} holds no embeddings.safetensors, so it is no recommender to overwrite")
-        with new_folder(path, overwrite=overwrite) as new:
+        with new_folder(path, kind="recommender", overwrite=overwrite) as new:
             self.model.save(new)
             self._ids.write_parquet(new / "ids.parquet")
             self._events.write_parquet(new / "histories.parquet")

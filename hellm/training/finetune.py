@@ -30,6 +30,7 @@ from hellm.training.run_directory import RunDirectory, peak_memory_bytes
 from hellm.training.stage import (
     MAY_CHANGE,
     Evaluate,
+    OpenedRun,
     common_result,
     open_run,
     readable_memory_errors,
@@ -104,7 +105,7 @@ def finetune(
         finished = resume and RunDirectory.holds_result(out)
         return inputs, None if finished else build_recommender_llm(config, dataset, inputs)
 
-    opened = open_run(
+    with open_run(
         config,
         data,
         out,
@@ -114,12 +115,16 @@ def finetune(
         may_change=MAY_CHANGE - {"max_epochs"},
         resume=resume,
         overwrite=overwrite,
+        read=[graph, sequence, config.llm],
         processes=processes,
-    )
-    config, dataset, run = opened.config, opened.dataset, opened.run
-    if opened.finished is not None:
-        return opened.finished
+    ) as opened:
+        return _train(opened, evaluate, processes, on_plan) if opened.finished is None else opened.finished
 
+
+def _train(
+    opened: OpenedRun, evaluate: Evaluate, processes: Processes, on_plan: Callable[[Mapping[str, Any]], None] | None
+) -> dict[str, Any]:
+    config, dataset, run = opened.config, opened.dataset, opened.run
     inputs, model = opened.inputs
     with readable_memory_errors("fine-tuning", MEMORY_ADVICE):
         model = (model or build_recommender_llm(config, dataset, inputs)).to(config.device)

@@ -65,6 +65,15 @@ def load_item_inputs(
         else:
             known = ", ".join(["graph", "sequence", *dataset.item_features])
             raise ValueError(f"item_inputs must be among {known} for data set {dataset.name!r}, got {name!r}")
+    sources = {"graph": graph, "sequence": sequence}
+    for name, table in tables.items():
+        if not torch.isfinite(table).all():
+            row = int((~torch.isfinite(table)).any(dim=1).nonzero()[0])
+            of = f"run {Path(sources[name])}" if name in sources else f"data set {dataset.name!r}"
+            raise ValueError(
+                f"input {name!r} must be finite, but its table in {of} holds NaN or infinity, first for item "
+                f"{dataset.item_ids.ids[row]!r}"
+            )
     return ItemInputs(tables, model if residual else None)
 
 

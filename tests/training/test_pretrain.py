@@ -199,7 +199,7 @@ def test_run_of_other_settings_or_data_is_not_resumed(finished, small_dataset):
     other = replace(small_dataset, items=np.roll(small_dataset.items, 6))
     with pytest.raises(ValueError, match=r"must keep its data"):
         run(changed("max_epochs=20"), other, folder, resume=True)
-    with pytest.raises(FileExistsError, match=r"is not empty; resume it, overwrite it"):
+    with pytest.raises(FileExistsError, match=r"is not empty; resume=True goes on with it"):
         run(CONFIG, small_dataset, folder)
 
 
