@@ -206,6 +206,8 @@ def hold(path: Path_, *, beside: bool = False) -> Iterator[None]:
                 file.unlink()
             os.close(descriptor)
     finally:
+        if made and not beside and [one.name for one in folder.iterdir()] == [_MARK]:
+            _delete(folder / _MARK)
         for one in made:
             with contextlib.suppress(OSError):
                 one.rmdir()

@@ -120,7 +120,6 @@ class Stages:
                         f"{saved}: a resumed run must keep its encoders; {name} was {before[name]!r}, got "
                         f"{now[name]!r}; {START_OVER}"
                     )
-        save_config(config, saved)
 
     @property
     def final(self) -> str:
@@ -140,14 +139,15 @@ class Stages:
         )
         source, note = load(), self.path("source.json")
         parts = source_fingerprints(source, pictures=self.config.image != "none")
+        before = read_json(note) if note.is_file() else load_dataset(folder).fingerprints if folder.is_dir() else {}
+        changed = [name for name in _comparable(parts, before) if parts[name] != before[name]]
+        if changed:
+            raise ValueError(
+                f"{self.out}: a resumed run must keep its data, and those given are others: {', '.join(changed)}; "
+                f"give the data it was started with, read with the same options, or, {START_OVER}"
+            )
+        save_config(self.config, self.path("config.yaml"))
         if folder.is_dir():
-            before = read_json(note) if note.is_file() else load_dataset(folder).fingerprints
-            changed = [name for name in _comparable(parts, before) if parts[name] != before[name]]
-            if changed:
-                raise ValueError(
-                    f"{self.out}: a resumed run must keep its data, and those given are others: {', '.join(changed)}; "
-                    f"give the data it was started with, read with the same options, or, {START_OVER}"
-                )
             print(f"{folder} is there from before, and of the same data.")
         else:
             encoded = _with_features(source, self.config, self.cache)
