@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["WriteError", "append_line", "atomic_path", "read_json", "writing"]
+__all__ = ["WriteError", "append_line", "atomic_path", "read_json", "reading", "writing"]
 
 # What numpy, SQLite and writers in Rust say in place of an OSError.
 _FULL = re.compile(r"\d+ requested and \d+ written|No space left on device|disk is full", re.IGNORECASE)
@@ -84,6 +84,17 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
         except OSError:
             file.truncate(length)
             raise
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raises: ValueError naming `path`, in place of what a library raises for a file that is not what it must be."""
+    try:
+        yield
+    except (OSError, ValueError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{os.fspath(path)}: damaged, or not the file that must be there ({error})") from error
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

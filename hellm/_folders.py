@@ -120,8 +120,10 @@ def check_target(
     if resume and overwrite:
         raise ValueError("resume and overwrite must not both be given")
     folder = _resolved(path)
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{path} is a file; give another folder")
+    for one in (folder, *folder.parents):
+        if one.exists() and not one.is_dir():
+            shown = path if one == folder else one
+            raise FileExistsError(f"{shown} is a file; give another folder")
     if not folder.is_dir() or _is_empty(folder):
         return
     if not (resume or overwrite):
@@ -284,10 +286,9 @@ def _check_protected(path: Path_, folder: Path, inputs: Iterable[Path_ | None]) 
             continue
         for one in (real, *real.parents) if real.exists() else ():
             # Not by name: case, mounts and links give one folder several.
-            with contextlib.suppress(OSError):
-                if os.path.samestat(own, one.stat()):
-                    how = "is" if one == real else "holds"
-                    raise FileExistsError(f"{path} {how} {what}, so it is not replaced; give another folder") from None
+            if os.path.samestat(own, one.stat()):
+                how = "is" if one == real else "holds"
+                raise FileExistsError(f"{path} {how} {what}, so it is not replaced; give another folder")
 
 
 def _first_foreign(folder: Path, mark: dict[str, Any]) -> str | None:

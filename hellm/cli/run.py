@@ -16,7 +16,7 @@ from hellm.cli._output import duration, print_json, title
 from hellm.cli._training import parse_settings, settings_parser
 from hellm.cli.data import reading_options, summary
 from hellm.cli.features import CACHE_HELP
-from hellm.config import RunConfig, config_to_dict, load_config, save_config
+from hellm.config import RunConfig, config_to_dict, load_saved_config, save_config
 from hellm.training.run_directory import RUN_LAYOUT, START_OVER
 
 __all__ = ["LAYOUT", "Stages", "check_stages", "run", "source_fingerprints"]
@@ -113,7 +113,7 @@ class Stages:
         saved = self.path("config.yaml")
         self._before = saved.read_text(encoding="utf-8") if saved.is_file() else None
         if saved.is_file():
-            before, now = (config_to_dict(one) for one in (load_config(RunConfig, saved), config))
+            before, now = (config_to_dict(one) for one in (load_saved_config(RunConfig, saved), config))
             for name in ("text", "image"):
                 if before[name] != now[name]:
                     raise ValueError(

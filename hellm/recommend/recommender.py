@@ -100,10 +100,10 @@ class Recommender:
                 raise FileNotFoundError(f"{path} holds no {name}: it is no run directory, or the run is not finished")
         file = path / "ids.parquet"
         try:
-            ids = pl.read_parquet(file)
+            ids = pl.read_parquet(file, glob=False)
             _, titles = side_of(ids, "item")
             file = path / "histories.parquet"
-            histories = pl.read_parquet(file)
+            histories = pl.read_parquet(file, glob=False)
             file = path / "embeddings.safetensors"
             model = load_served(path, titles)
             model.to(device)

@@ -23,9 +23,9 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hellm._files import append_line, atomic_path, read_json, writing
+from hellm._files import append_line, atomic_path, read_json, reading, writing
 from hellm._folders import check_target, clear_folder, mark_folder
-from hellm.config import config_to_dict, load_config, save_config
+from hellm.config import config_to_dict, load_saved_config, save_config
 from hellm.data import Dataset
 
 __all__ = ["RUN_LAYOUT", "RunDirectory", "check_run", "environment", "peak_memory_bytes"]
@@ -159,8 +159,8 @@ class RunDirectory:
         Raises: ValueError, if a setting outside `may_change` differs from those it was trained with (which, and how).
         """
         changed = False
-        if self.config.is_file() and self.is_trained:
-            before, now = config_to_dict(load_config(type(config), self.config)), config_to_dict(config)
+        if self.is_trained:
+            before, now = config_to_dict(load_saved_config(type(config), self.config)), config_to_dict(config)
             for key in now:
                 if before[key] != now[key] and key not in may_change:
                     name, was, given = _first_difference(key, before[key], now[key])
@@ -201,24 +201,28 @@ class RunDirectory:
         """What differs from ids.parquet, for a run that was finished before ids had a fingerprint."""
         import polars as pl
 
-        table = pl.read_parquet(self.ids).sort("index")
         own = {"user ids": ("user", dataset.user_ids.ids), "item ids": ("item", dataset.item_ids.ids)}
-        return [name for name, (side, ids) in own.items() if table.filter(side=side)["id"].to_list() != ids]
+        with reading(self.ids):
+            table = pl.read_parquet(self.ids, glob=False).sort("index")
+            return [name for name, (side, ids) in own.items() if table.filter(side=side)["id"].to_list() != ids]
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add the record of one epoch or validation."""
         append_line(self.metrics, json.dumps(record))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All records so far; a last line cut short by a kill is left out."""
+        """All records so far, up to a line that is none, as a kill may have left at the end."""
         if not self.metrics.is_file():
             return []
         records = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not isinstance(record, dict) or "epoch" not in record:
+                break
+            records.append(record)
         return records
 
     def training_seconds(self) -> float:
@@ -242,8 +246,12 @@ class RunDirectory:
             temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
     def read_result(self) -> dict[str, Any]:
-        """The result of a finished run."""
-        return read_json(self.result)
+        """The result of a finished run. Raises: ValueError, a damaged file."""
+        result = read_json(self.result)
+        missing = [name for name in ("stage", "test", "valid", "best_epoch", "num_epochs") if name not in result]
+        if missing:
+            raise ValueError(f"{self.result}: damaged, lacks {missing[0]!r}; {START_OVER}")
+        return result
 
     def write_ids(self, dataset: Dataset) -> None:
         """Write ids.parquet: side ("user" or "item"), index (embedding row), id, title (of items that have one)."""
