@@ -44,6 +44,7 @@ RUN_LAYOUT = (
     "checkpoint/last.safetensors",
     "checkpoint/best.safetensors",
     "checkpoint/data.json",
+    "checkpoint/language_model.json",
     "sequence_model/embeddings.safetensors",
     "model/config.json",
     "model/model.safetensors",
