@@ -43,11 +43,11 @@ def call(capsys):
 
 @pytest.fixture
 def fails(call):
-    """Run a command that must fail as the user's mistake: one line on stderr, nothing on stdout."""
+    """Run a command that must fail as the user's mistake: one line on stderr, `out` on stdout (None: anything)."""
 
-    def fails(*argv, match: str, code: int = 2) -> None:
-        found, out, err = call(*argv)
-        assert (found, out) == (code, "")
+    def fails(*argv, match: str, code: int = 2, out: str | None = "") -> None:
+        found, printed, err = call(*argv)
+        assert (found, printed) == (code, printed if out is None else out)
         assert err.startswith("hellm: error: ") and err.count("\n") == 1
         assert re.search(match, err), err
 

@@ -43,8 +43,9 @@ def test_json_ends_with_one_line(shop, tmp_path, capsys, text_encoder):  # noqa:
 
 def test_out_that_exists_is_refused_before_any_work(shop, tmp_path, capsys):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").touch()
     assert main(["features", shop, "--out", str(tmp_path / "out"), "--text", "/nowhere"]) == 2
-    assert "exists already; give another path or --overwrite" in capsys.readouterr().err
+    assert "is not empty; --overwrite replaces it, or give another" in capsys.readouterr().err
 
 
 def test_errors_exit_with_2_and_leave_nothing(shop, tmp_path, capsys):

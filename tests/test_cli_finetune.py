@@ -78,7 +78,7 @@ def test_a_refused_setting_is_not_kept(fails, made, call):
     assert code == 2 and "a resumed run must keep its settings; learning_rate was" in err
     assert (made / "config.yaml").read_text(encoding="utf-8") == kept
     code, out, _ = call(*resume)
-    assert code == 0 and f"{made / 'data'} is there from before and stays" in out
+    assert code == 0 and f"{made / 'data'} is there from before, and of the same data" in out
 
 
 def test_dry_run_counts_and_writes_nothing(call, argv, made, tmp_path):

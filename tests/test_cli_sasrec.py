@@ -40,7 +40,7 @@ def test_run_is_told_refused_resumed_and_overwritten(call, shop, tmp_path):
     assert code == 0 and re.search(r"recall@10 +0\.\d{4} +0\.\d{4} to 0\.\d{4} +0\.\d{4}", out)
     assert "protocol recbole-sequential: RecBole sequential models, full ranking: nothing masked" in out
     code, _, err = call(*argv, *FAST)
-    assert code == 2 and "is not empty; resume it, overwrite it, or choose another" in err
+    assert code == 2 and "is not empty; --resume goes on with it, --overwrite replaces it" in err
     longer = last_json(call(*argv, "--resume", "--max-epochs", "3", "--json")[1])
     assert longer["num_epochs"] == 3
     code, _, err = call(*argv, "--resume", "seed=9")

@@ -411,13 +411,14 @@ class TestFiles:
 
     def test_save_refuses_what_is_there(self, recommender, tmp_path):
         path = recommender.save(tmp_path / "saved")
-        with pytest.raises(FileExistsError, match="exists already"):
+        with pytest.raises(FileExistsError, match="is not empty; overwrite=True replaces it"):
             recommender.save(path)
         assert recommender.save(path, overwrite=True) == path
 
     def test_save_overwrites_recommenders_only(self, recommender, tmp_path):
         (tmp_path / "letters").mkdir()
-        with pytest.raises(FileExistsError, match=r"holds no embeddings.safetensors, so it is no recommender"):
+        (tmp_path / "letters" / "embeddings.safetensors").touch()
+        with pytest.raises(FileExistsError, match=r"holds no \.hellm\.json, so hellm did not make it"):
             recommender.save(tmp_path / "letters", overwrite=True)
 
     def test_nothing_is_left_when_saving_fails(self, recommender, tmp_path, monkeypatch):

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import importlib
 import logging
 import os
+import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
+
+from hellm.cli._output import printable
 
 __all__ = ["main"]
 
@@ -30,6 +36,8 @@ VERBS = {
     "info": ("hellm.cli.info", "what is installed and usable here; --selftest checks the operators"),
     "demo": ("hellm.cli.demo", "the whole way on a made-up shop, in some minutes"),
 }
+# Verbs that go on with what is there.
+_RESUMED = ("run", "pretrain", "sasrec", "finetune")
 _HELP = """usage: hellm VERB [options]      hellm VERB --help for the options of a verb
 
 {verbs}
@@ -49,14 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program name; None takes those of the process.
     Returns: Exit code: 0, 1 (the command ran and the answer is bad, or an error inside hellm), 2 (wrong arguments or
-        data), 130 (interrupted), 128 + n (training stopped by signal n after saving its state).
+        data, or no room to write), 130 (interrupted), 128 + n (stopped by signal n; a training saves its state first).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [one for one in arguments if one != "--debug"]
-    with _messages_on_stderr(), _one_voice():
+    with _messages_on_stderr(), _one_voice(), printable(sys.stdout), printable(sys.stderr), _stopped_by_signals():
         try:
-            return _dispatch(arguments)
+            code = _dispatch(arguments)
+            # Here, so that a full disk behind standard output is told like any other.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
         except SystemExit as stop:
             # An interrupted training says what it saved; argparse's own exits (--help) have nothing to add.
             if getattr(stop, "message", None) and _index() == 0:
@@ -72,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:
             if debug:
                 raise
-            return _report(error)
+            return _report(error, arguments[0])
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -95,13 +107,22 @@ def _dispatch(argv: list[str]) -> int:
     return importlib.import_module(VERBS[argv[0]][0]).run(argv[1:])
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, verb: str) -> int:
     """One line on stderr, and the exit code."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, FileNotFoundError) and error.filename is not None:
-        text = f"{error.filename}: no such file or folder"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        missing = isinstance(error, FileNotFoundError)
+        text = f"{_shown(error.filename)}: {'no such file or folder' if missing else error.strerror.lower()}"
+    elif isinstance(error, OSError) and error.errno is not None and error.strerror:
+        text = f"standard output or a file: {error.strerror.lower()}"
+    if getattr(error, "disk_is_full", False) or getattr(error, "errno", None) == errno.ENOSPC:
+        again = "the same command with --resume" if verb in _RESUMED else "the same command again"
+        text += f"; make room there, then give {again}: what was written before is whole"
     # Library messages name the Python argument.
-    text = text.replace("overwrite=True", "--overwrite")
+    for name in ("overwrite", "resume"):
+        text = re.sub(rf"\b{name}=True\b", f"--{name}", text)
+    if verb == "ablate":
+        text = text.replace("--overwrite", "an --out that is new")
     missing_extra = isinstance(error, ImportError) and 'pip install "hellm[' in text
     if isinstance(error, (ValueError, OSError)) or missing_extra:
         _say(f"error: {text}")
@@ -117,8 +138,14 @@ def _report(error: Exception) -> int:
     return 1
 
 
+def _shown(path: object) -> str:
+    return os.fsdecode(path) if isinstance(path, (str, bytes)) else str(path)
+
+
 def _say(text: str) -> None:
-    print(f"hellm: {text}", file=sys.stderr)
+    # Where nobody listens any more, there is nobody to tell.
+    with contextlib.suppress(OSError):
+        print(f"hellm: {text}", file=sys.stderr)
 
 
 def _index() -> int:
@@ -135,6 +162,39 @@ def _one_voice() -> Iterator[None]:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+class _Stopped(SystemExit):
+    """A signal asked for the end. The exit code is 128 + its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.message = f"stopped by {signal.Signals(number).name}"
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP end a command the way Ctrl-C does: what is unfinished is removed, locks are freed.
+
+    Training has its own way (`hellm.training.loop.fit`). An ignored signal, as nohup makes SIGHUP, stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise _Stopped(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    previous = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class _StderrHandler(logging.Handler):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hellm._files import atomic_path
+
 __all__ = ["plot_ablation", "plot_planted_structure"]
 
 
@@ -61,9 +63,8 @@ def plot_planted_structure(
         f"(chance: {shares['chance']:.0%})",
         fontsize=14,
     )
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    temporary.replace(path)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def plot_ablation(
@@ -114,6 +115,5 @@ def plot_ablation(
     axes.invert_yaxis()
     axes.set(xlabel=f"test {metric} with {interval}", xlim=(0, 1.3 * right or 1.0), title=title)
     axes.spines[["top", "right"]].set_visible(False)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

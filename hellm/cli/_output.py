@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
+import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["count", "difference", "duration", "one_line", "print_json", "table", "title"]
+__all__ = ["count", "difference", "duration", "one_line", "print_json", "printable", "table", "title"]
+
+_PLAIN = {"±": "+-"}
 
 
 def print_json(value: Any) -> None:
-    """One line, the last of the command."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    """One line, the last of the command. Raises: ValueError, a number that JSON has not (NaN, infinity)."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    print(text, flush=True)
+
+
+@contextlib.contextmanager
+def printable(stream: Any) -> Iterator[None]:
+    """Lets a text stream of any encoding take every text: what it has no sign for is written in plain signs."""
+    if not hasattr(stream, "reconfigure"):
+        yield
+        return
+    codecs.register_error("hellm", _plain)
+    before = stream.errors
+    stream.reconfigure(errors="hellm")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=before)
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    signs = error.object[error.start : error.end]
+    plain = (_PLAIN.get(sign, sign.encode("ascii", "backslashreplace").decode()) for sign in signs)
+    return "".join(plain), error.end
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, indent: int = 2) -> str:

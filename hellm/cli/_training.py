@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from hellm.cli._output import count, duration, print_json, table
 from hellm.cli._parser import add_settings, new_parser, parse
 from hellm.cli.data import add_reading_options, reading_options
-from hellm.config import PRESETS, config_from_dict, config_to_dict, load_config
+from hellm.config import PRESETS, config_from_dict, config_to_dict, load_config, load_saved_config
 
 __all__ = ["parse_settings", "print_result", "run_training", "settings_parser"]
 
@@ -44,14 +44,19 @@ def run_training(
     args, config = parse_settings(parser, argv, config_class)
     from hellm.data import load_dataset
 
-    dataset = load_dataset(args.data, **reading_options(args))
     runs = {name: args[name] for name in inputs}
     if args.dry_run:
+        dataset = load_dataset(args.data, **reading_options(args))
         planned = plan(config, dataset, **runs)
         print_json(planned) if args.json else print_plan(planned, dataset)
         return 0
     if args.out is None:
         raise ValueError("missing: --out (the run directory to make)")
+    from hellm.training.run_directory import check_run
+
+    # Before the data are read, which may take long.
+    check_run(args.out, resume=args.resume, overwrite=args.overwrite, inputs=[args.data, *runs.values()])
+    dataset = load_dataset(args.data, **reading_options(args))
     result = train(config, dataset, args.out, resume=args.resume, overwrite=args.overwrite, **runs)
     if args.json:
         print_json(result)
@@ -121,7 +126,7 @@ def _use_base(parser, argv: Sequence[str], config_class: type) -> None:
             raise FileNotFoundError(f"config file {given['config']} does not exist")
         base = load_config(config_class, given["config"])
     elif "--resume" in argv and given["out"] is not None and (Path(given["out"]) / "config.yaml").is_file():
-        base = load_config(config_class, Path(given["out"]) / "config.yaml")
+        base = load_saved_config(config_class, Path(given["out"]) / "config.yaml")
     if base is not None:
         parser.set_defaults(_dotted(config_to_dict(base)))
 

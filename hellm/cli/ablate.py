@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ __all__ = ["ablate", "print_ablation", "run"]
 def run(argv: Sequence[str]) -> int:
     args, config = parse_settings(_parser(), argv, FinetuneConfig)
     from hellm.data import load_dataset
+    from hellm.training.ablation import check_ablations
 
+    check_ablations(args.out)
     dataset = load_dataset(args.data, **reading_options(args))
     ablation = ablate(
         config, dataset, args.out, graph=args.graph, sequence=args.sequence, rows=args.rows, seeds=args.seeds
@@ -74,17 +77,24 @@ def ablate(config: FinetuneConfig, dataset, out: str | Path, **options: Any) -> 
     Returns: plain values, as in ablation.json; see `hellm.training.ablation_report`.
     Raises: as `run_ablations`; ImportError without scipy, where there are several seeds.
     """
-    import json
-
-    from hellm._files import atomic_path
-    from hellm.evaluate import evaluate_dataset, evaluate_histories, seeds_summary
-    from hellm.training.ablation import run_ablations
-    from hellm.training.ablation_report import ablation_report
+    from hellm.evaluate import seeds_summary
+    from hellm.training.ablation import hold_ablations
 
     if len(set(options.get("seeds") or ())) > 1:
         # A missing package shows now, not after the training.
         seeds_summary([{}, {}])
     out = Path(out)
+    with hold_ablations(out):
+        return _ablate(config, dataset, out, options)
+
+
+def _ablate(config: FinetuneConfig, dataset, out: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+
+    from hellm._files import atomic_path
+    from hellm.evaluate import evaluate_dataset, evaluate_histories
+    from hellm.training.ablation import run_ablations
+    from hellm.training.ablation_report import ablation_report
+
     ran = run_ablations(
         config,
         dataset,

@@ -132,9 +132,11 @@ def _write(action: str, argv: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     parser.add_argument("--json", action="store_true", help="print what was written as one line of JSON")
     args = parse(parser, argv)
+    from hellm._folders import check_target
     from hellm.data import load_dataset, save_dataset
 
     form = args.to if converts else "hellm"
+    check_target(args.out, kind="data", overwrite=args.overwrite, inputs=[args.source])
     dataset = load_dataset(args.source, **reading_options(args))
     save_dataset(dataset, args.out, form=form, overwrite=args.overwrite)
     if args.json:

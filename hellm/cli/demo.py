@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from hellm._folders import check_target, hold, mark_folder
 from hellm.cli._output import duration, print_json
 from hellm.cli._parser import new_parser, parse
-from hellm.cli.run import Stages
+from hellm.cli.features import CACHE_HELP
+from hellm.cli.run import LAYOUT, Stages
 from hellm.config import PRESETS, RunConfig
 
 __all__ = ["run"]
 
 _NUM_GROUPS = 8
-_MADE = {"shop", "run", "planted_structure.png"}
+_LAYOUT = ("planted_structure.png", "shop/*", "shop/images/*", *(f"run/{file}" for file in LAYOUT))
 
 
 def run(argv: Sequence[str]) -> int:
@@ -37,19 +39,19 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--llm", default="smollm2-135m", metavar="NAME", help="language model, or none to leave it out")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--overwrite", action="store_true", help="make the demo anew where it is already")
+    parser.add_argument("--cache", metavar="DIR", help=CACHE_HELP)
     parser.add_argument("--json", action="store_true", help="end with the comparison as one line of JSON")
     args = parse(parser, argv)
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file; give another --out")
-    if out.is_dir() and any(out.iterdir()) and not args.overwrite:
-        raise FileExistsError(f"{out} is not empty; give --overwrite or another --out")
-    foreign = sorted({one.name for one in out.iterdir()} - _MADE) if out.is_dir() else []
-    if foreign:
-        raise FileExistsError(f"{out} holds {foreign[0]!r}, which no demo made, so nothing there is overwritten")
+    check_target(args.out, kind="demo", overwrite=args.overwrite)
+    with hold(args.out):
+        mark_folder(args.out, "demo", layout=_LAYOUT)
+        return _run(Path(args.out), args)
+
+
+def _run(out: Path, args) -> int:
     started = time.perf_counter()
     _make_shop(out, args)
-    stages = Stages(out / "run", _config(args), overwrite=args.overwrite)
+    stages = Stages(out / "run", _config(args), overwrite=args.overwrite, cache=args.cache)
     stages.prepare(lambda: _load(out / "shop"))
     with _same_threads():
         stages.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from hellm.cli._parser import new_parser, parse
 from hellm.cli.data import add_reading_options, reading_options
 
 __all__ = ["print_comparison", "run"]
+
+logger = logging.getLogger(__name__)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -62,12 +65,14 @@ def run(argv: Sequence[str]) -> int:
     # Here --split names the held-out events; how the data are split is --data-split, or as the runs have it.
     split = args.data_split or split_of_runs(rows)
     dataset = load_dataset(args.data, **reading_options(args) | {"split": split})
+    if max(args.ks) > dataset.num_items:
+        logger.warning("list lengths (--ks) cut to the %d items there are", dataset.num_items)
     comparison = compare(
         rows,
         dataset,
         split=args.split,
         protocol=args.protocol.split(","),
-        ks=args.ks,
+        ks=[min(k, dataset.num_items) for k in args.ks],
         metrics=args.metrics,
         slices=args.slices,
         seed=args.seed,

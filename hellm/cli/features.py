@@ -6,18 +6,25 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from hellm._folders import check_target, hold
 from hellm.cli._output import count, duration, print_json
 from hellm.cli._parser import new_parser, parse
 from hellm.cli.data import add_reading_options, describe, reading_options
 
-__all__ = ["run"]
+__all__ = ["CACHE_HELP", "run"]
+
+CACHE_HELP = "folder for encoded texts and pictures, which are kept for the next time; default: ~/.cache/hellm"
 
 
 def run(argv: Sequence[str]) -> int:
     args = parse(_parser(), argv)
     out, started = Path(args.out), time.perf_counter()
-    if out.exists() and not args.overwrite:
-        raise FileExistsError(f"{out}: exists already; give another path or overwrite=True")
+    check_target(out, kind="data", overwrite=args.overwrite, inputs=[args.data])
+    with hold(out, beside=True):
+        return _encode(args, out, started)
+
+
+def _encode(args, out: Path, started: float) -> int:
     from hellm.data import load_dataset, save_dataset
     from hellm.features import add_features, choose_encoders
     from hellm.features.cache import default_cache
@@ -31,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
         batch_size=args.batch_size,
         max_length=args.max_length,
         device=args.device,
-        cache=args.cache or default_cache(),
+        cache=default_cache() if args.cache is None else args.cache,
     )
     save_dataset(dataset, out, overwrite=args.overwrite)
     seconds, encoded = time.perf_counter() - started, {}
@@ -72,7 +79,7 @@ def _parser():
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts or pictures encoded at once")
     parser.add_argument("--max-length", type=int, default=256, metavar="N", help="tokens of a text that count")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--cache", metavar="DIR", help="folder of the cache; default: ~/.cache/hellm")
+    parser.add_argument("--cache", metavar="DIR", help=CACHE_HELP)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     parser.add_argument("--json", action="store_true", help="print what was written as one line of JSON")
     add_reading_options(parser)

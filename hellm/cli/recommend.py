@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,16 +12,19 @@ from hellm.cli._parser import new_parser, parse
 
 __all__ = ["print_lists", "run"]
 
+logger = logging.getLogger(__name__)
+
 
 def run(argv: Sequence[str]) -> int:
     parser = new_parser(
         "recommend",
         "RUN (--users ID ... | --history ITEM ... | --similar-to ITEM) [options]",
         "Recommend from a finished run directory alone, of any stage: to known users, to a bare history of items, or "
-        "items like an item. Without any history the most popular items are given, and marked so.",
+        "items like an item. Users without any history, unknown ones among them, are given the most popular items, and "
+        "that is marked. Unknown items in a history or among the candidates are left out, with a count.",
     )
     parser.add_argument("run", metavar="RUN", help="run directory")
-    parser.add_argument("--users", nargs="+", type=str, metavar="ID", help="ids of known users")
+    parser.add_argument("--users", nargs="+", type=str, metavar="ID", help="ids of users")
     parser.add_argument("--history", nargs="*", type=str, metavar="ITEM", help="item ids of one history; may be empty")
     parser.add_argument("--similar-to", type=str, metavar="ITEM", help="item id")
     parser.add_argument("-k", type=int, default=10, metavar="N", help="length of each list")
@@ -39,16 +44,24 @@ def run(argv: Sequence[str]) -> int:
     from hellm._devices import resolve_device
     from hellm.recommend import Recommender
 
+    candidates = _candidates(args)
     recommender = Recommender.load(args.run, device=resolve_device(args.device), language_model=args.llm)
     if args.similar_to is not None:
         return _similar(recommender, args)
-    histories = None if args.history is None else [args.history]
-    lists = recommender.recommend(
-        args.users, histories, args.k, exclude_seen=not args.include_seen, candidates=_candidates(args)
-    )
-    reasons = _reasons(recommender, lists, args.history) if args.explain else None
+    if args.k < 1:
+        raise ValueError(f"-k must be >= 1, got {args.k}")
+    left_out = {}
+    if candidates is not None:
+        candidates, left_out["unknown_candidates"] = _known(recommender.item_ids, candidates, "candidates")
+        if not candidates:
+            raise ValueError(f"none of the candidates is among the {recommender.num_items} items of {args.run}")
+    history = args.history
+    if history is not None:
+        history, left_out["unknown_history"] = _known(recommender.item_ids, history, "items of the history")
+    lists = _lists(recommender, args, history, candidates)
+    reasons = _reasons(recommender, lists, history) if args.explain else None
     if args.json:
-        values = [one.to_dict() for one in lists]
+        values = [one.to_dict() | {name: number for name, number in left_out.items() if number} for one in lists]
         for value, of_list in zip(values, reasons or [], strict=False):
             for item, why in zip(value["items"], of_list, strict=True):
                 item["because"] = [reason.to_dict() for reason in why]
@@ -56,6 +69,50 @@ def run(argv: Sequence[str]) -> int:
     else:
         print_lists(lists, reasons)
     return 0
+
+
+def _known(ids, given: Sequence[str], what: str) -> tuple[list[str], int]:
+    """Those of `given` that the run knows, and how many it does not, which are told of."""
+    unknown = [one for one in given if one not in ids]
+    if unknown:
+        logger.warning(
+            "%d of %d %s are not known to the run and left out: %s", len(unknown), len(given), what, _some(unknown, ids)
+        )
+    return [one for one in given if one in ids], len(unknown)
+
+
+def _some(unknown: Sequence[str], ids) -> str:
+    from hellm.recommend.catalogue import nearest_names
+
+    shown = ", ".join(map(repr, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
+    nearest = nearest_names(unknown[0], ids.ids)
+    return shown + (f" (like {unknown[0]!r}: {', '.join(nearest)})" if nearest else "")
+
+
+def _lists(recommender, args, history: list[str] | None, candidates: list[str] | None) -> list:
+    """One list for each user or the history, in their order; unknown users have what an empty history has."""
+    options = {
+        "k": min(args.k, recommender.num_items),
+        "exclude_seen": not args.include_seen,
+        "candidates": candidates,
+    }
+    if history is not None:
+        return recommender.recommend(histories=[history], **options)
+    known = [user for user in args.users if user in recommender.user_ids]
+    unknown = [user for user in args.users if user not in recommender.user_ids]
+    lists = iter(recommender.recommend(known, **options) if known else [])
+    if not unknown:
+        return list(lists)
+    logger.warning(
+        "%d of %d users are not known to the run and get the most popular items: %s",
+        len(unknown),
+        len(args.users),
+        _some(unknown, recommender.user_ids),
+    )
+    (popular,) = recommender.recommend(histories=[[]], **options)
+    return [
+        next(lists) if user in recommender.user_ids else dataclasses.replace(popular, user=user) for user in args.users
+    ]
 
 
 def print_lists(lists, reasons=None) -> None:
@@ -98,7 +155,7 @@ def _because(reasons) -> list[str]:
 
 
 def _similar(recommender, args) -> int:
-    items = recommender.similar_items(args.similar_to, args.k)
+    items = recommender.similar_items(args.similar_to, max(1, min(args.k, recommender.num_items - 1)))
     if args.json:
         print_json([vars(item) for item in items])
         return 0
@@ -112,7 +169,10 @@ def _candidates(args) -> list[str] | None:
         return args.candidates
     if args.candidates is not None:
         raise ValueError("give either --candidates or --candidates-file, got both")
-    lines = Path(args.candidates_file).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = Path(args.candidates_file).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.candidates_file}: must be text in UTF-8 ({error})") from None
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hellm._files import atomic_path
+from hellm._files import atomic_path, read_json, writing
+from hellm._folders import check_target, clear_folder, hold, mark_folder
 from hellm.cli._output import duration, print_json, title
 from hellm.cli._training import parse_settings, settings_parser
 from hellm.cli.data import reading_options, summary
-from hellm.config import RunConfig, config_to_dict, load_config, save_config
+from hellm.cli.features import CACHE_HELP
+from hellm.config import RunConfig, config_to_dict, load_saved_config, save_config
+from hellm.training.run_directory import RUN_LAYOUT, START_OVER
 
-__all__ = ["Stages", "run"]
+__all__ = ["LAYOUT", "Stages", "check_stages", "run", "source_fingerprints"]
 
-_MADE = ("config.yaml", "data", "stage1", "lightgcn", "sasrec", "llm", "comparison.json", "recommendations.json")
+_STAGES = ("stage1", "lightgcn", "sasrec", "llm")
+LAYOUT = (
+    *("config.yaml", "source.json", "comparison.json", "recommendations.json"),
+    *("data/dataset.json", "data/*.parquet", "data/features/*.npy"),
+    *(f"{stage}/{file}" for stage in _STAGES for file in RUN_LAYOUT),
+)
 # Users shown at the end.
 _SHOWN = 3
 
@@ -32,13 +41,20 @@ def run(argv: Sequence[str]) -> int:
         dry_run="stop when the data are read and encoded",
         json="print the comparison as one line of JSON, the last of the output",
     )
+    parser.add_argument("--cache", metavar="DIR", help=CACHE_HELP)
     args, config = parse_settings(parser, argv, RunConfig)
     if args.out is None:
         raise ValueError("missing: --out (the folder to make)")
-    started = time.perf_counter()
-    stages = Stages(Path(args.out), config, resume=args.resume, overwrite=args.overwrite)
+    check_stages(args.out, resume=args.resume, overwrite=args.overwrite, inputs=[args.data])
+    with hold(args.out):
+        return _run(args, config)
+
+
+def _run(args, config: RunConfig) -> int:
     from hellm.data import load_dataset
 
+    started = time.perf_counter()
+    stages = Stages(Path(args.out), config, resume=args.resume, overwrite=args.overwrite, cache=args.cache)
     stages.prepare(lambda: load_dataset(args.data, **reading_options(args)))
     if args.dry_run:
         print(f"Nothing was trained (--dry-run); the data with their features are in {stages.path('data')}.")
@@ -53,6 +69,17 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def check_stages(
+    path: str | Path, *, resume: bool = False, overwrite: bool = False, inputs: Sequence[str | Path | None] = ()
+) -> None:
+    """Whether a run of all stages may be made, gone on with or replaced at `path`; changes nothing.
+
+    Raises: FileExistsError, ValueError: see `hellm._folders.check_target`.
+    """
+    options = {"resume": resume, "overwrite": overwrite, "inputs": inputs, "proof": "data"}
+    check_target(path, kind="run of all stages", layout=LAYOUT, **options)
+
+
 class Stages:
     """The stages of a run, each with its folder in `out`, each skipped where it is done.
 
@@ -61,34 +88,38 @@ class Stages:
         config: settings of all stages.
         resume: go on with what is there.
         overwrite: delete what is there.
+        cache: folder for encoded texts and pictures; None is `hellm.features.cache.default_cache()`.
     Raises: FileExistsError, something is there and neither is given, or it is no such run; ValueError, both are given,
         or a resumed run has other settings (those of a stage are checked by the stage).
     """
 
-    def __init__(self, out: Path, config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> None:
-        if resume and overwrite:
-            raise ValueError("resume and overwrite must not both be given")
-        self.out, self.config, self.dataset, self.number = out, config, None, 0
-        present = sorted(one.name for one in out.iterdir()) if out.is_dir() else []
-        if out.exists() and not out.is_dir():
-            raise FileExistsError(f"{out} is a file; give another --out")
-        if present and not resume:
-            if not overwrite:
-                raise FileExistsError(f"{out} is not empty; resume it, overwrite it, or choose another")
-            if "config.yaml" not in present:
-                raise FileExistsError(f"{out} holds no config.yaml, so it is no run and is not overwritten")
-            _delete([out / name for name in _MADE if name in present])
+    def __init__(
+        self,
+        out: Path,
+        config: RunConfig,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        cache: str | Path | None = None,
+    ) -> None:
+        check_stages(out, resume=resume, overwrite=overwrite)
+        self.out, self.config, self.cache, self.dataset, self.number = out, config, cache, None, 0
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            mark_folder(out, "run of all stages", layout=LAYOUT)
+            if overwrite:
+                # What a stage left can be gone on with only where the data are.
+                clear_folder(out, last=[self.path("data"), self.path("config.yaml")])
         saved = self.path("config.yaml")
         self._before = saved.read_text(encoding="utf-8") if saved.is_file() else None
         if saved.is_file():
-            before, now = (config_to_dict(one) for one in (load_config(RunConfig, saved), config))
+            before, now = (config_to_dict(one) for one in (load_saved_config(RunConfig, saved), config))
             for name in ("text", "image"):
                 if before[name] != now[name]:
                     raise ValueError(
-                        f"{saved}: a resumed run must keep its encoders; {name} was {before[name]!r}, got {now[name]!r}"
+                        f"{saved}: a resumed run must keep its encoders; {name} was {before[name]!r}, got "
+                        f"{now[name]!r}; {START_OVER}"
                     )
-        out.mkdir(parents=True, exist_ok=True)
-        save_config(config, saved)
 
     @property
     def final(self) -> str:
@@ -106,10 +137,23 @@ class Stages:
         self._step(
             "Read the data, encode texts and pictures, and hold out events.", f"hellm features DATA --out {folder}"
         )
+        source, note = load(), self.path("source.json")
+        parts = source_fingerprints(source, pictures=self.config.image != "none")
+        before = read_json(note) if note.is_file() else load_dataset(folder).fingerprints if folder.is_dir() else {}
+        changed = [name for name in _comparable(parts, before) if parts[name] != before[name]]
+        if changed:
+            raise ValueError(
+                f"{self.out}: a resumed run must keep its data, and those given are others: {', '.join(changed)}; "
+                f"give the data it was started with, read with the same options, or, {START_OVER}"
+            )
+        save_config(self.config, self.path("config.yaml"))
         if folder.is_dir():
-            print(f"{folder} is there from before and stays; to read the source again, delete it.")
+            print(f"{folder} is there from before, and of the same data.")
         else:
-            save_dataset(_with_features(load(), self.config), folder)
+            encoded = _with_features(source, self.config, self.cache)
+            with atomic_path(note) as temporary:
+                temporary.write_text(json.dumps(parts) + "\n", encoding="utf-8")
+            save_dataset(encoded, folder)
         self.dataset = load_dataset(folder)
         print(f"{self.dataset.name}: {summary(self.dataset)}")
         for note in self.dataset.notes:
@@ -123,7 +167,9 @@ class Stages:
         from hellm.training.sasrec import train_sasrec
 
         config, common = self.config, {"protocol": self.config.protocol, "ks": self._ks()}
-        stage_1 = _with_common(config.pretrain, common)
+        if max(config.ks) > self.dataset.num_items:
+            print(f"  note: list lengths cut to the {self.dataset.num_items} items there are")
+        stage_1 = replace(config.pretrain, **common)
         self._train(
             "stage1", "Train the hypergraph recommender (stage 1).", "pretrain", pretrain, stage_1, evaluate_dataset
         )
@@ -131,7 +177,7 @@ class Stages:
             model = replace(stage_1.model, backbone="lightgcn", user_hypergraph=False, item_hypergraph=False)
             baseline = replace(stage_1, model=model)
             self._train("lightgcn", "Train LightGCN to compare with.", "pretrain", pretrain, baseline, evaluate_dataset)
-        sequence = _with_common(config.sasrec, common)
+        sequence = replace(config.sasrec, **common)
         self._train("sasrec", "Train the sequence model SASRec.", "sasrec", train_sasrec, sequence, evaluate_histories)
         if not config.language_model:
             return
@@ -141,7 +187,7 @@ class Stages:
             f"Fine-tune the language model {config.finetune.llm} (stage 2).",
             "finetune",
             finetune,
-            _with_common(config.finetune, common),
+            replace(config.finetune, **common),
             evaluate_histories,
             **runs,
         )
@@ -174,7 +220,7 @@ class Stages:
         command = f"hellm recommend {self.path(self.final)} --users {' '.join(users)} -k {k} --explain"
         self._step("Recommend.", command)
         answers = []
-        for one in recommender.recommend(users, k=k):
+        for one in recommender.recommend(users, k=min(k, recommender.num_items)):
             print(f"user {one.user} had")
             history = reasons.history(one.user)
             for item in history[-5:]:
@@ -220,7 +266,7 @@ class Stages:
         return [name for name in self.config.baselines if name not in left_out]
 
     def _ks(self) -> tuple[int, ...]:
-        return tuple(sorted(set(self.config.ks)))
+        return tuple(sorted({min(k, self.dataset.num_items) for k in self.config.ks}))
 
     def _step(self, text: str, command: str) -> None:
         self.number += 1
@@ -231,7 +277,29 @@ class Stages:
             temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def _with_features(dataset: Any, config: RunConfig) -> Any:
+def source_fingerprints(dataset: Any, *, pictures: bool) -> dict[str, str]:
+    """`Dataset.fingerprints` of raw data, with one of the item texts and one of the picture files."""
+    fields = {name: values for name, values in dataset.item_fields.items() if name != "image" and any(values)}
+    found = dataset.fingerprints | {"item texts": _digest([json.dumps(sorted(fields.items())).encode()])}
+    if pictures and dataset.item_fields.get("image"):
+        files = (Path(one) if one else None for one in dataset.item_fields["image"])
+        found["pictures"] = _digest(one.read_bytes() if one is not None and one.is_file() else b"" for one in files)
+    return found
+
+
+def _digest(contents: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for one in contents:
+        digest.update(len(one).to_bytes(8, "little") + one)
+    return digest.hexdigest()[:16]
+
+
+def _comparable(now: dict[str, str], before: dict[str, str]) -> list[str]:
+    """Names in both; a run of an earlier version noted nothing, and features of its data are made by its encoders."""
+    return [name for name in now if name in before and ("item texts" in before or name != "item features")]
+
+
+def _with_features(dataset: Any, config: RunConfig, cache: str | Path | None) -> Any:
     """The data set with the features that are asked for and not there yet."""
     from hellm.features import add_features, choose_encoders
     from hellm.features.cache import default_cache
@@ -249,13 +317,7 @@ def _with_features(dataset: Any, config: RunConfig) -> Any:
         if any(encoders[name] != "auto" for name in asked):
             raise
         return dataset
-    return add_features(dataset, **encoders, cache=default_cache())
-
-
-def _with_common(config: Any, common: dict[str, Any]) -> Any:
-    """A stage's settings with the list lengths and the protocol of the comparison, what it monitors included."""
-    monitored = {int(name.partition("@")[2]) for name in config.monitor}
-    return replace(config, **common | {"ks": tuple(sorted({*common["ks"], *monitored}))})
+    return add_features(dataset, **encoders, cache=default_cache() if cache is None else cache)
 
 
 def _because(reasons: list[dict[str, Any]]) -> str:
@@ -265,10 +327,3 @@ def _because(reasons: list[dict[str, Any]]) -> str:
     parts = [f"{reason['shared_users']} bought both"] if reason["shared_users"] else []
     parts += [f"alike in {name}" for name, link in (reason["content"] or {}).items() if link["shared_hyperedges"]]
     return f"  (because of {title(reason['item'], reason['title'])}{': ' + ', '.join(parts) if parts else ''})"
-
-
-def _delete(paths: list[Path]) -> None:
-    import shutil
-
-    for path in paths:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()

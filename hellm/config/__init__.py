@@ -6,7 +6,14 @@ are generated from these classes. Models, losses and operators take plain argume
 
 from __future__ import annotations
 
-from hellm.config.files import config_from_dict, config_to_dict, load_config, override_config, save_config
+from hellm.config.files import (
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    load_saved_config,
+    override_config,
+    save_config,
+)
 from hellm.config.finetune import OFFICIAL_LLM, FinetuneConfig, LLMConfig
 from hellm.config.fuse import FuseConfig
 from hellm.config.presets import PRESETS
@@ -27,6 +34,7 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
     "load_config",
+    "load_saved_config",
     "override_config",
     "save_config",
 ]

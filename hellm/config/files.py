@@ -12,7 +12,14 @@ from hellm._files import atomic_path
 from hellm.config._values import build, plain, replace_dotted, unknown
 from hellm.config.presets import PRESETS
 
-__all__ = ["config_from_dict", "config_to_dict", "load_config", "override_config", "save_config"]
+__all__ = [
+    "config_from_dict",
+    "config_to_dict",
+    "load_config",
+    "load_saved_config",
+    "override_config",
+    "save_config",
+]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -37,6 +44,17 @@ def load_config(cls: type[ConfigT], source: str | os.PathLike[str], overrides: I
     else:
         raise ValueError(unknown("preset or config file", str(source), list(presets)))
     return override_config(config, overrides)
+
+
+def load_saved_config(cls: type[ConfigT], path: str | os.PathLike[str]) -> ConfigT:
+    """The config that `save_config` wrote. Raises: FileNotFoundError; ValueError, also for a file without settings."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    values = _read_yaml(path)
+    if not values:
+        raise ValueError(f"{path}: damaged, holds no settings")
+    return config_from_dict(cls, values, where=str(path))
 
 
 def override_config(config: ConfigT, overrides: Iterable[str]) -> ConfigT:
@@ -78,7 +96,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
     if values is None:
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -244,6 +245,29 @@ class Dataset:
     def has_cold_users(self) -> bool:
         """Whether there are users whose events are only history, as in the "user-cold" split."""
         return bool((self.split == _LABELS.index(HISTORY)).any())
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Hex digest of each part that a model or its answers depend on, by what the part is called."""
+        parts = {
+            "events": {"users": self.users, "items": self.items},
+            "times": {} if self.timestamps is None else {"timestamps": self.timestamps.astype(np.float64)},
+            "split": {"split": self.split},
+            "item features": {
+                f"{modality} {name}": values
+                for modality, features in sorted(self.item_features.items())
+                for name, values in (("values", features.values), ("mask", features.mask))
+            },
+        }
+        found = {name: hashlib.sha256() for name in parts}
+        for name, arrays in parts.items():
+            for key, values in arrays.items():
+                found[name].update(f"{key} {values.dtype.str} {values.shape}".encode())
+                found[name].update(np.ascontiguousarray(values).data)
+        texts = {"user ids": self.user_ids.ids, "item ids": self.item_ids.ids, "item titles": self.item_titles or []}
+        for name, values in texts.items():
+            found[name] = hashlib.sha256(json.dumps([one or "" for one in values] if any(values) else []).encode())
+        return {name: digest.hexdigest()[:16] for name, digest in found.items()}
 
     @cached_property
     def fingerprint(self) -> str:

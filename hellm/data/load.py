@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hellm._folders import check_target, new_folder
 from hellm.data import splits
-from hellm.data._files import new_folder
 from hellm.data.dataset import DataError, Dataset, IdMap, ItemFeatures
 from hellm.data.forms import Form, Source, detect, form_names, get_form
 from hellm.data.forms._times import remarks
@@ -95,7 +95,7 @@ def save_dataset(dataset: Dataset, path: str | Path, *, form: str = "hellm", ove
 
     Raises:
         ValueError: The form cannot be written, does not exist, or has no place for the split.
-        FileExistsError: The path exists and `overwrite` is False.
+        FileExistsError: The folder is not empty and `overwrite` is False, or it is not one that hellm wrote as data.
     """
     kind = get_form(form)
     if kind.write is None:
@@ -131,6 +131,7 @@ def convert(
     Returns: What was read.
     Raises: As `load_dataset` and `save_dataset`.
     """
+    check_target(target, kind="data", overwrite=overwrite, inputs=[source])
     dataset = load_dataset(source, **options)
     save_dataset(dataset, target, form=form, overwrite=overwrite)
     return dataset

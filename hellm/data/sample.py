@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hellm.data._files import new_folder
+from hellm._folders import new_folder
 
 # kind: words for the title, category, number of corners of its drawn outline (0 = round), how far the outline caves in
 _KINDS = (
@@ -63,7 +63,7 @@ def write_sample_shop(
 
     Raises:
         ValueError: A count out of range.
-        FileExistsError: The path exists and `overwrite` is False.
+        FileExistsError: The folder is not empty and `overwrite` is False, or it is not one that hellm wrote as data.
     """
     if num_users <= 0:
         raise ValueError(f"num_users must be > 0, got {num_users}")

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hellm._files import WriteError, writing
 from hellm.data import DataError
 
 __all__ = ["FeatureCache", "content_key", "default_cache", "encoder_key", "file_key"]
+
+logger = logging.getLogger(__name__)
 
 # SQLite takes at most 999 values in one statement on older builds.
 _AT_ONCE = 900
 
 
-def default_cache() -> Path:
-    """`$XDG_CACHE_HOME/hellm` or `~/.cache/hellm`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hellm"
+def default_cache() -> Path | None:
+    """`$XDG_CACHE_HOME/hellm` or `~/.cache/hellm`; None, with a warning, where that cannot be written."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hellm"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError) as error:
+        # Without a home, `Path.home` raises RuntimeError.
+        logger.warning(
+            "the cache of encoded texts and pictures cannot be written (%s), so nothing is kept for the next time; "
+            "--cache names another folder",
+            error,
+        )
+        return None
 
 
 def content_key(content: bytes) -> bytes:
@@ -62,27 +79,34 @@ class FeatureCache:
         folder: Made if absent.
         encoder: See `encoder_key`.
 
-    Raises:
-        DataError: The file that is there is no such cache.
+    Raises (all methods):
+        DataError: The file that is there is no such cache, or is damaged.
+        WriteError: It cannot be written.
     """
 
     def __init__(self, folder: str | Path, encoder: str) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
         self.path, self.encoder = Path(folder) / "features.sqlite", encoder
         columns = "encoder TEXT, content BLOB, value BLOB, PRIMARY KEY (encoder, content)"
+        with self._transaction() as database:
+            database.execute(f"CREATE TABLE IF NOT EXISTS rows ({columns})")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
         try:
-            with closing(self._connect()) as database, database:
-                database.execute(f"CREATE TABLE IF NOT EXISTS rows ({columns})")
+            with writing(self.path), closing(sqlite3.connect(self.path, timeout=60)) as database, database:
+                yield database
+        except sqlite3.OperationalError as error:
+            # Locked for a minute, read-only, or a folder without rights.
+            raise WriteError(self.path, str(error)) from error
         except sqlite3.DatabaseError as error:
             raise DataError(f"{self.path}: not a feature cache ({error}); remove it or name another folder") from None
-
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=60)
 
     def get(self, contents: Sequence[bytes]) -> dict[bytes, np.ndarray]:
         """The rows [dim] float32 that are there, by content."""
         found: dict[bytes, np.ndarray] = {}
-        with closing(self._connect()) as database:
+        with self._transaction() as database:
             for start in range(0, len(contents), _AT_ONCE):
                 part = list(contents[start : start + _AT_ONCE])
                 marks = ",".join("?" * len(part))
@@ -94,5 +118,5 @@ class FeatureCache:
     def put(self, rows: Iterable[tuple[bytes, np.ndarray]]) -> None:
         """Add rows (content, [dim] float32)."""
         values = [(self.encoder, content, np.ascontiguousarray(row, np.float32).tobytes()) for content, row in rows]
-        with closing(self._connect()) as database, database:
+        with self._transaction() as database:
             database.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", values)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hellm.data._files import new_folder
+from hellm._folders import new_folder
 from hellm.models.item_tokens import check_item_embeddings
 from hellm.models.language_model import language_model_identity, load_language_model
 from hellm.models.llm_settings import SETTINGS
@@ -112,7 +112,7 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     }
     tensors = {name: value.cpu().contiguous().clone() for name, value in trained_tensors(model).items()}
     own = {name: value for name, value in tensors.items() if not name.startswith(_LANGUAGE_MODEL)}
-    with new_folder(Path(folder), overwrite=True) as new:
+    with new_folder(folder, kind="language model", overwrite=True) as new:
         (new / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(own, new / _WEIGHTS, metadata={"format": "pt"})
         if len(own) < len(tensors):

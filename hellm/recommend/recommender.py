@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hellm._folders import new_folder
 from hellm._pretrained import LOADING
 from hellm.data import DataError, IdMap, ItemFeatures
-from hellm.data._files import new_folder
 from hellm.evaluate import HistoryScorer, top_items
 from hellm.models.item_content import ItemContent
 from hellm.recommend import explain
@@ -169,10 +169,10 @@ class Recommender:
                 raise FileNotFoundError(f"{path} holds no {name}: it is no run directory, or the run is not finished")
         file = path / "ids.parquet"
         try:
-            ids = pl.read_parquet(file)
+            ids = pl.read_parquet(file, glob=False)
             _, titles = side_of(ids, "item")
             file = path / "histories.parquet"
-            histories = pl.read_parquet(file)
+            histories = pl.read_parquet(file, glob=False)
             file = path / "embeddings.safetensors"
             with LOADING:
                 model = load_served(path, titles, language_model)
@@ -190,13 +190,11 @@ class Recommender:
 
         With `overwrite`, `path` holds the old or the new recommender at every moment, also when this is killed.
 
-        Raises: FileExistsError, the folder exists and `overwrite` is False, or it holds no recommender to overwrite.
+        Raises: FileExistsError, the folder is not empty and `overwrite` is False, or it is not one that `save` wrote.
         """
         path = Path(path)
-        if overwrite and path.exists() and not (path / "embeddings.safetensors").is_file():
-            raise FileExistsError(f"{path} holds no embeddings.safetensors, so it is no recommender to overwrite")
         items = self._current
-        with new_folder(path, overwrite=overwrite) as new:
+        with new_folder(path, kind="recommender", overwrite=overwrite) as new:
             items.model.save(new)
             items.table.write_parquet(new / "ids.parquet")
             self._events.write_parquet(new / "histories.parquet")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from hellm._files import atomic_path
+from hellm._folders import check_target, hold, mark_folder
 from hellm.config import FinetuneConfig, PretrainConfig, load_config, override_config
+from hellm.training.run_directory import RUN_LAYOUT, RunDirectory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,11 +23,24 @@ if TYPE_CHECKING:
     from hellm.data import Dataset
     from hellm.training.stage import Evaluate
 
-__all__ = ["ABLATIONS", "Ablation", "PlannedRow", "plan_ablations", "read_test_users", "run_ablations"]
+__all__ = [
+    "ABLATIONS",
+    "Ablation",
+    "PlannedRow",
+    "check_ablations",
+    "hold_ablations",
+    "plan_ablations",
+    "read_test_users",
+    "run_ablations",
+]
 
 logger = logging.getLogger(__name__)
 
 Path_ = str | os.PathLike[str]
+_LAYOUT = (
+    *("ablation.json", "ablation.md", "ablation.png"),
+    *(f"{folder}/{file}" for folder in ("*-seed*", "stage1-*") for file in RUN_LAYOUT),
+)
 
 
 @dataclass(frozen=True)
@@ -165,6 +181,28 @@ def _stage_1_of(graph: Path_ | None) -> PretrainConfig:
     return load_config(PretrainConfig, file)
 
 
+def check_ablations(out: Path_) -> None:
+    """Whether ablations may be written to `out`, a folder that is not there, is empty, or has some already.
+
+    Raises: FileExistsError, ValueError: see `hellm._folders.check_target`.
+    """
+    if Path(out).is_dir() and any((one / "checkpoint").is_dir() for one in Path(out).glob("full-seed*")):
+        # Earlier versions wrote no marks.
+        proof = next(one.name for one in Path(out).glob("full-seed*"))
+    else:
+        proof = None
+    check_target(out, kind="ablation", layout=_LAYOUT, resume=True, proof=proof)
+
+
+@contextlib.contextmanager
+def hold_ablations(out: Path_) -> Iterator[None]:
+    """Check, hold and mark the folder of ablations. Raises: as `check_ablations` and `hellm._folders.hold`."""
+    check_ablations(out)
+    with hold(out):
+        mark_folder(out, "ablation", layout=_LAYOUT)
+        yield
+
+
 def run_ablations(
     config: FinetuneConfig,
     dataset: Dataset,
@@ -290,10 +328,7 @@ _TEST_USERS = "test_users.safetensors"
 
 def _seconds(run: Path) -> float:
     """Training steps and validations of all epochs, whatever interrupted them."""
-    from hellm.training.run_directory import RunDirectory
-
-    records = RunDirectory(run, resume=True).read_metrics()
-    return sum(record.get("seconds", 0.0) + record.get("valid_seconds", 0.0) for record in records)
+    return RunDirectory(run, resume=True).training_seconds()
 
 
 def _write_test_users(folder: Path, result: Any) -> None:

@@ -61,7 +61,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tenso
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             metadata = file.metadata() or {}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from None
     if "state" not in metadata:
         raise ValueError(f"{path} must carry a training state in its header, got {sorted(metadata) or 'none'}")
@@ -133,4 +133,7 @@ def _load_model(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping
             f"{path} does not fit the model: {name} must be {expected.get(name, 'absent')}, "
             f"got {found.get(name, 'absent')}"
         )
+    for name, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{path} holds NaN or infinity in {name}: its training had diverged and cannot go on")
     getattr(model, "load_trainable_state_dict", model.load_state_dict)(weights)

@@ -33,6 +33,7 @@ from hellm.training.run_directory import RunDirectory, peak_memory_bytes
 from hellm.training.stage import (
     MAY_CHANGE,
     Evaluate,
+    OpenedRun,
     common_result,
     open_run,
     readable_memory_errors,
@@ -117,7 +118,7 @@ def finetune(
             check_base(out, trained_with, base_identity(model))
         return inputs, model
 
-    opened = open_run(
+    with open_run(
         config,
         data,
         out,
@@ -128,14 +129,18 @@ def finetune(
         may_change=(MAY_CHANGE - {"max_epochs"}) | ({"llm", "llm_revision"} if trained_with else set()),
         resume=resume,
         overwrite=overwrite,
+        read=[graph, sequence, config.llm],
         processes=processes,
-    )
-    config, dataset, run = opened.config, opened.dataset, opened.run
-    if opened.finished is not None:
-        return opened.finished
+    ) as opened:
+        return _train(opened, evaluate, processes, on_plan) if opened.finished is None else opened.finished
 
+
+def _train(
+    opened: OpenedRun, evaluate: Evaluate, processes: Processes, on_plan: Callable[[Mapping[str, Any]], None] | None
+) -> dict[str, Any]:
+    config, dataset, run = opened.config, opened.dataset, opened.run
     inputs, model = opened.inputs
-    processes.on_first(lambda: _write_note(note, base_identity(model)))
+    processes.on_first(lambda: _write_note(run.path / _LANGUAGE_MODEL, base_identity(model)))
     with readable_memory_errors("fine-tuning", MEMORY_ADVICE):
         model = model.to(config.device)
         sampler = build_history_sampler(config, dataset, model)

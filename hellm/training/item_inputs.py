@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hellm._files import reading
 from hellm.config import FinetuneConfig
 from hellm.data import Dataset
 from hellm.models import SASRec
@@ -84,6 +85,15 @@ def load_item_inputs(
         else:
             known = ", ".join(["graph", "sequence", *dataset.item_features])
             raise ValueError(f"item_inputs must be among {known} for data set {dataset.name!r}, got {name!r}")
+    sources = {"graph": graph, "sequence": sequence}
+    for name, table in tables.items():
+        if not torch.isfinite(table).all():
+            row = int((~torch.isfinite(table)).any(dim=1).nonzero()[0])
+            of = f"run {Path(sources[name])}" if name in sources else f"data set {dataset.name!r}"
+            raise ValueError(
+                f"input {name!r} must be finite, but its table in {of} holds NaN or infinity, first for item "
+                f"{dataset.item_ids.ids[row]!r}"
+            )
     return ItemInputs(tables, content, model if residual else None)
 
 
@@ -97,14 +107,21 @@ def _checked_run(path: Path_ | None, name: str, verb: str, dataset: Dataset) -> 
     for file in ("embeddings.safetensors", "ids.parquet", "histories.parquet"):
         if not (run / file).is_file():
             raise FileNotFoundError(f"{name} run {run} holds no {file}: it is no run of `{verb}`, or not finished")
-    ids = pl.read_parquet(run / "ids.parquet").filter(pl.col("side") == "item").sort("index")["id"].to_list()
+    with reading(run / "ids.parquet"):
+        ids = (
+            pl.read_parquet(run / "ids.parquet", glob=False)
+            .filter(pl.col("side") == "item")
+            .sort("index")["id"]
+            .to_list()
+        )
     if ids != dataset.item_ids.ids:
         raise ValueError(
             f"{name} run {run} must be of the {dataset.num_items} items of data set {dataset.name!r}, "
             f"got {len(ids)} items{' with other ids' if len(ids) == dataset.num_items else ''}"
         )
-    events = pl.read_parquet(run / "histories.parquet").filter(pl.col("split") == 0)
-    own = (events["user"].to_numpy(), events["item"].to_numpy())
+    with reading(run / "histories.parquet"):
+        events = pl.read_parquet(run / "histories.parquet", glob=False).filter(pl.col("split") == 0)
+        own = (events["user"].to_numpy(), events["item"].to_numpy())
     if not all(np.array_equal(*pair) for pair in zip(own, dataset.pairs("train"), strict=True)):
         raise ValueError(f"{name} run {run} was trained on other training events than those of {dataset.name!r}")
     return run
@@ -113,7 +130,8 @@ def _checked_run(path: Path_ | None, name: str, verb: str, dataset: Dataset) -> 
 def _read_table(run: Path, name: str) -> Tensor:
     from safetensors import safe_open
 
-    with safe_open(run / "embeddings.safetensors", framework="pt") as file:
+    path = run / "embeddings.safetensors"
+    with reading(path), safe_open(path, framework="pt") as file:
         if name not in file.keys():  # noqa: SIM118 (not a mapping)
             raise ValueError(
                 f"{run / 'embeddings.safetensors'} must hold a table {name!r}, got {', '.join(file.keys())}"

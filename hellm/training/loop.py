@@ -25,6 +25,10 @@ __all__ = ["Interrupted", "Progress", "fit"]
 
 logger = logging.getLogger(__name__)
 
+_ADVICE = "a smaller learning_rate may help, and so may a larger temperature where there is one"
+# What asks a process to end. One that it is told to ignore, as nohup does with SIGHUP, stays ignored.
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
+
 
 class Interrupted(SystemExit):
     """Training stopped on a signal after saving its state. The exit code is 128 + the signal's number."""
@@ -124,7 +128,8 @@ def fit(
     Validation runs after every `validate_every`-th epoch, or after every `validate_steps` steps (rounded up to a whole
     update), and after the last. One that beats the best value so far of any monitored metric is a gain, and its weights
     become `run.best`; without `validate` the final weights do. A checkpoint in `run.last` is gone on from: the same
-    numbers follow as without the break. SIGTERM and SIGINT let the running update end, save, and raise `Interrupted`.
+    numbers follow as without the break. SIGTERM, SIGINT and SIGHUP let the running update end, save, and raise
+    `Interrupted`.
 
     Args:
         model: trained in place; holds the final weights afterwards, not the best.
@@ -144,7 +149,8 @@ def fit(
             of them stops all.
     Returns: the final progress.
     Raises:
-        FloatingPointError: a loss term became NaN or infinite (which, in which epoch and step).
+        FloatingPointError: a loss term or a weight became NaN or infinite (which, in which epoch and step). Nothing of
+            that is saved.
         Interrupted: see above.
     """
     processes = processes or Processes()
@@ -178,6 +184,7 @@ def fit(
             epoch, start = progress.epoch, progress.step
             stop = schedule.next_pause(epoch, start)
             names = _train_epoch(model, step_losses, stop, schedule, update, progress, caught, processes)
+            _check_weights(model, progress)
             if progress.step < stop:
                 save()
                 raise Interrupted(caught[0], f"stopped in epoch {epoch} after step {progress.step}; saved {run.last}")
@@ -241,14 +248,21 @@ def _train_epoch(
     for step, row in enumerate(losses, start=progress.step):
         for name, value in zip(names, row, strict=True):
             if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} became {value} in epoch {progress.epoch}, step {step}; "
-                    "a smaller learning_rate may help, and so may a larger temperature where there is one"
-                )
+                raise FloatingPointError(f"{name} became {value} in epoch {progress.epoch}, step {step}; {_ADVICE}")
     progress.losses += losses
     progress.step += len(losses)
     progress.seconds += time.perf_counter() - started
     return names
+
+
+def _check_weights(model: nn.Module, progress: Progress) -> None:
+    """A gradient may be NaN behind a finite loss, and no loss comes after the last step."""
+    for name, weight in model_weights(model).items():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            raise FloatingPointError(
+                f"the weights {name} became NaN or infinite in epoch {progress.epoch}, by step {progress.step - 1}, "
+                f"behind a finite loss; what was saved before stays; {_ADVICE}"
+            )
 
 
 def _epoch_record(progress: Progress, names: list[str]) -> dict[str, Any]:
@@ -294,7 +308,7 @@ def _save_best(model: nn.Module, run: RunDirectory, place: Mapping[str, int]) ->
 
 @contextlib.contextmanager
 def _caught_signals(*, repeated: bool) -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them; a second one acts as usual. Main thread only.
+    """Collects signals that ask for the end instead of dying of them; a second one acts as usual. Main thread only.
 
     `repeated` collects the second as well: a launcher passes on what its processes may have got themselves.
     """
@@ -313,7 +327,8 @@ def _caught_signals(*, repeated: bool) -> Iterator[list[int]]:
         if not repeated:
             restore()
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+    previous = {number: signal.signal(number, note) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield caught
     finally:

@@ -26,6 +26,7 @@ from hellm.training.run_directory import RunDirectory
 from hellm.training.samplers import DeviceTripleSampler, Triples, TripleSampler
 from hellm.training.stage import (
     Evaluate,
+    OpenedRun,
     common_result,
     open_run,
     readable_memory_errors,
@@ -69,11 +70,12 @@ def pretrain(
         MemoryError: a step needs more memory than there is; says how much it asked for and what to lower.
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
-    opened = open_run(config, data, out, resolve_config, resume=resume, overwrite=overwrite)
-    config, dataset, run = opened.config, opened.dataset, opened.run
-    if opened.finished is not None:
-        return opened.finished
+    with open_run(config, data, out, resolve_config, resume=resume, overwrite=overwrite) as opened:
+        return _train(opened, evaluate) if opened.finished is None else opened.finished
 
+
+def _train(opened: OpenedRun, evaluate: Evaluate) -> dict[str, Any]:
+    config, dataset, run = opened.config, opened.dataset, opened.run
     with readable_memory_errors("pre-training", "lower contrastive_rows, model.embedding_dim or eval_batch_size"):
         model = build_encoder(config, dataset, config.device)
         progress = _fit(model, config, dataset, run, evaluate)

@@ -11,6 +11,7 @@ test_evaluations.jsonl  every evaluation on the test split, training's own first
 checkpoint/             last.safetensors (to go on from) and best.safetensors (what is tested)
 curves.png              losses and validation metrics over epochs
 events.out.tfevents.*   TensorBoard, if asked for
+.hellm.json             the mark of a folder that this program made, see `hellm._folders`
 """
 
 from __future__ import annotations
@@ -18,17 +19,65 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hellm._files import atomic_path
-from hellm.config import config_to_dict, load_config, save_config
+from hellm._files import append_line, atomic_path, read_json, reading, writing
+from hellm._folders import check_target, clear_folder, mark_folder
+from hellm.config import config_to_dict, load_saved_config, save_config
 from hellm.data import Dataset
 
-__all__ = ["RunDirectory", "environment", "peak_memory_bytes"]
+__all__ = ["RUN_LAYOUT", "RunDirectory", "check_run", "environment", "peak_memory_bytes"]
+
+_MODEL_LAYOUT = (
+    "embeddings.safetensors",
+    "sequence_model/embeddings.safetensors",
+    "model/config.json",
+    "model/model.safetensors",
+    "model/adapter_config.json",
+    "model/adapter_model.safetensors",
+    "model/README.md",
+)
+RUN_LAYOUT = (
+    "config.yaml",
+    "metrics.jsonl",
+    "result.json",
+    "test_evaluations.jsonl",
+    "ids.parquet",
+    "histories.parquet",
+    "content.safetensors",
+    "curves.png",
+    "test_users.safetensors",
+    "events.out.tfevents.*",
+    "checkpoint/last.safetensors",
+    "checkpoint/best.safetensors",
+    "checkpoint/data.json",
+    "checkpoint/language_model.json",
+    *_MODEL_LAYOUT,
+    # The models that a fused one adds up.
+    *(f"towers/*/{name}" for name in _MODEL_LAYOUT),
+)
+"""Files of a run of any stage, as `hellm._folders.mark_folder` takes them."""
+
+START_OVER = "to start over, give overwrite=True or another folder"
+
+
+def check_run(
+    path: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    inputs: Iterable[str | os.PathLike[str] | None] = (),
+) -> None:
+    """Whether a run may be made, gone on with or replaced at `path`; changes nothing.
+
+    Raises: FileExistsError, ValueError: see `hellm._folders.check_target`.
+    """
+    check_target(
+        path, kind="run", layout=RUN_LAYOUT, resume=resume, overwrite=overwrite, inputs=inputs, proof="checkpoint"
+    )
 
 
 class RunDirectory:
@@ -40,26 +89,23 @@ class RunDirectory:
         overwrite: delete a run that is there.
 
     Raises:
-        FileExistsError: the folder holds something and neither `resume` nor `overwrite` is given; or `overwrite` would
-            delete a folder that is not a run.
+        FileExistsError: the folder holds something and neither `resume` nor `overwrite` is given, or it is not known to
+            be a run.
         ValueError: both are given.
+        WriteError: it cannot be made.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:
-        if resume and overwrite:
-            raise ValueError("resume and overwrite must not both be given")
+        check_run(path, resume=resume, overwrite=overwrite)
         self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise FileExistsError(f"run directory {self.path} is a file")
-        if self.path.is_dir() and any(self.path.iterdir()) and not resume:
-            if not overwrite:
-                raise FileExistsError(
-                    f"run directory {self.path} is not empty; resume it, overwrite it, or choose another"
-                )
-            if not self.config.is_file():
-                raise FileExistsError(f"{self.path} holds no config.yaml, so it is no run and is not overwritten")
-            shutil.rmtree(self.path)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            mark_folder(self.path, "run", layout=RUN_LAYOUT)
+            if overwrite:
+                # Until `last` is gone, what is left can be gone on with, and makes the old outputs again.
+                last = (self.last, self.best, self.config)
+                clear_folder(self.path, first=[self.result], last=last)
+            self.checkpoints.mkdir(exist_ok=True)
 
     @property
     def config(self) -> Path:
@@ -121,51 +167,70 @@ class RunDirectory:
         Raises: ValueError, if a setting outside `may_change` differs from those it was trained with (which, and how).
         """
         changed = False
-        if self.config.is_file() and self.is_trained:
-            before, now = config_to_dict(load_config(type(config), self.config)), config_to_dict(config)
+        if self.is_trained:
+            before, now = config_to_dict(load_saved_config(type(config), self.config)), config_to_dict(config)
             for key in now:
                 if before[key] != now[key] and key not in may_change:
+                    name, was, given = _first_difference(key, before[key], now[key])
                     raise ValueError(
-                        f"{self.config}: a resumed run must keep its settings; {key} was {before[key]!r}, "
-                        f"got {now[key]!r}"
+                        f"{self.config}: a resumed run must keep its settings; {name} was {was!r}, got {given!r}; "
+                        f"{START_OVER}"
                     )
             changed = before != now
         save_config(config, self.config)
         return changed
 
-    def check_data(self, fingerprint: str, inputs: str | None = None) -> None:
-        """Note what the run is of: fingerprints of the data set, and of what other runs gave.
+    def check_data(self, dataset: Dataset, inputs: str | None = None) -> None:
+        """Note what the run is of: the data set, and a fingerprint of what other runs gave.
 
         Raises: ValueError, if what is there was trained on others.
         """
-        note, now = self.checkpoints / "data.json", {"fingerprint": fingerprint}
-        now |= {} if inputs is None else {"inputs": inputs}
-        if note.is_file() and self.is_trained:
-            before = json.loads(note.read_text(encoding="utf-8"))
-            for name, what in (("fingerprint", "data"), ("inputs", "input runs")):
-                if name in before and before[name] != now.get(name):
-                    raise ValueError(
-                        f"{self.path}: a resumed run must keep its {what}; their fingerprint was {before[name]}, "
-                        f"got {now.get(name)}"
-                    )
+        note, parts = self.checkpoints / "data.json", dataset.fingerprints
+        now = {"fingerprint": dataset.fingerprint, **parts} | ({} if inputs is None else {"inputs": inputs})
+        before = read_json(note) if note.is_file() and self.is_trained else {}
+        changed = [name for name in now if name in before and before[name] != now[name]]
+        if changed == ["fingerprint"]:
+            # Of an earlier version, which did not note the parts.
+            changed = ["events, split or item features"]
+        elif not changed and "item ids" not in before and self.ids.is_file():
+            changed = self._changed_ids(dataset)
+        changed = [name for name in changed if name != "fingerprint"]
+        if changed:
+            what = "input runs" if changed == ["inputs"] else "data"
+            named = "" if changed == ["inputs"] else f": {', '.join(changed)}"
+            raise ValueError(
+                f"{self.path}: a resumed run must keep its {what}, and those given are others{named}; give what it was "
+                f"trained on, or, {START_OVER}"
+            )
         with atomic_path(note) as temporary:
             temporary.write_text(json.dumps(now) + "\n", encoding="utf-8")
 
+    def _changed_ids(self, dataset: Dataset) -> list[str]:
+        """What differs from ids.parquet, for a run that was finished before ids had a fingerprint."""
+        import polars as pl
+
+        own = {"user ids": ("user", dataset.user_ids.ids), "item ids": ("item", dataset.item_ids.ids)}
+        with reading(self.ids):
+            table = pl.read_parquet(self.ids, glob=False).sort("index")
+            return [name for name, (side, ids) in own.items() if table.filter(side=side)["id"].to_list() != ids]
+
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add the record of one epoch or validation."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_line(self.metrics, json.dumps(record))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All records so far; a last line cut short by a kill is left out."""
+        """All records so far, up to a line that is none, as a kill may have left at the end."""
         if not self.metrics.is_file():
             return []
         records = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not isinstance(record, dict) or "epoch" not in record:
+                break
+            records.append(record)
         return records
 
     def training_seconds(self) -> float:
@@ -189,8 +254,12 @@ class RunDirectory:
             temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
     def read_result(self) -> dict[str, Any]:
-        """The result of a finished run."""
-        return json.loads(self.result.read_text(encoding="utf-8"))
+        """The result of a finished run. Raises: ValueError, a damaged file."""
+        result = read_json(self.result)
+        missing = [name for name in ("stage", "test", "valid", "best_epoch", "num_epochs") if name not in result]
+        if missing:
+            raise ValueError(f"{self.result}: damaged, lacks {missing[0]!r}; {START_OVER}")
+        return result
 
     def write_ids(self, dataset: Dataset) -> None:
         """Write ids.parquet: side ("user" or "item"), index (embedding row), id, title (of items that have one)."""
@@ -232,6 +301,15 @@ class RunDirectory:
         }
         if features:
             ItemContent.of(features, k, device).save(self.content)
+
+
+def _first_difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """Dotted name and values of the first setting that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in now:
+            if before.get(key) != now[key]:
+                return _first_difference(f"{name}.{key}", before.get(key), now[key])
+    return name, before, now
 
 
 def environment(device: str) -> dict[str, str]:

@@ -22,6 +22,7 @@ from hellm.training.history_sampler import HistoryBatch, SequenceSampler
 from hellm.training.loop import Progress, fit
 from hellm.training.stage import (
     Evaluate,
+    OpenedRun,
     common_result,
     open_run,
     readable_memory_errors,
@@ -67,19 +68,15 @@ def train_sasrec(
         MemoryError: a step needs more memory than there is; says what to lower.
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
-    opened = open_run(
-        config,
-        data,
-        out,
-        resolve_sasrec_config,
-        prepare=build_sequence_sampler,
-        resume=resume,
-        overwrite=overwrite,
-    )
-    config, dataset, sampler, run = opened.config, opened.dataset, opened.inputs, opened.run
-    if opened.finished is not None:
-        return opened.finished
+    prepare = build_sequence_sampler
+    with open_run(
+        config, data, out, resolve_sasrec_config, prepare=prepare, resume=resume, overwrite=overwrite
+    ) as opened:
+        return _train(opened, evaluate) if opened.finished is None else opened.finished
 
+
+def _train(opened: OpenedRun, evaluate: Evaluate) -> dict[str, Any]:
+    config, dataset, sampler, run = opened.config, opened.dataset, opened.inputs, opened.run
     with readable_memory_errors("training SASRec", "lower batch_size, max_length, embedding_dim or eval_batch_size"):
         model = build_sasrec(config, dataset).to(config.device)
         progress = _fit(model, config, dataset, sampler, run, evaluate)

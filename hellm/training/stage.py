@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from hellm._devices import resolve_device
-from hellm._files import atomic_path
+from hellm._files import atomic_path, writing
+from hellm._folders import hold
 from hellm.data import Dataset, load_dataset
 from hellm.evaluate.evaluation_log import TRAINING, log_test_evaluation
 from hellm.training.loop import Progress
 from hellm.training.plots import plot_curves
 from hellm.training.processes import Processes
-from hellm.training.run_directory import RunDirectory, environment, peak_memory_bytes
+from hellm.training.run_directory import RunDirectory, check_run, environment, peak_memory_bytes
 
 __all__ = [
     "Evaluate",
@@ -70,6 +71,7 @@ class OpenedRun(NamedTuple):
     finished: dict[str, Any] | None
 
 
+@contextlib.contextmanager
 def open_run(
     config: ConfigT,
     data: str | os.PathLike[str] | Dataset,
@@ -81,9 +83,12 @@ def open_run(
     may_change: Collection[str] = MAY_CHANGE,
     resume: bool,
     overwrite: bool,
+    read: Collection[str | os.PathLike[str] | None] = (),
     processes: Processes | None = None,
-) -> OpenedRun:
+) -> Iterator[OpenedRun]:
     """Load the data, settle the settings, set torch's threads and generator, and make or find the run directory.
+
+    No other process can write into it until the block ends.
 
     Args:
         config: settings as given.
@@ -93,10 +98,28 @@ def open_run(
         prepare: (resolved config, dataset) -> whatever must be there before a folder is made.
         fingerprint: of what `prepare` returned; a resumed run must keep it.
         may_change: settings that a resumed run need not keep.
+        read: what is read beside `data`, and so must not stand in a folder that is overwritten.
         processes: those that open it together.
-    Raises: FileExistsError, ValueError: as `RunDirectory`, `resolve` and `prepare`.
+    Raises:
+        FileExistsError, ValueError: as `RunDirectory`, `resolve` and `prepare`.
+        FolderInUseError: another process trains there.
     """
     processes = processes or Processes()
+    read = [*read, None if isinstance(data, Dataset) else data]
+    held = contextlib.ExitStack()
+
+    def enter_folder() -> None:
+        check_run(out, resume=resume, overwrite=overwrite, inputs=read)
+        held.enter_context(hold(out))
+
+    with held:
+        processes.on_first(enter_folder)
+        yield _opened(config, data, out, resolve, prepare, fingerprint, may_change, resume, overwrite, processes)
+
+
+def _opened(
+    config, data, out, resolve, prepare, fingerprint, may_change, resume: bool, overwrite: bool, processes: Processes
+) -> OpenedRun:
     dataset = data if isinstance(data, Dataset) else load_dataset(data)
     config, notes = resolve(config, dataset)
     if config.num_threads is not None:
@@ -106,7 +129,7 @@ def open_run(
 
     def enter() -> tuple[RunDirectory, dict[str, Any] | None]:
         run = RunDirectory(out, resume=resume, overwrite=overwrite)
-        run.check_data(dataset.fingerprint, None if fingerprint is None else fingerprint(inputs))
+        run.check_data(dataset, None if fingerprint is None else fingerprint(inputs))
         changed = run.write_config(config, may_change=may_change)
         if run.result.is_file() and not changed:
             return run, run.read_result()
@@ -122,18 +145,30 @@ def open_run(
 def resolve_common(config: ConfigT, dataset: Dataset) -> tuple[ConfigT, list[str]]:
     """The part of settling `config` that all stages share, with notes.
 
-    Raises: ValueError for a device that is not there, list lengths beyond the catalogue, or no training events.
+    Lists are as long as the catalogue at most, and what is monitored is among the metrics.
+
+    Raises: ValueError for a device that is not there, or no training events.
     """
     if not (dataset.split == 0).any():
         raise ValueError(f"data set {dataset.name!r} must have training events, got none")
-    if max(config.ks) > dataset.num_items:
-        raise ValueError(
-            f"ks must be at most the {dataset.num_items} items of data set {dataset.name!r}, got {max(config.ks)}"
-        )
     notes = []
+    ks = _lengths((*config.ks, *(int(name.partition("@")[2]) for name in config.monitor)), dataset)
+    monitor = tuple(dict.fromkeys(_cut(name, dataset) for name in config.monitor))
+    if monitor != config.monitor or max(config.ks) > dataset.num_items:
+        notes.append(f"list lengths (ks and monitor) cut to the {dataset.num_items} items there are")
     if not (dataset.split == 1).any():
         notes.append("no validation events: trained for max_epochs, the last weights are kept")
-    return replace(config, device=resolve_device(config.device)), notes
+    return replace(config, ks=ks, monitor=monitor, device=resolve_device(config.device)), notes
+
+
+def _lengths(ks: Iterable[int], dataset: Dataset) -> tuple[int, ...]:
+    """Distinct list lengths, none beyond the catalogue."""
+    return tuple(dict.fromkeys(min(k, dataset.num_items) for k in ks))
+
+
+def _cut(metric: str, dataset: Dataset) -> str:
+    name, _, k = metric.partition("@")
+    return f"{name}@{min(int(k), dataset.num_items)}"
 
 
 @contextlib.contextmanager
@@ -156,14 +191,21 @@ def tensorboard(enabled: bool, run: RunDirectory) -> Iterator[Callable[[Mapping[
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(run.path)) as writer:
+    name = run.path / "events.out.tfevents"
+    with writing(name):
+        writer = SummaryWriter(str(run.path))
 
-        def write(record: Mapping[str, Any]) -> None:
-            for name, value in record.items():
-                if name not in ("epoch", "step", "epochs_done"):
-                    writer.add_scalar(name, value, record["epoch"])
+    def write(record: Mapping[str, Any]) -> None:
+        with writing(name):
+            for name_, value in record.items():
+                if name_ not in ("epoch", "step", "epochs_done"):
+                    writer.add_scalar(name_, value, record["epoch"])
 
+    try:
         yield write
+    finally:
+        with writing(name):
+            writer.close()
 
 
 def common_result(

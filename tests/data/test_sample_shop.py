@@ -87,7 +87,7 @@ def test_sample_shop_errors(tmp_path, arguments, message):
 
 
 def test_sample_shop_refuses_what_is_there(shop):
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="is not empty; overwrite=True replaces it"):
         write_sample_shop(shop)
 
 

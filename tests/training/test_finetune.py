@@ -84,7 +84,7 @@ def test_a_resumed_run_keeps_its_input_runs_and_the_length_of_its_schedule(confi
     first = run(config, small_dataset, tmp_path / "run", runs)
     stage_1 = replace(load_config(PretrainConfig, runs["graph"] / "config.yaml"), seed=7, max_epochs=1)
     pretrain(stage_1, small_dataset, tmp_path / "graph", evaluate=evaluate_dataset)
-    with pytest.raises(ValueError, match="a resumed run must keep its input runs; their fingerprint was"):
+    with pytest.raises(ValueError, match="a resumed run must keep its input runs, and those given are others"):
         run(config, small_dataset, tmp_path / "run", runs | {"graph": tmp_path / "graph"}, resume=True)
     with pytest.raises(ValueError, match="a resumed run must keep its settings; max_epochs was 1, got 2"):
         run(replace(config, max_epochs=2), small_dataset, tmp_path / "run", runs, resume=True)

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import polars as pl
 import pytest
 
 from hellm.config import PretrainConfig, load_config
+from hellm.data import IdMap
 from hellm.training.plots import plot_curves
 from hellm.training.run_directory import RunDirectory, environment, peak_memory_bytes
 
@@ -16,7 +20,7 @@ def test_new_run_makes_its_folders(tmp_path):
 def test_existing_run_is_refused_kept_or_replaced(tmp_path):
     run = RunDirectory(tmp_path / "run")
     run.write_config(PretrainConfig())
-    with pytest.raises(FileExistsError, match=r"run directory .*run is not empty; resume it, overwrite it, or choose"):
+    with pytest.raises(FileExistsError, match=r"run is not empty; resume=True goes on with it, overwrite=True"):
         RunDirectory(tmp_path / "run")
     assert RunDirectory(tmp_path / "run", resume=True).config.is_file()
     assert not RunDirectory(tmp_path / "run", overwrite=True).config.is_file()
@@ -24,14 +28,14 @@ def test_existing_run_is_refused_kept_or_replaced(tmp_path):
 
 def test_overwrite_deletes_nothing_but_runs(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(FileExistsError, match=r"holds no config.yaml, so it is no run and is not overwritten"):
+    with pytest.raises(FileExistsError, match=r"holds no \.hellm\.json, so hellm did not make it"):
         RunDirectory(tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").exists()
 
 
 def test_file_and_contradiction_are_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match=r"run directory .*file is a file"):
+    with pytest.raises(FileExistsError, match=r"file is a file; give another folder"):
         RunDirectory(tmp_path / "file", resume=True)
     with pytest.raises(ValueError, match=r"resume and overwrite must not both be given"):
         RunDirectory(tmp_path / "new", resume=True, overwrite=True)
@@ -51,16 +55,40 @@ def test_resumed_run_keeps_its_settings(tmp_path):
         run.write_config(PretrainConfig(seed=2, max_epochs=9))
 
 
-def test_resumed_run_keeps_its_data(tmp_path):
+def test_resumed_run_keeps_its_data(tmp_path, small_dataset):
     run = RunDirectory(tmp_path / "run")
-    run.check_data("abd")
-    run.check_data("abc", "runs")
+    renamed = replace(small_dataset, item_ids=IdMap(f"x{index}" for index in range(small_dataset.num_items)))
+    moved = replace(renamed, split=small_dataset.split[::-1].copy())
+    run.check_data(renamed)
+    run.check_data(small_dataset, "runs")
     run.last.touch()
-    run.check_data("abc", "runs")
-    with pytest.raises(ValueError, match=r"a resumed run must keep its data; their fingerprint was abc, got abd"):
-        run.check_data("abd", "runs")
-    with pytest.raises(ValueError, match=r"a resumed run must keep its input runs; their fingerprint was runs, got x"):
-        run.check_data("abc", "x")
+    run.check_data(small_dataset, "runs")
+    for other, what in (
+        (renamed, "item ids"),
+        (replace(small_dataset, item_titles=None), "item titles"),
+        (moved, "split, item ids"),
+        (replace(small_dataset, item_features={}), "item features"),
+    ):
+        with pytest.raises(ValueError, match=rf"must keep its data, and those given are others: {what}; give what"):
+            run.check_data(other, "runs")
+    with pytest.raises(ValueError, match=r"must keep its input runs, and those given are others; .*overwrite=True"):
+        run.check_data(small_dataset, "x")
+
+
+def test_resumed_run_of_an_earlier_version_keeps_its_data(tmp_path, small_dataset):
+    run = RunDirectory(tmp_path / "run")
+    run.last.touch()
+    note = run.checkpoints / "data.json"
+    note.write_text(json.dumps({"fingerprint": small_dataset.fingerprint}))
+    run.check_data(small_dataset)
+    note.write_text(json.dumps({"fingerprint": small_dataset.fingerprint}))
+    other = replace(small_dataset, split=small_dataset.split[::-1].copy())
+    with pytest.raises(ValueError, match=r"those given are others: events, split or item features"):
+        run.check_data(other)
+    # Once it is finished, its ids are there to be compared.
+    run.write_ids(small_dataset)
+    with pytest.raises(ValueError, match=r"those given are others: user ids"):
+        run.check_data(replace(small_dataset, user_ids=IdMap(map(str, range(small_dataset.num_users)))))
 
 
 def test_metrics_survive_a_cut_line_and_are_truncated(tmp_path):

@@ -197,7 +197,7 @@ def test_run_directory_is_complete(finished, walks):
 
     folder, result, _ = finished
     names = ("checkpoint", "config.yaml", "curves.png", "embeddings.safetensors", "histories.parquet", "ids.parquet")
-    names += ("metrics.jsonl", "result.json", "test_evaluations.jsonl")
+    names += (".hellm.json", "metrics.jsonl", "result.json", "test_evaluations.jsonl")
     assert {path.name for path in folder.iterdir()} == set(names)
     assert json.loads((folder / "result.json").read_text()) == result
     assert load_config(SASRecConfig, folder / "config.yaml") == replace(changed("max_epochs=14"), content=())
@@ -276,7 +276,7 @@ def test_run_of_other_settings_or_data_is_not_resumed(finished, walks):
         run(changed("max_epochs=14", "dropout=0.3"), walks, folder, resume=True)
     with pytest.raises(ValueError, match=r"must keep its data"):
         run(changed("max_epochs=14"), replace(walks, items=np.roll(walks.items, 5)), folder, resume=True)
-    with pytest.raises(FileExistsError, match=r"is not empty; resume it, overwrite it"):
+    with pytest.raises(FileExistsError, match=r"is not empty; resume=True goes on with it"):
         run(CONFIG, walks, folder)
 
 
@@ -312,8 +312,6 @@ def test_data_must_have_something_to_learn(walks, tmp_path):
     single = replace(walks, users=walks.users[first], items=walks.items[first], split=walks.split[first])
     with pytest.raises(ValueError, match=r"data set 'walks': no user has two training events"):
         run(CONFIG, single, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"ks must be at most the 12 items of data set 'walks', got 50"):
-        run(changed("ks=[1, 50]"), walks, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -332,7 +330,7 @@ def test_unknown_order_in_time_is_noted(walks):
         ({"learning_rate": 0}, r"learning_rate must be > 0, got 0.0"),
         ({"batch_size": 20}, r"batch_size must be >= max_length 50, got 20"),
         ({"loss": "hinge"}, r"loss must be one of 'cross_entropy', 'bce', got 'hinge'"),
-        ({"monitor": ["ndcg@7"]}, r"monitor must be metric@k with k in \(5, 10, 20\), got 'ndcg@7'"),
+        ({"monitor": ["ndcg@0"]}, r"monitor must be metric@k with k >= 1, got 'ndcg@0'"),
         ({"num_threads": 0}, r"num_threads must be null or >= 1, got 0"),
         ({"patience": -1}, r"patience must be >= 0, got -1"),
     ],

@@ -1,0 +1,36 @@
+"""Commands that are killed at random moments; `killed.py` is the program."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SLOW = os.environ.get("HELLM_SLOW") == "1"
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the program forks")
+
+
+def killed(folder, *options) -> dict:
+    program = Path(__file__).with_name("killed.py")
+    command = [sys.executable, str(program), str(folder), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_fork
+def test_killed_commands_go_on_and_come_to_the_same(tmp_path):
+    counts = killed(tmp_path, "--moments", 4, "--only", "build", "pretrain")
+    assert counts["moments"] == 4 and counts["failures"] == 0
+
+
+@needs_fork
+@pytest.mark.slow
+@pytest.mark.skipif(not SLOW, reason="takes minutes; set HELLM_SLOW=1")
+def test_a_hundred_moments_of_all_commands(tmp_path):
+    counts = killed(tmp_path, "--moments", 105)
+    assert counts["killed"] > 50 and counts["failures"] == 0
