@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hellm._files import read_json
 from hellm.baselines import BASELINES, fit_baseline
 from hellm.evaluate import Protocol, Row, log_test_evaluation, read_test_evaluations
 from hellm.evaluate import compare as compare_rows
@@ -140,7 +140,7 @@ def split_of_runs(rows: Mapping[str, Sequence[str]]) -> str | None:
     for name in (one for runs in rows.values() for one in runs):
         result = Path(name) / "result.json"
         if name not in BASELINES and result.is_file():
-            found.add(json.loads(result.read_text(encoding="utf-8"))["dataset"]["split"])
+            found |= {read_json(result).get("dataset", {}).get("split")} - {None}
     if len(found) > 1:
         raise ValueError(f"the runs were trained on different splits ({', '.join(sorted(found))}); evaluate them apart")
     return found.pop() if found else None
@@ -164,7 +164,7 @@ def _stage(name: str, kind: str) -> str | None:
         return "finetune"
     if kind != "run" or not result.is_file():
         return None
-    return json.loads(result.read_text(encoding="utf-8")).get("stage")
+    return read_json(result).get("stage")
 
 
 def _baseline(name: str, dataset: Dataset, split: str, *, seed: int):

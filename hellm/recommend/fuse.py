@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hellm._folders import hold
 from hellm.config import FuseConfig
 from hellm.data import Dataset, load_dataset
 from hellm.evaluate import (
@@ -29,7 +30,7 @@ from hellm.recommend.compare import check_run_of
 from hellm.recommend.recommender import Recommender
 from hellm.recommend.served import ServedFused, ServedModel
 from hellm.training.fusion import Candidates, Selection, select_towers
-from hellm.training.run_directory import RunDirectory, environment
+from hellm.training.run_directory import RunDirectory, check_run, environment
 from hellm.training.stage import resolve_common
 
 __all__ = ["fuse", "named_towers"]
@@ -81,6 +82,19 @@ def fuse(
         raise ValueError(f"data set {dataset.name!r} must have validation events to choose and weigh by, got none")
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    check_run(out, overwrite=overwrite, inputs=[*towers.values(), None if data is dataset else data])
+    with hold(out):
+        return _fuse(towers, dataset, out, config, notes, overwrite)
+
+
+def _fuse(
+    towers: Mapping[str, PathLike_],
+    dataset: Dataset,
+    out: PathLike_,
+    config: FuseConfig,
+    notes: list[str],
+    overwrite: bool,
+) -> dict[str, Any]:
     started = time.perf_counter()
     loaded = {name: Recommender.load(run, device=config.device) for name, run in towers.items()}
     for name, recommender in loaded.items():
