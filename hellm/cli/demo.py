@@ -97,7 +97,7 @@ def _load(shop: Path):
 def _config(args) -> RunConfig:
     config = PRESETS[RunConfig]["demo"]
     stages = {}
-    for name in ("pretrain", "sasrec", "finetune"):
+    for name in ("pretrain", "sasrec", "content", "finetune"):
         changes = {"seed": args.seed, "tensorboard": False}
         if args.max_epochs is not None:
             changes["max_epochs"] = args.max_epochs

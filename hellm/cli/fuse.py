@@ -24,6 +24,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", type=str, metavar="RUN", help="run directory, or NAME=RUN")
     parser.add_argument("--data", required=True, metavar="DIR", help="data set, the one that the runs were trained on")
     parser.add_argument("--out", required=True, metavar="DIR", help="run directory to make")
+    parser.add_argument("--resume", action="store_true", help="keep a finished run of the same runs and settings")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is there")
     parser.add_argument("--json", action="store_true", help="print result.json as one line, the last of the output")
     add_reading_options(parser)
@@ -39,7 +40,9 @@ def run(argv: Sequence[str]) -> int:
     towers = named_towers(args.runs)
     reading = reading_options(args)
     reading["split"] = reading.get("split") or split_of_runs({name: [run] for name, run in towers.items()})
-    result = fuse(towers, load_dataset(args.data, **reading), args.out, config, overwrite=args.overwrite)
+    result = fuse(
+        towers, load_dataset(args.data, **reading), args.out, config, resume=args.resume, overwrite=args.overwrite
+    )
     print_json(result) if args.json else print_fusion(result, args.out)
     return 0
 

@@ -21,7 +21,7 @@ from hellm.training.run_directory import RUN_LAYOUT, START_OVER
 
 __all__ = ["LAYOUT", "Stages", "check_stages", "run", "source_fingerprints"]
 
-_STAGES = ("stage1", "lightgcn", "sasrec", "llm")
+_STAGES = ("stage1", "lightgcn", "sasrec", "content", "llm", "fused")
 LAYOUT = (
     *("config.yaml", "source.json", "comparison.json", "recommendations.json"),
     *("data/dataset.json", "data/*.parquet", "data/features/*.npy"),
@@ -34,9 +34,9 @@ _SHOWN = 3
 def run(argv: Sequence[str]) -> int:
     parser = settings_parser(
         "run",
-        "From raw data to recommendations: item features, stage 1, SASRec, the language model, a comparison with "
-        "simpler recommenders, and sample recommendations with reasons. Every stage leaves a folder in --out, and "
-        "--resume goes on where it stopped.",
+        "From raw data to recommendations: item features, stage 1, sequence models, the language model, their sum as "
+        "far as each is shown to help, a comparison with simpler recommenders, and sample recommendations with "
+        "reasons. Every stage leaves a folder in --out, and --resume goes on where it stopped.",
         RunConfig,
         dry_run="stop when the data are read and encoded",
         json="print the comparison as one line of JSON, the last of the output",
@@ -123,8 +123,16 @@ class Stages:
 
     @property
     def final(self) -> str:
-        """Folder of the model that recommends."""
+        """Folder of the model that recommends: the fused one, or without validation events the last."""
+        if (self.dataset.split == 1).any():
+            return "fused"
         return "llm" if self.config.language_model else "sasrec"
+
+    @property
+    def towers(self) -> list[str]:
+        """Folders of what is added up."""
+        content = ["content"] if self.dataset.item_features else []
+        return ["stage1", "sasrec", *content, *(["llm"] if self.config.language_model else [])]
 
     def path(self, name: str) -> Path:
         return self.out / name
@@ -160,9 +168,8 @@ class Stages:
             print(f"  note: {note}")
 
     def train(self) -> None:
-        """Stage 1, the LightGCN baseline, SASRec and, if asked for, the language model."""
+        """Stage 1, the LightGCN baseline, the sequence models, the language model if asked for, and their sum."""
         from hellm.evaluate import evaluate_dataset, evaluate_histories
-        from hellm.training.finetune import finetune
         from hellm.training.pretrain import pretrain
         from hellm.training.sasrec import train_sasrec
 
@@ -179,25 +186,48 @@ class Stages:
             self._train("lightgcn", "Train LightGCN to compare with.", "pretrain", pretrain, baseline, evaluate_dataset)
         sequence = replace(config.sasrec, **common)
         self._train("sasrec", "Train the sequence model SASRec.", "sasrec", train_sasrec, sequence, evaluate_histories)
-        if not config.language_model:
-            return
+        if "content" in self.towers:
+            content = replace(config.content, **common)
+            text = "Train a sequence model that reads the content of items alone."
+            self._train("content", text, "sasrec", train_sasrec, content, evaluate_histories)
+        if config.language_model:
+            self._finetune(common)
+        if self.final == "fused":
+            self._fuse(common)
+
+    def _finetune(self, common: dict[str, Any]) -> None:
+        from hellm.evaluate import evaluate_histories
+        from hellm.training.finetune import finetune
+
         runs = {"graph": self.path("stage1"), "sequence": self.path("sasrec")}
         self._train(
             "llm",
-            f"Fine-tune the language model {config.finetune.llm} (stage 2).",
+            f"Fine-tune the language model {self.config.finetune.llm} (stage 2).",
             "finetune",
             finetune,
-            replace(config.finetune, **common),
+            replace(self.config.finetune, **common),
             evaluate_histories,
             **runs,
         )
+
+    def _fuse(self, common: dict[str, Any]) -> None:
+        from hellm.cli.fuse import print_fusion
+        from hellm.recommend.fuse import fuse
+
+        folder, towers = self.path("fused"), {name: self.path(name) for name in self.towers}
+        self._step(
+            "Add up what each of them says, as far as validation shows that it helps.",
+            f"hellm fuse {' '.join(map(str, towers.values()))} --data {self.path('data')} --out {folder}",
+        )
+        config = replace(self.config.fuse, **common)
+        print_fusion(fuse(towers, self.dataset, folder, config, resume=True), folder)
 
     def compare(self) -> dict[str, Any]:
         """All models on the test split, in one table, and in comparison.json."""
         from hellm.cli.evaluate import print_comparison
         from hellm.recommend.compare import compare
 
-        names = [self.final, "sasrec", "stage1", *(["lightgcn"] if "lightgcn" in self.config.baselines else [])]
+        names = [self.final, *reversed(self.towers), *(["lightgcn"] if "lightgcn" in self.config.baselines else [])]
         models = [str(self.path(name)) for name in dict.fromkeys(names)]
         models += [name for name in self._available_baselines() if name != "lightgcn"]
         ks = " ".join(map(str, self._ks()))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hellm.config.finetune import OFFICIAL_LLM, FinetuneConfig, LLMConfig
 from hellm.config.pretrain import ModelConfig, PretrainConfig
 from hellm.config.run import RunConfig
-from hellm.config.sasrec import SASRecConfig
+from hellm.config.sasrec import CONTENT_TOWER, SASRecConfig
 
 __all__ = ["PRESETS"]
 
@@ -51,6 +52,7 @@ PRESETS: dict[type, dict[str, Any]] = {
         "default": SASRecConfig(),
         "demo": SASRecConfig(batch_size=256, max_epochs=30, patience=2),
         "bce": SASRecConfig(loss="bce"),
+        "content": CONTENT_TOWER,
     },
     FinetuneConfig: {
         "default": FinetuneConfig(),
@@ -75,6 +77,7 @@ PRESETS[RunConfig] = {
     "demo": RunConfig(
         pretrain=PRESETS[PretrainConfig]["demo"],
         sasrec=PRESETS[SASRecConfig]["demo"],
+        content=replace(CONTENT_TOWER, batch_size=256, max_epochs=30, patience=2),
         finetune=PRESETS[FinetuneConfig]["demo"],
     ),
 }

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from hellm.config._checks import require
 from hellm.config.finetune import FinetuneConfig
+from hellm.config.fuse import FuseConfig
 from hellm.config.pretrain import PretrainConfig
-from hellm.config.sasrec import SASRecConfig
+from hellm.config.sasrec import CONTENT_TOWER, SASRecConfig
 
 __all__ = ["RunConfig"]
 
@@ -20,11 +21,13 @@ class RunConfig:
         text: encoder of item texts: "minilm", a folder or hub id of a transformers encoder, "none", or "auto" (minilm
             where the data have texts and no text features).
         image: encoder of pictures: "efficientnet", a folder or hub id, "none", or "auto" as above.
-        language_model: go on to stage 2; false stops at stage 1 and SASRec, which cost a small part of it.
+        language_model: fine-tune a language model as well, which takes most of the time.
         baselines: what to compare with: "popularity", "itemknn", "bpr", "als" and "lightgcn".
         pretrain: stage 1; the LightGCN baseline has the same settings without hypergraphs.
         sasrec: the sequence model.
+        content: a sequence model that reads the content of items alone, where the data have any.
         finetune: stage 2.
+        fuse: the sum of them, which recommends.
         protocol: evaluation protocol of the comparison, and of every stage.
         ks: list lengths of the comparison.
     """
@@ -35,7 +38,9 @@ class RunConfig:
     baselines: tuple[str, ...] = ("popularity", "itemknn", "bpr", "lightgcn")
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     sasrec: SASRecConfig = field(default_factory=SASRecConfig)
+    content: SASRecConfig = CONTENT_TOWER
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    fuse: FuseConfig = field(default_factory=FuseConfig)
     protocol: str = "standard"
     ks: tuple[int, ...] = (5, 10, 20)
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from hellm.config._checks import check_loop, require
 
-__all__ = ["SASRecConfig"]
+__all__ = ["CONTENT_TOWER", "SASRecConfig"]
 
 
 @dataclass(frozen=True)
@@ -92,3 +92,7 @@ class SASRecConfig:
         require(isfinite(self.learning_rate) and self.learning_rate > 0, "learning_rate", "> 0", self.learning_rate)
         require(self.batch_size >= self.max_length, "batch_size", f">= max_length {self.max_length}", self.batch_size)
         check_loop(self)
+
+
+CONTENT_TOWER = SASRecConfig(item_id=False, content_components=None, content_hidden_dim=256, dropout=0.2, patience=10)
+"""A sequence model that knows items by their content alone, and so ranks new ones like any other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
@@ -14,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hellm._folders import hold
 from hellm.config import FuseConfig
-from hellm.data import Dataset, load_dataset
+from hellm.data import Dataset
 from hellm.evaluate import (
     HistoryScorer,
     RankingResult,
@@ -30,8 +30,8 @@ from hellm.recommend.compare import check_run_of
 from hellm.recommend.recommender import Recommender
 from hellm.recommend.served import ServedFused, ServedModel
 from hellm.training.fusion import Candidates, Selection, select_towers
-from hellm.training.run_directory import RunDirectory, check_run, environment
-from hellm.training.stage import resolve_common
+from hellm.training.run_directory import environment
+from hellm.training.stage import OpenedRun, open_run, resolve_common
 
 __all__ = ["fuse", "named_towers"]
 
@@ -47,6 +47,7 @@ def fuse(
     out: PathLike_,
     config: FuseConfig | None = None,
     *,
+    resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Add up the scores of finished runs, with what validation says of each, and leave a run directory.
@@ -60,60 +61,73 @@ def fuse(
         data: The data set that the runs were trained on, or its path.
         out: Run directory to make; it holds all that serving needs, the towers included.
         config: Settings; None is `FuseConfig()`.
+        resume: Return a finished run in `out` as it is, if it is of the same towers, data and settings.
         overwrite: Replace a run in `out`.
 
     Returns: What result.json holds: "towers" (name -> run, weight, kept, valid and test metrics, seconds per 1,000
         users), "gains" (what was tried, in order, with intervals), "valid", "test" of the sum, and "leave_one_out"
         (name -> metric -> what the tower adds, with its interval).
     Raises:
-        ValueError: No tower, one name for two, runs of other data or of another split, or data without validation
-            events.
-        FileExistsError: As `RunDirectory`.
+        ValueError: No tower, a name that is no name of a folder, runs of other data or of another split, or data
+            without validation events.
+        FileExistsError, FolderInUseError: As `open_run`.
     """
-    config = config or FuseConfig()
     if not towers:
         raise ValueError("towers must be at least one run directory, got none")
     for name in towers:
         if not _NAME.fullmatch(name):
             raise ValueError(f"names of towers must be letters, digits, '_', '-' and '.', got {name!r}")
-    dataset = data if isinstance(data, Dataset) else load_dataset(data)
-    config, notes = resolve_common(config, dataset)
+
+    def prepare(config: FuseConfig, dataset: Dataset) -> dict[str, ServedModel]:
+        models = {}
+        for name, run in towers.items():
+            recommender = Recommender.load(run, device=config.device)
+            check_run_of(recommender, run, dataset)
+            models[name] = recommender.model
+        return models
+
+    with open_run(
+        config or FuseConfig(),
+        data,
+        out,
+        _resolve,
+        prepare=prepare,
+        fingerprint=_fingerprint,
+        resume=resume,
+        overwrite=overwrite,
+        read=list(towers.values()),
+    ) as opened:
+        return _fuse(opened, towers) if opened.finished is None else opened.finished
+
+
+def _resolve(config: FuseConfig, dataset: Dataset) -> tuple[FuseConfig, list[str]]:
     if not (dataset.split == 1).any():
         raise ValueError(f"data set {dataset.name!r} must have validation events to choose and weigh by, got none")
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    check_run(out, overwrite=overwrite, inputs=[*towers.values(), None if data is dataset else data])
-    with hold(out):
-        return _fuse(towers, dataset, out, config, notes, overwrite)
+    return resolve_common(config, dataset)
 
 
-def _fuse(
-    towers: Mapping[str, PathLike_],
-    dataset: Dataset,
-    out: PathLike_,
-    config: FuseConfig,
-    notes: list[str],
-    overwrite: bool,
-) -> dict[str, Any]:
+def _fingerprint(models: Mapping[str, ServedModel]) -> str:
+    digest = hashlib.sha256()
+    for name, model in models.items():
+        keys = model.item_keys()
+        digest.update(f"{name} {list(keys.shape)} ".encode() + keys.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _fuse(opened: OpenedRun, towers: Mapping[str, PathLike_]) -> dict[str, Any]:
+    config, dataset, models, run = opened.config, opened.dataset, opened.inputs, opened.run
     started = time.perf_counter()
-    loaded = {name: Recommender.load(run, device=config.device) for name, run in towers.items()}
-    for name, recommender in loaded.items():
-        check_run_of(recommender, towers[name], dataset)
-    models = {name: recommender.model for name, recommender in loaded.items()}
-    run = RunDirectory(out, overwrite=overwrite)
-    run.write_config(config)
-
-    selection = select_towers(
-        _candidates(models, dataset, config), config.monitor, level=config.level, seed=config.seed
-    )
+    candidates = _candidates(models, dataset, config)
+    selection = select_towers(candidates, *config.monitor, level=config.level, seed=config.seed)
     fused = ServedFused({name: models[name] for name in selection.weights}, selection.weights)
     result = _result(models, fused, selection, towers, dataset, config)
-    result |= {"notes": notes, "seconds": time.perf_counter() - started, "environment": environment(config.device)}
+    seconds, where = time.perf_counter() - started, environment(config.device)
+    result |= {"notes": opened.notes, "seconds": seconds, "environment": where}
     if result["test"] is not None:
-        for one in (out, *towers.values()):
+        for one, by in ((run.path, TRAINING), *((tower, "hellm.fuse") for tower in towers.values())):
             log_test_evaluation(
                 one,
-                by=TRAINING if one is out else "hellm.fuse",
+                by=by,
                 protocols=[config.protocol],
                 metrics=list(result["test"]["metrics"]),
                 fingerprint=dataset.fingerprint,
@@ -198,7 +212,7 @@ def _result(
         "stage": "fuse",
         "test": None if test is None else {**test.metrics, **test.to_dict(level=0.95)},
         "valid": {"metrics": valid.metrics},
-        "cross_fitted": {config.monitor: selection.fused},
+        "cross_fitted": {config.monitor[0]: selection.fused},
         "weights": selection.weights,
         "seconds_per_1000_users": seconds,
         "towers": {

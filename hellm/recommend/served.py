@@ -272,7 +272,7 @@ class ServedFused:
     def save(self, folder: Path) -> None:
         """Write every tower into towers/NAME, and what they add up to."""
         for name, tower in self.towers.items():
-            (folder / _TOWERS / name).mkdir(parents=True)
+            (folder / _TOWERS / name).mkdir(parents=True, exist_ok=True)
             tower.save(folder / _TOWERS / name)
         _save_tensors({"item_keys": self.keys}, folder, {"fusion": json.dumps(self.weights)})
 
