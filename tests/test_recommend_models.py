@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import polars as pl
 import pytest
@@ -18,7 +20,8 @@ from hellm.losses import bpr_loss
 from hellm.models import GraphEncoder, SASRec
 from hellm.models.histories import pad_histories
 from hellm.models.item_content import ItemContent
-from hellm.recommend import Recommender, ServedGraph, ServedLLM, ServedModel, ServedSASRec
+from hellm.models.sequence import WhitenedContent
+from hellm.recommend import Recommender, ServedFused, ServedGraph, ServedLLM, ServedModel, ServedSASRec
 
 
 def block_features(data: PlantedBlocks, blocks: np.ndarray) -> np.ndarray:
@@ -162,8 +165,30 @@ class TestServedSASRec(ServedContract):
         return ServedSASRec(sasrec_of_blocks(data, 80))
 
 
-def sasrec_of_blocks(data: PlantedBlocks, steps: int) -> SASRec:
-    model = SASRec(data.num_items, embedding_dim=8, num_layers=1, num_heads=1, feedforward_dim=8, dropout=0.0)
+class TestServedContentSASRec(ServedContract):
+    """Items that are known by their content, beside or instead of ids."""
+
+    ways: ClassVar = {"item_id": False, "content_hidden_dim": 16}
+
+    def model(self, data):
+        features = torch.from_numpy(block_features(data, data.block_of_item))
+        content = {"text": WhitenedContent.of(features)}
+        return ServedSASRec(sasrec_of_blocks(data, 200, content=content, **self.ways))
+
+
+class TestServedSASRecWithContent(TestServedContentSASRec):
+    ways: ClassVar = {}
+
+
+class TestServedFused(ServedContract):
+    def model(self, data):
+        towers = {"graph": TestServedGraph().model(data), "sequence": TestServedSASRec().model(data)}
+        return ServedFused(towers, {"graph": 0.3, "sequence": 1.0})
+
+
+def sasrec_of_blocks(data: PlantedBlocks, steps: int, **settings) -> SASRec:
+    shape = {"embedding_dim": 8, "num_layers": 1, "num_heads": 1, "feedforward_dim": 8, "dropout": 0.0}
+    model = SASRec(data.num_items, **shape, **settings)
 
     def loss(items, mask):
         logits = model(items[:, :-1], mask[:, :-1])[mask[:, 1:]] @ model.items().T

@@ -19,9 +19,10 @@ from hellm.config.fuse import FuseConfig
 from hellm.config.presets import PRESETS
 from hellm.config.pretrain import ModelConfig, PretrainConfig
 from hellm.config.run import RunConfig
-from hellm.config.sasrec import SASRecConfig
+from hellm.config.sasrec import CONTENT_TOWER, SASRecConfig
 
 __all__ = [
+    "CONTENT_TOWER",
     "OFFICIAL_LLM",
     "PRESETS",
     "FinetuneConfig",

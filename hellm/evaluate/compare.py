@@ -228,7 +228,8 @@ def _slice_words(dataset: Dataset, models: Sequence[Mapping[str, Any]]) -> dict[
 
 
 def _verdicts(rows, means, speeds, decisive: str, seed: int) -> list[str]:
-    others = [row.name for row in rows if row.stage != "finetune"]
+    # A sum of models may hold the language model itself.
+    others = [row.name for row in rows if row.stage not in ("finetune", "fuse")]
     if not others:
         return []
     rival = max(others, key=lambda name: means[name].metrics[decisive])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hellm.recommend.recommender import Recommender
 from hellm.recommend.results import ContentLink, Reason, Recommendations, RecommendedItem
-from hellm.recommend.served import ServedGraph, ServedLLM, ServedModel, ServedSASRec
+from hellm.recommend.served import ServedFused, ServedGraph, ServedLLM, ServedModel, ServedSASRec
 
 __all__ = [
     "ContentLink",
@@ -12,6 +12,7 @@ __all__ = [
     "Recommendations",
     "RecommendedItem",
     "Recommender",
+    "ServedFused",
     "ServedGraph",
     "ServedLLM",
     "ServedModel",

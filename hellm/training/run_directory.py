@@ -256,7 +256,9 @@ class RunDirectory:
     def read_result(self) -> dict[str, Any]:
         """The result of a finished run. Raises: ValueError, a damaged file."""
         result = read_json(self.result)
-        missing = [name for name in ("stage", "test", "valid", "best_epoch", "num_epochs") if name not in result]
+        # A fused run has weights in place of epochs.
+        own = ("weights", "towers") if result.get("stage") == "fuse" else ("best_epoch", "num_epochs")
+        missing = [name for name in ("stage", "test", "valid", *own) if name not in result]
         if missing:
             raise ValueError(f"{self.result}: damaged, lacks {missing[0]!r}; {START_OVER}")
         return result
