@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from hellm.models import SASRec
 from hellm.models.histories import pad_histories
+from hellm.models.sequence import WhitenedContent
 
 # Lengths on both sides of the borders (8, 16, 32) between groups that share an attention block.
 LENGTHS = (3, 9, 1, 8, 17, 33, 16, 2)
@@ -231,3 +234,89 @@ def test_wrong_histories_are_named():
         model(torch.zeros(1, 6, dtype=torch.int64), torch.ones(1, 6, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"items and mask must be \[B, T\] alike, got \[1, 3\] and \[1, 2\]"):
         model(torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool))
+
+
+def test_a_model_of_before_content_still_loads(tmp_path):
+    model = make_model()
+    model.save(tmp_path)
+    path = tmp_path / "embeddings.safetensors"
+    tensors = load_file(path)
+    del tensors["items.id_embedding.weight"]  # its table was kept as what it gives
+    later = ("norm_first", "item_id", "content_hidden_dim", "content_dropout")
+    settings = {name: value for name, value in model.settings.items() if name not in later}
+    save_file(tensors, path, metadata={"sasrec": json.dumps(settings)})
+    indptr, items = make_histories()
+    assert torch.equal(SASRec.load(tmp_path).embed(indptr, items), model.embed(indptr, items))
+
+
+def whitened(num_items=NUM_ITEMS, width=6, components=None, seed=0):
+    features = torch.randn(num_items, width, generator=torch.Generator().manual_seed(seed)) * 3 + 1
+    features[::5] = 0
+    return features, WhitenedContent.of(features, components)
+
+
+def test_whitened_content_has_uncorrelated_columns_of_variance_1():
+    features, content = whitened()
+    table = content.table[features.any(1)].double()
+    covariance = table.T @ table / len(table)
+    torch.testing.assert_close(covariance, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-5)
+    assert (content.table[::5] == 0).all()
+    # ZCA stays as close to the features as whitening can: its map is symmetric.
+    torch.testing.assert_close(content.matrix, content.matrix.T, rtol=0, atol=1e-6)
+    kept = whitened(components=2)[1]
+    assert kept.table.shape == (NUM_ITEMS, 2)
+    variance = torch.linalg.eigvalsh(torch.cov(features[features.any(1)].T, correction=0))
+    torch.testing.assert_close(kept.matrix.norm(dim=0), variance.flip(0)[:2].rsqrt(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("components", [None, 4])
+def test_directions_without_variance_are_no_numbers_out_of_noise(components):
+    features = torch.randn(20, 1).expand(20, 5) + torch.arange(5.0)
+    table = WhitenedContent.of(features, components).table
+    assert torch.isfinite(table).all() and table.abs().max() < 5
+    assert (WhitenedContent.of(torch.zeros(4, 3), components).table == 0).all()
+    assert torch.isfinite(WhitenedContent.of(torch.ones(1, 3), components).table).all()
+
+
+@pytest.mark.parametrize(
+    ("item_id", "hidden"), [(True, 0), (False, 0), (False, 7), (True, 7)], ids=["both", "content", "deep", "both deep"]
+)
+def test_item_embeddings_are_ids_and_projected_content(item_id, hidden):
+    features, content = whitened()
+    model = make_model(content={"a.b": content}, item_id=item_id, content_hidden_dim=hidden)
+    weights, x = dict(model.items.named_parameters()), content.table
+    projector = [weights[name] for name in weights if name.startswith("projectors.0")]
+    expected = torch.zeros(NUM_ITEMS, 12)
+    if hidden:
+        inner = F.gelu(x @ projector[0].T + projector[1])
+        expected = (inner @ projector[2].T + projector[3]) * features.any(1, keepdim=True)
+    else:
+        expected = x @ projector[0].T
+    if item_id:
+        expected = expected + weights["id_embedding.weight"]
+    torch.testing.assert_close(model.item_keys(), expected)
+    assert model.items.modalities == ["a.b"]
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_model_with_content_saves_loads_and_takes_new_items(norm_first, tmp_path):
+    features, content = whitened()
+    model = make_model(content={"text": content}, content_hidden_dim=5, norm_first=norm_first).eval()
+    model.save(tmp_path)
+    again, (indptr, items) = SASRec.load(tmp_path), make_histories()
+    assert torch.equal(again.embed(indptr, items), model.embed(indptr, items))
+    longer = again.extended({"text": features[1:3]}, lambda table: table[1:3])
+    assert torch.equal(longer.item_keys()[:NUM_ITEMS], model.item_keys())
+    torch.testing.assert_close(longer.item_keys()[NUM_ITEMS:], model.item_keys()[1:3])
+    assert torch.equal(longer.embed(indptr, items), model.embed(indptr, items))
+    absent = again.extended({"other": torch.ones(1, 2)}, lambda table: table[:1] * 0)
+    assert (absent.item_keys()[-1] == 0).all()
+    with pytest.raises(ValueError, match=r"features must be \[n, 6\], got \[1, 2\]"):
+        again.extended({"text": torch.ones(1, 2)}, lambda table: table[:1])
+
+
+def test_items_need_ids_or_content():
+    with pytest.raises(ValueError, match="items must have ids, content or both"):
+        make_model(item_id=False)
+    with pytest.raises(ValueError, match=r"content\['text'\] must be of the 37 items, got 4"):
+        make_model(content={"text": whitened(4)[1]})
