@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 _MARK, _LOCK, _FORMAT = ".hellm.json", ".hellm.lock", 1
 # What writers of this program leave when they are killed, by the name of what they were writing.
 _UNFINISHED = re.compile(r"\.(?P<name>.+)\.(?:lock|\d+\.tmp|[0-9a-f]{8}\.(?:new|old))")
+# What safetensors writes before it gives a file its name.
+_TEMPORARY = re.compile(r"\.tmp[0-9A-Za-z]{6}")
 # What file managers put anywhere.
 _LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 # Of 255 bytes, less what temporary names add.
@@ -304,7 +306,7 @@ def _first_outside(folder: Path, layout: Iterable[str], top: Path | None = None)
     """
     top, patterns = top or folder, [one.split("/") for one in layout]
     for one in sorted(folder.iterdir()):
-        if one.name in (_MARK, _LOCK) or one.name in _LITTER:
+        if one.name in (_MARK, _LOCK) or one.name in _LITTER or _TEMPORARY.fullmatch(one.name):
             continue
         parts, relative = list(one.relative_to(top).parts), one.relative_to(top).as_posix()
         if unfinished := _UNFINISHED.fullmatch(one.name):
@@ -404,7 +406,7 @@ def _unfinished(folder: Path, *, beside: bool) -> list[Path]:
         for inside in own
         if not inside.is_symlink()
         for one in inside.iterdir()
-        if one.name != _LOCK and _UNFINISHED.fullmatch(one.name)
+        if one.name != _LOCK and (_UNFINISHED.fullmatch(one.name) or _TEMPORARY.fullmatch(one.name))
     ]
 
 

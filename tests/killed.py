@@ -27,8 +27,9 @@ from pathlib import Path
 
 UNFINISHED = re.compile(r"\..+\.(lock|tmp|new|old)")
 # What depends on the clock and on which processes had a part in it.
-VOLATILE = {"seconds", "seconds_per_epoch", "valid_seconds", "peak_memory_bytes", "plan", "test_users_per_second"}
-IGNORED = ("events.out.tfevents.", "comparison.json", "curves.png")
+VOLATILE = {"seconds", "seconds_per_epoch", "valid_seconds", "seconds_per_1000_users", "test_users_per_second"}
+VOLATILE |= {"peak_memory_bytes", "plan"}
+IGNORED = ("events.out.tfevents.", "comparison.json", "curves.png", "test_evaluations.jsonl")
 FAST = ["num_threads=1", "tensorboard=false"]
 
 
@@ -268,7 +269,7 @@ def content(file: Path, folder: Path) -> bytes:
         return json.dumps(header, sort_keys=True).encode() + whole[start:]
     else:
         return file.read_bytes().replace(str(folder).encode(), b"OUT")
-    return json.dumps(steady(records), sort_keys=True).encode()
+    return json.dumps(steady(records), sort_keys=True).replace(str(folder), "OUT").encode()
 
 
 def steady(value):

@@ -596,8 +596,9 @@ def test_readme_names_every_verb_preset_protocol_and_form():
 
 
 def test_readme_snippets_run(shop, tmp_path, monkeypatch, capsys):
-    out = str(tmp_path / "demo" / "run" / "stage1")
-    assert main(["pretrain", "--data", shop, "--out", out, *FAST, "--max-epochs", "1"]) == 0
+    run = tmp_path / "demo" / "run"
+    assert main(["pretrain", "--data", shop, "--out", str(run / "stage1"), *FAST, "--max-epochs", "1"]) == 0
+    assert main(["fuse", str(run / "stage1"), "--data", shop, "--out", str(run / "fused")]) == 0
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     snippets = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sqlite3
 
 import numpy as np
 import pytest
@@ -276,7 +275,7 @@ class TestCache:
 
     def test_a_failed_put_leaves_nothing(self, tmp_path):
         cache = FeatureCache(tmp_path, "one")
-        with pytest.raises(sqlite3.Error):
+        with pytest.raises(ValueError, match=r"features.sqlite: .*type 'object' is not supported"):
             cache.put([(content_key(b"a"), np.ones(2)), (object(), np.ones(2))])
         assert cache.get([content_key(b"a")]) == {}
 

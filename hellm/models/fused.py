@@ -103,9 +103,12 @@ def fit_weights(scores: Sequence[Tensor], targets: Tensor) -> Tensor:
 
 
 def _spread(scores: Tensor) -> Tensor:
-    """Mean standard deviation of a user's scores, as a float64 scalar."""
-    rows = [row[torch.isfinite(row)].double().std(correction=0) for row in scores[:_BLOCK]]
-    spread = torch.stack(rows).mean()
+    """Standard deviation of a user's scores over some users, as a float64 scalar."""
+    block = scores[:_BLOCK].double()
+    allowed = torch.isfinite(block)
+    count = allowed.sum(1, keepdim=True).clamp(min=1)
+    mean = torch.where(allowed, block, 0.0).sum(1, keepdim=True) / count
+    spread = torch.where(allowed, block - mean, 0.0).square().mean().sqrt()
     return spread if spread > 0 else torch.ones_like(spread)
 
 

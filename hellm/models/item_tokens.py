@@ -167,9 +167,13 @@ class ItemTokens(nn.Module):
     @torch.no_grad()
     def _scale_keys(self) -> None:
         if not self.features.is_meta and len(self.features):
-            rms = _rms(self.projector(self.features[:4096]))
-            self.projector[-1].weight.div_(rms)
-            self.projector[-1].bias.div_(rms)
+            some = slice(0, 4096)
+            keys = self.projector(self.features[some])
+            if self.id_embedding is not None:
+                keys += self.id_projector(self.id_embedding.weight[some])
+                self.id_projector.weight.div_(_rms(keys))
+            self.projector[-1].weight.div_(_rms(keys))
+            self.projector[-1].bias.div_(_rms(keys))
 
 
 def check_item_embeddings(tables: Mapping[str, Tensor]) -> dict[str, int]:

@@ -85,8 +85,11 @@ def select_towers(candidates: Candidates, monitor: str = "ndcg@10", *, level: fl
         monitor: "ndcg@k" or "recall@k".
         level: Coverage of the interval, in (0, 1).
         seed: Of the halves and the bootstrap.
+    Raises: ValueError, no event.
     """
     names = list(candidates.scores)
+    if not len(candidates.users):
+        raise ValueError("there must be validation events of users with a history, got none")
     half = _halves(candidates.users, seed)
     metric = _Metric(candidates, monitor)
     alone = {name: metric.mean(metric.per_user(candidates.scores[name])) for name in names}
@@ -94,7 +97,8 @@ def select_towers(candidates: Candidates, monitor: str = "ndcg@10", *, level: fl
     best = metric.per_user(candidates.scores[chosen[0]])
     every, weights = np.ones(len(half), dtype=bool), [1.0]
     gains: list[Gain] = []
-    while len(chosen) < len(names):
+    # One user alone cannot judge weights that another made.
+    while len(chosen) < len(names) and 0 < half.sum() < len(half):
         tried = {name: _cross_fitted(candidates, [*chosen, name], half, metric) for name in names if name not in chosen}
         name = max(tried, key=lambda one: metric.mean(tried[one]))
         gain, low, high = paired_gain(tried[name], best, level=level, seed=seed)

@@ -207,7 +207,7 @@ def test_titles_stand_after_their_items():
     # Item 2 has " ti" of "ti", item 3 no title, item 5 the first three letters of " title".
     letters = CharTokenizer().encode(" ti")
     embed = model.prompted.base.get_input_embeddings().weight
-    own = model.items.projector(model.items.features) + 0
+    own = model.items.keys()
     graph = model.items.running_graph(model.items.graph(items))
     scale = model.items.token_scale
     expected = [
@@ -256,11 +256,15 @@ def test_ablations_leave_their_parts_out():
     assert model.prompted.prefix is None and scores(model, [[1, 2]]).shape == (1, 6)
 
 
+def ids_of(model, items):
+    return model.items.id_embedding.weight.detach()[items]
+
+
 def test_new_items_rank_at_once():
     model = recommender(titles=True)
     before = scores(model, HISTORIES)
     tables = {name: table[[4, 7]] for name, table in tiny_tables().items()}
-    model.add_items(tables, [tiny_titles()[4], None])
+    model.add_items(tables, [tiny_titles()[4], None], item_ids=ids_of(model, [4, 7]))
     after = scores(model, HISTORIES)
     assert model.num_items == NUM_ITEMS + 2
     torch.testing.assert_close(after[:, :NUM_ITEMS], before)
@@ -272,7 +276,7 @@ def test_new_items_rank_at_once():
 def test_titles_of_new_items_are_read_in_histories_and_saved(tmp_path):
     model = recommender(titles=True)
     rows = {name: table[[4, 4, 4]] for name, table in tiny_tables().items()}
-    model.add_items(rows, [tiny_titles()[4], "other", None])
+    model.add_items(rows, [tiny_titles()[4], "other", None], item_ids=ids_of(model, [4, 4, 4]))
     same, other, none = (scores(model, [[1, NUM_ITEMS + place]]) for place in range(3))
     torch.testing.assert_close(same, scores(model, [[1, 4]]))
     assert not torch.allclose(other, same, atol=1e-4) and not torch.allclose(none, same, atol=1e-4)
@@ -296,7 +300,8 @@ def test_new_items_with_the_residual_take_both_scores():
     longer = Bigram(NUM_ITEMS + 2)
     with torch.no_grad():
         longer.table.copy_(torch.cat([sequence.table, sequence.table[copied]]))
-    model.add_items({name: table[copied] for name, table in tiny_tables().items()}, sequence_model=longer)
+    tables = {name: table[copied] for name, table in tiny_tables().items()}
+    model.add_items(tables, sequence_model=longer, item_ids=ids_of(model, copied))
     after = scores(model, HISTORIES)
     torch.testing.assert_close(after[:, :NUM_ITEMS], before)
     torch.testing.assert_close(after[:, NUM_ITEMS:], before[:, copied])
@@ -319,7 +324,13 @@ def test_saved_and_loaded_equals_before(settings, tmp_path):
     model.save_pretrained(tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
     files = {path.name for path in (tmp_path / "model").iterdir()}
-    assert files == {"config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors"}
+    assert files == {
+        ".hellm.json",
+        "config.json",
+        "model.safetensors",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     given = {"item_titles": tiny_titles(), "sequence_model": model.sequence_model}
     language_model = tiny_model()
     loaded = RecommenderLLM.from_pretrained(
@@ -410,7 +421,7 @@ def test_state_of_other_settings_is_refused():
     state = {name: tensor + 1 for name, tensor in model.trainable_state_dict().items()}
     model.load_trainable_state_dict(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.trainable_state_dict().items())
-    with pytest.raises(ValueError, match=r"the state lacks items\.projector\.0\.bias"):
+    with pytest.raises(ValueError, match=r"the state lacks items\.id_embedding\.weight, .*items\.projector\.0\.bias"):
         model.load_trainable_state_dict({})
     with pytest.raises(ValueError, match="the state has unknown other"):
         model.load_trainable_state_dict(state | {"other": torch.zeros(1)})

@@ -22,7 +22,7 @@ from hellm.training.processes import Processes, launched_processes
 
 WORKER = Path(__file__).with_name("finetune_worker.py")
 ROOT = Path(__file__).parents[2]
-NO_DROPOUT = ["model.lora_dropout=0", "model.prefix_dropout=0"]
+NO_DROPOUT = ["model.lora_dropout=0", "model.prefix_dropout=0", "model.item_dropout=0"]
 PREFIX = ["model.graph_context=prefix", "model.learned_prefix=true"]
 # 180 targets make batches of 179 and of 1, of which one of two processes has no share.
 CASES = {
@@ -109,7 +109,7 @@ def test_the_first_process_alone_speaks(folder):
     finished = [line for line in output.splitlines() if "best epoch" in line]
     assert len(finished) == 4
     assert output.count("stopped in epoch 1 after step 3; saved") == 1
-    assert "cut is not empty; resume it" in output
+    assert "cut is not empty; --resume goes on with it" in output
     assert "model.compat must be null in several processes, got 'official'" in output
 
 
