@@ -62,7 +62,9 @@ inline Int multiply_pairs(Int a, Int b) {
 // x rounded to an integer, |x| < 2^15, in the low half of each lane; the high half is to be ignored.
 inline Int to_fixed(Vector<float> x) { return reinterpret_cast<Int>(x + broadcast(12582912.0f)); }  // 1.5 * 2^23
 
-inline Int pair(Int first, Int second) { return (first & 0xffff) | second << 16; }
+inline Int pair(Int first, Int second) {
+  return (first & 0xffff) | reinterpret_cast<Int>(reinterpret_cast<Word>(second) << 16);
+}
 
 // C[r, v] (+)= scale sum_k A[r, k] B[k, v], the scale of a row or of a column.
 template <int kRows, int kColumns, bool kRowScale, bool kAccumulate>

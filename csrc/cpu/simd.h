@@ -42,6 +42,7 @@ template <typename T>
 using Vector = typename VectorOf<T>::type;
 
 typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));  // for bits that may overflow
 
 template <typename T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
@@ -132,7 +133,6 @@ inline Vector<A> load_as(const A* p) {
 template <typename A>
 inline Vector<A> load_as(const BFloat16* p) {
   typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
-  typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
   const Word bits = __builtin_convertvector(*reinterpret_cast<const Half*>(p), Word) << 16;
   return reinterpret_cast<Vector<A>>(bits);
 }
@@ -169,8 +169,8 @@ inline Vector<float> exp2(Vector<float> x) {
   p = p * f + 0.240222421f;
   p = p * f + 0.693146978f;
   p = p * f + 1.0f;
-  const Int exponent = reinterpret_cast<Int>(rounded) << 23;
-  return reinterpret_cast<Vector<float>>((reinterpret_cast<Int>(p) + exponent) & normal);
+  const Word exponent = reinterpret_cast<Word>(rounded) << 23;
+  return reinterpret_cast<Vector<float>>((reinterpret_cast<Word>(p) + exponent) & reinterpret_cast<Word>(normal));
 }
 inline Vector<double> exp2(Vector<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp2(x[i]);
