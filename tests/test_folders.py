@@ -261,7 +261,13 @@ with hold({str(tmp_path / "x")!r}, beside={beside}):
 
     def test_what_killed_writers_left_is_removed(self, tmp_path):
         (tmp_path / "x" / "checkpoint").mkdir(parents=True)
-        for name in (".result.json.77.tmp", "checkpoint/.last.safetensors.8.tmp", ".data.0123abcd.new", ".own.txt"):
+        left = (
+            ".result.json.77.tmp",
+            "checkpoint/.last.safetensors.8.tmp",
+            "checkpoint/.tmpSr70kL",
+            ".data.0123abcd.new",
+        )
+        for name in (*left, ".own.txt"):
             (tmp_path / "x" / name).touch()
         with hold(tmp_path / "x"):
             pass
@@ -289,6 +295,7 @@ class TestGoingOn:
             self.check(tmp_path)
         (tmp_path / "checkpoint").mkdir()
         (tmp_path / "checkpoint" / ".last.safetensors.12.tmp").touch()
+        (tmp_path / "checkpoint" / ".tmp0aZ9xY").touch()
         self.check(tmp_path)
         with pytest.raises(FileExistsError, match=r"holds no \.hellm\.json"):
             self.check(tmp_path, resume=False, overwrite=True)
