@@ -35,7 +35,7 @@ class Right:
     """What a program does where all is well.
 
     Attributes:
-        out: patterns that stdout holds, in this order; `.` matches any character.
+        out: patterns that stdout holds, in this order.
         err: the same of stderr.
         never: pattern that neither holds.
         code: exit code.
@@ -72,9 +72,9 @@ RIGHT = {
     "ops/01_conv_reads_past_buffer": Right(("a thread.* code 0 .*fine", "main thread.* code 0 ")),
     "ops/02_export_poisons_hypergraph": Right(("model.x. is Tensor and another .* gives Tensor",)),
     "ops/03_forward_mode_is_zero": Right(
-        ("hypergraph_conv", "incidence_product", "bipartite", "info_nce", "item_cross")
+        tuple(f"^{op}" for op in "hypergraph_conv incidence_product bipartite_propagate info_nce item_cross".split())
     ),
-    "ops/04_cross_entropy_float64_items_under_autocast": Right(("(raises: .*float64|got .*){3}",)),
+    "ops/04_cross_entropy_float64_items_under_autocast": Right(3 * ("^(raises: .*float64|got .*)",)),
     "ops/05_stale_scales": Right(5 * (r" 5\.000\n",)),
     "ops/06_half_weight_gradient": Right(4 * ("output finite True",)),
     "ops/07_compile_temperature": Right(("dynamic=True: fine", "a schedule: fine", "two losses: fine")),
@@ -106,7 +106,7 @@ RIGHT = {
     "ops/23_many_columns": Right(("D 100000, knn", "D 100000, info_nce", "D 100000, item_cross_entropy")),
     # Data and the command line.
     "data/01_overwrite_deletes_source": Right(
-        ("rc 2", "rc 2", r"after(?=.*SKU1\.png)(?=.*events\.csv)(?=.*thesis\.txt)"),
+        ("rc 2", "rc 2", r"(?s)after(?=.*SKU1\.png)(?=.*events\.csv)(?=.*thesis\.txt)"),
         ("error: shop .*not replaced", "error: thesis .*nothing in it is replaced"),
     ),
     "data/02_time_column_ignored": Right(
@@ -128,11 +128,11 @@ RIGHT = {
         (r"second rc 2", r"lines (\d+), distinct epochs \1\n", *3 * ("is training in q", r"first rc 0\n"))
     ),
     "data/07_16bit_pictures_turn_white": Right(
-        2 * (r"8 bit (0\.9[5-9]\d|1\.000), .* white [-0.]+[0-8]\d+; .* upright (0\.9[5-9]\d|1\.000)\n",)
+        2 * (r"8 bit (0\.9[5-9]\d|1\.000), .* white -?0\.[0-8]\d+; .* upright (0\.9[5-9]\d|1\.000)\n",)
     ),
     "data/08_empty_ids_become_one_user": Right(
-        ("3 events without user id", r"\['u1'\]", "1 events without user id", r"\['u1'\]"),
-        ("words/events.csv: no row",),
+        ("3 events without user id", r"^\['u1'\]", "1 events without user id", r"^\['u1'\]"),
+        (r"words/events\.csv: no row is left .*'NULL', 'nan'",),
     ),
     "data/09_stock_list": Right(
         (*3 * (r"user c1: [^\n]*\n +1\. ",), "user c2: ", "user newcustomer: [^\n]*popular", "rc 0"),
@@ -141,26 +141,23 @@ RIGHT = {
     ),
     "data/10_internal_errors_on_user_data": Right(
         (
-            r"latin1\n.*latin1/events\.csv:2: byte 0xe9 is not UTF-8",
-            "rc 2",
-            "ragged\n.*events +2 .*separator too many",
-            "rc 0",
-            "inch_in_events\n.*events +2 ",
-            "rc 0",
-            "inch_in_items\n.*rc [02]",
-            "list\n.*events.parquet.*rc 2",
-            "categories\n.*rc [02]",
-            r"latin1_json\n.*N\.item\.json.*rc 2",
+            *("== latin1", r"error: latin1/events\.csv:2: byte 0xe9 is not UTF-8", "^rc 2"),
+            *("== ragged", "events +2 .*", "2 lines end with a separator too many", "^rc 0"),
+            *("== inch_in_events", "items +2", "events +2 ", "^rc 0"),
+            *("== inch_in_items", "items +1", "^rc 0"),
+            *("== list", r"error: list/events\.parquet", "^rc 2"),
+            *("== categories", "items +3", "^rc 0"),
+            *("== latin1_json", r"error: latin1_json/N\.item\.json", "^rc 2"),
         ),
-        never=f"{INTERNAL}|rc 1",
+        never=f"{INTERNAL}|^rc 1",
     ),
     "data/11_iso_times_refused": Right(
         (
-            "minutes\n.*2024-05-31 to 2024-05-31.*rc 0",
-            "utc_minutes\n.*2024-01-01 to 2024-01-02.*rc 0",
-            "mixed\n.*(2024-01-01 to 2024-05-31.*rc 0|events.csv.*rc 2)",
-            "blank\n.*2023-11-14 to 2023-11-14.*rc 0",
-            "bigquery\n.*2019-10-01 to 2019-10-01.*rc 0",
+            *("== minutes", "from 2024-05-31 to 2024-05-31", "^rc 0"),
+            *("== utc_minutes", "from 2024-01-01 to 2024-01-02", "^rc 0"),
+            *("== mixed", r"mixed/events\.csv:4|from 2024-01-01 to 2024-05-31", "^rc [02]"),
+            *("== blank", "from 2023-11-14 to 2023-11-14", "^rc 0"),
+            *("== bigquery", "from 2019-10-01 to 2019-10-01", "^rc 0"),
         )
     ),
     "data/13_resume_keeps_old_ids": Right(("hellm: error: .*ids",)),
@@ -168,7 +165,7 @@ RIGHT = {
     "data/15_pictures_not_found": Right(("addresses", "windows", "image_url")),
     "data/17_separator_and_encoding": Right(("semicolon", "pipe", "utf16", "cr", "sep_line", "sasrec_bom")),
     "data/19_full_disk": Right(
-        ("rc 2", "no space left on device.*make room there"), ("no space left.*make room there",)
+        ("^rc 2", "error: .*no space left on device; make room"), ("error: .*no space left on device; make room",)
     ),
     "data/20_read_only_home": Right(("rc 0",)),
     "data/21_small_catalogue": Right(()),
@@ -188,7 +185,15 @@ RIGHT = {
         ),
         never=f"{INTERNAL}|loaded, lists",
     ),
-    "llm/families": Right(()),
+    "llm/families": Right(
+        (
+            *(
+                f"^{name}ForCausalLM (ValueError|queries .* differ by (0|\\S+e-0[6-9]))$"
+                for name in ("Lfm2", "Qwen3_5", "DeepseekV3", "MiniCPM3", "OPT", "DiffLlama")
+            ),
+            *(f"^{name}Config (ValueError|built)" for name in ("Bloom", "Mpt", "Mamba")),
+        )
+    ),
     "llm/killed_save": Right(
         ("serving is there: True", r"after the next save: \['serving'\]"), never="load:", arguments=("{run}",)
     ),
@@ -265,7 +270,7 @@ class Programs:
             reasons += filter(None, [right.check(scan)])
         if not reasons:
             return ""
-        last = " ".join((out.strip().splitlines()[-1:] + err.strip().splitlines()[-1:]))
+        last = " ".join(out.strip().splitlines()[-1:] + err.strip().splitlines()[-1:])
         return f"{'; '.join(reasons)}; it ends: {last[-200:]}"
 
     def command(self, name: str) -> list[str]:
@@ -331,7 +336,7 @@ def missing(patterns: tuple[str, ...], text: str, where: str) -> list[str]:
     """The first pattern that does not follow the one before."""
     start = 0
     for pattern in patterns:
-        found = re.compile(pattern, re.DOTALL).search(text, start)
+        found = re.compile(pattern, re.MULTILINE).search(text, start)
         if found is None:
             return [f"{where} lacks {pattern!r}"]
         start = found.end()
