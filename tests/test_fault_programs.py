@@ -10,11 +10,15 @@ from fault_programs import RIGHT, Programs, missing, wrong_families
 
 SLOW = os.environ.get("HELLM_SLOW") == "1"
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "faults"
-QUICK = {name for name in RIGHT if name.startswith("ops/")} - {
+LONGER = {
     "ops/01_conv_reads_past_buffer",
+    "ops/07_compile_temperature",
+    "ops/09_bad_alloc_aborts",
     "ops/10_plain_torch_strides_under_compile",
+    "ops/15_compile_checkpoint",
     "ops/22_interrupt",
 }
+QUICK = {name for name in RIGHT if name.startswith("ops/")} - LONGER
 QUICK |= {"data/01_overwrite_deletes_source", "data/29_image_paths_leave_the_folder"}
 
 
