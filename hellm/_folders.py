@@ -332,7 +332,8 @@ def _first_unlisted(folder: Path, files: dict[str, int]) -> str | None:
         for name in sorted([*names, *links]):
             one = Path(top, name)
             relative = one.relative_to(folder).as_posix()
-            if relative in (_MARK, _LOCK) or name in _LITTER:
+            # A folder within may have a mark of its own, and marks are in no list.
+            if relative == _LOCK or name == _MARK or name in _LITTER:
                 continue
             if one.is_symlink() or files.get(relative) != one.stat().st_size:
                 return relative

@@ -355,3 +355,17 @@ class TestFiles:
     def test_what_cannot_be_read_is_named(self, tmp_path):
         with pytest.raises(ValueError, match="x: damaged, or not the file that must be there"), reading(tmp_path / "x"):
             json.loads("{}")["a"]
+
+
+def test_a_folder_with_a_marked_folder_in_it_is_replaced_while_nothing_in_it_was_changed(tmp_path):
+    def save(content: str) -> None:
+        whole = new_folder(tmp_path / "saved", kind="recommender", overwrite=True)
+        with whole as new, new_folder(new / "model", kind="language model") as model:
+            (model / "weights").write_text(content)
+
+    save("old")
+    save("other")
+    assert (tmp_path / "saved" / "model" / "weights").read_text() == "other"
+    (tmp_path / "saved" / "model" / "mine").write_text("x")
+    with pytest.raises(FileExistsError, match="saved holds model/mine, which hellm did not write"):
+        save("third")

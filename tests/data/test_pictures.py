@@ -145,6 +145,7 @@ def test_addresses_leave_room_for_saved_pictures(tmp_path, column):
     found, notes = shop(tmp_path, table, "images/A.png", "images/C.JPEG")
     assert found == {"A": "images/A.png", "B": "", "c": "images/C.JPEG"}
     assert any("2 images are web addresses, which are not fetched; save them under images/" in note for note in notes)
+    assert any("1 of 3 items have no picture: B)" in note for note in notes)
 
 
 @pytest.mark.parametrize(

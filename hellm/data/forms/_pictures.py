@@ -56,10 +56,10 @@ def find_pictures(
     _say(notes, len(absent), "images named in the item table are not there", absent)
     _say(notes, len(outside), "images named in the item table lie outside the data folder and are not read", outside)
     if addresses:
-        without = sum(not path for path in found)
+        without = [one for one, path in zip(item_ids, found, strict=True) if not path]
         notes.append(
             f"{addresses} images are web addresses, which are not fetched; save them under {FOLDER}/ as ITEM.jpg or "
-            f"the like ({without} of {len(found)} items have no picture)"
+            f"the like ({len(without)} of {len(found)} items have no picture{': ' if without else ''}{_some(without)})"
         )
     left = sorted(path.name for path in by_name.values() if path not in used)
     _say(notes, len(left), f"pictures in {FOLDER}/ belong to no item, or to one that has another", left)
@@ -69,8 +69,11 @@ def find_pictures(
 
 def _say(notes: list[str], number: int, what: str, names: Sequence[str]) -> None:
     if number:
-        some = ", ".join(name[:60] for name in names[:_SHOWN]) + (", ..." if number > _SHOWN else "")
-        notes.append(f"{number} {what}: {some}")
+        notes.append(f"{number} {what}: {_some(names)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(name[:60] for name in names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _listing(folder: Path) -> tuple[dict[str, Path], dict[str, Path], list[str]]:
