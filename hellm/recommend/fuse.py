@@ -29,7 +29,7 @@ from hellm.evaluate.evaluation_log import TRAINING
 from hellm.recommend.compare import check_run_of
 from hellm.recommend.recommender import Recommender
 from hellm.recommend.served import ServedFused, ServedModel
-from hellm.training.fusion import Candidates, Selection, select_towers
+from hellm.training.fusion import Selection, TowerScores, select_towers
 from hellm.training.run_directory import environment
 from hellm.training.stage import OpenedRun, open_run, resolve_common
 
@@ -117,8 +117,8 @@ def _fingerprint(models: Mapping[str, ServedModel]) -> str:
 def _fuse(opened: OpenedRun, towers: Mapping[str, PathLike_]) -> dict[str, Any]:
     config, dataset, models, run = opened.config, opened.dataset, opened.inputs, opened.run
     started = time.perf_counter()
-    candidates = _candidates(models, dataset, config)
-    selection = select_towers(candidates, *config.monitor, level=config.level, seed=config.seed)
+    scores = _tower_scores(models, dataset, config)
+    selection = select_towers(scores, *config.monitor, level=config.level, seed=config.seed)
     fused = ServedFused({name: models[name] for name in selection.weights}, selection.weights)
     result = _result(models, fused, selection, towers, dataset, config)
     seconds, where = time.perf_counter() - started, environment(config.device)
@@ -157,7 +157,7 @@ def named_towers(runs: Sequence[PathLike_]) -> dict[str, str]:
     return towers
 
 
-def _candidates(models: Mapping[str, ServedModel], dataset: Dataset, config: FuseConfig) -> Candidates:
+def _tower_scores(models: Mapping[str, ServedModel], dataset: Dataset, config: FuseConfig) -> TowerScores:
     """Scores of validation events by what was known before them; those of users without a history are left out."""
     users, items = dataset.pairs("valid")
     known = np.diff(dataset.histories("train")[0]) > 0
@@ -174,7 +174,7 @@ def _candidates(models: Mapping[str, ServedModel], dataset: Dataset, config: Fus
         scores[name] = torch.cat(parts).float()
         if mask is not None:
             scores[name][mask] = -torch.inf
-    return Candidates(scores, torch.from_numpy(items), users)
+    return TowerScores(scores, torch.from_numpy(items), users)
 
 
 def _masked_pairs(dataset: Dataset, users: np.ndarray, splits: tuple[str, ...]) -> tuple[Tensor, Tensor] | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from hellm.evaluate import paired_gain
 from hellm.models.fused import fit_weights
 
-__all__ = ["Candidates", "Gain", "Selection", "select_towers"]
+__all__ = ["Gain", "Selection", "TowerScores", "select_towers"]
 
 # Events that the likelihood is fitted on; more move the weights by less than their validation can tell.
 _FITTED_EVENTS = 2048
@@ -24,7 +24,7 @@ _FACTORS = (0.5, 0.7, 1.4, 2.0)
 
 
 @dataclass(frozen=True)
-class Candidates:
+class TowerScores:
     """What each tower says of the same validation events.
 
     Attributes:
@@ -73,7 +73,7 @@ class Selection:
     gains: list[Gain]
 
 
-def select_towers(candidates: Candidates, monitor: str = "ndcg@10", *, level: float = 0.9, seed: int = 0) -> Selection:
+def select_towers(given: TowerScores, monitor: str = "ndcg@10", *, level: float = 0.9, seed: int = 0) -> Selection:
     """Start from the best tower, and add the one that helps most as long as its help is shown.
 
     Users are cut into halves: weights that are fitted on one half are judged on the other, and the other way round, so
@@ -81,28 +81,28 @@ def select_towers(candidates: Candidates, monitor: str = "ndcg@10", *, level: fl
     the gain in the monitored metric lies above 0. The weights of the chosen towers come from all events.
 
     Args:
-        candidates: Scores of all towers.
+        given: Scores of all towers.
         monitor: "ndcg@k" or "recall@k".
         level: Coverage of the interval, in (0, 1).
         seed: Of the halves and the bootstrap.
     Raises: ValueError, no event.
     """
-    names = list(candidates.scores)
-    if not len(candidates.users):
+    names = list(given.scores)
+    if not len(given.users):
         raise ValueError("there must be validation events of users with a history, got none")
-    half = _halves(candidates.users, seed)
-    metric = _Metric(candidates, monitor)
-    alone = {name: metric.mean(metric.per_user(candidates.scores[name])) for name in names}
+    half = _halves(given.users, seed)
+    metric = _Metric(given, monitor)
+    alone = {name: metric.mean(metric.per_user(given.scores[name])) for name in names}
     chosen = [max(names, key=alone.__getitem__)]
-    best = metric.per_user(candidates.scores[chosen[0]])
+    best = metric.per_user(given.scores[chosen[0]])
     every, weights = np.ones(len(half), dtype=bool), [1.0]
     gains: list[Gain] = []
     # One user alone cannot judge weights that another made.
     while len(chosen) < len(names) and 0 < half.sum() < len(half):
-        tried = {name: _cross_fitted(candidates, [*chosen, name], half, metric) for name in names if name not in chosen}
+        tried = {name: _cross_fitted(given, [*chosen, name], half, metric) for name in names if name not in chosen}
         name = max(tried, key=lambda one: metric.mean(tried[one]))
         gain, low, high = paired_gain(tried[name], best, level=level, seed=seed)
-        longer = _fitted(candidates, [*chosen, name], every, metric) if low > 0 else []
+        longer = _fitted(given, [*chosen, name], every, metric) if low > 0 else []
         gains.append(Gain(name, gain, low, high, kept=low > 0 and longer[-1] > 0))
         if not gains[-1].kept:
             break
@@ -117,25 +117,25 @@ def _halves(users: np.ndarray, seed: int) -> np.ndarray:
     return (np.random.default_rng(seed).permutation(len(distinct)) % 2 == 0)[place]
 
 
-def _cross_fitted(candidates: Candidates, names: Sequence[str], half: np.ndarray, metric: _Metric) -> np.ndarray:
+def _cross_fitted(given: TowerScores, names: Sequence[str], half: np.ndarray, metric: _Metric) -> np.ndarray:
     """Monitored metric of each user under the weights that the other half of the users gives."""
     values = np.zeros(metric.num_users)
     for judged in (half, ~half):
-        weights = _fitted(candidates, names, ~judged, metric)
+        weights = _fitted(given, names, ~judged, metric)
         rows = torch.from_numpy(np.flatnonzero(judged))
-        total = _sum([candidates.scores[name][rows] for name in names], weights)
+        total = _sum([given.scores[name][rows] for name in names], weights)
         values += metric.sums(total, rows)
     return values / metric.counts
 
 
-def _fitted(candidates: Candidates, names: Sequence[str], events: np.ndarray, metric: _Metric) -> list[float]:
+def _fitted(given: TowerScores, names: Sequence[str], events: np.ndarray, metric: _Metric) -> list[float]:
     """Weights by likelihood, then each multiplied by what serves the monitored metric."""
     if len(names) == 1:
         return [1.0]
     rows = torch.from_numpy(np.flatnonzero(events))
-    scores = [candidates.scores[name][rows] for name in names]
+    scores = [given.scores[name][rows] for name in names]
     some = slice(None, None, max(1, len(rows) // _FITTED_EVENTS))
-    weights = fit_weights([one[some] for one in scores], candidates.targets[rows][some]).tolist()
+    weights = fit_weights([one[some] for one in scores], given.targets[rows][some]).tolist()
     if not any(weights):
         return [1.0] + [0.0] * (len(names) - 1)
     best = metric.sums(_sum(scores, weights), rows).sum()
@@ -161,13 +161,13 @@ def _sum(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 class _Metric:
     """The monitored metric of each user: the mean over the user's events of 1 or 1 / log2(rank + 1) within k.
 
-    The rank of an event is among all candidates, the user's other targets included.
+    The rank of an event is among all items, the user's other targets included.
     """
 
-    def __init__(self, candidates: Candidates, monitor: str) -> None:
+    def __init__(self, given: TowerScores, monitor: str) -> None:
         name, _, k = monitor.partition("@")
-        self._discounted, self._k, self._targets = name == "ndcg", int(k), candidates.targets
-        users, self._user = np.unique(candidates.users, return_inverse=True)
+        self._discounted, self._k, self._targets = name == "ndcg", int(k), given.targets
+        users, self._user = np.unique(given.users, return_inverse=True)
         self.num_users = len(users)
         self.counts = np.bincount(self._user, minlength=self.num_users)
 

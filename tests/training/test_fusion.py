@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from hellm.evaluate import ranking_metrics
-from hellm.training.fusion import Candidates, select_towers
+from hellm.training.fusion import TowerScores, select_towers
 
 E, I = 600, 50  # noqa: E741
 
 
-def candidates(**noise: float) -> Candidates:
+def candidates(**noise: float) -> TowerScores:
     """Towers that see the target through noise of their own; "copy" repeats the first."""
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(I, (E,), generator=generator)
@@ -20,7 +20,7 @@ def candidates(**noise: float) -> Candidates:
     for name, amount in noise.items():
         scores[name] = amount * torch.randn(E, I, generator=generator)
         scores[name][torch.arange(E), targets] += 2.0
-    return Candidates(scores, targets, np.arange(E) // 2)
+    return TowerScores(scores, targets, np.arange(E) // 2)
 
 
 def test_towers_that_see_different_things_are_kept_and_beat_each_alone():
@@ -43,7 +43,7 @@ def test_noise_and_copies_are_left_out():
 @pytest.mark.parametrize("monitor", ["ndcg@10", "recall@5"])
 def test_monitored_metric_is_that_of_the_evaluator(monitor):
     given = candidates(a=1.5)
-    one_each = Candidates(given.scores, given.targets, np.arange(E))
+    one_each = TowerScores(given.scores, given.targets, np.arange(E))
     found = ranking_metrics(
         lambda users: given.scores["a"][users], (np.arange(E + 1), given.targets.numpy()), ks=(5, 10)
     )
@@ -56,7 +56,7 @@ def test_masked_items_rank_nowhere():
     masked[:, :20] = True
     masked[torch.arange(E), given.targets] = False
     hidden = {name: one.masked_fill(masked, -torch.inf) for name, one in given.scores.items()}
-    selection = select_towers(Candidates(hidden, given.targets, given.users))
+    selection = select_towers(TowerScores(hidden, given.targets, given.users))
     assert selection.alone["a"] > select_towers(given).alone["a"]
     assert len(selection.weights) == 2 and np.isfinite(selection.fused)
 
