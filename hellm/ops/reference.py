@@ -185,9 +185,10 @@ def _unit_and_length(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = _largest(x)
     largest = largest.masked_fill(largest == 0, float("inf"))
     scaled = x / largest
-    length = scaled.norm(dim=1, keepdim=True).masked_fill(largest.isinf(), 1.0)
-    # Not over the product: lengths of subnormal rows have few digits.
-    return scaled / length, largest * length
+    norm = scaled.norm(dim=1, keepdim=True).masked_fill(largest.isinf(), 1.0)
+    length = largest * norm
+    # A subnormal length has few digits; any other rounds once less this way.
+    return torch.where(length < torch.finfo(x.dtype).smallest_normal, scaled / norm, x / length), length
 
 
 def _scale(x: Tensor, scale: Tensor | None) -> Tensor:
