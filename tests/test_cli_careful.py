@@ -182,7 +182,10 @@ def wait_for(file: Path, seconds: float = 120) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda one: one.name)
 def test_signals_while_nothing_is_trained_leave_nothing(made, tmp_path, number):
     program = """
-import sys
+import signal, sys
+# Whoever started the tests, with nohup or in the background, may have signals ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from hellm.cli import main
 from hellm.data.forms import built
 def write(dataset, folder):
@@ -199,7 +202,10 @@ sys.exit(main(sys.argv[1:]))
     with subprocess.Popen(command, cwd=ROOT, **streams) as process:
         assert process.stdout.readline() == "writing\n"
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     said = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
     assert (process.returncode, errors) == (128 + number, f"hellm: {said}\n")
     assert list(tmp_path.iterdir()) == []
