@@ -182,10 +182,7 @@ def wait_for(file: Path, seconds: float = 120) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda one: one.name)
 def test_signals_while_nothing_is_trained_leave_nothing(made, tmp_path, number):
     program = """
-import signal, sys
-# Whoever started the tests, with nohup or in the background, may have signals ignored.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+import sys
 from hellm.cli import main
 from hellm.data.forms import built
 def write(dataset, folder):
@@ -218,7 +215,10 @@ def test_hangup_saves_a_training(made, tmp_path):
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         wait_for(out / "metrics.jsonl")
         process.send_signal(signal.SIGHUP)
-        _, errors = process.communicate(timeout=60)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 128 + signal.SIGHUP and re.search(
         r"hellm: stopped .* saved .*last\.safetensors", errors
     )
