@@ -63,7 +63,14 @@ def argv(made, llm) -> list[str]:
 
 def test_an_interrupted_run_ends_with_a_table_and_lists(made):
     comparison = json.loads((made / "comparison.json").read_text(encoding="utf-8"))
-    assert [Path(one["name"]).name for one in comparison["models"]] == ["llm", "sasrec", "stage1", "popularity"]
+    assert [Path(one["name"]).name for one in comparison["models"]] == [
+        "fused",
+        "llm",
+        "content",
+        "sasrec",
+        "stage1",
+        "popularity",
+    ]
     (verdict,) = comparison["verdicts"]
     assert verdict.startswith(f"The language model {made / 'llm'} is ") and "users/s against" in verdict
     lists = json.loads((made / "recommendations.json").read_text(encoding="utf-8"))
