@@ -12,6 +12,7 @@ V = vertices, M = hyperedges, N = rows, R = chosen rows, I = items, D = columns.
 from __future__ import annotations
 
 import numbers
+import sys
 
 import torch
 from torch import Tensor
@@ -340,6 +341,10 @@ def _checked_temperature(temperature: float | Tensor, anchor: Tensor) -> Tensor:
     if isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
         if not temperature > 0:
             raise ValueError(f"temperature must be > 0, got {temperature}")
+        if isinstance(temperature, int):
+            if temperature > sys.float_info.max:
+                raise ValueError("temperature must be a number of float64, got a larger integer")
+            temperature = float(temperature)
         return torch.full((), temperature, dtype=torch.float64, device=anchor.device)
     if isinstance(temperature, numbers.Real) and not isinstance(temperature, bool):  # a number of NumPy
         return _checked_temperature(float(temperature), anchor)
