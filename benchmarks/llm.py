@@ -24,7 +24,7 @@ from benchmarks.environment import ROOT, environment, write_json
 from hellm.config import OFFICIAL_LLM
 from hellm.evaluate import HistoryScorer
 from hellm.models import RecommenderLLM
-from hellm.models.language_model import load_language_model
+from hellm.models.llm.language_model import load_language_model
 from hellm.training.finetune import finetune_loss
 from hellm.training.history_sampler import HistorySampler
 

@@ -12,7 +12,7 @@ import torch
 import hellm.recommend.catalogue
 import hellm.recommend.recommender
 from hellm.data import DataError, ItemFeatures
-from hellm.models.item_content import ItemContent
+from hellm.models.graph.content import ItemContent
 from hellm.recommend import ContentLink, RecommendedItem, Recommender, ServedGraph
 
 ITEMS = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9], [0.5, 0.5]])

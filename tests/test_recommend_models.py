@@ -18,8 +18,8 @@ from hellm.data import ItemFeatures
 from hellm.evaluate import HistoryScorer, evaluate_dataset, evaluate_histories
 from hellm.losses import bpr_loss
 from hellm.models import GraphEncoder, SASRec
+from hellm.models.graph.content import ItemContent
 from hellm.models.histories import pad_histories
-from hellm.models.item_content import ItemContent
 from hellm.models.sequence import WhitenedContent
 from hellm.recommend import Recommender, ServedFused, ServedGraph, ServedLLM, ServedModel, ServedSASRec
 

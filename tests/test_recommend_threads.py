@@ -20,7 +20,7 @@ from saved_llm import save_tiny_llm
 
 from hellm.data import ItemFeatures
 from hellm.models import SASRec
-from hellm.models.item_content import ItemContent
+from hellm.models.graph.content import ItemContent
 from hellm.recommend import Recommender, ServedGraph, ServedLLM, ServedSASRec
 
 THREADS, WRITERS = 20, 3

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hellm.models.item_content import ItemContent
+from hellm.models.graph.content import ItemContent
 from hellm.recommend.results import ContentLink
 
 __all__ = ["choose", "content_links", "cosines", "shared_users"]

@@ -22,7 +22,7 @@ from hellm._folders import new_folder
 from hellm._pretrained import LOADING
 from hellm.data import DataError, IdMap, ItemFeatures
 from hellm.evaluate import HistoryScorer, top_items
-from hellm.models.item_content import ItemContent
+from hellm.models.graph.content import ItemContent
 from hellm.recommend import explain
 from hellm.recommend.catalogue import history_lists, id_list, rows_of, side_of, take_rows
 from hellm.recommend.results import Reason, Recommendations, RecommendedItem

@@ -19,7 +19,7 @@ from hellm._files import atomic_path
 from hellm.data import DataError
 from hellm.models import FoldIn, SASRec
 from hellm.models.fused import FusedModel
-from hellm.models.item_content import ItemContent, Neighbours
+from hellm.models.graph.content import ItemContent, Neighbours
 from hellm.models.sequence import WhitenedContent
 
 __all__ = ["NewItems", "ServedFused", "ServedGraph", "ServedLLM", "ServedModel", "ServedSASRec", "load_served"]

@@ -20,9 +20,9 @@ from hellm._files import atomic_path
 from hellm.config import FinetuneConfig, load_config
 from hellm.data import Dataset
 from hellm.models.histories import pad_histories
-from hellm.models.language_model import load_language_model
-from hellm.models.llm_checkpoint import base_identity, check_base
-from hellm.models.recommender_llm import RecommenderLLM
+from hellm.models.llm.checkpoint import base_identity, check_base
+from hellm.models.llm.language_model import load_language_model
+from hellm.models.llm.recommender import RecommenderLLM
 from hellm.ops import item_cross_entropy
 from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, HistorySampler

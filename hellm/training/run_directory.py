@@ -296,7 +296,7 @@ class RunDirectory:
 
         Neighbours are searched on `device`.
         """
-        from hellm.models.item_content import ItemContent
+        from hellm.models.graph.content import ItemContent
 
         features = {
             name: one for name, one in dataset.item_features.items() if modalities is None or name in modalities

@@ -10,7 +10,7 @@ from tiny_llm import CharTokenizer, flat, tiny_model, tiny_tables
 
 from hellm.models import RecommenderLLM
 from hellm.models.histories import pad_histories
-from hellm.models.language_model import run_without_cache
+from hellm.models.llm.language_model import run_without_cache
 
 transformers = pytest.importorskip("transformers", reason='needs the extra: pip install "hellm[smollm2]"')
 pytest.importorskip("peft", reason='needs the extra: pip install "hellm[smollm2]"')
@@ -210,7 +210,7 @@ def test_half_precision_is_judged_as_such(name, dtype):
 
 
 def test_a_large_half_precision_model_is_tried_as_it_is(monkeypatch):
-    monkeypatch.setattr("hellm.models.decoder_check._MOST_COPIED", 0)
+    monkeypatch.setattr("hellm.models.llm.decoder_check._MOST_COPIED", 0)
     for settings in ({}, {"learned_prefix": True}, {"graph_context": "prefix"}):
         assert recommender(family("Llama").bfloat16(), **settings).prompted.way == "shared"
 

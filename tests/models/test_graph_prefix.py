@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hellm.models.graph_prefix import GraphPrefix, RunningGraph
+from hellm.models.llm.graph_prefix import GraphPrefix, RunningGraph
 
 
 def test_running_graph_starts_neutral():

@@ -11,7 +11,7 @@ import torch
 from official_llm import llama
 from tiny_llm import tiny_model
 
-from hellm.models.language_model import (
+from hellm.models.llm.language_model import (
     add_lora,
     check_projections,
     context_limit,

@@ -11,7 +11,7 @@ from saved_llm import save_tiny_llm
 from tiny_llm import Bigram, CharTokenizer, recommender, tiny_model, tiny_tables, tiny_titles
 
 from hellm.models import RecommenderLLM, load_language_model
-from hellm.models.prompt import title_tokens
+from hellm.models.llm.prompt import title_tokens
 
 transformers = pytest.importorskip("transformers", reason='needs the extra: pip install "hellm[smollm2]"')
 pytest.importorskip("peft", reason='needs the extra: pip install "hellm[smollm2]"')
@@ -136,7 +136,7 @@ def test_missing_and_empty_titles_are_one(tmp_path):
 
 
 def test_models_saved_with_none_for_missing_titles_load(tmp_path):
-    from hellm.models.llm_checkpoint import catalogue
+    from hellm.models.llm.checkpoint import catalogue
 
     titles = tiny_titles()
     recommender(titles=True, item_titles=titles).save_pretrained(tmp_path / "model")

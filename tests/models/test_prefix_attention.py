@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_llm import tiny_model
 
-from hellm.models.language_model import check_projections, prefix_key_values, run_decoder
-from hellm.models.prefix_attention import can_share_context, use_prefix_attention
+from hellm.models.llm.language_model import check_projections, prefix_key_values, run_decoder
+from hellm.models.llm.prefix_attention import can_share_context, use_prefix_attention
 
 pytest.importorskip("transformers", reason='needs the extra: pip install "hellm[smollm2]"')
 

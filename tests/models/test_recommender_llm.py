@@ -12,9 +12,9 @@ from tiny_llm import NUM_ITEMS, SIZES, Bigram, CharTokenizer, flat, recommender,
 from hellm.config import OFFICIAL_LLM, LLMConfig
 from hellm.models import RecommenderLLM
 from hellm.models.histories import pad_histories
-from hellm.models.language_model import prefix_key_values, run_decoder
-from hellm.models.llm_settings import SETTINGS
-from hellm.models.prompt import build_prompt, title_tokens
+from hellm.models.llm.language_model import prefix_key_values, run_decoder
+from hellm.models.llm.prompt import build_prompt, title_tokens
+from hellm.models.llm.settings import SETTINGS
 
 pytest.importorskip("transformers", reason='needs the extra: pip install "hellm[smollm2]"')
 pytest.importorskip("peft", reason='needs the extra: pip install "hellm[smollm2]"')
@@ -126,7 +126,7 @@ def test_long_histories_keep_their_latest_items():
 def test_embed_leaves_the_mode_and_works_in_small_batches(monkeypatch):
     model = recommender()
     expected = model.embed(*flat(HISTORIES))
-    monkeypatch.setattr("hellm.models.recommender_llm.EMBED_TOKENS", 4)
+    monkeypatch.setattr("hellm.models.llm.recommender.EMBED_TOKENS", 4)
     torch.testing.assert_close(model.train().embed(*flat(HISTORIES)), expected, rtol=1e-4, atol=1e-5)
     assert model.training
     assert model.embed(torch.tensor([0]), torch.tensor([], dtype=torch.int64)).shape == (0, 16)
@@ -410,7 +410,7 @@ def test_the_language_model_is_found_by_its_name(tmp_path, monkeypatch):
         calls.append((name, options))
         return tiny_model(), CharTokenizer()
 
-    monkeypatch.setattr("hellm.models.llm_checkpoint.load_language_model", load)
+    monkeypatch.setattr("hellm.models.llm.checkpoint.load_language_model", load)
     loaded = RecommenderLLM.from_pretrained(tmp_path / "model", tiny_tables())
     assert calls == [("some/model", {"dtype": torch.float32, "revision": None, "num_layers": 2})]
     assert torch.equal(scores(loaded, HISTORIES), scores(model, HISTORIES))

@@ -14,7 +14,7 @@ from hellm import ops
 from hellm.config import ModelConfig, PretrainConfig, load_config, override_config
 from hellm.evaluate import evaluate_dataset, read_test_evaluations
 from hellm.hypergraph import item_hypergraph, user_hypergraph
-from hellm.models.item_content import ItemContent
+from hellm.models.graph.content import ItemContent
 from hellm.training import pretrain as module
 from hellm.training.loop import Interrupted
 from hellm.training.pretrain import build_encoder, pretrain, pretrain_losses, resolve_config

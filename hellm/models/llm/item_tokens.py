@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hellm.models.dropout import Dropout
-from hellm.models.graph_prefix import RunningGraph
+from hellm.models.llm.graph_prefix import RunningGraph
 
 __all__ = ["ItemTokens", "check_item_embeddings", "last_hidden", "right_align", "shallow_copy"]
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from hellm._folders import new_folder
-from hellm.models.item_tokens import check_item_embeddings
-from hellm.models.language_model import language_model_identity, load_language_model
-from hellm.models.llm_settings import SETTINGS
-from hellm.models.prompt import ids_digest
+from hellm.models.llm.item_tokens import check_item_embeddings
+from hellm.models.llm.language_model import language_model_identity, load_language_model
+from hellm.models.llm.prompt import ids_digest
+from hellm.models.llm.settings import SETTINGS
 
 __all__ = [
     "base_identity",

@@ -65,7 +65,7 @@ class GraphPrefix(nn.Module):
         key_input = norm(prefix_key + norm(MLP_key(vec(G)))),  G = E^T diag(mask) E of the history's embeddings E [T, d]
 
     and the same for values; the graph part is the same in all layers and at all prefix tokens. `prefix_key_values` of
-    `hellm.models.language_model` sends them through the model's own projections.
+    `hellm.models.llm.language_model` sends them through the model's own projections.
 
     Args:
         num_layers: L.

@@ -17,11 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hellm._pretrained import LOADING
-from hellm.models.graph_prefix import RunningGraph
 from hellm.models.histories import batches_by_length, check_histories, pad_histories
-from hellm.models.item_tokens import ItemTokens, check_item_embeddings, last_hidden, shallow_copy
-from hellm.models.language_model import token_rms
-from hellm.models.llm_checkpoint import (
+from hellm.models.llm.checkpoint import (
     base_identity,
     check_base,
     load_saved,
@@ -30,9 +27,12 @@ from hellm.models.llm_checkpoint import (
     save_trained,
     trained_tensors,
 )
-from hellm.models.llm_settings import SETTINGS, check_settings
-from hellm.models.prompt import title_tokens
-from hellm.models.prompted_model import PromptedModel, SharedContext
+from hellm.models.llm.graph_prefix import RunningGraph
+from hellm.models.llm.item_tokens import ItemTokens, check_item_embeddings, last_hidden, shallow_copy
+from hellm.models.llm.language_model import token_rms
+from hellm.models.llm.prompt import title_tokens
+from hellm.models.llm.prompted_model import PromptedModel, SharedContext
+from hellm.models.llm.settings import SETTINGS, check_settings
 
 __all__ = ["RecommenderLLM"]
 
@@ -356,7 +356,7 @@ class RecommenderLLM(nn.Module):
         load_trained(self, state, "the state")
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write what was trained into `folder`, in place of what is there; see `hellm.models.llm_checkpoint`."""
+        """Write what was trained into `folder`, in place of what is there; see `hellm.models.llm.checkpoint`."""
         save_trained(self, folder)
 
     @classmethod

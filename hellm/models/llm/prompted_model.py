@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hellm.models.decoder_check import choose_way, probe_decoder
-from hellm.models.graph_prefix import GraphPrefix
-from hellm.models.item_tokens import right_align
-from hellm.models.language_model import (
+from hellm.models.llm.decoder_check import choose_way, probe_decoder
+from hellm.models.llm.graph_prefix import GraphPrefix
+from hellm.models.llm.item_tokens import right_align
+from hellm.models.llm.language_model import (
     add_lora,
     check_projections,
     context_limit,
@@ -26,8 +26,8 @@ from hellm.models.language_model import (
     run_without_cache,
     weights_digest,
 )
-from hellm.models.prefix_attention import can_share_context, use_prefix_attention
-from hellm.models.prompt import build_prompt, ids_digest
+from hellm.models.llm.prefix_attention import can_share_context, use_prefix_attention
+from hellm.models.llm.prompt import build_prompt, ids_digest
 
 __all__ = ["PromptedModel", "SharedContext"]
 
@@ -68,8 +68,8 @@ class PromptedModel(nn.Module):
         lora_dropout: of their input.
         lora_targets: names of the matrices that get one.
         official: the published prompt, and Gram matrices that are sums.
-    Raises: ValueError, a model that cannot rank items (see `hellm.models.decoder_check`), that another recommender has,
-        or without the projections, attention or matrices that this needs.
+    Raises: ValueError, a model that cannot rank items (see `hellm.models.llm.decoder_check`), that another recommender
+        has, or without the projections, attention or matrices that this needs.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hellm import ops
 from hellm.hypergraph import Hypergraph
 from hellm.models.dropout import Dropout
-from hellm.models.fold_in import FoldIn
+from hellm.models.graph.fold_in import FoldIn
 
 __all__ = ["EncoderOutput", "GraphEncoder"]
 
@@ -231,7 +231,7 @@ class GraphEncoder(nn.Module):
     def item_view_source(self) -> Tensor | None:
         """[I, D] input of the last layer of the item branch, from which a new item's view follows; None without one.
 
-        See `hellm.models.item_content.ItemContent.convolve`.
+        See `hellm.models.graph.content.ItemContent.convolve`.
         """
         return None if self.item_branch_table is None else self._item_view(self.num_item_layers - 1)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hellm._pretrained import NO_CODE, NO_PICKLES, CodeRefusedError, safe_loading
 from hellm.models.dropout import Dropout
-from hellm.models.prefix_attention import attention_window, decoder_arguments
+from hellm.models.llm.prefix_attention import attention_window, decoder_arguments
 
 __all__ = [
     "add_lora",
@@ -249,7 +249,7 @@ def run_decoder(
         past: per layer keys and values [B, heads, P, head width]; None for none.
         position: [B, S] int64; None counts from `start`.
         attend: [B, P + S] int64, 1 where keys may be seen; None for all. Attention is causal in any case.
-        shared_context: as `hellm.models.prefix_attention` takes it, instead of `past`, `attend` and any cache.
+        shared_context: as `hellm.models.llm.prefix_attention` takes it, instead of `past`, `attend` and any cache.
         options: further arguments of `decoder_arguments`.
     Returns: [B, S, W] in the dtype of the model, and per layer keys and values of `past` and `inputs` (none with
         `shared_context`).

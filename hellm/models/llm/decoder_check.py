@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hellm.models.language_model import language_model_identity, run_without_cache, token_rms
-from hellm.models.prefix_attention import can_share_context
+from hellm.models.llm.language_model import language_model_identity, run_without_cache, token_rms
+from hellm.models.llm.prefix_attention import can_share_context
 
 if TYPE_CHECKING:
-    from hellm.models.prompted_model import PromptedModel, SharedContext
+    from hellm.models.llm.prompted_model import PromptedModel, SharedContext
 
 __all__ = ["DecoderProbe", "choose_way", "probe_decoder"]
 

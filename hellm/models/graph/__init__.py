@@ -1,0 +1,9 @@
+"""Stage 1: users and items as embeddings from hypergraphs, and what the content of items adds to them."""
+
+from __future__ import annotations
+
+from hellm.models.graph.content import ItemContent, Neighbours
+from hellm.models.graph.encoder import EncoderOutput, GraphEncoder
+from hellm.models.graph.fold_in import FoldIn
+
+__all__ = ["EncoderOutput", "FoldIn", "GraphEncoder", "ItemContent", "Neighbours"]
