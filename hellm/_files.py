@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["WriteError", "append_line", "atomic_path", "read_json", "reading", "writing"]
+__all__ = ["DataError", "WriteError", "append_line", "atomic_path", "read_json", "reading", "writing"]
 
 # What numpy, SQLite and writers in Rust say in place of an OSError.
 _FULL = re.compile(r"\d+ requested and \d+ written|No space left on device|disk is full", re.IGNORECASE)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+class DataError(ValueError):
+    """A file or folder that does not hold what it must; the message names file, line and column where known."""
 
 
 class WriteError(OSError):
@@ -88,21 +92,21 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raises: ValueError naming `path`, in place of what a library raises for a file that is not what it must be."""
+    """Raises: DataError naming `path`, in place of what a library raises for a file that is not what it must be."""
     try:
         yield
     except (OSError, ValueError, MemoryError):
         raise
     except Exception as error:
-        raise ValueError(f"{os.fspath(path)}: damaged, or not the file that must be there ({error})") from error
+        raise DataError(f"{os.fspath(path)}: damaged, or not the file that must be there ({error})") from error
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The object in a JSON file. Raises: FileNotFoundError; ValueError naming the file, for anything else in it."""
+    """The object in a JSON file. Raises: FileNotFoundError; DataError naming the file, for anything else in it."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{os.fspath(path)}: damaged, not valid JSON ({error})") from None
+        raise DataError(f"{os.fspath(path)}: damaged, not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{os.fspath(path)}: damaged, must hold a JSON object, got {type(value).__name__}")
+        raise DataError(f"{os.fspath(path)}: damaged, must hold a JSON object, got {type(value).__name__}")
     return value

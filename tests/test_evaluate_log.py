@@ -7,8 +7,9 @@ from datetime import datetime, timezone
 
 import pytest
 
+from hellm.artifact.evaluation_log import TRAINING
+from hellm.artifact.files import TEST_EVALUATIONS as FILE
 from hellm.evaluate import log_test_evaluation, read_test_evaluations
-from hellm.evaluate.evaluation_log import FILE, TRAINING
 
 ENTRY = {"protocols": ["standard"], "metrics": ["recall@10"], "fingerprint": "abc"}
 RESULT = {

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "hellm"
 LAYERS = [
     {"_C", "_arrays", "_devices", "_files", "_folders", "_pretrained", "config", "kernels"},
     {"data", "features"},
+    {"artifact"},
     {"hypergraph"},
     {"ops"},
     {"nn", "losses", "models"},

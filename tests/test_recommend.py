@@ -437,13 +437,13 @@ class TestFiles:
             Recommender.load(tmp_path)
         path = recommender.save(tmp_path / "saved")
         (path / "embeddings.safetensors").write_bytes(b"garbage")
-        with pytest.raises(DataError, match=r"embeddings.safetensors: damaged or not of a run"):
+        with pytest.raises(DataError, match=r"embeddings.safetensors: damaged, or not the file that must be there"):
             Recommender.load(path)
 
     def test_load_names_the_damaged_table(self, recommender, tmp_path):
         path = recommender.save(tmp_path / "saved")
         (path / "ids.parquet").write_bytes(b"garbage")
-        with pytest.raises(DataError, match=r"ids.parquet: damaged or not of a run"):
+        with pytest.raises(DataError, match=r"ids.parquet: damaged, or not the file that must be there"):
             Recommender.load(path)
 
     def test_load_checks_that_tables_fit(self, recommender, tmp_path):

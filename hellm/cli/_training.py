@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hellm.artifact.files import CONFIG
 from hellm.cli._output import count, duration, print_json, table
 from hellm.cli._parser import add_settings, new_parser, parse
 from hellm.cli.data import add_reading_options, reading_options
@@ -52,7 +53,7 @@ def run_training(
         return 0
     if args.out is None:
         raise ValueError("missing: --out (the run directory to make)")
-    from hellm.training.run_directory import check_run
+    from hellm.artifact.run_directory import check_run
 
     # Before the data are read, which may take long.
     check_run(args.out, resume=args.resume, overwrite=args.overwrite, inputs=[args.data, *runs.values()])
@@ -125,8 +126,8 @@ def _use_base(parser, argv: Sequence[str], config_class: type) -> None:
         if not Path(given["config"]).is_file():
             raise FileNotFoundError(f"config file {given['config']} does not exist")
         base = load_config(config_class, given["config"])
-    elif "--resume" in argv and given["out"] is not None and (Path(given["out"]) / "config.yaml").is_file():
-        base = load_saved_config(config_class, Path(given["out"]) / "config.yaml")
+    elif "--resume" in argv and given["out"] is not None and (Path(given["out"]) / CONFIG).is_file():
+        base = load_saved_config(config_class, Path(given["out"]) / CONFIG)
     if base is not None:
         parser.set_defaults(_dotted(config_to_dict(base)))
 

@@ -12,18 +12,19 @@ from typing import Any
 
 from hellm._files import atomic_path, read_json, writing
 from hellm._folders import check_target, clear_folder, hold, mark_folder
+from hellm.artifact.files import CONFIG, RUN_LAYOUT
+from hellm.artifact.run_directory import START_OVER
 from hellm.cli._output import duration, print_json, title
 from hellm.cli._training import parse_settings, settings_parser
 from hellm.cli.data import reading_options, summary
 from hellm.cli.features import CACHE_HELP
 from hellm.config import RunConfig, config_to_dict, load_saved_config, save_config
-from hellm.training.run_directory import RUN_LAYOUT, START_OVER
 
 __all__ = ["LAYOUT", "Stages", "check_stages", "run", "source_fingerprints"]
 
 _STAGES = ("stage1", "lightgcn", "sasrec", "content", "llm", "fused")
 LAYOUT = (
-    *("config.yaml", "source.json", "comparison.json", "recommendations.json"),
+    *(CONFIG, "source.json", "comparison.json", "recommendations.json"),
     *("data/dataset.json", "data/*.parquet", "data/features/*.npy"),
     *(f"{stage}/{file}" for stage in _STAGES for file in RUN_LAYOUT),
 )
@@ -109,8 +110,8 @@ class Stages:
             mark_folder(out, "run of all stages", layout=LAYOUT)
             if overwrite:
                 # What a stage left can be gone on with only where the data are.
-                clear_folder(out, last=[self.path("data"), self.path("config.yaml")])
-        saved = self.path("config.yaml")
+                clear_folder(out, last=[self.path("data"), self.path(CONFIG)])
+        saved = self.path(CONFIG)
         self._before = saved.read_text(encoding="utf-8") if saved.is_file() else None
         if saved.is_file():
             before, now = (config_to_dict(one) for one in (load_saved_config(RunConfig, saved), config))
@@ -154,7 +155,7 @@ class Stages:
                 f"{self.out}: a resumed run must keep its data, and those given are others: {', '.join(changed)}; "
                 f"give the data it was started with, read with the same options, or, {START_OVER}"
             )
-        save_config(self.config, self.path("config.yaml"))
+        save_config(self.config, self.path(CONFIG))
         if folder.is_dir():
             print(f"{folder} is there from before, and of the same data.")
         else:
@@ -279,7 +280,7 @@ class Stages:
         except ValueError:
             # A setting that a stage refuses must not become what the next --resume starts from.
             if self._before is not None:
-                with atomic_path(self.path("config.yaml")) as temporary:
+                with atomic_path(self.path(CONFIG)) as temporary:
                     temporary.write_text(self._before, encoding="utf-8")
             raise
         k = self._ks()[len(self._ks()) // 2]

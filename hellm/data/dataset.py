@@ -10,14 +10,12 @@ from functools import cached_property
 
 import numpy as np
 
+from hellm._files import DataError
+
 SPLITS = ("train", "valid", "test")
 # Events of users whom nothing is trained on: known when their held-out events are to be found. Label 3.
 HISTORY = "history"
 _LABELS = (*SPLITS, HISTORY)
-
-
-class DataError(ValueError):
-    """A file or folder that does not hold what it must; the message names file, line and column where known."""
 
 
 class IdMap:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from hellm.artifact.evaluation_log import log_test_evaluation, read_test_evaluations
+
 from .compare import Row, compare
 from .datasets import evaluate_dataset, evaluate_protocols
-from .evaluation_log import log_test_evaluation, read_test_evaluations
 from .histories import HistoryModel, HistoryScorer, evaluate_histories
 from .metrics import METRICS
 from .protocols import PROTOCOLS, Candidates, Protocol, get_protocol

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from hellm.data import DataError, IdMap
 
-if TYPE_CHECKING:
-    import polars as pl
-
-__all__ = ["history_lists", "id_list", "nearest_names", "rows_of", "side_of", "take_rows"]
+__all__ = ["history_lists", "id_list", "nearest_names", "rows_of", "take_rows"]
 
 # Above this many ids the nearest names are looked for among those with the same beginning only.
 _MAX_COMPARED = 20_000
-
-
-def side_of(ids: pl.DataFrame, side: str) -> tuple[IdMap, list[str | None]]:
-    """Ids and titles of one side ("user" or "item") of ids.parquet."""
-    rows = ids.filter(ids["side"] == side).sort("index")
-    return IdMap(rows["id"].to_list()), [title or None for title in rows["title"].to_list()]
 
 
 def rows_of(ids: IdMap, names: Iterable[str], kind: str) -> np.ndarray:

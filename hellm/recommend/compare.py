@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hellm._files import read_json
+from hellm.artifact.files import LANGUAGE_MODEL, RESULT
 from hellm.baselines import BASELINES, fit_baseline
 from hellm.evaluate import Protocol, Row, log_test_evaluation, read_test_evaluations
 from hellm.evaluate import compare as compare_rows
@@ -42,7 +43,7 @@ def compare(
 ) -> dict[str, Any]:
     """Evaluate run directories and named baselines alike.
 
-    On the test split, every run notes the evaluation in its test_evaluations.jsonl (`hellm.evaluate.evaluation_log`).
+    On the test split, every run notes the evaluation in its test_evaluations.jsonl (`hellm.artifact.evaluation_log`).
 
     Args:
         models: Run directories and baselines (`hellm.baselines.BASELINES`). A mapping gives rows their names, and to
@@ -138,7 +139,7 @@ def split_of_runs(rows: Mapping[str, Sequence[str]]) -> str | None:
     """
     found = set()
     for name in (one for runs in rows.values() for one in runs):
-        result = Path(name) / "result.json"
+        result = Path(name) / RESULT
         if name not in BASELINES and result.is_file():
             found |= {read_json(result).get("dataset", {}).get("split")} - {None}
     if len(found) > 1:
@@ -159,8 +160,8 @@ def kind_of(name: str) -> str:
 
 def _stage(name: str, kind: str) -> str | None:
     """What made a run; None for baselines and folders that only serve stage 1 or SASRec."""
-    result = Path(name) / "result.json"
-    if kind == "run" and (Path(name) / "model" / "config.json").is_file():
+    result = Path(name) / RESULT
+    if kind == "run" and (Path(name) / LANGUAGE_MODEL / "config.json").is_file():
         return "finetune"
     if kind != "run" or not result.is_file():
         return None

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hellm.artifact.evaluation_log import TRAINING
+from hellm.artifact.run_directory import environment
 from hellm.config import FuseConfig
 from hellm.data import Dataset
 from hellm.evaluate import (
@@ -25,13 +27,11 @@ from hellm.evaluate import (
     log_test_evaluation,
     paired_bootstrap,
 )
-from hellm.evaluate.evaluation_log import TRAINING
 from hellm.recommend.compare import check_run_of
 from hellm.recommend.recommender import Recommender
 from hellm.recommend.served import ServedFused, ServedModel
 from hellm.training.fusion import Selection, TowerScores, select_towers
-from hellm.training.run_directory import environment
-from hellm.training.stage import OpenedRun, open_run, resolve_common
+from hellm.training.stage import OpenedRun, open_run, resolve_common, write_tables
 
 __all__ = ["fuse", "named_towers"]
 
@@ -133,9 +133,7 @@ def _fuse(opened: OpenedRun, towers: Mapping[str, PathLike_]) -> dict[str, Any]:
                 fingerprint=dataset.fingerprint,
             )
     fused.save(run.path)
-    run.write_ids(dataset)
-    run.write_histories(dataset)
-    run.write_content(dataset, device=config.device)
+    write_tables(run, dataset, device=config.device)
     run.write_result(result)
     return result
 

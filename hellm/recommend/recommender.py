@@ -20,11 +20,13 @@ from torch import Tensor
 
 from hellm._folders import new_folder
 from hellm._pretrained import LOADING
+from hellm.artifact.files import CONTENT, EMBEDDINGS, HISTORIES, IDS
+from hellm.artifact.tables import read_histories, read_ids, side_of
 from hellm.data import DataError, IdMap, ItemFeatures
 from hellm.evaluate import HistoryScorer, top_items
 from hellm.models.graph.content import ItemContent
 from hellm.recommend import explain
-from hellm.recommend.catalogue import history_lists, id_list, rows_of, side_of, take_rows
+from hellm.recommend.catalogue import history_lists, id_list, rows_of, take_rows
 from hellm.recommend.results import Reason, Recommendations, RecommendedItem
 from hellm.recommend.served import NewItems, ServedModel, load_served
 
@@ -36,7 +38,6 @@ __all__ = ["Recommender"]
 logger = logging.getLogger(__name__)
 
 _BATCH = 1024
-_CONTENT = "content.safetensors"
 # Label of events that are only history: their users are not trained on.
 _HISTORY = 3
 # Splits whose events a user is known by, when an event of the key is to be found.
@@ -159,27 +160,22 @@ class Recommender:
             fine-tuning run also what `RecommenderLLM.from_pretrained` raises.
         """
         import polars as pl
-        from safetensors import SafetensorError
 
         path = Path(path)
         if not path.is_dir():
             raise FileNotFoundError(f"run directory {path} does not exist")
-        for name in ("embeddings.safetensors", "ids.parquet", "histories.parquet"):
+        for name in (EMBEDDINGS, IDS, HISTORIES):
             if not (path / name).is_file():
                 raise FileNotFoundError(f"{path} holds no {name}: it is no run directory, or the run is not finished")
-        file = path / "ids.parquet"
         try:
-            ids = pl.read_parquet(file, glob=False)
+            ids, histories = read_ids(path), read_histories(path)
             _, titles = side_of(ids, "item")
-            file = path / "histories.parquet"
-            histories = pl.read_parquet(file, glob=False)
-            file = path / "embeddings.safetensors"
             with LOADING:
                 model = load_served(path, titles, language_model)
             model.to(device)
-        except (SafetensorError, pl.exceptions.PolarsError, KeyError) as error:
-            raise DataError(f"{file}: damaged or not of a run: {error}") from None
-        content = ItemContent.load(path / _CONTENT) if (path / _CONTENT).is_file() else None
+        except (KeyError, pl.exceptions.PolarsError) as error:
+            raise DataError(f"{path}: damaged or not of a run: {error}") from None
+        content = ItemContent.load(path / CONTENT) if (path / CONTENT).is_file() else None
         try:
             return cls(model, ids, histories, content)
         except ValueError as error:
@@ -196,10 +192,10 @@ class Recommender:
         items = self._current
         with new_folder(path, kind="recommender", overwrite=overwrite) as new:
             items.model.save(new)
-            items.table.write_parquet(new / "ids.parquet")
-            self._events.write_parquet(new / "histories.parquet")
+            items.table.write_parquet(new / IDS)
+            self._events.write_parquet(new / HISTORIES)
             if items.content is not None:
-                items.content.save(new / _CONTENT)
+                items.content.save(new / CONTENT)
         return path
 
     def scorer(self, split: str, device: str = "cpu") -> Any:
@@ -443,7 +439,7 @@ def _with_items(
 
     content = items.content
     if content is None:
-        raise ValueError(f"new items need item content, and the run holds no {_CONTENT}: its data had no features")
+        raise ValueError(f"new items need item content, and the run holds no {CONTENT}: its data had no features")
     tensors = {name: _as_tensor(one) for name, one in features.items()}
     known = items.ids.copy()
     names = _new_ids(ids, known, items.ids)

@@ -15,17 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hellm._files import atomic_path
-from hellm.data import DataError
+from hellm.artifact import read_embeddings, write_embeddings
+from hellm.artifact.files import LANGUAGE_MODEL, SEQUENCE_MODEL, TOWERS
 from hellm.models import FoldIn, SASRec
 from hellm.models.fused import FusedModel
 from hellm.models.graph.content import ItemContent, Neighbours
 from hellm.models.sequence import WhitenedContent
 
 __all__ = ["NewItems", "ServedFused", "ServedGraph", "ServedLLM", "ServedModel", "ServedSASRec", "load_served"]
-
-FILE = "embeddings.safetensors"
-_TOWERS = "towers"
 
 
 class NewItems(NamedTuple):
@@ -134,7 +131,7 @@ class ServedGraph:
         return ServedGraph(self.tensors | longer, self.exponent)
 
     def save(self, folder: Path) -> None:
-        _save_tensors(self.tensors, folder, {"fold_in_exponent": str(self.exponent)})
+        write_embeddings(folder, "graph", self.tensors, {"fold_in_exponent": str(self.exponent)})
 
     def to(self, device: str) -> None:
         """Nothing to do: the queries of users are stored, and folding in a history is a few additions."""
@@ -220,11 +217,11 @@ class ServedLLM:
         tensors = dict(self.tables)
         for name, (mean, matrix) in self.whitening.items():
             tensors |= {f"{name}.mean": mean, f"{name}.matrix": matrix}
-        _save_tensors(tensors, folder, {"order": ",".join(self.tables)})
+        write_embeddings(folder, "llm", tensors, {"order": ",".join(self.tables)})
         if self.model.sequence_model is not None:
-            (folder / "sequence_model").mkdir()
-            self.model.sequence_model.save(folder / "sequence_model")
-        self.model.save_pretrained(folder / "model")
+            (folder / SEQUENCE_MODEL).mkdir()
+            self.model.sequence_model.save(folder / SEQUENCE_MODEL)
+        self.model.save_pretrained(folder / LANGUAGE_MODEL)
 
     def to(self, device: str) -> None:
         self.model.to(device)
@@ -272,9 +269,9 @@ class ServedFused:
     def save(self, folder: Path) -> None:
         """Write every tower into towers/NAME, and what they add up to."""
         for name, tower in self.towers.items():
-            (folder / _TOWERS / name).mkdir(parents=True, exist_ok=True)
-            tower.save(folder / _TOWERS / name)
-        _save_tensors({"item_keys": self.keys}, folder, {"fusion": json.dumps(self.weights)})
+            (folder / TOWERS / name).mkdir(parents=True, exist_ok=True)
+            tower.save(folder / TOWERS / name)
+        write_embeddings(folder, "fused", {"item_keys": self.keys}, {"fusion": json.dumps(self.weights)})
 
     def to(self, device: str) -> None:
         for tower in self.towers.values():
@@ -292,26 +289,17 @@ def load_served(
 
     `language_model` is where that of a fine-tuning run is now; None is where it was in training.
 
-    Raises: DataError, a file of none of them. SafetensorError, a damaged one.
+    Raises: As `hellm.artifact.read_embeddings` and the model of that kind.
     """
-    from safetensors import safe_open
-
-    with safe_open(folder / FILE, framework="pt") as file:
-        metadata = file.metadata() or {}
-        # A copy is aligned, so that sums come out to the last bit as before.
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    if "sasrec" in metadata:
+    kind, tensors, metadata = read_embeddings(folder)
+    if kind == "sequence":
         return ServedSASRec(SASRec.load(folder))
-    if "fusion" in metadata:
+    if kind == "fused":
         weights = json.loads(metadata["fusion"])
-        towers = {name: load_served(folder / _TOWERS / name, titles, language_model) for name in weights}
+        towers = {name: load_served(folder / TOWERS / name, titles, language_model) for name in weights}
         return ServedFused(towers, weights)
-    if "fold_in_exponent" in metadata:
+    if kind == "graph":
         return ServedGraph(tensors, float(metadata["fold_in_exponent"]))
-    if not (folder / "model").is_dir():
-        raise DataError(
-            f"{folder / FILE}: must be of a stage-1, SASRec, fine-tuning or fused run, got {', '.join(tensors)}"
-        )
     return _load_llm(folder, tensors, metadata, titles, language_model)
 
 
@@ -321,9 +309,9 @@ def _load_llm(
     from hellm.models import RecommenderLLM
 
     tables = {name: tensors[name] for name in metadata["order"].split(",")}
-    sequence = SASRec.load(folder / "sequence_model") if (folder / "sequence_model").is_dir() else None
+    sequence = SASRec.load(folder / SEQUENCE_MODEL) if (folder / SEQUENCE_MODEL).is_dir() else None
     model = RecommenderLLM.from_pretrained(
-        folder / "model",
+        folder / LANGUAGE_MODEL,
         item_embeddings=tables,
         language_model=language_model,
         item_titles=titles,
@@ -333,10 +321,3 @@ def _load_llm(
         name: (tensors[f"{name}.mean"], tensors[f"{name}.matrix"]) for name in tables if f"{name}.mean" in tensors
     }
     return ServedLLM(model, tables, whitening)
-
-
-def _save_tensors(tensors: Mapping[str, Tensor], folder: Path, metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    with atomic_path(folder / FILE) as temporary:
-        save_file({name: one.contiguous().clone() for name, one in tensors.items()}, temporary, metadata=metadata)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from hellm._files import atomic_path
 from hellm._folders import check_target, hold, mark_folder
+from hellm.artifact import RUN_LAYOUT, RunDirectory
+from hellm.artifact.files import CONFIG, TEST_USERS
 from hellm.config import FinetuneConfig, PretrainConfig, load_config, override_config
-from hellm.training.run_directory import RUN_LAYOUT, RunDirectory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -175,7 +176,7 @@ def _stage_1_of(graph: Path_ | None) -> PretrainConfig:
     """Raises: ValueError, no run; FileNotFoundError, one without settings."""
     if graph is None:
         raise ValueError("graph must be the run directory of a finished `hellm pretrain`, got none")
-    file = Path(graph) / "config.yaml"
+    file = Path(graph) / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"graph run {Path(graph)} holds no config.yaml: it is no run of `hellm pretrain`")
     return load_config(PretrainConfig, file)
@@ -323,7 +324,6 @@ def _run(
 
 
 _KEPT = ("metrics", "confidence_level", "confidence_intervals", "num_users", "num_items", "protocol")
-_TEST_USERS = "test_users.safetensors"
 
 
 def _seconds(run: Path) -> float:
@@ -336,7 +336,7 @@ def _write_test_users(folder: Path, result: Any) -> None:
     from safetensors.numpy import save_file
 
     tables = {"users": result.users, **result.per_user}
-    with atomic_path(folder / _TEST_USERS) as temporary:
+    with atomic_path(folder / TEST_USERS) as temporary:
         save_file({name: np.ascontiguousarray(values) for name, values in tables.items()}, temporary)
 
 
@@ -344,7 +344,7 @@ def read_test_users(run: Path_) -> tuple[np.ndarray, dict[str, np.ndarray]] | No
     """Users [U] int64 and, by metric, their test values [U] float64; None for a run that another verb made."""
     from safetensors.numpy import load_file
 
-    file = Path(run) / _TEST_USERS
+    file = Path(run) / TEST_USERS
     if not file.is_file():
         return None
     values = load_file(file)

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from hellm._devices import resolve_device
 from hellm._files import atomic_path
+from hellm.artifact import RunDirectory, write_embeddings
+from hellm.artifact.files import CONFIG, LANGUAGE_MODEL, SEQUENCE_MODEL
+from hellm.artifact.run_directory import peak_memory_bytes
 from hellm.config import FinetuneConfig, load_config
 from hellm.data import Dataset
 from hellm.models.histories import pad_histories
@@ -29,7 +32,6 @@ from hellm.training.history_sampler import HistoryBatch, HistorySampler
 from hellm.training.item_inputs import ItemInputs, load_item_inputs, resolve_item_inputs
 from hellm.training.loop import Progress, fit
 from hellm.training.processes import Processes, launched_processes
-from hellm.training.run_directory import RunDirectory, peak_memory_bytes
 from hellm.training.stage import (
     MAY_CHANGE,
     Evaluate,
@@ -40,6 +42,7 @@ from hellm.training.stage import (
     resolve_common,
     tensorboard,
     write_curves,
+    write_tables,
 )
 
 __all__ = [
@@ -56,7 +59,6 @@ __all__ = [
 
 Path_ = str | os.PathLike[str]
 MEMORY_ADVICE = "lower batch_tokens, model.max_length or eval_batch_size, or choose a smaller llm"
-_SEQUENCE_MODEL = "sequence_model"
 # In a run: the language model that it is trained on, as `base_identity` tells it.
 _LANGUAGE_MODEL = "checkpoint/language_model.json"
 
@@ -82,7 +84,7 @@ def finetune(
     Args:
         config: settings; see `hellm.config`.
         data: a data set, or a path for `hellm.data.load_dataset`.
-        out: run directory, see `hellm.training.run_directory`.
+        out: run directory, see `hellm.artifact.run_directory`.
         evaluate: `hellm.evaluate.evaluate_histories`.
         graph: finished stage-1 run of the same events; needed for the input "graph".
         sequence: finished SASRec run of the same events; needed for the input "sequence" and the residual.
@@ -168,7 +170,7 @@ def _train(
 
 def _is_finished(out: Path_, config: FinetuneConfig) -> bool:
     """Whether there is a finished run with just these settings, which is returned as it is."""
-    return RunDirectory.holds_result(out) and load_config(FinetuneConfig, Path(out) / "config.yaml") == config
+    return RunDirectory.holds_result(out) and load_config(FinetuneConfig, Path(out) / CONFIG) == config
 
 
 def _write_note(path: Path, identity: Mapping[str, Any]) -> None:
@@ -393,18 +395,12 @@ def _test(model, config: FinetuneConfig, dataset: Dataset, evaluate) -> tuple[di
 
 
 def _write_outputs(model: RecommenderLLM, inputs: ItemInputs, dataset: Dataset, run: RunDirectory) -> None:
-    from safetensors.torch import save_file
-
-    with atomic_path(run.embeddings) as temporary:
-        tensors = dict(inputs.tables)
-        for name, content in inputs.content.items():
-            tensors |= {f"{name}.mean": content.mean, f"{name}.matrix": content.matrix}
-        owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(owned, temporary, metadata={"order": ",".join(inputs.tables)})
+    tensors = dict(inputs.tables)
+    for name, content in inputs.content.items():
+        tensors |= {f"{name}.mean": content.mean, f"{name}.matrix": content.matrix}
+    write_embeddings(run.path, "llm", tensors, {"order": ",".join(inputs.tables)})
     if inputs.sequence_model is not None:
-        (run.path / _SEQUENCE_MODEL).mkdir(exist_ok=True)
-        inputs.sequence_model.save(run.path / _SEQUENCE_MODEL)
-    model.save_pretrained(run.path / "model")
-    run.write_ids(dataset)
-    run.write_histories(dataset)
-    run.write_content(dataset, device=str(model.device))
+        (run.path / SEQUENCE_MODEL).mkdir(exist_ok=True)
+        inputs.sequence_model.save(run.path / SEQUENCE_MODEL)
+    model.save_pretrained(run.path / LANGUAGE_MODEL)
+    write_tables(run, dataset, device=str(model.device))

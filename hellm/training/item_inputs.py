@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hellm._files import reading
+from hellm.artifact import read_embeddings
+from hellm.artifact.files import EMBEDDINGS, HISTORIES, IDS
+from hellm.artifact.tables import read_histories, read_ids, side_of
 from hellm.config import FinetuneConfig
 from hellm.data import Dataset
 from hellm.models import SASRec
@@ -99,41 +101,28 @@ def load_item_inputs(
 
 def _checked_run(path: Path_ | None, name: str, verb: str, dataset: Dataset) -> Path:
     """A finished run of the items and training events of `dataset`."""
-    import polars as pl
-
     if path is None:
         raise ValueError(f"{name} must be the run directory of a finished `{verb}`, got none")
     run = Path(path)
-    for file in ("embeddings.safetensors", "ids.parquet", "histories.parquet"):
+    for file in (EMBEDDINGS, IDS, HISTORIES):
         if not (run / file).is_file():
             raise FileNotFoundError(f"{name} run {run} holds no {file}: it is no run of `{verb}`, or not finished")
-    with reading(run / "ids.parquet"):
-        ids = (
-            pl.read_parquet(run / "ids.parquet", glob=False)
-            .filter(pl.col("side") == "item")
-            .sort("index")["id"]
-            .to_list()
-        )
-    if ids != dataset.item_ids.ids:
+    ids, _ = side_of(read_ids(run), "item")
+    if ids != dataset.item_ids:
         raise ValueError(
             f"{name} run {run} must be of the {dataset.num_items} items of data set {dataset.name!r}, "
             f"got {len(ids)} items{' with other ids' if len(ids) == dataset.num_items else ''}"
         )
-    with reading(run / "histories.parquet"):
-        events = pl.read_parquet(run / "histories.parquet", glob=False).filter(pl.col("split") == 0)
-        own = (events["user"].to_numpy(), events["item"].to_numpy())
+    events = read_histories(run)
+    events = events.filter(events["split"] == 0)
+    own = (events["user"].to_numpy(), events["item"].to_numpy())
     if not all(np.array_equal(*pair) for pair in zip(own, dataset.pairs("train"), strict=True)):
         raise ValueError(f"{name} run {run} was trained on other training events than those of {dataset.name!r}")
     return run
 
 
 def _read_table(run: Path, name: str) -> Tensor:
-    from safetensors import safe_open
-
-    path = run / "embeddings.safetensors"
-    with reading(path), safe_open(path, framework="pt") as file:
-        if name not in file.keys():  # noqa: SIM118 (not a mapping)
-            raise ValueError(
-                f"{run / 'embeddings.safetensors'} must hold a table {name!r}, got {', '.join(file.keys())}"
-            )
-        return file.get_tensor(name)
+    tensors = read_embeddings(run).tensors
+    if name not in tensors:
+        raise ValueError(f"{run / EMBEDDINGS} must hold a table {name!r}, got {', '.join(tensors)}")
+    return tensors[name]

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hellm.artifact.run_directory import RunDirectory
 from hellm.training.captured_step import CapturedStep
 from hellm.training.checkpoint import load_training_state, model_weights, save_checkpoint, save_training_state
 from hellm.training.processes import Processes
-from hellm.training.run_directory import RunDirectory
 
 __all__ = ["Interrupted", "Progress", "fit"]
 

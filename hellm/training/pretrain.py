@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hellm._files import atomic_path
+from hellm.artifact import write_embeddings
+from hellm.artifact.run_directory import RunDirectory
 from hellm.config import PretrainConfig
 from hellm.data import Dataset
 from hellm.evaluate import HistoryScorer
@@ -22,7 +23,6 @@ from hellm.models import FoldIn, GraphEncoder
 from hellm.training.captured_step import CapturedStep
 from hellm.training.checkpoint import read_model
 from hellm.training.loop import Progress, fit
-from hellm.training.run_directory import RunDirectory
 from hellm.training.samplers import DeviceTripleSampler, Triples, TripleSampler
 from hellm.training.stage import (
     Evaluate,
@@ -33,6 +33,7 @@ from hellm.training.stage import (
     resolve_common,
     tensorboard,
     write_curves,
+    write_tables,
 )
 
 __all__ = [
@@ -60,7 +61,7 @@ def pretrain(
     Args:
         config: settings; see `hellm.config`.
         data: a data set, or a path for `hellm.data.load_dataset`.
-        out: run directory, see `hellm.training.run_directory`.
+        out: run directory, see `hellm.artifact.run_directory`.
         evaluate: `hellm.evaluate.evaluate_dataset`.
         resume: go on from the last checkpoint in `out`, or start if there is none. A finished run is returned as it is.
         overwrite: replace a run in `out`.
@@ -339,18 +340,12 @@ def _result(model, config: PretrainConfig, dataset: Dataset, run: RunDirectory, 
 def _write_outputs(
     model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: RunDirectory, progress: Progress
 ) -> None:
-    from safetensors.torch import save_file
-
     names = ("user", "item", "user_hypergraph", "item_hypergraph")
     fold_in = model.fold_in_tables()
     output = dict(zip(names, model.embeddings(), strict=True))
     output |= {"fold_in_source": fold_in.source, "fold_in_view": fold_in.view}
     output["item_hypergraph_source"] = model.item_view_source()
-    # An owned copy each: with "mf" two of them are the same table, and safetensors refuses shared memory.
-    tensors = {name: value.float().cpu().contiguous().clone() for name, value in output.items() if value is not None}
-    with atomic_path(run.embeddings) as temporary:
-        save_file(tensors, temporary, metadata={"fold_in_exponent": str(fold_in.exponent)})
-    run.write_ids(dataset)
-    run.write_histories(dataset)
-    run.write_content(dataset, modalities=config.model.modalities, k=config.model.knn_k, device=str(model.device))
+    tensors = {name: value.float() for name, value in output.items() if value is not None}
+    write_embeddings(run.path, "graph", tensors, {"fold_in_exponent": str(fold_in.exponent)})
+    write_tables(run, dataset, modalities=config.model.modalities, k=config.model.knn_k, device=str(model.device))
     write_curves(run, metrics=config.monitor, best_epoch=progress.best_epoch, title=f"{dataset.name}: pre-training")

@@ -29,6 +29,7 @@ from hellm.training.stage import (
     resolve_common,
     tensorboard,
     write_curves,
+    write_tables,
 )
 
 __all__ = [
@@ -57,7 +58,7 @@ def train_sasrec(
     Args:
         config: settings; see `hellm.config`.
         data: a data set, or a path for `hellm.data.load_dataset`.
-        out: run directory, see `hellm.training.run_directory`.
+        out: run directory, see `hellm.artifact.run_directory`.
         evaluate: `hellm.evaluate.evaluate_histories`.
         resume: go on from the last checkpoint in `out`, or start if there is none. A finished run is returned as it is.
         overwrite: replace a run in `out`.
@@ -89,9 +90,7 @@ def _train(opened: OpenedRun, evaluate: Evaluate) -> dict[str, Any]:
         masked = _evaluate(evaluate, model, replace(config, protocol="standard"), dataset, "test").to_dict(level=0.95)
     result |= {"test_masked": masked, "notes": opened.notes}
     model.save(run.path)
-    run.write_ids(dataset)
-    run.write_histories(dataset)
-    run.write_content(dataset, device=str(model.device))
+    write_tables(run, dataset, device=str(model.device))
     write_curves(run, metrics=config.monitor, best_epoch=progress.best_epoch, title=f"{dataset.name}: SASRec")
     run.write_result(result)
     return result

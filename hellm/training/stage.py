@@ -16,12 +16,14 @@ from torch import nn
 from hellm._devices import resolve_device
 from hellm._files import atomic_path, writing
 from hellm._folders import hold
+from hellm.artifact.evaluation_log import TRAINING, log_test_evaluation
+from hellm.artifact.files import CONTENT
+from hellm.artifact.run_directory import RunDirectory, check_run, environment, peak_memory_bytes
 from hellm.data import Dataset, load_dataset
-from hellm.evaluate.evaluation_log import TRAINING, log_test_evaluation
+from hellm.models import ItemContent
 from hellm.training.loop import Progress
 from hellm.training.plots import plot_curves
 from hellm.training.processes import Processes
-from hellm.training.run_directory import RunDirectory, check_run, environment, peak_memory_bytes
 
 __all__ = [
     "Evaluate",
@@ -32,6 +34,7 @@ __all__ = [
     "resolve_common",
     "tensorboard",
     "write_curves",
+    "write_tables",
 ]
 
 logger = logging.getLogger(__name__)
@@ -259,3 +262,24 @@ def write_curves(run: RunDirectory, *, metrics: Sequence[str], best_epoch: int |
     """Write curves.png."""
     with atomic_path(run.curves) as temporary:
         plot_curves(run.read_metrics(), temporary, metrics=metrics, best_epoch=best_epoch, title=title)
+
+
+def write_tables(
+    run: RunDirectory,
+    dataset: Dataset,
+    *,
+    modalities: Collection[str] | None = None,
+    k: int = 10,
+    device: str = "cpu",
+) -> None:
+    """Write ids.parquet, histories.parquet and, where there are item features, content.safetensors.
+
+    Args:
+        modalities: those that content.safetensors has; None is all.
+        k: neighbours of an item that it has, itself included.
+        device: where neighbours are searched.
+    """
+    run.write_tables(dataset)
+    features = {name: one for name, one in dataset.item_features.items() if modalities is None or name in modalities}
+    if features:
+        ItemContent.of(features, k, device).save(run.path / CONTENT)

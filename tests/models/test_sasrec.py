@@ -194,7 +194,7 @@ def test_saved_model_loads_with_equal_scores(tmp_path):
 
 
 def test_what_is_no_sasrec_run_is_not_loaded(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"embeddings.safetensors does not exist: .* is no SASRec run"):
+    with pytest.raises(FileNotFoundError, match=r"embeddings.safetensors does not exist: .* is no run directory"):
         SASRec.load(tmp_path)
     path = tmp_path / "embeddings.safetensors"
     save_file({"user": torch.zeros(2, 2)}, path)

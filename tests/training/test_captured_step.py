@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from hellm.artifact.run_directory import RunDirectory
 from hellm.config import ModelConfig, PretrainConfig
 from hellm.evaluate import evaluate_dataset
 from hellm.training import captured_step as module
@@ -27,7 +28,6 @@ from hellm.training.pretrain import (
     pretrain,
     resolve_config,
 )
-from hellm.training.run_directory import RunDirectory
 from hellm.training.samplers import DeviceTripleSampler
 
 CONFIG = PretrainConfig(

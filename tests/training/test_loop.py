@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from hellm.artifact.run_directory import RunDirectory
 from hellm.training.checkpoint import load_checkpoint, read_model
 from hellm.training.loop import Interrupted, Progress, fit
-from hellm.training.run_directory import RunDirectory
 
 NUM_STEPS = 3
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import polars as pl
 import pytest
 
+from hellm.artifact.run_directory import RunDirectory, environment, peak_memory_bytes
 from hellm.config import PretrainConfig, load_config
 from hellm.data import IdMap
 from hellm.training.plots import plot_curves
-from hellm.training.run_directory import RunDirectory, environment, peak_memory_bytes
 
 
 def test_new_run_makes_its_folders(tmp_path):
@@ -86,7 +86,7 @@ def test_resumed_run_of_an_earlier_version_keeps_its_data(tmp_path, small_datase
     with pytest.raises(ValueError, match=r"those given are others: events, split or item features"):
         run.check_data(other)
     # Once it is finished, its ids are there to be compared.
-    run.write_ids(small_dataset)
+    run.write_tables(small_dataset)
     with pytest.raises(ValueError, match=r"those given are others: user ids"):
         run.check_data(replace(small_dataset, user_ids=IdMap(map(str, range(small_dataset.num_users)))))
 
@@ -104,7 +104,7 @@ def test_metrics_survive_a_cut_line_and_are_truncated(tmp_path):
 
 def test_ids_name_every_embedding_row(tmp_path, small_dataset):
     run = RunDirectory(tmp_path / "run")
-    run.write_ids(small_dataset)
+    run.write_tables(small_dataset)
     table = pl.read_parquet(run.ids)
     users, items = (table.filter(side=side) for side in ("user", "item"))
     assert users["id"].to_list() == small_dataset.user_ids.ids

@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hellm._files import atomic_path
+from hellm.artifact import read_embeddings, write_embeddings
+from hellm.artifact.files import EMBEDDINGS
 from hellm.models.dropout import Dropout
 from hellm.models.histories import check_histories, pad_histories
 from hellm.models.sequence.item_encoder import ItemEncoder, WhitenedContent
 
 __all__ = ["SASRec"]
 
-_FILE = "embeddings.safetensors"
 _KEYS = "sequence_embedding"
 _CONTENT = "content."
 # Histories embedded at once: bounds the padded copies inside attention.
@@ -211,16 +211,12 @@ class SASRec(nn.Module):
     def save(self, run_directory: str | os.PathLike[str]) -> None:
         """Write embeddings.safetensors: "sequence_embedding" [I, D], every weight, the content that the items are read
         by, and the shape of the model."""
-        from safetensors.torch import save_file
-
         tensors = self.state_dict() | {_KEYS: self.item_keys()}
         for place, modality in enumerate(self.items.modalities):
             for part, value in self.items.content(modality)._asdict().items():
                 tensors[f"{_CONTENT}{place}.{part}"] = value
-        owned = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         metadata = {"sasrec": json.dumps(self.settings), "modalities": json.dumps(self.items.modalities)}
-        with atomic_path(Path(run_directory) / _FILE) as temporary:
-            save_file(owned, temporary, metadata=metadata)
+        write_embeddings(run_directory, "sequence", tensors, metadata)
 
     @classmethod
     def load(cls, run_directory: str | os.PathLike[str]) -> SASRec:
@@ -228,18 +224,9 @@ class SASRec(nn.Module):
 
         Raises: FileNotFoundError, no such file. ValueError, a file that holds no such model.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = Path(run_directory) / _FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: {run_directory} is no SASRec run, or it is not finished")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not readable: {error}") from None
-        if "sasrec" not in metadata or _KEYS not in tensors:
+        kind, tensors, metadata = read_embeddings(run_directory)
+        path = Path(run_directory) / EMBEDDINGS
+        if kind != "sequence" or _KEYS not in tensors:
             raise ValueError(f"{path} must hold a SASRec model, got {', '.join(sorted(tensors)[:4]) or 'nothing'}")
         keys = tensors.pop(_KEYS)
         # Runs of version 0.1 had items by ids alone, whose table is what they are known by.

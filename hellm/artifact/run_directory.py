@@ -1,18 +1,4 @@
-"""The run directory: the unit that passes between stages.
-
-config.yaml             resolved settings
-metrics.jsonl           one record per epoch, and one per validation within an epoch
-result.json             test metrics, protocol, counts, seconds, peak memory, versions; there when the run is finished
-embeddings.safetensors  final embeddings
-ids.parquet             which id each embedding row belongs to
-histories.parquet       the events, as embedding rows
-content.safetensors     what the items look and read like, where the data have features
-test_evaluations.jsonl  every evaluation on the test split, training's own first (`hellm.evaluate.evaluation_log`)
-checkpoint/             last.safetensors (to go on from) and best.safetensors (what is tested)
-curves.png              losses and validation metrics over epochs
-events.out.tfevents.*   TensorBoard, if asked for
-.hellm.json             the mark of a folder that this program made, see `hellm._folders`
-"""
+"""The run directory: the unit that passes between stages; `hellm.artifact.files` says what is in it."""
 
 from __future__ import annotations
 
@@ -24,42 +10,24 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hellm._files import append_line, atomic_path, read_json, reading, writing
+from hellm._files import append_line, atomic_path, read_json, writing
 from hellm._folders import check_target, clear_folder, mark_folder
+from hellm.artifact.files import (
+    CHECKPOINT,
+    CONFIG,
+    CURVES,
+    EMBEDDINGS,
+    HISTORIES,
+    IDS,
+    METRICS,
+    RESULT,
+    RUN_LAYOUT,
+)
+from hellm.artifact.tables import histories_table, ids_table, read_ids, side_of
 from hellm.config import config_to_dict, load_saved_config, save_config
 from hellm.data import Dataset
 
-__all__ = ["RUN_LAYOUT", "RunDirectory", "check_run", "environment", "peak_memory_bytes"]
-
-_MODEL_LAYOUT = (
-    "embeddings.safetensors",
-    "sequence_model/embeddings.safetensors",
-    "model/config.json",
-    "model/model.safetensors",
-    "model/adapter_config.json",
-    "model/adapter_model.safetensors",
-    "model/README.md",
-)
-RUN_LAYOUT = (
-    "config.yaml",
-    "metrics.jsonl",
-    "result.json",
-    "test_evaluations.jsonl",
-    "ids.parquet",
-    "histories.parquet",
-    "content.safetensors",
-    "curves.png",
-    "test_users.safetensors",
-    "events.out.tfevents.*",
-    "checkpoint/last.safetensors",
-    "checkpoint/best.safetensors",
-    "checkpoint/data.json",
-    "checkpoint/language_model.json",
-    *_MODEL_LAYOUT,
-    # The models that a fused one adds up.
-    *(f"towers/*/{name}" for name in _MODEL_LAYOUT),
-)
-"""Files of a run of any stage, as `hellm._folders.mark_folder` takes them."""
+__all__ = ["START_OVER", "RunDirectory", "check_run", "environment", "peak_memory_bytes"]
 
 START_OVER = "to start over, give overwrite=True or another folder"
 
@@ -76,7 +44,7 @@ def check_run(
     Raises: FileExistsError, ValueError: see `hellm._folders.check_target`.
     """
     check_target(
-        path, kind="run", layout=RUN_LAYOUT, resume=resume, overwrite=overwrite, inputs=inputs, proof="checkpoint"
+        path, kind="run", layout=RUN_LAYOUT, resume=resume, overwrite=overwrite, inputs=inputs, proof=CHECKPOINT
     )
 
 
@@ -109,39 +77,35 @@ class RunDirectory:
 
     @property
     def config(self) -> Path:
-        return self.path / "config.yaml"
+        return self.path / CONFIG
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
     @property
     def result(self) -> Path:
-        return self.path / "result.json"
+        return self.path / RESULT
 
     @property
     def embeddings(self) -> Path:
-        return self.path / "embeddings.safetensors"
+        return self.path / EMBEDDINGS
 
     @property
     def ids(self) -> Path:
-        return self.path / "ids.parquet"
+        return self.path / IDS
 
     @property
     def histories(self) -> Path:
-        return self.path / "histories.parquet"
-
-    @property
-    def content(self) -> Path:
-        return self.path / "content.safetensors"
+        return self.path / HISTORIES
 
     @property
     def curves(self) -> Path:
-        return self.path / "curves.png"
+        return self.path / CURVES
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoint"
+        return self.path / CHECKPOINT
 
     @property
     def last(self) -> Path:
@@ -154,7 +118,7 @@ class RunDirectory:
     @staticmethod
     def holds_result(path: str | os.PathLike[str]) -> bool:
         """Whether there is a finished run at `path`."""
-        return (Path(path) / "result.json").is_file()
+        return (Path(path) / RESULT).is_file()
 
     @property
     def is_trained(self) -> bool:
@@ -207,12 +171,9 @@ class RunDirectory:
 
     def _changed_ids(self, dataset: Dataset) -> list[str]:
         """What differs from ids.parquet, for a run that was finished before ids had a fingerprint."""
-        import polars as pl
-
-        own = {"user ids": ("user", dataset.user_ids.ids), "item ids": ("item", dataset.item_ids.ids)}
-        with reading(self.ids):
-            table = pl.read_parquet(self.ids, glob=False).sort("index")
-            return [name for name, (side, ids) in own.items() if table.filter(side=side)["id"].to_list() != ids]
+        own = {"user ids": ("user", dataset.user_ids), "item ids": ("item", dataset.item_ids)}
+        table = read_ids(self.path)
+        return [name for name, (side, ids) in own.items() if side_of(table, side)[0] != ids]
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add the record of one epoch or validation."""
@@ -263,46 +224,11 @@ class RunDirectory:
             raise ValueError(f"{self.result}: damaged, lacks {missing[0]!r}; {START_OVER}")
         return result
 
-    def write_ids(self, dataset: Dataset) -> None:
-        """Write ids.parquet: side ("user" or "item"), index (embedding row), id, title (of items that have one)."""
-        import polars as pl
-
-        num_users, num_items = dataset.num_users, dataset.num_items
-        titles = dataset.item_titles if dataset.item_titles is not None else [None] * num_items
-        table = pl.DataFrame(
-            {
-                "side": ["user"] * num_users + ["item"] * num_items,
-                "index": [*range(num_users), *range(num_items)],
-                "id": [*dataset.user_ids.ids, *dataset.item_ids.ids],
-                "title": [None] * num_users + [title or None for title in titles],
-            },
-            schema={"side": pl.String, "index": pl.Int64, "id": pl.String, "title": pl.String},
-        )
-        with atomic_path(self.ids) as temporary:
-            table.write_parquet(temporary)
-
-    def write_histories(self, dataset: Dataset) -> None:
-        """Write histories.parquet: user and item (embedding rows) and split (0, 1, 2) of each event, in time order."""
-        import polars as pl
-
-        columns = {"user": dataset.users, "item": dataset.items, "split": dataset.split}
-        with atomic_path(self.histories) as temporary:
-            pl.DataFrame(columns).write_parquet(temporary)
-
-    def write_content(
-        self, dataset: Dataset, *, modalities: Collection[str] | None = None, k: int = 10, device: str = "cpu"
-    ) -> None:
-        """Write content.safetensors, for reasons and new items (see `ItemContent`); nothing without item features.
-
-        Neighbours are searched on `device`.
-        """
-        from hellm.models.graph.content import ItemContent
-
-        features = {
-            name: one for name, one in dataset.item_features.items() if modalities is None or name in modalities
-        }
-        if features:
-            ItemContent.of(features, k, device).save(self.content)
+    def write_tables(self, dataset: Dataset) -> None:
+        """Write ids.parquet and histories.parquet, see `hellm.artifact.tables`."""
+        for path, table in ((self.ids, ids_table(dataset)), (self.histories, histories_table(dataset))):
+            with atomic_path(path) as temporary:
+                table.write_parquet(temporary)
 
 
 def _first_difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:

@@ -12,7 +12,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-FILE = "test_evaluations.jsonl"
+from hellm.artifact.files import RESULT, TEST_EVALUATIONS
+
+__all__ = ["TRAINING", "log_test_evaluation", "read_test_evaluations"]
+
 # Who evaluated, where that was the training of the run itself.
 TRAINING = "training"
 
@@ -38,13 +41,13 @@ def log_test_evaluation(
         "fingerprint": fingerprint,
     }
     try:
-        with open(Path(run) / FILE, "ab+") as file:
+        with open(Path(run) / TEST_EVALUATIONS, "ab+") as file:
             # A line that was cut short stays alone.
             file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
             start = b"" if file.read(1) in (b"", b"\n") else b"\n"
             file.write(start + json.dumps(record, ensure_ascii=False).encode() + b"\n")
     except OSError as error:
-        return f"{run} cannot be written to ({error.strerror}), so its {FILE} does not have this evaluation"
+        return f"{run} cannot be written to ({error.strerror}), so its {TEST_EVALUATIONS} does not have this evaluation"
     return None
 
 
@@ -54,11 +57,11 @@ def read_test_evaluations(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     A training that left no line (of an earlier version) is known by result.json; its record has the time None. A line
     that cannot be read counts as an evaluation of which nothing is known.
     """
-    file, records = Path(run) / FILE, []
+    file, records = Path(run) / TEST_EVALUATIONS, []
     if file.is_file():
         records = [_record(line) for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line]
     if not any(record.get("by") == TRAINING for record in records):
-        records = _training_test(Path(run) / "result.json") + records
+        records = _training_test(Path(run) / RESULT) + records
     return records
 
 

@@ -1,0 +1,63 @@
+"""ids.parquet and histories.parquet: which id each embedding row belongs to, and the events as embedding rows."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hellm._files import reading
+from hellm.artifact.files import HISTORIES, IDS
+from hellm.data import Dataset, IdMap
+
+if TYPE_CHECKING:
+    import polars as pl
+
+__all__ = ["histories_table", "ids_table", "read_histories", "read_ids", "side_of"]
+
+
+def ids_table(dataset: Dataset) -> pl.DataFrame:
+    """Columns side ("user" or "item"), index (embedding row), id, title (of items that have one)."""
+    import polars as pl
+
+    num_users, num_items = dataset.num_users, dataset.num_items
+    titles = dataset.item_titles if dataset.item_titles is not None else [None] * num_items
+    return pl.DataFrame(
+        {
+            "side": ["user"] * num_users + ["item"] * num_items,
+            "index": [*range(num_users), *range(num_items)],
+            "id": [*dataset.user_ids.ids, *dataset.item_ids.ids],
+            "title": [None] * num_users + [title or None for title in titles],
+        },
+        schema={"side": pl.String, "index": pl.Int64, "id": pl.String, "title": pl.String},
+    )
+
+
+def histories_table(dataset: Dataset) -> pl.DataFrame:
+    """Columns user and item (embedding rows) and split (0, 1, 2) of each event, in time order."""
+    import polars as pl
+
+    return pl.DataFrame({"user": dataset.users, "item": dataset.items, "split": dataset.split})
+
+
+def read_ids(folder: str | os.PathLike[str]) -> pl.DataFrame:
+    """As `ids_table`. Raises: FileNotFoundError; ValueError naming the file, a damaged one."""
+    return _read(Path(folder) / IDS)
+
+
+def read_histories(folder: str | os.PathLike[str]) -> pl.DataFrame:
+    """As `histories_table`. Raises: FileNotFoundError; ValueError naming the file, a damaged one."""
+    return _read(Path(folder) / HISTORIES)
+
+
+def side_of(ids: pl.DataFrame, side: str) -> tuple[IdMap, list[str | None]]:
+    """Ids and titles of one side ("user" or "item") of ids.parquet."""
+    rows = ids.filter(ids["side"] == side).sort("index")
+    return IdMap(rows["id"].to_list()), [title or None for title in rows["title"].to_list()]
+
+
+def _read(path: Path) -> pl.DataFrame:
+    import polars as pl
+
+    with reading(path):
+        return pl.read_parquet(path, glob=False)
