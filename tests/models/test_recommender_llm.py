@@ -252,7 +252,7 @@ def test_heads_with_a_table(head):
 def test_ablations_leave_their_parts_out():
     model = recommender(graph_context="none", lora_rank=0, tables={"text": torch.randn(6, 3)})
     names = {name.split(".")[0] for name in model.trainable_state_dict()}
-    assert names == {"items", "query_projector", "log_scale"}
+    assert names == {"items", "head"}
     assert model.prompted.prefix is None and scores(model, [[1, 2]]).shape == (1, 6)
 
 
@@ -421,12 +421,12 @@ def test_state_of_other_settings_is_refused():
     state = {name: tensor + 1 for name, tensor in model.trainable_state_dict().items()}
     model.load_trainable_state_dict(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.trainable_state_dict().items())
-    with pytest.raises(ValueError, match=r"the state lacks items\.id_embedding\.weight, .*items\.projector\.0\.bias"):
+    with pytest.raises(ValueError, match=r"the state lacks head\.log_scale, head\.projector\.bias, head\.projector\.weight"):
         model.load_trainable_state_dict({})
     with pytest.raises(ValueError, match="the state has unknown other"):
         model.load_trainable_state_dict(state | {"other": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"the state must have log_scale \[\], got \[2\]"):
-        model.load_trainable_state_dict(state | {"log_scale": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"the state must have head.log_scale \[\], got \[2\]"):
+        model.load_trainable_state_dict(state | {"head.log_scale": torch.zeros(2)})
 
 
 # ---- the published model

@@ -38,6 +38,8 @@ __all__ = [
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _LORA = "adapter_model.safetensors"
+# Parts whose names version 0.1 had otherwise.
+_BEFORE = {"query_projector": "head.projector", "log_scale": "head.log_scale"}
 # Parameters of the language model are under this name.
 _LANGUAGE_MODEL = "prompted.language_model."
 
@@ -53,7 +55,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     """Copy `tensors` into `trained_tensors(model)`. Raises: ValueError, other names or shapes; `what` has them."""
-    own = trained_tensors(model)
+    own, tensors = trained_tensors(model), {_renamed(name): value for name, value in tensors.items()}
     for kind, names in (("lacks", own.keys() - tensors.keys()), ("has unknown", tensors.keys() - own.keys())):
         if names:
             raise ValueError(f"{what} {kind} {', '.join(sorted(names)[:3])}: it is of a model with other settings")
@@ -63,6 +65,12 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
+
+
+def _renamed(name: str) -> str:
+    """The name of a tensor that version 0.1 saved."""
+    first, dot, rest = name.partition(".")
+    return _BEFORE.get(first, first) + dot + rest
 
 
 def base_identity(model: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hellm._pretrained import LOADING
@@ -28,6 +27,7 @@ from hellm.models.llm.checkpoint import (
     trained_tensors,
 )
 from hellm.models.llm.graph_prefix import RunningGraph
+from hellm.models.llm.head import HEADS
 from hellm.models.llm.item_tokens import ItemTokens, check_item_embeddings, last_hidden, shallow_copy
 from hellm.models.llm.language_model import token_rms
 from hellm.models.llm.prompt import title_tokens
@@ -148,7 +148,7 @@ class RecommenderLLM(nn.Module):
             id_dim=item_id_dim,
             dropout=item_dropout,
         )
-        self._build_head()
+        self.head = HEADS[head](width, self.num_items)
         self._add_sequence_model(sequence_model)
         self.prompted.check_context(max_length * self.items.max_tokens_per_item, f"max_length {max_length}")
 
@@ -161,15 +161,6 @@ class RecommenderLLM(nn.Module):
             given = "none" if titles is None else len(titles)
             raise ValueError(f"item_titles must be given for all {num_items} items, got {given}")
         return title_tokens(self.tokenizer, titles, self.settings["max_title_tokens"])
-
-    def _build_head(self) -> None:
-        self.head = None
-        if self.settings["head"] == "tied":
-            self.query_projector = nn.Linear(self.width, self.width)
-            self.log_scale = nn.Parameter(torch.zeros(()))
-        else:
-            self.head = nn.Linear(self.width, self.num_items, bias=False)
-            self.head.requires_grad_(self.settings["head"] == "trained")
 
     def _add_sequence_model(self, model: nn.Module | None) -> None:
         self.sequence_model = self.residual_gate = None
@@ -250,7 +241,7 @@ class RecommenderLLM(nn.Module):
 
     def item_keys_trainable(self) -> Tensor:
         """[I, D] keys of all items, differentiable in the projector or head."""
-        own = self.items.keys() if self.head is None else self.head.weight
+        own = self.head.keys(self.items)
         if self.sequence_model is None:
             return own
         return torch.cat([own, self.sequence_model.item_keys().to(own)], dim=1)
@@ -331,7 +322,7 @@ class RecommenderLLM(nn.Module):
 
         Args, Raises: as `add_items`.
         """
-        if self.head is not None:
+        if not self.head.ranks_new_items:
             raise ValueError(f'head must be "tied" for items that were not trained, got {self.settings["head"]!r}')
         check_item_embeddings(item_embeddings)
         added = len(next(iter(item_embeddings.values())))
@@ -418,10 +409,7 @@ class RecommenderLLM(nn.Module):
         return self._to_query(hidden, sequence)
 
     def _to_query(self, hidden: Tensor, sequence: Tensor | None) -> Tensor:
-        query = hidden
-        if self.head is None:
-            scale = self.log_scale.exp() * self.width**-0.5
-            query = F.rms_norm(self.query_projector(hidden), (self.width,)) * scale
+        query = self.head.query(hidden)
         if sequence is None:
             return query
         return torch.cat([self.residual_gate * query, sequence.to(query)], dim=-1)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hellm.config import OFFICIAL_LLM
+from hellm.models.llm.head import HEADS
 
 __all__ = ["SETTINGS", "check_settings"]
 
@@ -17,7 +18,7 @@ SETTINGS = (
 )
 _CHOICES = {
     "graph_context": ("prefix", "causal", "none"),
-    "head": ("tied", "trained", "frozen"),
+    "head": tuple(HEADS),
     "compat": (None, "official"),
 }
 
