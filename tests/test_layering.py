@@ -22,6 +22,7 @@ LAYERS = [
     {"nn", "losses", "models"},
     {"training", "evaluate", "baselines"},
     {"recommend", "info"},
+    {"pipeline"},
     {"cli", "__main__"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

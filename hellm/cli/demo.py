@@ -16,8 +16,9 @@ from hellm._folders import check_target, hold, mark_folder
 from hellm.cli._output import duration, print_json
 from hellm.cli._parser import new_parser, parse
 from hellm.cli.features import CACHE_HELP
-from hellm.cli.run import LAYOUT, Stages
+from hellm.cli.run import PrintedSteps
 from hellm.config import PRESETS, RunConfig
+from hellm.pipeline import LAYOUT, Pipeline
 
 __all__ = ["run"]
 
@@ -51,14 +52,15 @@ def run(argv: Sequence[str]) -> int:
 def _run(out: Path, args) -> int:
     started = time.perf_counter()
     _make_shop(out, args)
-    stages = Stages(out / "run", _config(args), overwrite=args.overwrite, cache=args.cache)
-    stages.prepare(lambda: _load(out / "shop"))
+    pipeline = Pipeline(out / "run", _config(args), overwrite=args.overwrite, cache=args.cache)
+    printed = PrintedSteps(pipeline)
+    printed(pipeline.data(lambda: _load(out / "shop")))
     with _same_threads():
-        stages.train()
-    comparison = stages.compare()
+        printed.all(pipeline.training())
+    comparison = printed(pipeline.comparison())
     print("recall@10: the share of users whose held-out purchase is among the first 10 of their list.")
-    measured = _measure(stages)
-    stages.recommend(measured["shown"])
+    measured = _measure(pipeline)
+    printed(pipeline.recommendations(measured["shown"]))
     _say(measured["shares"])
     _picture(out, measured)
     print(f"\nDone in {duration(time.perf_counter() - started)}. Next, with your own data: put events.csv (user, item,")
@@ -120,11 +122,11 @@ def _same_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _measure(stages: Stages) -> dict[str, Any]:
+def _measure(pipeline: Pipeline) -> dict[str, Any]:
     """What the hypergraph recommender found of the groups, and users to show: of one group and of two."""
     from hellm.recommend import Recommender
 
-    recommender = Recommender.load(stages.path("stage1"))
+    recommender = Recommender.load(pipeline.path("stage1"))
     group = _groups(recommender)
     shares = _shares(recommender, group)
     shown = [next((user for user, own in shares["own"].items() if len(own) == n), None) for n in (1, 2)]

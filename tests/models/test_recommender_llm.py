@@ -421,7 +421,9 @@ def test_state_of_other_settings_is_refused():
     state = {name: tensor + 1 for name, tensor in model.trainable_state_dict().items()}
     model.load_trainable_state_dict(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.trainable_state_dict().items())
-    with pytest.raises(ValueError, match=r"the state lacks head\.log_scale, head\.projector\.bias, head\.projector\.weight"):
+    with pytest.raises(
+        ValueError, match=r"the state lacks head\.log_scale, head\.projector\.bias, head\.projector\.weight"
+    ):
         model.load_trainable_state_dict({})
     with pytest.raises(ValueError, match="the state has unknown other"):
         model.load_trainable_state_dict(state | {"other": torch.zeros(1)})
