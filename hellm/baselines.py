@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
+from hellm.data import Histories
+
 if TYPE_CHECKING:
     from hellm.data import Dataset
 
@@ -131,9 +133,9 @@ class ItemKNN(Baseline):
             items: [indptr[-1]] int64.
         """
         other = copy.copy(self)
-        other.num_users = len(indptr) - 1
-        owner = np.repeat(np.arange(other.num_users), np.diff(indptr))
-        other.history = _interaction_matrix(owner, items, other.num_users, self.num_items)
+        histories = Histories(indptr, items)
+        other.num_users = histories.num_users
+        other.history = _interaction_matrix(histories.owners, items, other.num_users, self.num_items)
         return other
 
     def _scores(self, users: np.ndarray) -> torch.Tensor:

@@ -18,7 +18,7 @@ __all__ = ["FORMAT", "KINDS", "Embeddings", "read_embeddings", "write_embeddings
 
 FORMAT = 1
 """Of what is written. Files of version 0.1 have none, and are read as well."""
-KINDS = ("graph", "sequence", "llm", "fused")
+KINDS = ("graph", "sequence", "transitions", "llm", "fused")
 # What a file that names no kind is known by.
 _MARKS = {"sasrec": "sequence", "fusion": "fused", "fold_in_exponent": "graph"}
 

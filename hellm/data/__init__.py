@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from hellm.data.dataset import DataError, Dataset, IdMap, ItemFeatures
+from hellm.data.histories import Histories
 
 if TYPE_CHECKING:
     from hellm.data.check import check_dataset
@@ -28,6 +29,7 @@ _EXPORTS = {
 __all__ = [
     "DataError",
     "Dataset",
+    "Histories",
     "IdMap",
     "ItemFeatures",
     "check_dataset",

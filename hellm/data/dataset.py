@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from hellm._files import DataError
+from hellm.data.histories import Histories
 
 SPLITS = ("train", "valid", "test")
 # Events of users whom nothing is trained on: known when their held-out events are to be found. Label 3.
@@ -204,21 +205,16 @@ class Dataset:
         chosen = self._select((split,))
         return self.users[chosen], self.items[chosen]
 
-    def histories(self, *splits: str) -> tuple[np.ndarray, np.ndarray]:
+    def histories(self, *splits: str) -> Histories:
         """Each user's items in time order, over the named splits (all, if none is named).
 
         "train" is what is known from the start, so it has the events that are only history as well.
-
-        Returns:
-            CSR: indptr [num_users + 1] int64 and items [n] int64.
 
         Raises:
             ValueError: Unknown split.
         """
         chosen = self._select((*splits, HISTORY) if "train" in splits else splits or _LABELS)
-        indptr = np.zeros(self.num_users + 1, dtype=np.int64)
-        np.cumsum(np.bincount(self.users[chosen], minlength=self.num_users), out=indptr[1:])
-        return indptr, self.items[chosen]
+        return Histories.of_events(self.users[chosen], self.items[chosen], self.num_users)
 
     @cached_property
     def item_attributes(self) -> dict[str, list[tuple[str, ...]]]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ._csr import rows_of
+from hellm.data import Histories
+
 from .protocols import Candidates
 
 # Users whose numbers come from one stream of random numbers; another value draws other candidates.
@@ -19,7 +20,7 @@ def draw_candidates(
     users: np.ndarray,
     num_items: int,
     *,
-    excluded: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+    excluded: Sequence[Histories] = (),
     item_counts: np.ndarray | None = None,
 ) -> np.ndarray:
     """Items drawn without replacement for each user, the same whoever is asked for beside them and in what order.
@@ -31,7 +32,7 @@ def draw_candidates(
         candidates: How many, by what weights, of what seed.
         users: [B] int64.
         num_items: Items there are.
-        excluded: CSR over all users of items that a user's candidates must not hold.
+        excluded: Of all users, items that a user's candidates must not hold.
         item_counts: [num_items] weights, for "popularity"; items without events are not drawn.
     Returns: [B, count] int64; -1 where a user has fewer candidates.
     """
@@ -47,8 +48,9 @@ def draw_candidates(
             # Weights below 1 are weights as well; only 0 is never drawn.
             weights = np.where(item_counts > 0, item_counts, 1)
             race = np.where(item_counts > 0, race / weights, np.inf)
-        for csr in excluded:
-            race[rows_of(csr, users[places])] = np.inf
+        for one in excluded:
+            own = Histories(*one).take(users[places])
+            race[own.owners, own.items] = np.inf
         times, items = torch.from_numpy(race).topk(size, dim=1, largest=False)
         drawn[places] = items.masked_fill_(times == torch.inf, -1).numpy()
     return drawn

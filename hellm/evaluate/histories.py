@@ -8,8 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from typing import Protocol as TypingProtocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from hellm.data import Histories
 
 from .datasets import KNOWN_SPLITS, evaluate_dataset
 from .result import RankingResult
@@ -44,16 +47,11 @@ class HistoryScorer:
     """
 
     def __init__(self, model: HistoryModel, indptr: Tensor, items: Tensor) -> None:
-        self.model = model
-        self.indptr, self.items = (torch.as_tensor(values).long().cpu() for values in (indptr, items))
-        if self.indptr.ndim != 1 or not len(self.indptr) or int(self.indptr[-1]) != len(self.items):
-            raise ValueError(
-                f"indptr must run from 0 to the number of items {len(self.items)}, got {self.indptr.tolist()[:3]} ..."
-            )
+        self.model, self.histories = model, Histories.checked((indptr, items), "histories")
         with torch.no_grad():
             self._keys = model.item_keys()
         self.num_items = len(self._keys)
-        counts = torch.bincount(self.items, minlength=self.num_items)
+        counts = torch.from_numpy(np.bincount(self.histories.items, minlength=self.num_items))
         self._popularity = counts.to(self._keys.device, self._keys.dtype)
 
     @classmethod
@@ -69,14 +67,11 @@ class HistoryScorer:
     @torch.no_grad()
     def scores(self, users: Tensor) -> Tensor:
         """[B] int64 users -> [B, I] float32, on the device of the model."""
-        users = torch.as_tensor(users).long().cpu()
-        start = self.indptr[users]
-        length = self.indptr[users + 1] - start
-        indptr = torch.cat([length.new_zeros(1), length.cumsum(0)])
-        place = torch.repeat_interleave(start - indptr[:-1], length) + torch.arange(int(indptr[-1]))
+        asked = self.histories.take(torch.as_tensor(users).cpu().numpy())
         device = self._keys.device
-        scores = self.model.embed(indptr.to(device), self.items[place].to(device)) @ self._keys.T
-        return torch.where((length > 0).to(device).unsqueeze(1), scores, self._popularity)
+        scores = self.model.embed(*(torch.from_numpy(part).to(device) for part in asked)) @ self._keys.T
+        personal = torch.from_numpy(asked.lengths > 0).to(device)
+        return torch.where(personal.unsqueeze(1), scores, self._popularity)
 
 
 def evaluate_histories(model: HistoryModel, dataset: Dataset, split: str = "test", **options) -> RankingResult:

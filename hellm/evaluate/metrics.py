@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ._csr import is_member, to_numpy
+from hellm.data import Histories
 
 OVERALL_METRICS = ("coverage", "gini")
 LIST_METRICS = ("novelty", "diversity", *OVERALL_METRICS)
@@ -22,21 +22,22 @@ class AccuracyTable:
     """Metrics per user of how well lists find the targets. See `ranking_metrics` for the formulas.
 
     Args:
-        targets: CSR; a repeated target counts once.
+        targets: Items of each user; a repeated target counts once.
         num_items: I.
         ks: Cut-offs, ascending.
         ideal: See `Protocol.ideal`.
         among: [I] bool; targets outside count neither as hits nor as missed. None is all.
     """
 
-    def __init__(self, targets, num_items: int, ks: tuple[int, ...], ideal: str, among: np.ndarray | None = None):
-        indptr, items = targets
-        owner = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+    def __init__(
+        self, targets: Histories, num_items: int, ks: tuple[int, ...], ideal: str, among: np.ndarray | None = None
+    ):
+        items, owner = targets.items, targets.owners
         if among is not None:
             owner, items = owner[among[items]], items[among[items]]
         # One sorted key per distinct (user, target): membership of any top item is one binary search.
         self.target_keys = np.unique(owner * num_items + items)
-        self.num_targets = np.bincount(self.target_keys // num_items, minlength=len(indptr) - 1)
+        self.num_targets = np.bincount(self.target_keys // num_items, minlength=targets.num_users)
         self.num_items, self.ks, self.ideal = num_items, ks, ideal
         self.parts: list[dict[str, np.ndarray]] = []
 
@@ -142,7 +143,7 @@ def self_information(item_counts, num_items: int) -> np.ndarray:
 
 def checked_counts(item_counts, num_items: int) -> np.ndarray:
     """[I] float64. Raises: ValueError, another shape, a count that is negative or not finite, or all 0."""
-    counts = to_numpy(item_counts).astype(np.float64)
+    counts = np.asarray(item_counts, dtype=np.float64)
     if counts.shape != (num_items,):
         raise ValueError(f"item_counts must have shape ({num_items},), got {counts.shape}")
     if not (np.isfinite(counts).all() and (counts >= 0).all() and counts.sum() > 0):
@@ -162,3 +163,11 @@ def _unit_rows(vectors, num_items: int) -> tuple[torch.Tensor, np.ndarray]:
 
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def is_member(keys: np.ndarray, sorted_keys: np.ndarray) -> np.ndarray:
+    """Bool of the shape of `keys`: which of them are among `sorted_keys`."""
+    if not len(sorted_keys):
+        return np.zeros(keys.shape, dtype=bool)
+    place = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
+    return sorted_keys[place] == keys

@@ -12,9 +12,10 @@ from typing import Protocol as TypingProtocol
 import numpy as np
 import torch
 
-from ._csr import CSR, as_csr, check_items, is_member, rows_of, to_numpy
+from hellm.data import Histories
+
 from .candidates import draw_candidates
-from .metrics import AccuracyTable, ListTable, checked_counts
+from .metrics import AccuracyTable, ListTable, checked_counts, is_member
 from .protocols import Protocol, get_protocol
 from .result import RankingResult
 
@@ -67,9 +68,9 @@ def _first_items_at_border(scores: torch.Tensor, border: torch.Tensor, k: int) -
 
 def ranking_metrics(
     scorer: Scorer | Callable[[torch.Tensor], torch.Tensor],
-    targets: CSR,
+    targets: tuple,
     *,
-    seen: CSR | None = None,
+    seen: tuple | None = None,
     ks: Sequence[int] = (10, 20),
     protocol: str | Protocol = "standard",
     split: str = "test",
@@ -104,8 +105,9 @@ def ranking_metrics(
     Args:
         scorer: Object with `.scores(users)`, or such a callable: [B] int64 CPU -> [B, num_items] floating point on any
             device. What it returns is never written to.
-        targets: CSR `(indptr [num_users + 1], items)`, integers. A repeated target counts once.
-        seen: CSR over the same users: items that are masked. None masks nothing.
+        targets: `hellm.data.Histories`, or such a pair (indptr [num_users + 1], items) of integers. A repeated target
+            counts once.
+        seen: The same, of items that are masked. None masks nothing.
         ks: Cut-offs, each in [1, num_items].
         protocol: Preset name or `Protocol`: NDCG's ideal, the users averaged and the candidates. Which splits belong
             into `seen` is the caller's choice here, and the protocol's in `evaluate_dataset`.
@@ -118,7 +120,7 @@ def ranking_metrics(
         max_memory: Bytes for a score block and its copies; reduces the batch where the catalogue is large.
 
     Raises:
-        ValueError: A malformed CSR or argument, a score block of the wrong shape, a NaN score (naming the first user),
+        ValueError: A malformed pair or argument, a score block of the wrong shape, a NaN score (naming the first user),
             or no user to evaluate.
 
     Memory: O(batch * num_items) for scores, O(num_users * metrics) for the result.
@@ -141,8 +143,8 @@ def ranking_metrics(
 
 def rank_by_protocols(
     scorer: Scorer | Callable[[torch.Tensor], torch.Tensor],
-    targets: CSR,
-    protocols: Sequence[tuple[Protocol, CSR | None]],
+    targets: tuple,
+    protocols: Sequence[tuple[Protocol, tuple | None]],
     *,
     ks: Sequence[int] = (10, 20),
     split: str = "test",
@@ -171,8 +173,8 @@ def rank_by_protocols(
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     if max_memory < 1:
         raise ValueError(f"max_memory must be >= 1 byte, got {max_memory}")
-    targets = as_csr(targets, "targets")
-    asked = _check_users(users, len(targets[0]) - 1)
+    targets = Histories.checked(targets, "targets")
+    asked = _check_users(users, targets.num_users)
     score = scorer.scores if hasattr(scorer, "scores") else scorer
     with torch.no_grad():
         rankings = [_Ranking(protocol, seen, targets, asked, split, mask_seen) for protocol, seen in protocols]
@@ -180,7 +182,7 @@ def rank_by_protocols(
         num_items = _num_items(scorer, score, asked[scored])
         if ks[-1] > num_items:
             raise ValueError(f"k must be <= num_items = {num_items}, got {ks[-1]}")
-        check_items(targets, num_items, "targets")
+        Histories.checked(targets, "targets", num_items)
         for one in rankings:
             one.open(num_items, ks, item_counts, item_vectors, item_groups or {})
         step = max(1, min(batch_size, max_memory // (_BYTES_PER_SCORE * num_items)))
@@ -202,19 +204,19 @@ class _Ranking:
         counted: [n] bool, the users among `asked` that the protocol averages over.
     """
 
-    def __init__(self, protocol: Protocol, seen: CSR | None, targets, asked: np.ndarray, split: str, mask: bool):
+    def __init__(self, protocol: Protocol, seen, targets: Histories, asked: np.ndarray, split: str, mask: bool):
         self.protocol, self.targets, self.split = protocol, targets, split
-        num_users = len(targets[0]) - 1
-        seen = None if seen is None else as_csr(seen, "seen")
-        if seen is not None and len(seen[0]) - 1 != num_users:
-            raise ValueError(f"seen must cover the {num_users} users of targets, got {len(seen[0]) - 1}")
+        num_users = targets.num_users
+        seen = None if seen is None else Histories.checked(seen, "seen")
+        if seen is not None and seen.num_users != num_users:
+            raise ValueError(f"seen must cover the {num_users} users of targets, got {seen.num_users}")
         self.mask = seen if mask else None
         rule = protocol.users[split]
         self.counted = np.ones(len(asked), dtype=bool)
         if rule != "all":
-            self.counted &= np.diff(targets[0])[asked] > 0
+            self.counted &= targets.lengths[asked] > 0
         if rule == "with target and history" and seen is not None:
-            self.counted &= np.diff(seen[0])[asked] > 0
+            self.counted &= seen.lengths[asked] > 0
         if not self.counted.any():
             raise ValueError(f"no user to evaluate: the protocol averages over users {rule!r} and there is none")
         self.users = asked[self.counted]
@@ -222,7 +224,7 @@ class _Ranking:
     def open(self, num_items: int, ks: tuple[int, ...], item_counts, item_vectors, item_groups) -> None:
         """Make the tables, as soon as the catalogue size is known."""
         if self.mask is not None:
-            check_items(self.mask, num_items, "seen")
+            Histories.checked(self.mask, "seen", num_items)
         self.num_items, self.k = num_items, ks[-1]
         ideal, candidates = self.protocol.ideal, self.protocol.candidates
         self.accuracy = AccuracyTable(self.targets, num_items, ks, ideal)
@@ -259,9 +261,9 @@ class _Ranking:
             self.protocol.candidates, users, self.num_items, excluded=excluded, item_counts=self.weights
         )
         row, place = np.nonzero(drawn >= 0)
-        target_row, target = rows_of(self.targets, users)
-        rows = np.concatenate([row, target_row])
-        items = np.concatenate([drawn[row, place], target])
+        targets = self.targets.take(users)
+        rows = np.concatenate([row, targets.owners])
+        items = np.concatenate([drawn[row, place], targets.items])
         flat = torch.from_numpy(rows * self.num_items + items).to(scores.device)
         kept = torch.full_like(scores, -torch.inf, memory_format=torch.contiguous_format)
         kept.view(-1)[flat] = scores.reshape(-1)[flat]
@@ -304,10 +306,11 @@ def _score_block(score, users: np.ndarray, num_items: int | None) -> torch.Tenso
     return block
 
 
-def _mask(scores: torch.Tensor, users: np.ndarray, seen, target_keys: np.ndarray | None) -> torch.Tensor:
+def _mask(scores: torch.Tensor, users: np.ndarray, seen: Histories, target_keys: np.ndarray | None) -> torch.Tensor:
     """A copy of scores [B, I] with -inf at each user's seen items (but not at `target_keys`)."""
     num_items = scores.shape[1]
-    rows, items = rows_of(seen, users)
+    own = seen.take(users)
+    rows, items = own.owners, own.items
     if target_keys is not None:
         keep = ~is_member(users[rows] * num_items + items, target_keys)
         rows, items = rows[keep], items[keep]
@@ -325,7 +328,7 @@ def _num_items(scorer, score, users: np.ndarray) -> int:
 
 def _check_users(users, num_users: int) -> np.ndarray:
     """[n] int64, all of them for None."""
-    chosen = np.arange(num_users) if users is None else to_numpy(users).astype(np.int64)
+    chosen = np.arange(num_users) if users is None else torch.as_tensor(users).cpu().numpy().astype(np.int64)
     if chosen.ndim != 1:
         raise ValueError(f"users must be 1-dimensional, got shape {chosen.shape}")
     outside = chosen[(chosen < 0) | (chosen >= num_users)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from hellm.data import DataError, IdMap
 
-__all__ = ["history_lists", "id_list", "nearest_names", "rows_of", "take_rows"]
+__all__ = ["history_lists", "id_list", "nearest_names", "rows_of"]
 
 # Above this many ids the nearest names are looked for among those with the same beginning only.
 _MAX_COMPARED = 20_000
@@ -69,11 +69,3 @@ def history_lists(histories: Sequence[str] | Sequence[Sequence[str]]) -> list[li
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) != 0
-
-
-def take_rows(indptr: np.ndarray, items: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The CSR of some rows of a CSR."""
-    count = indptr[rows + 1] - indptr[rows]
-    new = np.concatenate([[0], np.cumsum(count, dtype=np.int64)])
-    place = np.arange(new[-1]) + np.repeat(indptr[rows] - new[:-1], count)
-    return new, items[place]

@@ -158,7 +158,7 @@ def named_towers(runs: Sequence[PathLike_]) -> dict[str, str]:
 def _tower_scores(models: Mapping[str, ServedModel], dataset: Dataset, config: FuseConfig) -> TowerScores:
     """Scores of validation events by what was known before them; those of users without a history are left out."""
     users, items = dataset.pairs("valid")
-    known = np.diff(dataset.histories("train")[0]) > 0
+    known = dataset.histories("train").lengths > 0
     users, items = users[known[users]], items[known[users]]
     most = max(1, config.max_scores // (dataset.num_items * len(models)))
     if len(users) > most:
@@ -178,11 +178,8 @@ def _tower_scores(models: Mapping[str, ServedModel], dataset: Dataset, config: F
 def _masked_pairs(dataset: Dataset, users: np.ndarray, splits: tuple[str, ...]) -> tuple[Tensor, Tensor] | None:
     if not splits:
         return None
-    indptr, items = dataset.histories(*splits)
-    length = np.diff(indptr)[users]
-    rows = np.repeat(np.arange(len(users)), length)
-    place = np.arange(len(rows)) - np.repeat(length.cumsum() - length, length) + np.repeat(indptr[users], length)
-    return torch.from_numpy(rows), torch.from_numpy(items[place])
+    known = dataset.histories(*splits).take(users)
+    return torch.from_numpy(known.owners), torch.from_numpy(known.items)
 
 
 def _result(

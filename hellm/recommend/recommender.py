@@ -22,11 +22,11 @@ from hellm._folders import new_folder
 from hellm._pretrained import LOADING
 from hellm.artifact.files import CONTENT, EMBEDDINGS, HISTORIES, IDS
 from hellm.artifact.tables import read_histories, read_ids, side_of
-from hellm.data import DataError, IdMap, ItemFeatures
+from hellm.data import DataError, Histories, IdMap, ItemFeatures
 from hellm.evaluate import HistoryScorer, top_items
 from hellm.models.graph.content import ItemContent
 from hellm.recommend import explain
-from hellm.recommend.catalogue import history_lists, id_list, rows_of, take_rows
+from hellm.recommend.catalogue import history_lists, id_list, rows_of
 from hellm.recommend.results import Reason, Recommendations, RecommendedItem
 from hellm.recommend.served import NewItems, ServedModel, load_served
 
@@ -100,7 +100,7 @@ class Recommender:
         self._events = histories
         # Copies: torch does not take the read-only arrays that a table lends.
         self._users, self._items, self._split = (np.array(histories[name]) for name in ("user", "item", "split"))
-        self._indptr = np.concatenate([[0], np.bincount(self._users, minlength=self.num_users).cumsum()])
+        self._histories = Histories.of_events(self._users, self._items, self.num_users)
         self._is_trained = np.bincount(self._users[self._split == 0], minlength=self.num_users) > 0
         trained = self._items[self._split == 0]
         popularity = torch.from_numpy(np.bincount(trained, minlength=len(item_ids))).float()
@@ -218,9 +218,9 @@ class Recommender:
         key = (split, device)
         if key not in items.scorers:
             known = np.isin(self._split, _KNOWN[split])
-            indptr = np.concatenate([[0], np.bincount(self._users[known], minlength=self.num_users).cumsum()])
+            histories = Histories.of_events(self._users[known], self._items[known], self.num_users)
             model = items.model if on_cpu or items.model.user is not None else items.model.scorer_on(device)
-            items.scorers[key] = HistoryScorer(model, torch.from_numpy(indptr), torch.from_numpy(self._items[known]))
+            items.scorers[key] = HistoryScorer(model, *histories)
         return items.scorers[key]
 
     def scores(self, users: Tensor) -> Tensor:
@@ -269,19 +269,19 @@ class Recommender:
         if users is not None:
             names = [users] if isinstance(users, str) else id_list(users, "users")
             rows = rows_of(self.user_ids, names, "user")
-            indptr, items = take_rows(self._indptr, self._items, rows)
+            asked = self._histories.take(rows)
         else:
             lists = history_lists(histories)
             names = [None] * len(lists)
-            items = rows_of(current.ids, [one for history in lists for one in history], "item")
-            indptr = np.concatenate([[0], np.cumsum([len(history) for history in lists], dtype=np.int64)])
-        personal = np.diff(indptr) > 0
+            rows_by_list = [rows_of(current.ids, history, "item") for history in lists]
+            asked = Histories.of_lists(rows_by_list)
+        personal = asked.lengths > 0
         if rows is not None and current.model.user is not None:
             personal, basis = self._is_trained[rows], "user"
         answers = []
         for start in range(0, len(names), _BATCH):
             part = np.arange(start, min(start + _BATCH, len(names)))
-            own = take_rows(indptr, items, part)
+            own = asked.take(part)
             if basis == "user":
                 queries = current.model.user[torch.from_numpy(rows[part])]
             else:
@@ -322,7 +322,7 @@ class Recommender:
         current = self._current
         row = int(rows_of(current.ids, [str(item)], "item")[0])
         if user is not None:
-            events = slice(*self._indptr[rows_of(self.user_ids, [str(user)], "user")[0] :][:2])
+            events = slice(*self._histories.indptr[rows_of(self.user_ids, [str(user)], "user")[0] :][:2])
             rows = self._items[events]
             if current.model.user is not None:
                 rows = rows[self._split[events] == 0]
@@ -376,7 +376,7 @@ class Recommender:
         Raises: DataError, an unknown id.
         """
         row = int(rows_of(self.user_ids, [str(user)], "user")[0])
-        current, items = self._current, torch.from_numpy(self._items[self._indptr[row] : self._indptr[row + 1]])
+        current, items = self._current, torch.from_numpy(self._histories.take(np.array([row])).items)
         return _named(current, items, self._scores(current, torch.tensor([row]))[0])
 
     def has_training_events(self, users: np.ndarray, items: np.ndarray) -> bool:
@@ -385,13 +385,13 @@ class Recommender:
         return np.array_equal(self._users[train], users) and np.array_equal(self._items[train], items)
 
 
-def _best(items: _Items, queries: Tensor, personal: np.ndarray, seen, allowed: Tensor | None, k: int) -> list:
+def _best(
+    items: _Items, queries: Tensor, personal: np.ndarray, seen: Histories | None, allowed: Tensor | None, k: int
+) -> list:
     scores = queries @ items.keys.T
     scores[torch.from_numpy(~personal)] = items.popularity
     if seen is not None:
-        indptr, rows = seen
-        user = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-        scores[torch.from_numpy(user), torch.from_numpy(rows)] = -torch.inf
+        scores[torch.from_numpy(seen.owners), torch.from_numpy(seen.items)] = -torch.inf
     if allowed is not None:
         scores[:, ~allowed] = -torch.inf
     return [_named(items, best, own) for best, own in zip(top_items(scores, k), scores, strict=True)]

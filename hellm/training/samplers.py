@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hellm.data import Histories
 from hellm.training.device_random import RandomWords, distinct_below, step_keys, uniform_below
 
 __all__ = ["SAMPLERS", "DeviceTripleSampler", "TripleSampler", "Triples"]
@@ -78,7 +79,7 @@ class TripleSampler:
         if not eligible.any():
             raise ValueError("no user has both a training event and an item without one, so no triple can be drawn")
         self._eligible = np.flatnonzero(eligible)
-        self._indptr = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=num_users))])
+        self._indptr = Histories.of_events(self._users, self._items, num_users).indptr
         self._events = np.flatnonzero(eligible[self._users])
         limit = len(self._eligible) if strategy == "user-uniform" else len(self._events)
         self.batch_size = min(batch_size, limit)
