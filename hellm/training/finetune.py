@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from hellm.training.run_directory import RunDirectory, peak_memory_bytes
 from hellm.training.stage import (
     MAY_CHANGE,
     Evaluate,
+    OnEpoch,
     OpenedRun,
     common_result,
     open_run,
@@ -72,6 +73,7 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     on_plan: Callable[[Mapping[str, Any]], None] | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> dict[str, Any]:
     """Fine-tune, choose by validation, score the test split once, and leave a run directory.
 
@@ -90,6 +92,7 @@ def finetune(
             `config.llm` may be another path, if the same language model is there.
         overwrite: replace a run that is there.
         on_plan: called with `plan_finetuning(...)` before the first epoch.
+        on_epoch: called with each record of metrics.jsonl, as by `hellm.training.loop.fit`.
 
     Returns: what result.json holds, with the metrics directly in "test" as well.
     Raises:
@@ -132,11 +135,15 @@ def finetune(
         read=[graph, sequence, config.llm],
         processes=processes,
     ) as opened:
-        return _train(opened, evaluate, processes, on_plan) if opened.finished is None else opened.finished
+        return _train(opened, evaluate, processes, on_plan, on_epoch) if opened.finished is None else opened.finished
 
 
 def _train(
-    opened: OpenedRun, evaluate: Evaluate, processes: Processes, on_plan: Callable[[Mapping[str, Any]], None] | None
+    opened: OpenedRun,
+    evaluate: Evaluate,
+    processes: Processes,
+    on_plan: Callable[[Mapping[str, Any]], None] | None,
+    on_epoch: OnEpoch | None,
 ) -> dict[str, Any]:
     config, dataset, run = opened.config, opened.dataset, opened.run
     inputs, model = opened.inputs
@@ -147,7 +154,7 @@ def _train(
         plan = plan_finetuning(config, model, sampler, processes)
         if on_plan is not None and processes.index == 0:
             on_plan(plan)
-        progress = _fit(model, config, dataset, sampler, run, evaluate, processes)
+        progress = _fit(model, config, dataset, sampler, run, evaluate, processes, on_epoch)
 
     @readable_memory_errors("scoring the test split", MEMORY_ADVICE)
     def finish() -> dict[str, Any]:
@@ -235,11 +242,7 @@ def _as_read(config: FinetuneConfig, dataset: Dataset) -> Dataset:
         return dataset
     count = np.bincount(dataset.users, minlength=dataset.num_users)
     from_last = count.cumsum()[dataset.users] - np.arange(dataset.num_events)
-    kept = from_last <= config.model.max_length
-    times = None if dataset.timestamps is None else dataset.timestamps[kept]
-    return replace(
-        dataset, users=dataset.users[kept], items=dataset.items[kept], split=dataset.split[kept], timestamps=times
-    )
+    return dataset.of_events(from_last <= config.model.max_length)
 
 
 def finetune_loss(model: RecommenderLLM, batch: HistoryBatch) -> Tensor:
@@ -339,7 +342,14 @@ def _autocast(config: FinetuneConfig) -> torch.autocast:
 
 
 def _fit(
-    model, config: FinetuneConfig, dataset: Dataset, sampler: HistorySampler, run, evaluate, processes: Processes
+    model,
+    config: FinetuneConfig,
+    dataset: Dataset,
+    sampler: HistorySampler,
+    run,
+    evaluate,
+    processes: Processes,
+    on_epoch: OnEpoch | None,
 ) -> Progress:
     def step_losses(epoch: int, step: int) -> Mapping[str, Tensor]:
         batch = sampler.sample(epoch, step)
@@ -354,7 +364,7 @@ def _fit(
     def validate(model: RecommenderLLM) -> Mapping[str, float]:
         return _evaluate(evaluate, model, config, dataset, "valid").metrics
 
-    with tensorboard(config.tensorboard and processes.index == 0, run) as on_epoch:
+    with tensorboard(config.tensorboard and processes.index == 0, run, on_epoch) as on_record:
         return fit(
             model,
             build_optimizer(config, model),
@@ -371,7 +381,7 @@ def _fit(
             patience=config.patience,
             monitor=config.monitor,
             checkpoint_every=config.checkpoint_every,
-            on_epoch=on_epoch,
+            on_epoch=on_record,
             processes=processes,
         )
 

@@ -26,6 +26,7 @@ from hellm.training.run_directory import RunDirectory
 from hellm.training.samplers import DeviceTripleSampler, Triples, TripleSampler
 from hellm.training.stage import (
     Evaluate,
+    OnEpoch,
     OpenedRun,
     common_result,
     open_run,
@@ -54,6 +55,7 @@ def pretrain(
     evaluate: Evaluate,
     resume: bool = False,
     overwrite: bool = False,
+    on_epoch: OnEpoch | None = None,
 ) -> dict[str, Any]:
     """Train the graph encoder, choose by validation, score the test split once, and leave a run directory.
 
@@ -64,6 +66,7 @@ def pretrain(
         evaluate: `hellm.evaluate.evaluate_dataset`.
         resume: go on from the last checkpoint in `out`, or start if there is none. A finished run is returned as it is.
         overwrite: replace a run in `out`.
+        on_epoch: called with each record of metrics.jsonl, as by `hellm.training.loop.fit`.
     Returns: what result.json holds.
     Raises:
         FileExistsError, ValueError: as `RunDirectory` and `resolve_config`.
@@ -71,14 +74,14 @@ def pretrain(
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
     with open_run(config, data, out, resolve_config, resume=resume, overwrite=overwrite) as opened:
-        return _train(opened, evaluate) if opened.finished is None else opened.finished
+        return _train(opened, evaluate, on_epoch) if opened.finished is None else opened.finished
 
 
-def _train(opened: OpenedRun, evaluate: Evaluate) -> dict[str, Any]:
+def _train(opened: OpenedRun, evaluate: Evaluate, on_epoch: OnEpoch | None) -> dict[str, Any]:
     config, dataset, run = opened.config, opened.dataset, opened.run
     with readable_memory_errors("pre-training", "lower contrastive_rows, model.embedding_dim or eval_batch_size"):
         model = build_encoder(config, dataset, config.device)
-        progress = _fit(model, config, dataset, run, evaluate)
+        progress = _fit(model, config, dataset, run, evaluate, on_epoch)
         read_model(run.best, model)
         result = _result(model, config, dataset, run, progress, evaluate)
     result |= {"notes": opened.notes}
@@ -244,7 +247,9 @@ def build_captured_step(
     return CapturedStep(optimizer, inputs, losses, learning_rate=_learning_rate(config), capture=bool(config.capture))
 
 
-def _fit(model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: RunDirectory, evaluate) -> Progress:
+def _fit(
+    model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: RunDirectory, evaluate, on_epoch
+) -> Progress:
     sampler, optimizer = build_sampler(config, dataset), build_optimizer(config, model)
     choices = _contrastive_choices(config, model)
 
@@ -255,7 +260,7 @@ def _fit(model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: Run
     def validate(scorer: GraphEncoder) -> Mapping[str, float]:
         return _evaluate(evaluate, scorer, config, dataset, "valid").metrics
 
-    with tensorboard(config.tensorboard, run) as on_epoch:
+    with tensorboard(config.tensorboard, run, on_epoch) as on_record:
         return fit(
             model,
             optimizer,
@@ -269,7 +274,7 @@ def _fit(model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: Run
             patience=config.patience,
             monitor=config.monitor,
             checkpoint_every=config.checkpoint_every,
-            on_epoch=on_epoch,
+            on_epoch=on_record,
         )
 
 

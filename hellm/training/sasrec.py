@@ -22,6 +22,7 @@ from hellm.training.history_sampler import HistoryBatch, SequenceSampler
 from hellm.training.loop import Progress, fit
 from hellm.training.stage import (
     Evaluate,
+    OnEpoch,
     OpenedRun,
     common_result,
     open_run,
@@ -48,6 +49,7 @@ def train_sasrec(
     evaluate: Evaluate,
     resume: bool = False,
     overwrite: bool = False,
+    on_epoch: OnEpoch | None = None,
 ) -> dict[str, Any]:
     """Train SASRec, choose by validation, score the test split once, and leave a run directory.
 
@@ -61,6 +63,7 @@ def train_sasrec(
         evaluate: `hellm.evaluate.evaluate_histories`.
         resume: go on from the last checkpoint in `out`, or start if there is none. A finished run is returned as it is.
         overwrite: replace a run in `out`.
+        on_epoch: called with each record of metrics.jsonl, as by `hellm.training.loop.fit`.
     Returns: what result.json holds; "test" holds each metric by its name, e.g. result["test"]["recall@10"], and all of
         them under "metrics"; "test_masked" the same lists under the protocol "standard", which masks what a user has.
     Raises:
@@ -72,14 +75,14 @@ def train_sasrec(
     with open_run(
         config, data, out, resolve_sasrec_config, prepare=prepare, resume=resume, overwrite=overwrite
     ) as opened:
-        return _train(opened, evaluate) if opened.finished is None else opened.finished
+        return _train(opened, evaluate, on_epoch) if opened.finished is None else opened.finished
 
 
-def _train(opened: OpenedRun, evaluate: Evaluate) -> dict[str, Any]:
+def _train(opened: OpenedRun, evaluate: Evaluate, on_epoch: OnEpoch | None) -> dict[str, Any]:
     config, dataset, sampler, run = opened.config, opened.dataset, opened.inputs, opened.run
     with readable_memory_errors("training SASRec", "lower batch_size, max_length, embedding_dim or eval_batch_size"):
         model = build_sasrec(config, dataset).to(config.device)
-        progress = _fit(model, config, dataset, sampler, run, evaluate)
+        progress = _fit(model, config, dataset, sampler, run, evaluate, on_epoch)
         read_model(run.best, model)
         model.eval()
         test = _test(model, config, dataset, evaluate)
@@ -182,14 +185,14 @@ def sasrec_losses(model: SASRec, batch: HistoryBatch, loss: str) -> dict[str, Te
     return {"bce": (F.softplus(-positive) + F.softplus(negative)).mean()}
 
 
-def _fit(model, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler, run, evaluate) -> Progress:
+def _fit(model, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler, run, evaluate, on_epoch) -> Progress:
     def step_losses(epoch: int, step: int) -> Mapping[str, Tensor]:
         return sasrec_losses(model, sampler.sample(epoch, step), config.loss)
 
     def validate(model: SASRec) -> Mapping[str, float]:
         return _evaluate(evaluate, model, config, dataset, "valid").metrics
 
-    with tensorboard(config.tensorboard, run) as on_epoch:
+    with tensorboard(config.tensorboard, run, on_epoch) as on_record:
         return fit(
             model,
             torch.optim.Adam(model.parameters(), lr=config.learning_rate),
@@ -203,7 +206,7 @@ def _fit(model, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler
             patience=config.patience,
             monitor=config.monitor,
             checkpoint_every=config.checkpoint_every,
-            on_epoch=on_epoch,
+            on_epoch=on_record,
         )
 
 

@@ -25,6 +25,7 @@ from hellm.training.run_directory import RunDirectory, check_run, environment, p
 
 __all__ = [
     "Evaluate",
+    "OnEpoch",
     "OpenedRun",
     "common_result",
     "open_run",
@@ -37,6 +38,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT")
+# Called with a record of metrics.jsonl, see `hellm.training.loop.fit`.
+OnEpoch = Callable[[Mapping[str, Any]], None]
 
 # Settings that do not touch the numbers of the epochs before, so a resumed run may change them; but for `max_epochs`
 # where the step size depends on it.
@@ -184,10 +187,10 @@ def readable_memory_errors(what: str, advice: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tensorboard(enabled: bool, run: RunDirectory) -> Iterator[Callable[[Mapping[str, Any]], None] | None]:
-    """A writer of epoch records as TensorBoard events into the run directory, or None."""
+def tensorboard(enabled: bool, run: RunDirectory, on_epoch: OnEpoch | None = None) -> Iterator[OnEpoch | None]:
+    """A writer of epoch records as TensorBoard events into the run directory, then `on_epoch`; None for neither."""
     if not enabled:
-        yield None
+        yield on_epoch
         return
     from torch.utils.tensorboard import SummaryWriter
 
@@ -200,6 +203,8 @@ def tensorboard(enabled: bool, run: RunDirectory) -> Iterator[Callable[[Mapping[
             for name_, value in record.items():
                 if name_ not in ("epoch", "step", "epochs_done"):
                     writer.add_scalar(name_, value, record["epoch"])
+        if on_epoch is not None:
+            on_epoch(record)
 
     try:
         yield write
