@@ -202,6 +202,7 @@ def build_recommender_llm(config: FinetuneConfig, dataset: Dataset, inputs: Item
         dtype=getattr(torch, config.dtype),
         revision=config.llm_revision,
         num_layers=None if config.model.compat == "official" else config.llm_layers,
+        random_seed=config.seed if config.llm_init == "random" else None,
     )
     settings = asdict(config.model)
     return RecommenderLLM(

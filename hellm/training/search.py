@@ -13,29 +13,26 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from hellm._files import atomic_path
 from hellm._folders import check_target, clear_folder, hold, mark_folder
-from hellm.config import FinetuneConfig, PretrainConfig, SASRecConfig, config_to_dict, save_config
+from hellm.config import config_to_dict, save_config
 from hellm.data import Dataset, load_dataset
 from hellm.training.run_directory import RUN_LAYOUT, START_OVER, RunDirectory
 from hellm.training.search_space import SPACES, parse_space, plain_values, point_of, with_settings
 from hellm.training.stage import MAY_CHANGE
+from hellm.training.trainers import CONFIGS, trainer
 
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["BASE", "STAGES", "check_search", "search"]
+__all__ = ["BASE", "check_search", "search"]
 
 logger = logging.getLogger(__name__)
 
 Path_ = str | os.PathLike[str]
-
-STAGES: Mapping[str, type] = {"pretrain": PretrainConfig, "sasrec": SASRecConfig, "finetune": FinetuneConfig}
-"""Stages that can be searched, by the verb that trains them, with their settings."""
 
 BASE = "base.yaml"
 _LAYOUT = (
@@ -47,11 +44,6 @@ _TEST = 2
 _FREE = MAY_CHANGE - {"max_epochs", "patience"}
 # A trial is compared with others from its third validation on, and with no fewer than five.
 _UNPRUNED_VALIDATIONS, _UNPRUNED_TRIALS = 2, 5
-
-
-class _Stage(NamedTuple):
-    train: Callable[..., dict[str, Any]]
-    resolve: Callable[[Any, Dataset], Any]
 
 
 def check_search(
@@ -86,7 +78,7 @@ def search(
     A search that was broken off comes to the same trials as one that was not.
 
     Args:
-        stage: One of `STAGES`.
+        stage: One of `hellm.training.trainers.CONFIGS`.
         data: A data set, or a path for `hellm.data.load_dataset`.
         out: Folder to make.
         num_trials: Trials in all, those of before counted.
@@ -112,12 +104,12 @@ def search(
         import optuna
     except ImportError as error:
         raise ImportError('hellm search needs optuna: pip install "hellm[search]"') from error
-    if stage not in STAGES:
-        raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
+    if stage not in CONFIGS:
+        raise ValueError(f"stage must be one of {', '.join(CONFIGS)}, got {stage!r}")
     if num_trials < 1:
         raise ValueError(f"num_trials must be >= 1, got {num_trials}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    config = STAGES[stage]() if config is None else config
+    config = CONFIGS[stage]() if config is None else config
     check_search(out, resume=resume, overwrite=overwrite, inputs=[*runs.values()])
     dataset = data if isinstance(data, Dataset) else load_dataset(data)
     if not (dataset.split == 1).any():
@@ -141,7 +133,7 @@ def _check_space(stage: str, words: Iterable[str], config: Any, dataset: Dataset
     """Raises: ValueError, a value that the settings or the data do not allow."""
     from optuna.distributions import CategoricalDistribution
 
-    resolve = _stage(stage).resolve
+    resolve = trainer(stage).resolve
     resolve(config, dataset)
     for name, one in parse_space(words, config).items():
         for text in one.choices if isinstance(one, CategoricalDistribution) else ():
@@ -153,22 +145,6 @@ def _check_space(stage: str, words: Iterable[str], config: Any, dataset: Dataset
             resolve(changed, dataset)
 
 
-def _stage(name: str) -> _Stage:
-    from hellm.evaluate import evaluate_dataset, evaluate_histories
-
-    if name == "pretrain":
-        from hellm.training.pretrain import pretrain, resolve_config
-
-        return _Stage(partial(pretrain, evaluate=evaluate_dataset), resolve_config)
-    if name == "sasrec":
-        from hellm.training.sasrec import resolve_sasrec_config, train_sasrec
-
-        return _Stage(partial(train_sasrec, evaluate=evaluate_histories), resolve_sasrec_config)
-    from hellm.training.finetune import finetune, resolve_finetune_config
-
-    return _Stage(partial(finetune, evaluate=evaluate_histories), resolve_finetune_config)
-
-
 class _Search:
     """A study in its folder, which is held."""
 
@@ -177,7 +153,7 @@ class _Search:
         self.space, self.study, self.dataset = parse_space(words, config), study, dataset
         self.training_data = dataset.of_events(dataset.split != _TEST)
         # As it is called where lists are cut to the catalogue.
-        self.monitor = _stage(stage).resolve(config, dataset)[0].monitor[0]
+        self.monitor = trainer(stage).resolve(config, dataset)[0].monitor[0]
 
     @classmethod
     def open(cls, stage, config, dataset: Dataset, out: Path, words: list[str] | None, runs) -> _Search:
@@ -272,7 +248,7 @@ class _Search:
             return None
         report = _Report(trial, folder, self.monitor)
         try:
-            result = _stage(self.stage).train(
+            result = trainer(self.stage).train(
                 config, self.training_data, folder, resume=True, on_epoch=report, **self.runs
             )
         except optuna.TrialPruned:
