@@ -29,6 +29,7 @@ from hellm.evaluate.evaluation_log import TRAINING
 from hellm.recommend.compare import check_run_of
 from hellm.recommend.recommender import Recommender
 from hellm.recommend.served import ServedFused, ServedModel
+from hellm.training.ablation import write_test_users
 from hellm.training.fusion import Selection, TowerScores, select_towers
 from hellm.training.run_directory import environment
 from hellm.training.stage import OpenedRun, open_run, resolve_common
@@ -120,10 +121,11 @@ def _fuse(opened: OpenedRun, towers: Mapping[str, PathLike_]) -> dict[str, Any]:
     scores = _tower_scores(models, dataset, config)
     selection = select_towers(scores, *config.monitor, level=config.level, seed=config.seed)
     fused = ServedFused({name: models[name] for name in selection.weights}, selection.weights)
-    result = _result(models, fused, selection, towers, dataset, config)
+    result, test = _result(models, fused, selection, towers, dataset, config)
     seconds, where = time.perf_counter() - started, environment(config.device)
     result |= {"notes": opened.notes, "seconds": seconds, "environment": where}
-    if result["test"] is not None:
+    if test is not None:
+        write_test_users(run.path, test)
         for one, by in ((run.path, TRAINING), *((tower, "hellm.fuse") for tower in towers.values())):
             log_test_evaluation(
                 one,
@@ -194,7 +196,8 @@ def _result(
     towers: Mapping[str, PathLike_],
     dataset: Dataset,
     config: FuseConfig,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], RankingResult | None]:
+    """What result.json holds but for the time, and the test of the sum."""
     parts = {}
     for name, model in models.items():
         valid, _ = _evaluate(model, dataset, config, "valid")
@@ -208,7 +211,7 @@ def _result(
             rest = {other: weight for other, weight in fused.weights.items() if other != name}
             other, _ = _evaluate(ServedFused({one: models[one] for one in rest}, rest), dataset, config, "test")
             without[name] = _differences(test, other)
-    return {
+    result = {
         "stage": "fuse",
         "test": None if test is None else {**test.metrics, **test.to_dict(level=0.95)},
         "valid": {"metrics": valid.metrics},
@@ -231,6 +234,7 @@ def _result(
         "leave_one_out": without,
         "dataset": {"name": dataset.name, "split": dataset.split_name, "fingerprint": dataset.fingerprint},
     }
+    return result, test
 
 
 def _evaluate(
