@@ -23,7 +23,6 @@ from hellm.models.histories import pad_histories
 from hellm.models.language_model import load_language_model
 from hellm.models.llm_checkpoint import base_identity, check_base
 from hellm.models.recommender_llm import RecommenderLLM
-from hellm.ops import item_cross_entropy
 from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, HistorySampler
 from hellm.training.item_inputs import ItemInputs, load_item_inputs, resolve_item_inputs
@@ -42,6 +41,7 @@ from hellm.training.stage import (
     tensorboard,
     write_curves,
 )
+from hellm.training.trained_items import TrainedItems, next_item_loss
 
 __all__ = [
     "MEMORY_ADVICE",
@@ -246,8 +246,8 @@ def _as_read(config: FinetuneConfig, dataset: Dataset) -> Dataset:
     return dataset.of_events(from_last <= config.model.max_length)
 
 
-def finetune_loss(model: RecommenderLLM, batch: HistoryBatch) -> Tensor:
-    """Mean cross-entropy over the whole catalogue of the items that came next."""
+def finetune_loss(model: RecommenderLLM, batch: HistoryBatch, trained: TrainedItems | None = None) -> Tensor:
+    """Mean cross-entropy of the items that came next, over all items that are `trained`."""
     indptr, items, targets = (torch.from_numpy(np.ascontiguousarray(one)) for one in batch[:3])
     # Padded on the CPU: sizes that follow from values would make a GPU wait.
     padded, mask = pad_histories(indptr, items)
@@ -259,7 +259,7 @@ def finetune_loss(model: RecommenderLLM, batch: HistoryBatch) -> Tensor:
         query = model.all_queries(padded, mask).flatten(0, 1)[place]
     else:
         query = model.queries(padded, mask)
-    return item_cross_entropy(query, model.item_keys_trainable(), targets)
+    return next_item_loss(query, model.item_keys_trainable(), targets, trained)
 
 
 def build_optimizer(config: FinetuneConfig, model: RecommenderLLM) -> torch.optim.AdamW:
@@ -352,13 +352,16 @@ def _fit(
     processes: Processes,
     on_epoch: OnEpoch | None,
 ) -> Progress:
+    # The published loss is over the whole catalogue.
+    trained = None if config.model.compat == "official" else TrainedItems.of(dataset, model.device)
+
     def step_losses(epoch: int, step: int) -> Mapping[str, Tensor]:
         batch = sampler.sample(epoch, step)
         share = batch.share(processes.index, processes.count)
         if not len(share.targets):
             return {"cross_entropy": torch.zeros((), device=model.device)}
         with _autocast(config):
-            loss = finetune_loss(model, share)
+            loss = finetune_loss(model, share, trained)
         # Shares have different numbers of targets; the mean of the step is over all of them.
         return {"cross_entropy": loss * (len(share.targets) / len(batch.targets))}
 

@@ -16,7 +16,6 @@ from hellm.data import Dataset
 from hellm.models import SASRec
 from hellm.models.histories import pad_histories
 from hellm.models.sequence import WhitenedContent
-from hellm.ops import item_cross_entropy
 from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, SequenceSampler
 from hellm.training.loop import Progress, fit
@@ -31,6 +30,7 @@ from hellm.training.stage import (
     tensorboard,
     write_curves,
 )
+from hellm.training.trained_items import TrainedItems, next_item_loss
 
 __all__ = [
     "build_sasrec",
@@ -167,10 +167,12 @@ def build_sequence_sampler(config: SASRecConfig, dataset: Dataset) -> SequenceSa
         raise ValueError(f"data set {dataset.name!r}: {error}") from None
 
 
-def sasrec_losses(model: SASRec, batch: HistoryBatch, loss: str) -> dict[str, Tensor]:
+def sasrec_losses(
+    model: SASRec, batch: HistoryBatch, loss: str, trained: TrainedItems | None = None
+) -> dict[str, Tensor]:
     """The loss of one step, by its name: the mean over all positions of
 
-    "cross_entropy"   -log softmax(scores of all items)[target]
+    "cross_entropy"   -log softmax(scores of all items that are `trained`)[target]
     "bce"             -log sigmoid(score of the target) - log(1 - sigmoid(score of the negative))
     """
     indptr, items, targets = (torch.from_numpy(one).to(model.device) for one in batch[:3])
@@ -179,15 +181,17 @@ def sasrec_losses(model: SASRec, batch: HistoryBatch, loss: str) -> dict[str, Te
     table = model.items()
     hidden = model(padded, mask, table)[mask]
     if loss == "cross_entropy":
-        return {"cross_entropy": item_cross_entropy(hidden, table, targets)}
+        return {"cross_entropy": next_item_loss(hidden, table, targets, trained)}
     negatives = torch.from_numpy(batch.negatives).to(model.device)
     positive, negative = ((hidden * F.embedding(rows, table)).sum(1) for rows in (targets, negatives))
     return {"bce": (F.softplus(-positive) + F.softplus(negative)).mean()}
 
 
 def _fit(model, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler, run, evaluate, on_epoch) -> Progress:
+    trained = TrainedItems.of(dataset, model.device)
+
     def step_losses(epoch: int, step: int) -> Mapping[str, Tensor]:
-        return sasrec_losses(model, sampler.sample(epoch, step), config.loss)
+        return sasrec_losses(model, sampler.sample(epoch, step), config.loss, trained)
 
     def validate(model: SASRec) -> Mapping[str, float]:
         return _evaluate(evaluate, model, config, dataset, "valid").metrics

@@ -137,12 +137,12 @@ def test_an_interrupted_ablation_goes_on(config, small_dataset, runs, tmp_path, 
     config, original, steps = replace(config, max_epochs=2), finetuning.finetune_loss, []
     whole = ablate(config, small_dataset, tmp_path / "whole", runs, rows=["no-lora"])
 
-    def interrupting(model, batch):
-        steps.append(batch)
+    def interrupting(*args):
+        steps.append(args)
         # Two steps of the plan before and four in each of two epochs: this is the second run.
         if len(steps) == 10 + 2 + 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(model, batch)
+        return original(*args)
 
     monkeypatch.setattr(finetuning, "finetune_loss", interrupting)
     with pytest.raises(Interrupted, match=r"saved .*no-lora-seed2024"):
