@@ -84,6 +84,26 @@ def test_scores_are_the_weighted_sums_of_the_towers(fused, runs):
     torch.testing.assert_close(recommender.model.embed(*history) @ recommender.item.T, expected)
 
 
+def test_cost_is_told_before_anything_is_scored(runs, dataset, tmp_path, monkeypatch):
+    told = []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*args):
+        raise Stopped
+
+    monkeypatch.setattr("hellm.recommend.fuse._tower_scores", stop)
+    with pytest.raises(Stopped):
+        fuse(runs, dataset, tmp_path / "out", FuseConfig(num_threads=1), on_plan=told.append)
+    (plan,) = told
+    speeds = plan["seconds_per_1000_users"]
+    assert list(speeds) == list(runs) and all(seconds > 0 for seconds in speeds.values())
+    valid, test = (plan["num_users"][split] for split in ("valid", "test"))
+    assert (valid, test) == tuple(len(np.unique(dataset.pairs(split)[0])) for split in ("valid", "test"))
+    assert plan["expected_seconds"] == pytest.approx(sum(speeds.values()) * (3 * valid + 4 * test) / 1000)
+
+
 def test_lifts_say_what_each_tower_adds_to_a_score(fused, runs):
     out, result = fused
     recommender = Recommender.load(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,7 +211,7 @@ class Stages:
         )
 
     def _fuse(self, common: dict[str, Any]) -> None:
-        from hellm.cli.fuse import print_fusion
+        from hellm.cli.fuse import print_fusion, print_plan
         from hellm.recommend.fuse import fuse
 
         folder, towers = self.path("fused"), {name: self.path(name) for name in self.towers}
@@ -220,7 +220,7 @@ class Stages:
             f"hellm fuse {' '.join(map(str, towers.values()))} --data {self.path('data')} --out {folder}",
         )
         config = replace(self.config.fuse, **common)
-        print_fusion(fuse(towers, self.dataset, folder, config, resume=True), folder)
+        print_fusion(fuse(towers, self.dataset, folder, config, resume=True, on_plan=print_plan), folder)
 
     def compare(self) -> dict[str, Any]:
         """All models on the test split, in one table, and in comparison.json."""
@@ -275,7 +275,7 @@ class Stages:
             text, f"hellm {verb} --data {self.path('data')}{inputs} --config {folder / 'config.yaml'} --out {folder}"
         )
         try:
-            result = train(config, self.dataset, folder, evaluate=evaluate, resume=True, **runs)
+            result = train(config, self.dataset, folder, evaluate=evaluate, resume=True, on_plan=_print_cost, **runs)
         except ValueError:
             # A setting that a stage refuses must not become what the next --resume starts from.
             if self._before is not None:
@@ -305,6 +305,15 @@ class Stages:
     def _write(self, name: str, value: Any) -> None:
         with atomic_path(self.path(name)) as temporary:
             temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _print_cost(plan: Mapping[str, Any]) -> None:
+    """What a training is likely to cost, before it starts."""
+    print(
+        f"About {duration(plan['expected_seconds_per_epoch'])} an epoch, at most {duration(plan['expected_seconds'])}, "
+        "and validations on top.",
+        flush=True,
+    )
 
 
 def source_fingerprints(dataset: Any, *, pictures: bool) -> dict[str, str]:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,13 @@ from hellm.training.fusion import Selection, TowerScores, select_towers
 from hellm.training.run_directory import environment
 from hellm.training.stage import OpenedRun, open_run, resolve_common
 
-__all__ = ["fuse", "named_towers"]
+__all__ = ["fuse", "named_towers", "plan_fusion"]
 
 # Names of towers are names of folders.
 _NAME = re.compile(r"[\w][\w.-]*")
+
+# Users that a tower is timed on before it scores all.
+_TIMED_USERS = 64
 
 PathLike_ = str | os.PathLike[str]
 
@@ -50,6 +53,7 @@ def fuse(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    on_plan: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Add up the scores of finished runs, with what validation says of each, and leave a run directory.
 
@@ -64,6 +68,7 @@ def fuse(
         config: Settings; None is `FuseConfig()`.
         resume: Return a finished run in `out` as it is, if it is of the same towers, data and settings.
         overwrite: Replace a run in `out`.
+        on_plan: Called with `plan_fusion(...)` before anything is scored.
 
     Returns: What result.json holds: "towers" (name -> run, weight, kept, valid and test metrics, seconds per 1,000
         users), "gains" (what was tried, in order, with intervals), "valid", "test" of the sum, and "leave_one_out"
@@ -98,7 +103,7 @@ def fuse(
         overwrite=overwrite,
         read=list(towers.values()),
     ) as opened:
-        return _fuse(opened, towers) if opened.finished is None else opened.finished
+        return _fuse(opened, towers, on_plan) if opened.finished is None else opened.finished
 
 
 def _resolve(config: FuseConfig, dataset: Dataset) -> tuple[FuseConfig, list[str]]:
@@ -115,8 +120,36 @@ def _fingerprint(models: Mapping[str, ServedModel]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _fuse(opened: OpenedRun, towers: Mapping[str, PathLike_]) -> dict[str, Any]:
+def plan_fusion(models: Mapping[str, ServedModel], dataset: Dataset, config: FuseConfig) -> dict[str, Any]:
+    """What scoring comes to at most, from some users that every tower is timed on.
+
+    Returns: "num_users" (of both splits), "seconds_per_1000_users" (tower -> seconds) and "expected_seconds".
+    """
+    users = {split: np.unique(dataset.pairs(split)[0]) for split in ("valid", "test")}
+    sample = torch.from_numpy(users["valid"][: min(config.eval_batch_size, _TIMED_USERS)])
+    speeds = {}
+    for name, model in models.items():
+        scorer = HistoryScorer.of(model, dataset, "valid")
+        # The first of the two touches fresh memory.
+        for _ in range(2):
+            started = time.perf_counter()
+            scorer.scores(sample)
+            speeds[name] = 1000 * (time.perf_counter() - started) / len(sample)
+    # Validation: for the weights, each tower, the sum. Test: each tower, the sum, and the sum without each other one.
+    passes = 3 * len(users["valid"]) + (len(models) + 1) * len(users["test"])
+    return {
+        "num_users": {split: len(one) for split, one in users.items()},
+        "seconds_per_1000_users": speeds,
+        "expected_seconds": sum(speeds.values()) * passes / 1000,
+    }
+
+
+def _fuse(
+    opened: OpenedRun, towers: Mapping[str, PathLike_], on_plan: Callable[[Mapping[str, Any]], None] | None
+) -> dict[str, Any]:
     config, dataset, models, run = opened.config, opened.dataset, opened.inputs, opened.run
+    if on_plan is not None:
+        on_plan(plan_fusion(models, dataset, config))
     started = time.perf_counter()
     scores = _tower_scores(models, dataset, config)
     selection = select_towers(scores, *config.monitor, level=config.level, seed=config.seed)

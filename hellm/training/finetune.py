@@ -33,11 +33,13 @@ from hellm.training.stage import (
     MAY_CHANGE,
     Evaluate,
     OnEpoch,
+    OnPlan,
     OpenedRun,
     common_result,
     open_run,
     readable_memory_errors,
     resolve_common,
+    seconds_of_step,
     tensorboard,
     write_curves,
 )
@@ -72,7 +74,7 @@ def finetune(
     sequence: Path_ | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    on_plan: Callable[[Mapping[str, Any]], None] | None = None,
+    on_plan: OnPlan | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> dict[str, Any]:
     """Fine-tune, choose by validation, score the test split once, and leave a run directory.
@@ -142,7 +144,7 @@ def _train(
     opened: OpenedRun,
     evaluate: Evaluate,
     processes: Processes,
-    on_plan: Callable[[Mapping[str, Any]], None] | None,
+    on_plan: OnPlan | None,
     on_epoch: OnEpoch | None,
 ) -> dict[str, Any]:
     config, dataset, run = opened.config, opened.dataset, opened.run
@@ -301,21 +303,15 @@ def plan_finetuning(
     config: FinetuneConfig, model: RecommenderLLM, sampler: HistorySampler, processes: Processes | None = None
 ) -> dict[str, Any]:
     """What a run comes to, from one timed step (forward and backward) of the first batch; nothing is changed by it."""
-    model.train()
     batch = sampler.sample(0, 0)
     share = batch if processes is None else batch.share(0, processes.count)
     share = share if len(share.targets) else batch
-    # The first of the two touches fresh memory, which no later step does.
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        for _ in range(2):
-            started = time.perf_counter()
-            with _autocast(config):
-                loss = finetune_loss(model, share)
-            loss.backward()
-            model.zero_grad(set_to_none=True)
-            if config.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
+
+    def loss() -> Tensor:
+        with _autocast(config):
+            return finetune_loss(model, share)
+
+    seconds = seconds_of_step(model, loss)
     # Tokens of this batch as the model ran them, padding included.
     longest = int(np.diff(batch.indptr).max())
     own = (len(batch.indptr) - 1) * sampler.tokens_of(longest)

@@ -22,11 +22,14 @@ from hellm.training.loop import Progress, fit
 from hellm.training.stage import (
     Evaluate,
     OnEpoch,
+    OnPlan,
     OpenedRun,
     common_result,
     open_run,
+    plan_of_steps,
     readable_memory_errors,
     resolve_common,
+    seconds_of_step,
     tensorboard,
     write_curves,
 )
@@ -49,6 +52,7 @@ def train_sasrec(
     evaluate: Evaluate,
     resume: bool = False,
     overwrite: bool = False,
+    on_plan: OnPlan | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> dict[str, Any]:
     """Train SASRec, choose by validation, score the test split once, and leave a run directory.
@@ -63,6 +67,8 @@ def train_sasrec(
         evaluate: `hellm.evaluate.evaluate_histories`.
         resume: go on from the last checkpoint in `out`, or start if there is none. A finished run is returned as it is.
         overwrite: replace a run in `out`.
+        on_plan: called before the first epoch with what it will cost at most, from one timed step: "steps_per_epoch",
+            "max_steps", "seconds_of_step", "expected_seconds_per_epoch" and "expected_seconds".
         on_epoch: called with each record of metrics.jsonl, as by `hellm.training.loop.fit`.
     Returns: what result.json holds; "test" holds each metric by its name, e.g. result["test"]["recall@10"], and all of
         them under "metrics"; "test_masked" the same lists under the protocol "standard", which masks what a user has.
@@ -75,14 +81,14 @@ def train_sasrec(
     with open_run(
         config, data, out, resolve_sasrec_config, prepare=prepare, resume=resume, overwrite=overwrite
     ) as opened:
-        return _train(opened, evaluate, on_epoch) if opened.finished is None else opened.finished
+        return _train(opened, evaluate, on_plan, on_epoch) if opened.finished is None else opened.finished
 
 
-def _train(opened: OpenedRun, evaluate: Evaluate, on_epoch: OnEpoch | None) -> dict[str, Any]:
+def _train(opened: OpenedRun, evaluate: Evaluate, on_plan: OnPlan | None, on_epoch: OnEpoch | None) -> dict[str, Any]:
     config, dataset, sampler, run = opened.config, opened.dataset, opened.inputs, opened.run
     with readable_memory_errors("training SASRec", "lower batch_size, max_length, embedding_dim or eval_batch_size"):
         model = build_sasrec(config, dataset).to(config.device)
-        progress = _fit(model, config, dataset, sampler, run, evaluate, on_epoch)
+        progress = _fit(model, config, dataset, sampler, run, evaluate, on_plan, on_epoch)
         read_model(run.best, model)
         model.eval()
         test = _test(model, config, dataset, evaluate)
@@ -187,11 +193,17 @@ def sasrec_losses(
     return {"bce": (F.softplus(-positive) + F.softplus(negative)).mean()}
 
 
-def _fit(model, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler, run, evaluate, on_epoch) -> Progress:
+def _fit(
+    model, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler, run, evaluate, on_plan, on_epoch
+) -> Progress:
     trained = TrainedItems.of(dataset, model.device)
 
     def step_losses(epoch: int, step: int) -> Mapping[str, Tensor]:
         return sasrec_losses(model, sampler.sample(epoch, step), config.loss, trained)
+
+    if on_plan is not None:
+        seconds = seconds_of_step(model, lambda: sum(step_losses(0, 0).values()))
+        on_plan(plan_of_steps(seconds, sampler.num_steps, config.max_epochs))
 
     def validate(model: SASRec) -> Mapping[str, float]:
         return _evaluate(evaluate, model, config, dataset, "valid").metrics

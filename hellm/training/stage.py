@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hellm._devices import resolve_device
 from hellm._files import atomic_path, writing
@@ -26,11 +27,14 @@ from hellm.training.run_directory import RunDirectory, check_run, environment, p
 __all__ = [
     "Evaluate",
     "OnEpoch",
+    "OnPlan",
     "OpenedRun",
     "common_result",
     "open_run",
+    "plan_of_steps",
     "readable_memory_errors",
     "resolve_common",
+    "seconds_of_step",
     "tensorboard",
     "write_curves",
 ]
@@ -40,6 +44,8 @@ logger = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT")
 # Called with a record of metrics.jsonl, see `hellm.training.loop.fit`.
 OnEpoch = Callable[[Mapping[str, Any]], None]
+# Called with what a training will cost, before its first epoch.
+OnPlan = Callable[[Mapping[str, Any]], None]
 
 # Settings that do not touch the numbers of the epochs before, so a resumed run may change them; but for `max_epochs`
 # where the step size depends on it.
@@ -172,6 +178,38 @@ def _lengths(ks: Iterable[int], dataset: Dataset) -> tuple[int, ...]:
 def _cut(metric: str, dataset: Dataset) -> str:
     name, _, k = metric.partition("@")
     return f"{name}@{min(int(k), dataset.num_items)}"
+
+
+def seconds_of_step(model: nn.Module, loss: Callable[[], Tensor]) -> float:
+    """Seconds of one forward and backward pass; weights, gradients and generators are as before.
+
+    Args:
+        model: In training mode afterwards.
+        loss: Gives that of a step.
+    """
+    model.train()
+    cuda = [one.device for one in model.parameters() if one.device.type == "cuda"][:1]
+    # The first of the two touches fresh memory, which no later step does.
+    with torch.random.fork_rng(cuda):
+        for _ in range(2):
+            started = time.perf_counter()
+            loss().backward()
+            model.zero_grad(set_to_none=True)
+            for device in cuda:
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - started
+    return seconds
+
+
+def plan_of_steps(seconds: float, num_steps: int, max_epochs: int) -> dict[str, Any]:
+    """What training comes to at most, from the seconds of a step; without validations."""
+    return {
+        "steps_per_epoch": num_steps,
+        "max_steps": num_steps * max_epochs,
+        "seconds_of_step": seconds,
+        "expected_seconds_per_epoch": seconds * num_steps,
+        "expected_seconds": seconds * num_steps * max_epochs,
+    }
 
 
 @contextlib.contextmanager

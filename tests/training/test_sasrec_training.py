@@ -285,6 +285,25 @@ def test_an_item_that_training_knows_nothing_of_is_no_candidate(walks):
     assert not table.grad[[3, 9]].any() and table.grad[[4, 8]].any(dim=1).all()
 
 
+def test_cost_is_told_first_and_changes_nothing(walks, tmp_path):
+    told = []
+
+    def tell(plan):
+        told.append((plan, (tmp_path / "told" / "metrics.jsonl").is_file()))
+
+    config = changed("dropout=0.3", "max_epochs=4")
+    result = run(config, walks, tmp_path / "told", on_plan=tell)
+    ((plan, started),) = told
+    assert not started
+    assert plan["max_steps"] == 4 * plan["steps_per_epoch"]
+    assert (
+        plan["expected_seconds"] == pytest.approx(4 * plan["expected_seconds_per_epoch"])
+        and plan["seconds_of_step"] > 0
+    )
+    assert result["test"] == run(config, walks, tmp_path / "untold")["test"]
+    assert records(tmp_path / "told") == records(tmp_path / "untold")
+
+
 def test_training_stops_when_validation_no_longer_improves(walks, tmp_path):
     result = run(changed("max_epochs=60", "patience=1", "validate_every=1"), walks, tmp_path / "run")
     assert result["num_epochs"] < 60 and result["num_epochs"] == result["best_epoch"] + 3
