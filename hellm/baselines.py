@@ -1,4 +1,4 @@
-"""Classical recommenders to compare with: popularity, and ItemKNN, BPR and ALS through the `implicit` library.
+"""Simple recommenders to compare with: popularity, chance, and ItemKNN, BPR and ALS through the `implicit` library.
 
 All follow the scorer contract of `hellm.evaluate`: `scores(users)`, [B] int64 -> [B, num_items] float32.
 The default settings were chosen on the validation splits of the TikTok and Beauty data sets.
@@ -87,6 +87,24 @@ class Popularity(Baseline):
 
     def _scores(self, users: np.ndarray) -> torch.Tensor:
         return self.item_counts.expand(len(users), -1)
+
+
+class Random(Baseline):
+    """Every user gets the items in an order of the user's own: what is found without knowing anything.
+
+    Args:
+        seed: Of the orders. A user has the same in every batch.
+    """
+
+    def __init__(self, *, seed: int = 0) -> None:
+        self.seed = seed
+
+    def _fit(self, users: np.ndarray, items: np.ndarray) -> None:
+        pass
+
+    def _scores(self, users: np.ndarray) -> torch.Tensor:
+        rows = [np.random.default_rng((self.seed, user)).random(self.num_items, np.float32) for user in users.tolist()]
+        return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, self.num_items)
 
 
 class ItemKNN(Baseline):
@@ -251,7 +269,7 @@ def _popularity(*, seed: int = 0) -> Popularity:
 
 
 BASELINES: Mapping[str, Callable[..., Baseline]] = MappingProxyType(
-    {"popularity": _popularity, "itemknn": ItemKNN, "bpr": BPR, "als": ALS}
+    {"popularity": _popularity, "random": Random, "itemknn": ItemKNN, "bpr": BPR, "als": ALS}
 )
 """Name -> factory taking the settings and `seed`; defaults stand in each class."""
 

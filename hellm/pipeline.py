@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,6 +62,7 @@ def run(
     overwrite: bool = False,
     cache: str | PathLike[str] | None = None,
     on_step: Callable[[Step], None] | None = None,
+    on_plan: Callable[[str, Mapping[str, Any]], None] | None = None,
     on_value: Callable[[Step, Any], None] | None = None,
 ) -> dict[str, Any]:
     """From raw data to recommendations: what `hellm run` does.
@@ -73,6 +75,7 @@ def run(
         overwrite: Replace what is there.
         cache: Folder of encoded texts and pictures; None is the user's cache.
         on_step: Called before each step.
+        on_plan: Called with the name of a step and what it is likely to cost, before it trains.
         on_value: Called with each step and what came of it.
     Returns: Name of the step -> what came of it: "data" (the data set), each stage ("stage1", "sasrec", ...: what its
         result.json holds), "compare" (see `hellm.compare`), "recommend" (lists of some users, with reasons).
@@ -84,7 +87,8 @@ def run(
     check_pipeline(out, resume=resume, overwrite=overwrite, inputs=inputs)
     values = {}
     with hold(out):
-        pipeline = Pipeline(out, config or RunConfig(), resume=resume, overwrite=overwrite, cache=cache)
+        options = {"resume": resume, "overwrite": overwrite, "cache": cache, "on_plan": on_plan}
+        pipeline = Pipeline(out, config or RunConfig(), **options)
         for step in pipeline.steps(lambda: data if isinstance(data, Dataset) else load_dataset(data)):
             if on_step is not None:
                 on_step(step)
@@ -118,6 +122,7 @@ class Pipeline:
         resume: Go on with what is there.
         overwrite: Delete what is there.
         cache: Folder of encoded texts and pictures; None is the user's cache.
+        on_plan: Called with the name of a stage and what it is likely to cost, before it trains.
 
     Attributes:
         dataset: The data set with its features, once the step "data" has run.
@@ -136,9 +141,11 @@ class Pipeline:
         resume: bool = False,
         overwrite: bool = False,
         cache: str | PathLike[str] | None = None,
+        on_plan: Callable[[str, Mapping[str, Any]], None] | None = None,
     ) -> None:
         check_pipeline(out, resume=resume, overwrite=overwrite)
         self.out, self.config, self.cache = Path(out), config, cache
+        self.on_plan = on_plan
         self.dataset: Any = None
         self.notes: list[str] = []
         with writing(self.out):
@@ -290,17 +297,20 @@ class Pipeline:
         folder = self.path(name)
         inputs = "".join(f" --{key} {value}" for key, value in runs.items())
         command = f"hellm {verb} --data {self.path('data')}{inputs} --config {folder / CONFIG} --out {folder}"
-        return Step(name, text, command, lambda: self._train(train, config, folder, evaluate=evaluate, **runs))
+        return Step(name, text, command, lambda: self._train(name, train, config, evaluate=evaluate, **runs))
 
-    def _train(self, train: Callable, config: Any, folder: Path, **options: Any) -> dict[str, Any]:
+    def _train(self, name: str, train: Callable, config: Any, **options: Any) -> dict[str, Any]:
         try:
-            return train(config, self.dataset, folder, resume=True, **options)
+            return train(config, self.dataset, self.path(name), resume=True, on_plan=self._teller(name), **options)
         except ValueError:
             # A setting that a stage refuses must not become what the next --resume starts from.
             if self._before is not None:
                 with atomic_path(self.path(CONFIG)) as temporary:
                     temporary.write_text(self._before, encoding="utf-8")
             raise
+
+    def _teller(self, name: str) -> Callable[[Mapping[str, Any]], None] | None:
+        return None if self.on_plan is None else partial(self.on_plan, name)
 
     def _language_model(self) -> Step:
         from hellm.evaluate import evaluate_histories
@@ -326,7 +336,7 @@ class Pipeline:
             "fused",
             "Add up what each of them says, as far as validation shows that it helps.",
             f"hellm fuse {' '.join(map(str, towers.values()))} --data {self.path('data')} --out {folder}",
-            lambda: fuse(towers, self.dataset, folder, config, resume=True),
+            lambda: fuse(towers, self.dataset, folder, config, resume=True, on_plan=self._teller("fused")),
         )
 
     def _available_baselines(self) -> list[str]:

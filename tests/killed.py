@@ -29,7 +29,7 @@ UNFINISHED = re.compile(r"\..+\.(lock|tmp|new|old)")
 # What depends on the clock and on which processes had a part in it.
 VOLATILE = {"seconds", "seconds_per_epoch", "valid_seconds", "seconds_per_1000_users", "test_users_per_second"}
 VOLATILE |= {"peak_memory_bytes", "plan"}
-IGNORED = ("events.out.tfevents.", "comparison.json", "curves.png", "test_evaluations.jsonl")
+IGNORED = ("events.out.tfevents.", "comparison.json", "curves.png", "test_evaluations.jsonl", "study.db")
 FAST = ["num_threads=1", "tensorboard=false"]
 
 
@@ -74,6 +74,7 @@ def main() -> int:
 
 def load_everything() -> None:
     """Import what the commands import, so that a fork starts with its work."""
+    import optuna  # noqa: F401
     import peft  # noqa: F401
     import torch
     import transformers  # noqa: F401
@@ -85,12 +86,14 @@ def load_everything() -> None:
     import hellm.cli.pretrain
     import hellm.cli.run
     import hellm.cli.sasrec
+    import hellm.cli.search
     import hellm.data.sample
     import hellm.features
     import hellm.recommend
     import hellm.training.finetune
     import hellm.training.pretrain
-    import hellm.training.sasrec  # noqa: F401
+    import hellm.training.sasrec
+    import hellm.training.search  # noqa: F401
 
     torch.set_num_threads(1)
 
@@ -146,6 +149,7 @@ def all_commands(inputs: Path) -> dict[str, Command]:
     stages = [one for name in ("pretrain", "sasrec") for one in (f"{name}.max_epochs=2", f"{name}.num_threads=1")]
     run = ["text=none", "image=none", "language_model=false", "baselines=[popularity]", *stages]
     tune = ["--graph", inputs / "graph", "--sequence", inputs / "sequence", f"llm={inputs / 'llm'}"]
+    small = ["validate_every=1", "embedding_dim=8,16", "learning_rate=1e-4..1e-1:log"]
     return {
         "build": Command(overwriting("data", "build", shop), sample),
         "features": Command(
@@ -153,6 +157,7 @@ def all_commands(inputs: Path) -> dict[str, Command]:
         ),
         "pretrain": Command(resumed("pretrain", "--data", shop, "max_epochs=12", *FAST)),
         "sasrec": Command(resumed("sasrec", "--data", shop, "max_epochs=12", *FAST)),
+        "search": Command(resumed("search", "sasrec", "--data", shop, "--trials", "7", "max_epochs=4", *small, *FAST)),
         "finetune": Command(resumed("finetune", "--data", shop, *tune, "max_epochs=3", *FAST)),
         "save": Command(save, save_other),
         "run": Command(resumed("run", "--data", shop, *run)),
@@ -257,7 +262,7 @@ def content(file: Path, folder: Path) -> bytes:
     """The bytes of a file without what depends on the clock."""
     if file.name == "metrics.jsonl":
         records = [json.loads(line) for line in file.read_text().splitlines()]
-    elif file.name == "result.json":
+    elif file.name in ("result.json", "search.json"):
         records = json.loads(file.read_text())
     elif file.suffix == ".safetensors":
         # The order of what is in a header is not that of the writer.

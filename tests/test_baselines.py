@@ -36,6 +36,15 @@ class TestPopularityContract(BaselineContract):
     baseline, personal = "popularity", False
 
 
+def test_chance_is_the_same_in_every_batch_and_other_for_every_user_and_seed():
+    model = fit_baseline("random", FakeDataset(), seed=1)
+    scores = model.scores(torch.tensor([2, 0, 2]))
+    assert scores.shape == (3, 5) and torch.equal(scores[0], scores[2])
+    assert torch.equal(model.scores(torch.tensor([0]))[0], scores[1]) and not torch.equal(scores[0], scores[1])
+    assert not torch.equal(fit_baseline("random", FakeDataset(), seed=2).scores(torch.tensor([2]))[0], scores[0])
+    assert model.scores(torch.zeros(0, dtype=torch.int64)).shape == (0, 5)
+
+
 @needs_implicit
 class TestItemKNNContract(BaselineContract):
     baseline = "itemknn"
@@ -145,7 +154,7 @@ def test_fit_baseline_passes_settings_on():
 
 
 def test_unknown_baseline_is_named():
-    with pytest.raises(ValueError, match=r"baseline must be one of popularity, itemknn, bpr, als, got 'svd'"):
+    with pytest.raises(ValueError, match=r"baseline must be one of popularity, random, itemknn, bpr, als, got 'svd'"):
         fit_baseline("svd", FakeDataset())
 
 

@@ -37,12 +37,12 @@ def made(llm, tmp_path_factory) -> Path:
     argv += ["image=none", "baselines=[popularity]", *fast, *(f"finetune.{one}" for one in TINY), f"finetune.llm={llm}"]
     original, steps = module.finetune_loss, []
 
-    def interrupting(model, batch):
-        steps.append(batch)
+    def interrupting(*args):
+        steps.append(args)
         # Two steps of the plan come first.
         if len(steps) == 2 + 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(model, batch)
+        return original(*args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "finetune_loss", interrupting)

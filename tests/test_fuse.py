@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from command_line import last_json
 
 from hellm.cli import main
 from hellm.config import CONTENT_TOWER, FuseConfig, PretrainConfig, SASRecConfig
-from hellm.data import load_dataset, write_sample_shop
+from hellm.data import DataError, load_dataset, write_sample_shop
 from hellm.evaluate import evaluate_dataset, evaluate_histories, read_test_evaluations
 from hellm.recommend import Recommender
 from hellm.recommend.fuse import fuse
@@ -81,6 +82,71 @@ def test_scores_are_the_weighted_sums_of_the_towers(fused, runs):
         model = Recommender.load(runs[name]).model
         expected = expected + weight * model.embed(*history) @ model.item_keys().T
     torch.testing.assert_close(recommender.model.embed(*history) @ recommender.item.T, expected)
+
+
+def test_cost_is_told_before_anything_is_scored(runs, dataset, tmp_path, monkeypatch):
+    told = []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*args):
+        raise Stopped
+
+    monkeypatch.setattr("hellm.recommend.fuse._tower_scores", stop)
+    with pytest.raises(Stopped):
+        fuse(runs, dataset, tmp_path / "out", FuseConfig(num_threads=1), on_plan=told.append)
+    (plan,) = told
+    speeds = plan["seconds_per_1000_users"]
+    assert list(speeds) == list(runs) and all(seconds > 0 for seconds in speeds.values())
+    valid, test = (plan["num_users"][split] for split in ("valid", "test"))
+    assert (valid, test) == tuple(len(np.unique(dataset.pairs(split)[0])) for split in ("valid", "test"))
+    assert plan["expected_seconds"] == pytest.approx(sum(speeds.values()) * (3 * valid + 4 * test) / 1000)
+
+
+def test_lifts_say_what_each_tower_adds_to_a_score(fused, runs):
+    out, result = fused
+    recommender = Recommender.load(out)
+    user = recommender.user_ids.ids[3]
+    (ranked,) = recommender.recommend([user], k=5)
+    lifts = recommender.lifts([one.item for one in ranked], user=user)
+    score = {one.item: one.score for one in recommender.recommend([user], k=160, exclude_seen=False)[0]}
+    mean = np.mean(list(score.values()))
+    for one, lift in zip(ranked, lifts, strict=True):
+        assert set(lift) == set(result["weights"]) and list(lift.values()) == sorted(lift.values(), reverse=True)
+        assert sum(lift.values()) == pytest.approx(one.score - mean, abs=1e-3)
+    # A tower's lift is its own score, weighted, less its own mean.
+    name, weight = next(iter(result["weights"].items()))
+    history = [one.item for one in recommender.history(user)]
+    own = Recommender.load(runs[name]).recommend(histories=[history], k=160, exclude_seen=False)[0]
+    scores = {one.item: one.score for one in own}
+    expected = weight * (scores[ranked.items[0].item] - np.mean(list(scores.values())))
+    assert lifts[0][name] == pytest.approx(expected, abs=1e-3)
+    assert recommender.lifts([ranked.items[0].item], history=history)[0] == pytest.approx(lifts[0], abs=1e-4)
+
+
+def test_lifts_are_of_fused_models_with_a_history(fused, runs):
+    recommender = Recommender.load(fused[0])
+    item = recommender.item_ids.ids[0]
+    assert recommender.lifts([item], history=[]) == [{}] and recommender.lifts([], history=[item]) == []
+    assert Recommender.load(runs["sequence"]).lifts([item, item], history=[item]) == [{}, {}]
+    with pytest.raises(ValueError, match="give either user or history, got neither"):
+        recommender.lifts([item])
+    with pytest.raises(DataError, match="nothing"):
+        recommender.lifts(["nothing"], history=[item])
+
+
+def test_explained_lists_say_it_in_words(fused, call):
+    recommender = Recommender.load(fused[0])
+    argv = ["recommend", fused[0], "--users", recommender.user_ids.ids[3], "-k", 2, "--explain", "--device", "cpu"]
+    code, text, _ = call(*argv)
+    lines = re.findall(r"\n         \d+\.\d\d (?:above|below) the mean item: (.+)", text)
+    assert code == 0 and len(lines) == 2
+    towers = recommender.model.weights
+    assert all(set(re.findall(r"(\w+) [+-]\d+\.\d\d", line)) == set(towers) for line in lines)
+    code, text, _ = call(*argv, "--json")
+    items = last_json(text)[0]["items"]
+    assert [set(one["towers"]) for one in items] == [set(towers)] * 2 and "because" in items[0]
 
 
 def test_new_items_rank_at_once_and_survive_saving(fused, tmp_path):

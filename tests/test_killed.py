@@ -24,8 +24,8 @@ def killed(folder, *options) -> dict:
 
 @needs_fork
 def test_killed_commands_go_on_and_come_to_the_same(tmp_path):
-    counts = killed(tmp_path, "--moments", 4, "--only", "build", "pretrain")
-    assert counts["moments"] == 4 and counts["failures"] == 0
+    counts = killed(tmp_path, "--moments", 6, "--only", "build", "pretrain", "search")
+    assert counts["moments"] == 6 and counts["failures"] == 0
 
 
 @needs_fork

@@ -30,14 +30,15 @@ VERBS = {
     "sasrec": ("hellm.cli.sasrec", "train the sequence model SASRec into a run directory"),
     "finetune": ("hellm.cli.finetune", "fine-tune a language model that ranks the catalogue (stage 2)"),
     "fuse": ("hellm.cli.fuse", "add up finished runs, chosen and weighted by validation"),
-    "ablate": ("hellm.cli.ablate", "what each part of the fine-tuned language model adds, in one table"),
+    "ablate": ("hellm.cli.ablate", "what each part of a language model or a fused model adds, in one table"),
+    "search": ("hellm.cli.search", "search for settings of a stage by validation"),
     "evaluate": ("hellm.cli.evaluate", "compare runs and baselines in one table"),
     "recommend": ("hellm.cli.recommend", "recommend to users, to bare histories, or items like an item"),
     "info": ("hellm.cli.info", "what is installed and usable here; --selftest checks the operators"),
     "demo": ("hellm.cli.demo", "the whole way on a made-up shop, in some minutes"),
 }
 # Verbs that go on with what is there.
-_RESUMED = ("run", "pretrain", "sasrec", "finetune")
+_RESUMED = ("run", "pretrain", "sasrec", "finetune", "search")
 _HELP = """usage: hellm VERB [options]      hellm VERB --help for the options of a verb
 
 {verbs}

@@ -103,15 +103,20 @@ def settings_parser(
     return parser
 
 
-def parse_settings(parser, argv: Sequence[str], config_class: type[ConfigT]) -> tuple[Any, ConfigT]:
-    """The options, and the settings among them: preset, config file or resumed run, with single settings on top."""
-    _use_base(parser, argv, config_class)
+def parse_settings(
+    parser, argv: Sequence[str], config_class: type[ConfigT], *, resumed: str = CONFIG
+) -> tuple[Any, ConfigT]:
+    """The options, and the settings among them: preset, config file or resumed run, with single settings on top.
+
+    `resumed` is the file with the settings of what --resume goes on with.
+    """
+    _use_base(parser, argv, config_class, resumed)
     args = parse(parser, argv)
     values = args.as_dict()
     return args, config_from_dict(config_class, {field.name: values[field.name] for field in fields(config_class)})
 
 
-def _use_base(parser, argv: Sequence[str], config_class: type) -> None:
+def _use_base(parser, argv: Sequence[str], config_class: type, resumed: str) -> None:
     """Make the preset, the config file or the settings of the run to resume the parser's defaults.
 
     Only defaults that are there before parsing show up in the help and give way to single settings.
@@ -126,8 +131,8 @@ def _use_base(parser, argv: Sequence[str], config_class: type) -> None:
         if not Path(given["config"]).is_file():
             raise FileNotFoundError(f"config file {given['config']} does not exist")
         base = load_config(config_class, given["config"])
-    elif "--resume" in argv and given["out"] is not None and (Path(given["out"]) / CONFIG).is_file():
-        base = load_saved_config(config_class, Path(given["out"]) / CONFIG)
+    elif "--resume" in argv and given["out"] is not None and (Path(given["out"]) / resumed).is_file():
+        base = load_saved_config(config_class, Path(given["out"]) / resumed)
     if base is not None:
         parser.set_defaults(_dotted(config_to_dict(base)))
 

@@ -1,15 +1,16 @@
-"""`hellm ablate`: what each part of the fine-tuned language model adds, in one table and one figure."""
+"""`hellm ablate`: what each part of a fine-tuned language model or a fused model adds, in one table and one figure."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hellm.cli._figure import plot_ablation
 from hellm.cli._output import difference, duration, print_json, table
-from hellm.cli._parser import add_settings, new_parser
+from hellm.cli._parser import add_settings, new_parser, parse
 from hellm.cli._training import parse_settings
 from hellm.cli.data import add_reading_options, reading_options
 from hellm.config import PRESETS, FinetuneConfig
@@ -18,6 +19,8 @@ __all__ = ["ablate", "print_ablation", "run"]
 
 
 def run(argv: Sequence[str]) -> int:
+    if any(one.partition("=")[0] == "--fused" for one in argv):
+        return _run_fused(argv)
     args, config = parse_settings(_parser(), argv, FinetuneConfig)
     from hellm.data import load_dataset
     from hellm.training.ablation import check_ablations
@@ -27,12 +30,58 @@ def run(argv: Sequence[str]) -> int:
     ablation = ablate(
         config, dataset, args.out, graph=args.graph, sequence=args.sequence, rows=args.rows, seeds=args.seeds
     )
+    _print(ablation, args)
+    return 0
+
+
+def _run_fused(argv: Sequence[str]) -> int:
+    from hellm.recommend.controls import CONTROLS, check_controls, run_controls
+
+    parser = new_parser(
+        "ablate",
+        "--fused RUN --data DIR --out DIR [--rows NAME ...] [--graph RUN] [--sequence RUN]",
+        "Controls of a fused model (hellm fuse): its towers trained anew with one thing taken from them, with the "
+        "settings that they had, fused by validation in the same way, and compared with it user by user, beside the "
+        "sum without each tower. The same command goes on where it was interrupted and repeats nothing that is "
+        f"finished. Rows: {'; '.join(f'{name}, {words}' for name, words in CONTROLS.items())}.",
+    )
+    parser.add_argument("--fused", required=True, metavar="RUN", help="fused run (hellm fuse), its towers still there")
+    parser.add_argument("--data", required=True, metavar="DIR", help="data set of the fused run")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the runs, the table and the figure")
+    parser.add_argument("--rows", nargs="+", type=str, metavar="NAME", help="all that are possible if not given")
+    for name, verb in (("graph", "pretrain"), ("sequence", "sasrec")):
+        help = f"run (hellm {verb}) that the language model was trained with, where it is no tower"
+        parser.add_argument(f"--{name}", type=str, metavar="RUN", help=help)
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--json", action="store_true", help="print ablation.json as one line, the last of the output")
+    add_reading_options(parser)
+    args = parse(parser, argv)
+    from hellm._folders import hold
+    from hellm.data import load_dataset
+    from hellm.recommend.compare import split_of_runs
+
+    check_controls(args.out)
+    reading = reading_options(args)
+    reading["split"] = reading.get("split") or split_of_runs({"fused": [args.fused]})
+    dataset, out = load_dataset(args.data, **reading), Path(args.out)
+    options = {name: args[name] for name in ("rows", "device", "graph", "sequence")}
+    with hold(out):
+        ablation = run_controls(args.fused, dataset, out, on_training=_say_training, **options)
+        _write(ablation, out, title=f"{dataset.name}: the fused model and its controls")
+    _print(ablation, args)
+    return 0
+
+
+def _say_training(label: str, seconds: float) -> None:
+    print(f"{label}: what it stands for took {duration(seconds)}", file=sys.stderr)
+
+
+def _print(ablation: Mapping[str, Any], args) -> None:
     if args.json:
         print_json(ablation)
     else:
         print_ablation(ablation)
         print(f"{Path(args.out) / 'ablation.json'} has every number, ablation.md the table, ablation.png the picture.")
-    return 0
 
 
 def _parser():
@@ -41,11 +90,12 @@ def _parser():
     parser = new_parser(
         "ablate",
         "--data DIR --graph RUN --sequence RUN --out DIR [--rows NAME ...] [--seeds N ...] "
-        "[--preset NAME | --config FILE] [SETTING=VALUE ...]",
+        "[--preset NAME | --config FILE] [SETTING=VALUE ...]\n   or: hellm ablate --fused RUN --data DIR --out DIR",
         "Fine-tune the language model as set and with one part changed at a time, each row and seed into a run "
         "directory of its own, and compare their tests with the full model's. The same command goes on where it was "
         f"interrupted and repeats nothing that is finished. Rows: {', '.join(ABLATIONS)}. Every setting below is one "
-        "of the full model and can be given as --name VALUE or name=VALUE.",
+        "of the full model and can be given as --name VALUE or name=VALUE. A fused model has other rows: see "
+        "hellm ablate --fused RUN --help.",
     )
     parser.add_argument("--data", required=True, metavar="DIR", help="data set of any known form")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the runs, the table and the figure")
@@ -89,8 +139,6 @@ def ablate(config: FinetuneConfig, dataset, out: str | Path, **options: Any) -> 
 
 
 def _ablate(config: FinetuneConfig, dataset, out: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-
-    from hellm._files import atomic_path
     from hellm.evaluate import evaluate_dataset, evaluate_histories
     from hellm.training.ablation import run_ablations
     from hellm.training.ablation_report import ablation_report
@@ -105,6 +153,14 @@ def _ablate(config: FinetuneConfig, dataset, out: Path, options: Mapping[str, An
         **options,
     )
     ablation = ablation_report(ran, config, dataset, out)
+    _write(ablation, out, title=f"{dataset.name}: the full model and what changes without, or with, each part")
+    return ablation
+
+
+def _write(ablation: Mapping[str, Any], out: Path, *, title: str) -> None:
+    """Write ablation.json, ablation.md and ablation.png."""
+    from hellm._files import atomic_path
+
     with atomic_path(out / "ablation.json") as temporary:
         temporary.write_text(json.dumps(ablation, indent=2) + "\n", encoding="utf-8")
     with atomic_path(out / "ablation.md") as temporary:
@@ -115,17 +171,14 @@ def _ablate(config: FinetuneConfig, dataset, out: Path, options: Mapping[str, An
         out / "ablation.png",
         [row["name"] for row in ablation["rows"]],
         [test["mean"] for test in tests],
-        [(test["low"], test["high"]) for test in tests],
+        [(test["low"], test["high"]) if test["low"] is not None else (test["mean"], test["mean"]) for test in tests],
         metric=compared,
         interval=ablation["interval"],
-        title=f"{dataset.name}: the full model and what changes without, or with, each part",
+        title=title,
     )
-    return ablation
 
 
 def _say_plan(label: str, plan: Mapping[str, Any]) -> None:
-    import sys
-
     at_most = duration(plan["expected_seconds"])
     print(f"{label}: {plan['num_trained_parameters']:,} trained parameters, at most {at_most}", file=sys.stderr)
 
@@ -144,10 +197,12 @@ def print_ablation(ablation: Mapping[str, Any]) -> None:
                 row["name"],
                 "" if valid is None else f"{valid:.4f}",
                 *(f"{test[name]['mean']:.4f}" for name in shown),
-                f"{test[compared]['low']:.4f} to {test[compared]['high']:.4f}",
+                _span(test[compared]),
                 _to_full(row, compared),
-                f"{row['training_seconds']:,.0f}",
-                f"{row['users_per_second']:,.0f}",
+                *(
+                    "" if row[name] is None else f"{row[name]:,.0f}"
+                    for name in ("training_seconds", "users_per_second")
+                ),
             ]
         )
     tests = [f"test {name}" for name in shown]
@@ -161,15 +216,21 @@ def print_ablation(ablation: Mapping[str, Any]) -> None:
         print(f"  left out: {name} ({why})")
 
 
+def _span(test: Mapping[str, Any]) -> str:
+    return "" if test["low"] is None else f"{test['low']:.4f} to {test['high']:.4f}"
+
+
+def _half(test: Mapping[str, Any]) -> str:
+    return "" if test["low"] is None else f" ±{(test['high'] - test['low']) / 2:.4f}"
+
+
 def _markdown(ablation: Mapping[str, Any]) -> str:
     """The table as Markdown, with half the width of each interval."""
     shown, compared, chosen = ablation["shown"], ablation["compared"], ablation["chosen_by"][0]
     lines = [f"| row | valid {chosen} | {' | '.join(shown)} | difference to `full`, {compared} |", "|---" * 4 + "|---|"]
     for row in ablation["rows"]:
         valid = f"{row['valid'][chosen]:.4f}" if chosen in row["valid"] else ""
-        cells = [
-            f"{row['test'][k]['mean']:.4f} ±{(row['test'][k]['high'] - row['test'][k]['low']) / 2:.4f}" for k in shown
-        ]
+        cells = [f"{row['test'][k]['mean']:.4f}{_half(row['test'][k])}" for k in shown]
         lines.append(
             f"| `{row['name']}`: {row['words']} | {valid} | {' | '.join(cells)} | {_to_full(row, compared, '')} |"
         )
@@ -178,7 +239,8 @@ def _markdown(ablation: Mapping[str, Any]) -> str:
 
 def _how_to_read(ablation: Mapping[str, Any]) -> str:
     monitor = ", ".join(ablation["chosen_by"])
-    chose = f"The validation split chose each run's epoch (by {monitor}); the test split was scored once per run."
+    chosen = ablation.get("chosen", "each run's epoch")
+    chose = f"The validation split chose {chosen} (by {monitor}); the test split was scored once per run."
     if not ablation["rows"][0]["valid"]:
         chose = "No validation events: the last epoch was kept; the test split was scored once per run."
     return (

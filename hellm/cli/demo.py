@@ -16,7 +16,7 @@ from hellm._folders import check_target, hold, mark_folder
 from hellm.cli._output import duration, print_json
 from hellm.cli._parser import new_parser, parse
 from hellm.cli.features import CACHE_HELP
-from hellm.cli.run import PrintedSteps
+from hellm.cli.run import PrintedSteps, print_cost
 from hellm.config import PRESETS, RunConfig
 from hellm.pipeline import LAYOUT, Pipeline
 
@@ -52,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
 def _run(out: Path, args) -> int:
     started = time.perf_counter()
     _make_shop(out, args)
-    pipeline = Pipeline(out / "run", _config(args), overwrite=args.overwrite, cache=args.cache)
+    pipeline = Pipeline(out / "run", _config(args), overwrite=args.overwrite, cache=args.cache, on_plan=print_cost)
     printed = PrintedSteps(pipeline)
     printed(pipeline.data(lambda: _load(out / "shop")))
     with _same_threads():

@@ -24,7 +24,7 @@ def run(argv: Sequence[str]) -> int:
         "evaluate",
         "MODEL ... --data DIR [options]",
         "Score run directories and baselines on the same users of the same split, in one table with confidence "
-        f"intervals and paired differences to the best. Baselines: {', '.join(BASELINES)} (all but popularity need "
+        f"intervals and paired differences to the best. Baselines: {', '.join(BASELINES)} (itemknn, bpr and als need "
         'pip install "hellm[baselines]"). Runs with model.backbone=lightgcn or mf and no hypergraphs serve as those. '
         "NAME=RUN,RUN,... is one row of several runs, say of other seeds: their mean, with an interval over them.",
     )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
-from hellm.cli._output import difference, print_json, table
+from hellm.cli._output import difference, duration, print_json, table
 from hellm.cli._parser import add_settings, new_parser, parse
 from hellm.cli.data import add_reading_options, reading_options
 from hellm.config import FuseConfig, config_from_dict, config_to_dict
 
-__all__ = ["print_fusion", "run"]
+__all__ = ["print_fusion", "print_plan", "run"]
 
 
 def run(argv: Sequence[str]) -> int:
@@ -41,10 +42,26 @@ def run(argv: Sequence[str]) -> int:
     reading = reading_options(args)
     reading["split"] = reading.get("split") or split_of_runs({name: [run] for name, run in towers.items()})
     result = fuse(
-        towers, load_dataset(args.data, **reading), args.out, config, resume=args.resume, overwrite=args.overwrite
+        towers,
+        load_dataset(args.data, **reading),
+        args.out,
+        config,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        on_plan=lambda plan: print_plan(plan, sys.stderr),
     )
     print_json(result) if args.json else print_fusion(result, args.out)
     return 0
+
+
+def print_plan(plan: dict[str, Any], file: TextIO | None = None) -> None:
+    """What a fusion is likely to cost, before it starts; on standard output if there is no `file`."""
+    speeds = ", ".join(f"{name} {seconds:.2g} s" for name, seconds in plan["seconds_per_1000_users"].items())
+    print(
+        f"Scoring takes about {duration(plan['expected_seconds'])} in all; 1,000 users take {speeds}.",
+        file=file,
+        flush=True,
+    )
 
 
 def print_fusion(result: dict[str, Any], out: str) -> None:

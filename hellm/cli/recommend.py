@@ -32,7 +32,10 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--candidates-file", metavar="FILE", help="the same, one item id per line (what is in stock)")
     parser.add_argument("--include-seen", action="store_true", help="also recommend items of the history")
     parser.add_argument(
-        "--explain", action="store_true", help="name the history items that each item hangs together with, and by what"
+        "--explain",
+        action="store_true",
+        help="name the history items that each item hangs together with, and by what, and what each model of a fused "
+        "run says",
     )
     parser.add_argument("--llm", metavar="PATH", help="where the language model of a fine-tuning run is, if moved")
     parser.add_argument("--device", default="auto", metavar="NAME", help="reads histories: auto, cpu, cuda or cuda:N")
@@ -60,14 +63,18 @@ def run(argv: Sequence[str]) -> int:
         history, left_out["unknown_history"] = _known(recommender.item_ids, history, "items of the history")
     lists = _lists(recommender, args, history, candidates)
     reasons = _reasons(recommender, lists, history) if args.explain else None
+    lifts = _lifts(recommender, lists, history) if args.explain else None
     if args.json:
         values = [one.to_dict() | {name: number for name, number in left_out.items() if number} for one in lists]
         for value, of_list in zip(values, reasons or [], strict=False):
             for item, why in zip(value["items"], of_list, strict=True):
                 item["because"] = [reason.to_dict() for reason in why]
+        for value, of_list in zip(values, lifts or [], strict=False):
+            for item, lift in zip(value["items"], of_list, strict=True):
+                item |= {"towers": lift} if lift else {}
         print_json(values)
     else:
-        print_lists(lists, reasons)
+        print_lists(lists, reasons, lifts)
     return 0
 
 
@@ -115,8 +122,11 @@ def _lists(recommender, args, history: list[str] | None, candidates: list[str] |
     ]
 
 
-def print_lists(lists, reasons=None) -> None:
-    """Lists of recommendations for people; `reasons` are those of `Recommender.explain`, per list and item."""
+def print_lists(lists, reasons=None, lifts=None) -> None:
+    """Lists of recommendations for people.
+
+    `reasons` are those of `Recommender.explain`, `lifts` those of `Recommender.lifts`, both per list and item.
+    """
     for number, one in enumerate(lists):
         owner = f"user {one_line(one.user)}" if one.user is not None else "this history"
         how = "the most popular items, as there is no history to go by" if one.basis == "popularity" else "best first"
@@ -128,8 +138,17 @@ def print_lists(lists, reasons=None) -> None:
             print(f"  {rank:>3}. {name:<{width}}  {score}")
             for line in _because(reasons[number][place]) if reasons else []:
                 print(f"         {line}")
+            if lifts and lifts[number][place]:
+                print(f"         {_by_tower(lifts[number][place])}")
         if not rows:
             print("       nothing is left to recommend")
+
+
+def _by_tower(lifts) -> str:
+    """What each tower says of an item, in a line."""
+    total = sum(lifts.values())
+    parts = ", ".join(f"{one_line(name)} {lift:+.2f}" for name, lift in lifts.items())
+    return f"{abs(total):.2f} {'above' if total >= 0 else 'below'} the mean item: {parts}"
 
 
 def _because(reasons) -> list[str]:
@@ -182,5 +201,15 @@ def _reasons(recommender, lists, history) -> list:
             return [[] for _ in one]
         owner = {"user": one.user} if one.user is not None else {"history": history}
         return [recommender.explain(item.item, **owner, k=2) for item in one]
+
+    return [of_list(one) for one in lists]
+
+
+def _lifts(recommender, lists, history) -> list:
+    def of_list(one) -> list:
+        if one.basis == "popularity":
+            return [{} for _ in one]
+        owner = {"user": one.user} if one.user is not None else {"history": history}
+        return recommender.lifts([item.item for item in one], **owner)
 
     return [of_list(one) for one in lists]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hellm._folders import hold
@@ -14,7 +14,7 @@ from hellm.cli.features import CACHE_HELP
 from hellm.config import RunConfig
 from hellm.pipeline import Pipeline, Step, check_pipeline
 
-__all__ = ["PrintedSteps", "run"]
+__all__ = ["PrintedSteps", "print_cost", "run"]
 
 # Latest events of a user that are shown.
 _HISTORY = 5
@@ -43,7 +43,9 @@ def _run(args, config: RunConfig) -> int:
     from hellm.data import load_dataset
 
     started = time.perf_counter()
-    pipeline = Pipeline(args.out, config, resume=args.resume, overwrite=args.overwrite, cache=args.cache)
+    pipeline = Pipeline(
+        args.out, config, resume=args.resume, overwrite=args.overwrite, cache=args.cache, on_plan=print_cost
+    )
     printed = PrintedSteps(pipeline)
     printed(pipeline.data(lambda: load_dataset(args.data, **reading_options(args))))
     if args.dry_run:
@@ -111,6 +113,20 @@ class PrintedSteps:
             print("  and is recommended")
             for item in answer["items"]:
                 print(f"    {title(item['item'], item['title'])}{_because(item['reasons'])}")
+
+
+def print_cost(name: str, plan: Mapping[str, Any]) -> None:
+    """What a stage is likely to cost, before it starts."""
+    from hellm.cli.fuse import print_plan
+
+    if name == "fused":
+        print_plan(plan)
+        return
+    print(
+        f"About {duration(plan['expected_seconds_per_epoch'])} an epoch, at most {duration(plan['expected_seconds'])}, "
+        "and validations on top.",
+        flush=True,
+    )
 
 
 def _because(reasons: list[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ are generated from these classes. Models, losses and operators take plain argume
 
 from __future__ import annotations
 
+from hellm.config._values import setting_type
 from hellm.config.files import (
     config_from_dict,
     config_to_dict,
@@ -38,4 +39,5 @@ __all__ = [
     "load_saved_config",
     "override_config",
     "save_config",
+    "setting_type",
 ]

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from hellm.config._checks import require
 
-__all__ = ["build", "plain", "replace_dotted", "unknown"]
+__all__ = ["build", "plain", "replace_dotted", "setting_type", "unknown"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -56,6 +56,21 @@ def replace_dotted(config: Any, path: list[str], value: Any, name: str) -> Any:
     if not dataclasses.is_dataclass(child):
         raise ValueError(f"setting {prefix}{path[0]} has no parts, got {name!r}")
     return replace(config, **{path[0]: replace_dotted(child, path[1:], value, name)})
+
+
+def setting_type(cls: type, name: str) -> Any:
+    """The annotated type of a dotted setting, without `| None`. Raises: ValueError, unknown, with the nearest name."""
+    kind, prefix = cls, ""
+    for part in name.split("."):
+        if not dataclasses.is_dataclass(kind):
+            raise ValueError(f"setting {prefix.rstrip('.')} has no parts, got {name!r}")
+        hints = _field_types(kind)
+        if part not in hints:
+            raise ValueError(unknown("setting", f"{prefix}{part}", [f"{prefix}{key}" for key in hints]))
+        kind, prefix = hints[part], f"{prefix}{part}."
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            (kind,) = [one for one in typing.get_args(kind) if one is not type(None)]
+    return kind
 
 
 def _convert(expected: Any, value: Any, name: str) -> Any:

@@ -92,6 +92,7 @@ class FinetuneConfig:
         llm: "smollm2-135m" (comes with the extra `smollm2`), a local folder, a .gguf file or an id on the hub.
         llm_revision: of a model on the hub; null takes the newest.
         llm_layers: its first layers that are used; null takes all.
+        llm_init: "random" draws all its weights anew by `seed`, a control of what pre-training gives.
         dtype: of the language model's weights; what is trained stays float32.
         mixed_precision: "bf16" computes training steps in bfloat16 where that is safe, whatever the dtype of weights.
         item_inputs: tables that make the item token: "graph" (stage 1), "sequence" (SASRec), names of item features,
@@ -126,6 +127,7 @@ class FinetuneConfig:
     llm: str = "smollm2-135m"
     llm_revision: str | None = None
     llm_layers: int | None = 6
+    llm_init: Literal["pretrained", "random"] = "pretrained"
     dtype: Literal["float32", "bfloat16"] = "float32"
     mixed_precision: Literal["no", "bf16"] = "no"
     item_inputs: tuple[str, ...] | None = None

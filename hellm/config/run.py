@@ -22,7 +22,7 @@ class RunConfig:
             where the data have texts and no text features).
         image: encoder of pictures: "efficientnet", a folder or hub id, "none", or "auto" as above.
         language_model: fine-tune a language model as well, which takes most of the time.
-        baselines: what to compare with: "popularity", "itemknn", "bpr", "als" and "lightgcn".
+        baselines: what to compare with: "popularity", "random", "itemknn", "bpr", "als" and "lightgcn".
         pretrain: stage 1; the LightGCN baseline has the same settings without hypergraphs.
         sasrec: the sequence model.
         content: a sequence model that reads the content of items alone, where the data have any.
@@ -45,7 +45,7 @@ class RunConfig:
     ks: tuple[int, ...] = (5, 10, 20)
 
     def __post_init__(self) -> None:
-        known = ("popularity", "itemknn", "bpr", "als", "lightgcn")
+        known = ("popularity", "random", "itemknn", "bpr", "als", "lightgcn")
         wrong = [name for name in self.baselines if name not in known]
         require(not wrong, "baselines", f"among {', '.join(known)}", wrong[0] if wrong else None)
         require(len(self.ks) > 0 and min(self.ks, default=0) >= 1, "ks", "list lengths >= 1", self.ks)

@@ -54,6 +54,11 @@ class TransitionsConfig:
             require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         require(0 <= self.exponent < float("inf"), "exponent", ">= 0", self.exponent)
         metric, _, k = "".join(self.monitor).partition("@")
-        require(len(self.monitor) == 1 and bool(metric) and k.isdigit() and int(k) >= 1, "monitor", "one metric@k", self.monitor)
+        require(
+            len(self.monitor) == 1 and bool(metric) and k.isdigit() and int(k) >= 1,
+            "monitor",
+            "one metric@k",
+            self.monitor,
+        )
         require(len(self.ks) > 0 and min(self.ks, default=0) >= 1, "ks", "list lengths >= 1", self.ks)
         require(self.num_threads is None or self.num_threads >= 1, "num_threads", "null or >= 1", self.num_threads)

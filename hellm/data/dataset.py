@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -229,6 +229,31 @@ class Dataset:
             for name, texts in self.item_fields.items()
             if name not in NOT_ATTRIBUTES
         }
+
+    def of_events(self, kept: np.ndarray) -> Dataset:
+        """The same users and items with some of the events: `kept` is [num_events] bool."""
+        times = None if self.timestamps is None else self.timestamps[kept]
+        return replace(self, users=self.users[kept], items=self.items[kept], split=self.split[kept], timestamps=times)
+
+    def with_permuted_content(self, seed: int = 0) -> Dataset:
+        """The same events, with all that is known of the items (features, titles, fields) handed to other items.
+
+        A control: what a model gains by the content of items, it must lose by that of others. What belongs to one item
+        stays together.
+        """
+        order = np.random.default_rng(seed).permutation(self.num_items)
+
+        def permuted(values: list[str]) -> list[str]:
+            return [values[place] for place in order]
+
+        return replace(
+            self,
+            item_features={
+                name: ItemFeatures(one.values[order], one.mask[order]) for name, one in self.item_features.items()
+            },
+            item_titles=None if self.item_titles is None else permuted(self.item_titles),
+            item_fields={name: permuted(values) for name, values in self.item_fields.items()},
+        )
 
     def split_counts(self) -> dict[str, int]:
         """Number of events in each split; "history" where there are any."""

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,17 @@ from hellm.evaluate import (
 from hellm.recommend.compare import check_run_of
 from hellm.recommend.recommender import Recommender
 from hellm.recommend.served import ServedFused, ServedModel
+from hellm.training.ablation import write_test_users
 from hellm.training.fusion import Selection, TowerScores, select_towers
 from hellm.training.stage import OpenedRun, open_run, resolve_common, write_tables
 
-__all__ = ["fuse", "named_towers"]
+__all__ = ["fuse", "named_towers", "plan_fusion"]
 
 # Names of towers are names of folders.
 _NAME = re.compile(r"[\w][\w.-]*")
+
+# Users that a tower is timed on before it scores all.
+_TIMED_USERS = 64
 
 PathLike_ = str | os.PathLike[str]
 
@@ -49,6 +53,7 @@ def fuse(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    on_plan: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Add up the scores of finished runs, with what validation says of each, and leave a run directory.
 
@@ -63,6 +68,7 @@ def fuse(
         config: Settings; None is `FuseConfig()`.
         resume: Return a finished run in `out` as it is, if it is of the same towers, data and settings.
         overwrite: Replace a run in `out`.
+        on_plan: Called with `plan_fusion(...)` before anything is scored.
 
     Returns: What result.json holds: "towers" (name -> run, weight, kept, valid and test metrics, seconds per 1,000
         users), "gains" (what was tried, in order, with intervals), "valid", "test" of the sum, and "leave_one_out"
@@ -97,7 +103,7 @@ def fuse(
         overwrite=overwrite,
         read=list(towers.values()),
     ) as opened:
-        return _fuse(opened, towers) if opened.finished is None else opened.finished
+        return _fuse(opened, towers, on_plan) if opened.finished is None else opened.finished
 
 
 def _resolve(config: FuseConfig, dataset: Dataset) -> tuple[FuseConfig, list[str]]:
@@ -114,16 +120,45 @@ def _fingerprint(models: Mapping[str, ServedModel]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _fuse(opened: OpenedRun, towers: Mapping[str, PathLike_]) -> dict[str, Any]:
+def plan_fusion(models: Mapping[str, ServedModel], dataset: Dataset, config: FuseConfig) -> dict[str, Any]:
+    """What scoring comes to at most, from some users that every tower is timed on.
+
+    Returns: "num_users" (of both splits), "seconds_per_1000_users" (tower -> seconds) and "expected_seconds".
+    """
+    users = {split: np.unique(dataset.pairs(split)[0]) for split in ("valid", "test")}
+    sample = torch.from_numpy(users["valid"][: min(config.eval_batch_size, _TIMED_USERS)])
+    speeds = {}
+    for name, model in models.items():
+        scorer = HistoryScorer.of(model, dataset, "valid")
+        # The first of the two touches fresh memory.
+        for _ in range(2):
+            started = time.perf_counter()
+            scorer.scores(sample)
+            speeds[name] = 1000 * (time.perf_counter() - started) / len(sample)
+    # Validation: for the weights, each tower, the sum. Test: each tower, the sum, and the sum without each other one.
+    passes = 3 * len(users["valid"]) + (len(models) + 1) * len(users["test"])
+    return {
+        "num_users": {split: len(one) for split, one in users.items()},
+        "seconds_per_1000_users": speeds,
+        "expected_seconds": sum(speeds.values()) * passes / 1000,
+    }
+
+
+def _fuse(
+    opened: OpenedRun, towers: Mapping[str, PathLike_], on_plan: Callable[[Mapping[str, Any]], None] | None
+) -> dict[str, Any]:
     config, dataset, models, run = opened.config, opened.dataset, opened.inputs, opened.run
+    if on_plan is not None:
+        on_plan(plan_fusion(models, dataset, config))
     started = time.perf_counter()
     scores = _tower_scores(models, dataset, config)
     selection = select_towers(scores, *config.monitor, level=config.level, seed=config.seed)
     fused = ServedFused({name: models[name] for name in selection.weights}, selection.weights)
-    result = _result(models, fused, selection, towers, dataset, config)
+    result, test = _result(models, fused, selection, towers, dataset, config)
     seconds, where = time.perf_counter() - started, environment(config.device)
     result |= {"notes": opened.notes, "seconds": seconds, "environment": where}
-    if result["test"] is not None:
+    if test is not None:
+        write_test_users(run.path, test)
         for one, by in ((run.path, TRAINING), *((tower, "hellm.fuse") for tower in towers.values())):
             log_test_evaluation(
                 one,
@@ -189,7 +224,8 @@ def _result(
     towers: Mapping[str, PathLike_],
     dataset: Dataset,
     config: FuseConfig,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], RankingResult | None]:
+    """What result.json holds but for the time, and the test of the sum."""
     parts = {}
     for name, model in models.items():
         valid, _ = _evaluate(model, dataset, config, "valid")
@@ -203,7 +239,7 @@ def _result(
             rest = {other: weight for other, weight in fused.weights.items() if other != name}
             other, _ = _evaluate(ServedFused({one: models[one] for one in rest}, rest), dataset, config, "test")
             without[name] = _differences(test, other)
-    return {
+    result = {
         "stage": "fuse",
         "test": None if test is None else {**test.metrics, **test.to_dict(level=0.95)},
         "valid": {"metrics": valid.metrics},
@@ -226,6 +262,7 @@ def _result(
         "leave_one_out": without,
         "dataset": {"name": dataset.name, "split": dataset.split_name, "fingerprint": dataset.fingerprint},
     }
+    return result, test
 
 
 def _evaluate(

@@ -28,7 +28,7 @@ from hellm.models.graph.content import ItemContent
 from hellm.recommend import explain
 from hellm.recommend.catalogue import history_lists, id_list, rows_of
 from hellm.recommend.results import Reason, Recommendations, RecommendedItem
-from hellm.recommend.served import NewItems, ServedModel, load_served
+from hellm.recommend.served import NewItems, ServedFused, ServedModel, load_served
 
 if TYPE_CHECKING:
     import polars as pl
@@ -315,19 +315,11 @@ class Recommender:
             k: Most reasons, >= 1. They alternate: the strongest by shared users, the strongest of each modality, ...
         Raises: ValueError, both or neither of `user` and `history`, or k < 1. DataError, an unknown id.
         """
-        if (user is None) == (history is None):
-            raise ValueError(f"give either user or history, got {'neither' if user is None else 'both'}")
+        current = self._current
+        rows = self._rows_of_history(current, user, history)
         if k < 1:
             raise ValueError(f"k must be >= 1, got {k}")
-        current = self._current
         row = int(rows_of(current.ids, [str(item)], "item")[0])
-        if user is not None:
-            events = slice(*self._histories.indptr[rows_of(self.user_ids, [str(user)], "user")[0] :][:2])
-            rows = self._items[events]
-            if current.model.user is not None:
-                rows = rows[self._split[events] == 0]
-        else:
-            rows = rows_of(current.ids, id_list(history, "history"), "item")
         rows = np.unique(rows[rows != row])
         if not len(rows):
             return []
@@ -345,6 +337,42 @@ class Recommender:
             )
             for i in explain.choose(shared, links, keys, k)
         ]
+
+    def lifts(
+        self, items: Iterable[str], *, user: str | None = None, history: Sequence[str] | None = None
+    ) -> list[dict[str, float]]:
+        """How far each tower of a fused model lifts items above the mean item, for a user or a history.
+
+        What the towers add to a score starts anywhere, and only differences between items rank them; so the mean over
+        all items is taken off. The lifts of an item add up to its score less the mean score.
+
+        Args:
+            items: Ids, for example of a list of recommendations.
+            user: Id of a known user.
+            history: Item ids. Give this or `user`.
+        Returns: Tower -> lift, the largest first, for each item; none of them for a model of one piece, or where there
+            is no history to go by.
+        Raises: ValueError, both or neither of `user` and `history`. DataError, an unknown id.
+        """
+        current = self._current
+        rows = self._rows_of_history(current, user, history)
+        chosen = torch.from_numpy(rows_of(current.ids, id_list(items, "items"), "item"))
+        if not isinstance(current.model, ServedFused) or not len(rows):
+            return [{} for _ in chosen]
+        parts = current.model.parts(torch.tensor([0, len(rows)]), torch.from_numpy(rows))
+        lifts = {name: (part[0, chosen] - part[0].mean()).tolist() for name, part in parts.items()}
+        found = [dict(zip(lifts, values, strict=True)) for values in zip(*lifts.values(), strict=True)]
+        return [dict(sorted(one.items(), key=lambda pair: -pair[1])) for one in found]
+
+    def _rows_of_history(self, current: _Items, user: str | None, history: Sequence[str] | None) -> np.ndarray:
+        """The events that a user is known by, or those of a history, in time order."""
+        if (user is None) == (history is None):
+            raise ValueError(f"give either user or history, got {'neither' if user is None else 'both'}")
+        if user is None:
+            return rows_of(current.ids, id_list(history, "history"), "item")
+        events = slice(*self._histories.indptr[rows_of(self.user_ids, [str(user)], "user")[0] :][:2])
+        rows = self._items[events]
+        return rows if current.model.user is None else rows[self._split[events] == 0]
 
     def add_items(
         self,

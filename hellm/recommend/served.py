@@ -263,6 +263,9 @@ class ServedFused:
     def item_keys(self) -> Tensor:
         return self.keys
 
+    def parts(self, indptr: Tensor, items: Tensor) -> dict[str, Tensor]:
+        return self.model.parts(indptr, items)
+
     def extended(self, new: NewItems) -> ServedFused:
         return ServedFused({name: tower.extended(new) for name, tower in self.towers.items()}, self.weights)
 

@@ -32,7 +32,9 @@ __all__ = [
     "hold_ablations",
     "plan_ablations",
     "read_test_users",
+    "reads_content",
     "run_ablations",
+    "write_test_users",
 ]
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,8 @@ class Ablation:
         without_input: taken out of `item_inputs`.
         with_input: added to `item_inputs`.
         stage_1: overrides of `PretrainConfig`; with any, stage 1 is trained anew.
+        permuted: whether the features and titles that are read are those of other items
+            (`Dataset.with_permuted_content`).
     """
 
     words: str
@@ -61,6 +65,7 @@ class Ablation:
     without_input: str | None = None
     with_input: str | None = None
     stage_1: tuple[str, ...] = ()
+    permuted: bool = False
 
     def overrides(self, config: FinetuneConfig) -> tuple[str, ...]:
         """The changes of `config`, as `override_config` takes them."""
@@ -91,6 +96,9 @@ ABLATIONS: Mapping[str, Ablation] = MappingProxyType(
         ),
         "titles": Ablation("item titles in the prompt", ("model.titles=true",)),
         "text": Ablation("text features in the item tokens", with_input="text"),
+        # Controls: what the content and the language model say must be lost here, what their numbers alone do is not.
+        "permuted-text": Ablation("features and titles of other items; the graph stays", permuted=True),
+        "random-transformer": Ablation("random weights in place of the language model's", ("llm_init=random",)),
         "residual": Ablation("starts from the scores of SASRec and adds to them", ("model.sequence_residual=true",)),
         "no-user-hypergraph": Ablation("stage 1 without the user hypergraph", stage_1=("model.user_hypergraph=false",)),
         "no-item-hypergraph": Ablation("stage 1 without the item hypergraph", stage_1=("model.item_hypergraph=false",)),
@@ -108,12 +116,14 @@ class PlannedRow:
         config: settings of the fine-tuning, but for the seed.
         overrides: how they differ from the full model's.
         stage_1: settings of the stage 1 to train anew; None where the given one serves.
+        permuted: whether the content is that of other items.
     """
 
     name: str
     config: FinetuneConfig
     overrides: tuple[str, ...]
     stage_1: PretrainConfig | None = None
+    permuted: bool = False
 
 
 def plan_ablations(
@@ -146,7 +156,7 @@ def plan_ablations(
                 raise ValueError(f"row {name!r} is not possible: {error}") from None
             skipped[name] = str(error)
             continue
-        if name != "full" and row.stage_1 is None and row.config == config:
+        if name != "full" and row.stage_1 is None and row.config == config and not row.permuted:
             skipped[name] = "the same as full with these settings"
         else:
             planned.append(row)
@@ -163,13 +173,22 @@ def _planned(name: str, config: FinetuneConfig, dataset: Dataset, graph: Path_ |
     absent = [one for one in changed.item_inputs if one not in ("graph", "sequence", *dataset.item_features)]
     if absent:
         raise ValueError(f"data set {dataset.name!r} has no item features {absent[0]!r}")
+    if ablation.permuted and not reads_content(changed):
+        raise ValueError(
+            f"item_inputs must hold features where titles are not read, got {', '.join(config.item_inputs)}"
+        )
     if not ablation.stage_1:
-        return PlannedRow(name, changed, overrides)
+        return PlannedRow(name, changed, overrides, permuted=ablation.permuted)
     if "graph" not in config.item_inputs:
         raise ValueError(f"item_inputs must hold 'graph', got {', '.join(config.item_inputs)}")
     before = _stage_1_of(graph)
     stage_1 = override_config(before, ablation.stage_1)
     return PlannedRow(name, changed, overrides, None if stage_1 == before else stage_1)
+
+
+def reads_content(config: FinetuneConfig) -> bool:
+    """Whether a language model with named `item_inputs` reads features or titles itself."""
+    return config.model.titles or any(name not in ("graph", "sequence") for name in config.item_inputs)
 
 
 def _stage_1_of(graph: Path_ | None) -> PretrainConfig:
@@ -247,7 +266,7 @@ def run_ablations(
     planned, skipped = plan_ablations(config, dataset, graph=graph, rows=rows)
     # Every input is read once before anything is trained: a missing run shows at once.
     for row in planned:
-        load_item_inputs(row.config, dataset, graph=graph, sequence=sequence)
+        load_item_inputs(row.config, _data_of(row, dataset), graph=graph, sequence=sequence)
     for name, why in skipped.items():
         logger.warning("row %s left out: %s", name, why)
     done, place, total = [], 0, len(planned) * len(seeds)
@@ -261,13 +280,24 @@ def run_ablations(
             folder = Path(out) / f"{row.name}-seed{seed}"
             label = f"{row.name}, seed {seed} ({place} of {total})"
             runs[str(seed)] = _run(
-                replace(row.config, seed=seed), dataset, folder, label, evaluate, row_graph, sequence, on_run
+                replace(row.config, seed=seed),
+                _data_of(row, dataset),
+                folder,
+                label,
+                evaluate,
+                row_graph,
+                sequence,
+                on_run,
             )
         words = ABLATIONS[row.name].words
         done.append(
             {"name": row.name, "words": words, "overrides": list(row.overrides), "stage_1": stage_1, "runs": runs}
         )
     return {"seeds": seeds, "skipped": skipped, "rows": done}
+
+
+def _data_of(row: PlannedRow, dataset: Dataset) -> Dataset:
+    return dataset.with_permuted_content() if row.permuted else dataset
 
 
 def _train_stage_1(
@@ -298,7 +328,7 @@ def _run(
     def evaluate_and_keep(scorer: Any, dataset: Dataset, *, split: str, **options: Any) -> Any:
         result = evaluate(scorer, dataset, split=split, **options)
         if split == "test":
-            _write_test_users(folder, result)
+            write_test_users(folder, result)
         return result
 
     result = finetune(
@@ -331,7 +361,8 @@ def _seconds(run: Path) -> float:
     return RunDirectory(run, resume=True).training_seconds()
 
 
-def _write_test_users(folder: Path, result: Any) -> None:
+def write_test_users(folder: Path, result: Any) -> None:
+    """Write the test metrics of every user into a run, for comparing runs user by user without another test."""
     import numpy as np
     from safetensors.numpy import save_file
 

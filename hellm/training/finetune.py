@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from hellm.models.histories import pad_histories
 from hellm.models.llm.checkpoint import base_identity, check_base
 from hellm.models.llm.language_model import load_language_model
 from hellm.models.llm.recommender import RecommenderLLM
-from hellm.ops import item_cross_entropy
 from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, HistorySampler
 from hellm.training.item_inputs import ItemInputs, load_item_inputs, resolve_item_inputs
@@ -35,15 +34,19 @@ from hellm.training.processes import Processes, launched_processes
 from hellm.training.stage import (
     MAY_CHANGE,
     Evaluate,
+    OnEpoch,
+    OnPlan,
     OpenedRun,
     common_result,
     open_run,
     readable_memory_errors,
     resolve_common,
+    seconds_of_step,
     tensorboard,
     write_curves,
     write_tables,
 )
+from hellm.training.trained_items import TrainedItems, next_item_loss
 
 __all__ = [
     "MEMORY_ADVICE",
@@ -73,7 +76,8 @@ def finetune(
     sequence: Path_ | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    on_plan: Callable[[Mapping[str, Any]], None] | None = None,
+    on_plan: OnPlan | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> dict[str, Any]:
     """Fine-tune, choose by validation, score the test split once, and leave a run directory.
 
@@ -92,6 +96,7 @@ def finetune(
             `config.llm` may be another path, if the same language model is there.
         overwrite: replace a run that is there.
         on_plan: called with `plan_finetuning(...)` before the first epoch.
+        on_epoch: called with each record of metrics.jsonl, as by `hellm.training.loop.fit`.
 
     Returns: what result.json holds, with the metrics directly in "test" as well.
     Raises:
@@ -134,11 +139,15 @@ def finetune(
         read=[graph, sequence, config.llm],
         processes=processes,
     ) as opened:
-        return _train(opened, evaluate, processes, on_plan) if opened.finished is None else opened.finished
+        return _train(opened, evaluate, processes, on_plan, on_epoch) if opened.finished is None else opened.finished
 
 
 def _train(
-    opened: OpenedRun, evaluate: Evaluate, processes: Processes, on_plan: Callable[[Mapping[str, Any]], None] | None
+    opened: OpenedRun,
+    evaluate: Evaluate,
+    processes: Processes,
+    on_plan: OnPlan | None,
+    on_epoch: OnEpoch | None,
 ) -> dict[str, Any]:
     config, dataset, run = opened.config, opened.dataset, opened.run
     inputs, model = opened.inputs
@@ -149,7 +158,7 @@ def _train(
         plan = plan_finetuning(config, model, sampler, processes)
         if on_plan is not None and processes.index == 0:
             on_plan(plan)
-        progress = _fit(model, config, dataset, sampler, run, evaluate, processes)
+        progress = _fit(model, config, dataset, sampler, run, evaluate, processes, on_epoch)
 
     @readable_memory_errors("scoring the test split", MEMORY_ADVICE)
     def finish() -> dict[str, Any]:
@@ -197,6 +206,7 @@ def build_recommender_llm(config: FinetuneConfig, dataset: Dataset, inputs: Item
         dtype=getattr(torch, config.dtype),
         revision=config.llm_revision,
         num_layers=None if config.model.compat == "official" else config.llm_layers,
+        random_seed=config.seed if config.llm_init == "random" else None,
     )
     settings = asdict(config.model)
     return RecommenderLLM(
@@ -237,15 +247,11 @@ def _as_read(config: FinetuneConfig, dataset: Dataset) -> Dataset:
         return dataset
     count = np.bincount(dataset.users, minlength=dataset.num_users)
     from_last = count.cumsum()[dataset.users] - np.arange(dataset.num_events)
-    kept = from_last <= config.model.max_length
-    times = None if dataset.timestamps is None else dataset.timestamps[kept]
-    return replace(
-        dataset, users=dataset.users[kept], items=dataset.items[kept], split=dataset.split[kept], timestamps=times
-    )
+    return dataset.of_events(from_last <= config.model.max_length)
 
 
-def finetune_loss(model: RecommenderLLM, batch: HistoryBatch) -> Tensor:
-    """Mean cross-entropy over the whole catalogue of the items that came next."""
+def finetune_loss(model: RecommenderLLM, batch: HistoryBatch, trained: TrainedItems | None = None) -> Tensor:
+    """Mean cross-entropy of the items that came next, over all items that are `trained`."""
     indptr, items, targets = (torch.from_numpy(np.ascontiguousarray(one)) for one in batch[:3])
     # Padded on the CPU: sizes that follow from values would make a GPU wait.
     padded, mask = pad_histories(indptr, items)
@@ -257,7 +263,7 @@ def finetune_loss(model: RecommenderLLM, batch: HistoryBatch) -> Tensor:
         query = model.all_queries(padded, mask).flatten(0, 1)[place]
     else:
         query = model.queries(padded, mask)
-    return item_cross_entropy(query, model.item_keys_trainable(), targets)
+    return next_item_loss(query, model.item_keys_trainable(), targets, trained)
 
 
 def build_optimizer(config: FinetuneConfig, model: RecommenderLLM) -> torch.optim.AdamW:
@@ -299,21 +305,15 @@ def plan_finetuning(
     config: FinetuneConfig, model: RecommenderLLM, sampler: HistorySampler, processes: Processes | None = None
 ) -> dict[str, Any]:
     """What a run comes to, from one timed step (forward and backward) of the first batch; nothing is changed by it."""
-    model.train()
     batch = sampler.sample(0, 0)
     share = batch if processes is None else batch.share(0, processes.count)
     share = share if len(share.targets) else batch
-    # The first of the two touches fresh memory, which no later step does.
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        for _ in range(2):
-            started = time.perf_counter()
-            with _autocast(config):
-                loss = finetune_loss(model, share)
-            loss.backward()
-            model.zero_grad(set_to_none=True)
-            if config.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
+
+    def loss() -> Tensor:
+        with _autocast(config):
+            return finetune_loss(model, share)
+
+    seconds = seconds_of_step(model, loss)
     # Tokens of this batch as the model ran them, padding included.
     longest = int(np.diff(batch.indptr).max())
     own = (len(batch.indptr) - 1) * sampler.tokens_of(longest)
@@ -341,22 +341,32 @@ def _autocast(config: FinetuneConfig) -> torch.autocast:
 
 
 def _fit(
-    model, config: FinetuneConfig, dataset: Dataset, sampler: HistorySampler, run, evaluate, processes: Processes
+    model,
+    config: FinetuneConfig,
+    dataset: Dataset,
+    sampler: HistorySampler,
+    run,
+    evaluate,
+    processes: Processes,
+    on_epoch: OnEpoch | None,
 ) -> Progress:
+    # The published loss is over the whole catalogue.
+    trained = None if config.model.compat == "official" else TrainedItems.of(dataset, model.device)
+
     def step_losses(epoch: int, step: int) -> Mapping[str, Tensor]:
         batch = sampler.sample(epoch, step)
         share = batch.share(processes.index, processes.count)
         if not len(share.targets):
             return {"cross_entropy": torch.zeros((), device=model.device)}
         with _autocast(config):
-            loss = finetune_loss(model, share)
+            loss = finetune_loss(model, share, trained)
         # Shares have different numbers of targets; the mean of the step is over all of them.
         return {"cross_entropy": loss * (len(share.targets) / len(batch.targets))}
 
     def validate(model: RecommenderLLM) -> Mapping[str, float]:
         return _evaluate(evaluate, model, config, dataset, "valid").metrics
 
-    with tensorboard(config.tensorboard and processes.index == 0, run) as on_epoch:
+    with tensorboard(config.tensorboard and processes.index == 0, run, on_epoch) as on_record:
         return fit(
             model,
             build_optimizer(config, model),
@@ -373,7 +383,7 @@ def _fit(
             patience=config.patience,
             monitor=config.monitor,
             checkpoint_every=config.checkpoint_every,
-            on_epoch=on_epoch,
+            on_epoch=on_record,
             processes=processes,
         )
 

@@ -144,7 +144,8 @@ def fit(
         accumulate: steps whose mean gradient makes one update; the last update of an epoch may have fewer.
         max_grad_norm: gradients longer than this are scaled down to it; None leaves them.
         validate: model -> metrics, on validation data only.
-        on_epoch: called with each record of metrics.jsonl.
+        on_epoch: called with each record of metrics.jsonl once it is written; what it raises ends the training, which
+            can be resumed from the checkpoint before.
         processes: those that train together; None is this one alone. The first does all but the steps. A signal to any
             of them stops all.
     Returns: the final progress.

@@ -26,11 +26,15 @@ from hellm.training.loop import Progress, fit
 from hellm.training.samplers import DeviceTripleSampler, Triples, TripleSampler
 from hellm.training.stage import (
     Evaluate,
+    OnEpoch,
+    OnPlan,
     OpenedRun,
     common_result,
     open_run,
+    plan_of_steps,
     readable_memory_errors,
     resolve_common,
+    seconds_of_step,
     tensorboard,
     write_curves,
     write_tables,
@@ -55,6 +59,8 @@ def pretrain(
     evaluate: Evaluate,
     resume: bool = False,
     overwrite: bool = False,
+    on_plan: OnPlan | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> dict[str, Any]:
     """Train the graph encoder, choose by validation, score the test split once, and leave a run directory.
 
@@ -65,6 +71,9 @@ def pretrain(
         evaluate: `hellm.evaluate.evaluate_dataset`.
         resume: go on from the last checkpoint in `out`, or start if there is none. A finished run is returned as it is.
         overwrite: replace a run in `out`.
+        on_plan: called before the first epoch with what it will cost at most, from one timed step: "steps_per_epoch",
+            "max_steps", "seconds_of_step", "expected_seconds_per_epoch" and "expected_seconds".
+        on_epoch: called with each record of metrics.jsonl, as by `hellm.training.loop.fit`.
     Returns: what result.json holds.
     Raises:
         FileExistsError, ValueError: as `RunDirectory` and `resolve_config`.
@@ -72,14 +81,14 @@ def pretrain(
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
     with open_run(config, data, out, resolve_config, resume=resume, overwrite=overwrite) as opened:
-        return _train(opened, evaluate) if opened.finished is None else opened.finished
+        return _train(opened, evaluate, on_plan, on_epoch) if opened.finished is None else opened.finished
 
 
-def _train(opened: OpenedRun, evaluate: Evaluate) -> dict[str, Any]:
+def _train(opened: OpenedRun, evaluate: Evaluate, on_plan: OnPlan | None, on_epoch: OnEpoch | None) -> dict[str, Any]:
     config, dataset, run = opened.config, opened.dataset, opened.run
     with readable_memory_errors("pre-training", "lower contrastive_rows, model.embedding_dim or eval_batch_size"):
         model = build_encoder(config, dataset, config.device)
-        progress = _fit(model, config, dataset, run, evaluate)
+        progress = _fit(model, config, dataset, run, evaluate, on_plan, on_epoch)
         read_model(run.best, model)
         result = _result(model, config, dataset, run, progress, evaluate)
     result |= {"notes": opened.notes}
@@ -245,7 +254,9 @@ def build_captured_step(
     return CapturedStep(optimizer, inputs, losses, learning_rate=_learning_rate(config), capture=bool(config.capture))
 
 
-def _fit(model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: RunDirectory, evaluate) -> Progress:
+def _fit(
+    model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: RunDirectory, evaluate, on_plan, on_epoch
+) -> Progress:
     sampler, optimizer = build_sampler(config, dataset), build_optimizer(config, model)
     choices = _contrastive_choices(config, model)
 
@@ -253,10 +264,14 @@ def _fit(model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: Run
         rows = _contrastive_rows(config, choices, epoch, step)
         return _losses(model, config, sampler.sample(epoch, step), rows)
 
+    if on_plan is not None:
+        seconds = seconds_of_step(model, lambda: sum(step_losses(0, 0).values()))
+        on_plan(plan_of_steps(seconds, sampler.num_steps, config.max_epochs))
+
     def validate(scorer: GraphEncoder) -> Mapping[str, float]:
         return _evaluate(evaluate, scorer, config, dataset, "valid").metrics
 
-    with tensorboard(config.tensorboard, run) as on_epoch:
+    with tensorboard(config.tensorboard, run, on_epoch) as on_record:
         return fit(
             model,
             optimizer,
@@ -270,7 +285,7 @@ def _fit(model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: Run
             patience=config.patience,
             monitor=config.monitor,
             checkpoint_every=config.checkpoint_every,
-            on_epoch=on_epoch,
+            on_epoch=on_record,
         )
 
 

@@ -16,21 +16,25 @@ from hellm.data import Dataset
 from hellm.models import SASRec
 from hellm.models.histories import pad_histories
 from hellm.models.sequence import WhitenedContent
-from hellm.ops import item_cross_entropy
 from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, SequenceSampler
 from hellm.training.loop import Progress, fit
 from hellm.training.stage import (
     Evaluate,
+    OnEpoch,
+    OnPlan,
     OpenedRun,
     common_result,
     open_run,
+    plan_of_steps,
     readable_memory_errors,
     resolve_common,
+    seconds_of_step,
     tensorboard,
     write_curves,
     write_tables,
 )
+from hellm.training.trained_items import TrainedItems, next_item_loss
 
 __all__ = [
     "build_sasrec",
@@ -49,6 +53,8 @@ def train_sasrec(
     evaluate: Evaluate,
     resume: bool = False,
     overwrite: bool = False,
+    on_plan: OnPlan | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> dict[str, Any]:
     """Train SASRec, choose by validation, score the test split once, and leave a run directory.
 
@@ -62,6 +68,9 @@ def train_sasrec(
         evaluate: `hellm.evaluate.evaluate_histories`.
         resume: go on from the last checkpoint in `out`, or start if there is none. A finished run is returned as it is.
         overwrite: replace a run in `out`.
+        on_plan: called before the first epoch with what it will cost at most, from one timed step: "steps_per_epoch",
+            "max_steps", "seconds_of_step", "expected_seconds_per_epoch" and "expected_seconds".
+        on_epoch: called with each record of metrics.jsonl, as by `hellm.training.loop.fit`.
     Returns: what result.json holds; "test" holds each metric by its name, e.g. result["test"]["recall@10"], and all of
         them under "metrics"; "test_masked" the same lists under the protocol "standard", which masks what a user has.
     Raises:
@@ -73,14 +82,14 @@ def train_sasrec(
     with open_run(
         config, data, out, resolve_sasrec_config, prepare=prepare, resume=resume, overwrite=overwrite
     ) as opened:
-        return _train(opened, evaluate) if opened.finished is None else opened.finished
+        return _train(opened, evaluate, on_plan, on_epoch) if opened.finished is None else opened.finished
 
 
-def _train(opened: OpenedRun, evaluate: Evaluate) -> dict[str, Any]:
+def _train(opened: OpenedRun, evaluate: Evaluate, on_plan: OnPlan | None, on_epoch: OnEpoch | None) -> dict[str, Any]:
     config, dataset, sampler, run = opened.config, opened.dataset, opened.inputs, opened.run
     with readable_memory_errors("training SASRec", "lower batch_size, max_length, embedding_dim or eval_batch_size"):
         model = build_sasrec(config, dataset).to(config.device)
-        progress = _fit(model, config, dataset, sampler, run, evaluate)
+        progress = _fit(model, config, dataset, sampler, run, evaluate, on_plan, on_epoch)
         read_model(run.best, model)
         model.eval()
         test = _test(model, config, dataset, evaluate)
@@ -163,10 +172,12 @@ def build_sequence_sampler(config: SASRecConfig, dataset: Dataset) -> SequenceSa
         raise ValueError(f"data set {dataset.name!r}: {error}") from None
 
 
-def sasrec_losses(model: SASRec, batch: HistoryBatch, loss: str) -> dict[str, Tensor]:
+def sasrec_losses(
+    model: SASRec, batch: HistoryBatch, loss: str, trained: TrainedItems | None = None
+) -> dict[str, Tensor]:
     """The loss of one step, by its name: the mean over all positions of
 
-    "cross_entropy"   -log softmax(scores of all items)[target]
+    "cross_entropy"   -log softmax(scores of all items that are `trained`)[target]
     "bce"             -log sigmoid(score of the target) - log(1 - sigmoid(score of the negative))
     """
     indptr, items, targets = (torch.from_numpy(one).to(model.device) for one in batch[:3])
@@ -175,20 +186,28 @@ def sasrec_losses(model: SASRec, batch: HistoryBatch, loss: str) -> dict[str, Te
     table = model.items()
     hidden = model(padded, mask, table)[mask]
     if loss == "cross_entropy":
-        return {"cross_entropy": item_cross_entropy(hidden, table, targets)}
+        return {"cross_entropy": next_item_loss(hidden, table, targets, trained)}
     negatives = torch.from_numpy(batch.negatives).to(model.device)
     positive, negative = ((hidden * F.embedding(rows, table)).sum(1) for rows in (targets, negatives))
     return {"bce": (F.softplus(-positive) + F.softplus(negative)).mean()}
 
 
-def _fit(model, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler, run, evaluate) -> Progress:
+def _fit(
+    model, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler, run, evaluate, on_plan, on_epoch
+) -> Progress:
+    trained = TrainedItems.of(dataset, model.device)
+
     def step_losses(epoch: int, step: int) -> Mapping[str, Tensor]:
-        return sasrec_losses(model, sampler.sample(epoch, step), config.loss)
+        return sasrec_losses(model, sampler.sample(epoch, step), config.loss, trained)
+
+    if on_plan is not None:
+        seconds = seconds_of_step(model, lambda: sum(step_losses(0, 0).values()))
+        on_plan(plan_of_steps(seconds, sampler.num_steps, config.max_epochs))
 
     def validate(model: SASRec) -> Mapping[str, float]:
         return _evaluate(evaluate, model, config, dataset, "valid").metrics
 
-    with tensorboard(config.tensorboard, run) as on_epoch:
+    with tensorboard(config.tensorboard, run, on_epoch) as on_record:
         return fit(
             model,
             torch.optim.Adam(model.parameters(), lr=config.learning_rate),
@@ -202,7 +221,7 @@ def _fit(model, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler
             patience=config.patience,
             monitor=config.monitor,
             checkpoint_every=config.checkpoint_every,
-            on_epoch=on_epoch,
+            on_epoch=on_record,
         )
 
 

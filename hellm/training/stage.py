@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hellm._devices import resolve_device
 from hellm._files import atomic_path, writing
@@ -27,11 +28,15 @@ from hellm.training.processes import Processes
 
 __all__ = [
     "Evaluate",
+    "OnEpoch",
+    "OnPlan",
     "OpenedRun",
     "common_result",
     "open_run",
+    "plan_of_steps",
     "readable_memory_errors",
     "resolve_common",
+    "seconds_of_step",
     "tensorboard",
     "write_curves",
     "write_tables",
@@ -40,6 +45,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT")
+# Called with a record of metrics.jsonl, see `hellm.training.loop.fit`.
+OnEpoch = Callable[[Mapping[str, Any]], None]
+# Called with what a training will cost, before its first epoch.
+OnPlan = Callable[[Mapping[str, Any]], None]
 
 # Settings that do not touch the numbers of the epochs before, so a resumed run may change them; but for `max_epochs`
 # where the step size depends on it.
@@ -174,6 +183,38 @@ def _cut(metric: str, dataset: Dataset) -> str:
     return f"{name}@{min(int(k), dataset.num_items)}"
 
 
+def seconds_of_step(model: nn.Module, loss: Callable[[], Tensor]) -> float:
+    """Seconds of one forward and backward pass; weights, gradients and generators are as before.
+
+    Args:
+        model: In training mode afterwards.
+        loss: Gives that of a step.
+    """
+    model.train()
+    cuda = [one.device for one in model.parameters() if one.device.type == "cuda"][:1]
+    # The first of the two touches fresh memory, which no later step does.
+    with torch.random.fork_rng(cuda):
+        for _ in range(2):
+            started = time.perf_counter()
+            loss().backward()
+            model.zero_grad(set_to_none=True)
+            for device in cuda:
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - started
+    return seconds
+
+
+def plan_of_steps(seconds: float, num_steps: int, max_epochs: int) -> dict[str, Any]:
+    """What training comes to at most, from the seconds of a step; without validations."""
+    return {
+        "steps_per_epoch": num_steps,
+        "max_steps": num_steps * max_epochs,
+        "seconds_of_step": seconds,
+        "expected_seconds_per_epoch": seconds * num_steps,
+        "expected_seconds": seconds * num_steps * max_epochs,
+    }
+
+
 @contextlib.contextmanager
 def readable_memory_errors(what: str, advice: str) -> Iterator[None]:
     """Raises: MemoryError in place of torch's own: what ran, how much it asked for, and what to do."""
@@ -187,10 +228,10 @@ def readable_memory_errors(what: str, advice: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tensorboard(enabled: bool, run: RunDirectory) -> Iterator[Callable[[Mapping[str, Any]], None] | None]:
-    """A writer of epoch records as TensorBoard events into the run directory, or None."""
+def tensorboard(enabled: bool, run: RunDirectory, on_epoch: OnEpoch | None = None) -> Iterator[OnEpoch | None]:
+    """A writer of epoch records as TensorBoard events into the run directory, then `on_epoch`; None for neither."""
     if not enabled:
-        yield None
+        yield on_epoch
         return
     from torch.utils.tensorboard import SummaryWriter
 
@@ -203,6 +244,8 @@ def tensorboard(enabled: bool, run: RunDirectory) -> Iterator[Callable[[Mapping[
             for name_, value in record.items():
                 if name_ not in ("epoch", "step", "epochs_done"):
                     writer.add_scalar(name_, value, record["epoch"])
+        if on_epoch is not None:
+            on_epoch(record)
 
     try:
         yield write

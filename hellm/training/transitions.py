@@ -43,15 +43,11 @@ def fit_transitions(
         of the monitored metric.
     Raises: FileExistsError, FolderInUseError, ValueError: as `open_run` and `resolve_transitions_config`.
     """
-    with open_run(
-        config, data, out, resolve_transitions_config, resume=resume, overwrite=overwrite
-    ) as opened:
+    with open_run(config, data, out, resolve_transitions_config, resume=resume, overwrite=overwrite) as opened:
         return _fit(opened) if opened.finished is None else opened.finished
 
 
-def resolve_transitions_config(
-    config: TransitionsConfig, dataset: Dataset
-) -> tuple[TransitionsConfig, list[str]]:
+def resolve_transitions_config(config: TransitionsConfig, dataset: Dataset) -> tuple[TransitionsConfig, list[str]]:
     """Settings as they will run on this data, with a note for each that had to give way.
 
     Raises: ValueError, a modality that the data have not, and as `resolve_common`.

