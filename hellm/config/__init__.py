@@ -21,6 +21,7 @@ from hellm.config.presets import PRESETS
 from hellm.config.pretrain import ModelConfig, PretrainConfig
 from hellm.config.run import RunConfig
 from hellm.config.sasrec import CONTENT_TOWER, SASRecConfig
+from hellm.config.transitions import TransitionsConfig
 
 __all__ = [
     "CONTENT_TOWER",
@@ -33,6 +34,7 @@ __all__ = [
     "PretrainConfig",
     "RunConfig",
     "SASRecConfig",
+    "TransitionsConfig",
     "config_from_dict",
     "config_to_dict",
     "load_config",

@@ -16,12 +16,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from safetensors import safe_open
+import torch
 
 from hellm._devices import resolve_device
 from hellm._files import read_json
 from hellm._folders import check_target, hold, mark_folder
-from hellm.artifact.run_directory import RUN_LAYOUT
+from hellm.artifact import RUN_LAYOUT, read_embeddings
 from hellm.config import FuseConfig, PretrainConfig, SASRecConfig, config_to_dict, load_saved_config
 from hellm.data import Dataset
 from hellm.evaluate import (
@@ -161,11 +161,8 @@ class _Fused:
 
 def _same_table(llm: Path, graph: Path) -> bool:
     """Whether a language model was told of the items by this stage-1 run."""
-    tables = []
-    for run, name in ((llm, "graph"), (graph, "item")):
-        with safe_open(run / "embeddings.safetensors", framework="pt") as file:
-            tables.append(file.get_tensor(name))
-    return tables[0].shape == tables[1].shape and bool((tables[0] == tables[1]).all())
+    told, own = (read_embeddings(run).tensors[name] for run, name in ((llm, "graph"), (graph, "item")))
+    return torch.equal(told, own)
 
 
 def plan_controls(

@@ -2,5 +2,6 @@
 
 from hellm.models.sequence.item_encoder import ItemEncoder, WhitenedContent
 from hellm.models.sequence.sasrec import SASRec
+from hellm.models.sequence.transitions import ItemPairs, TransitionModel
 
-__all__ = ["ItemEncoder", "SASRec", "WhitenedContent"]
+__all__ = ["ItemEncoder", "ItemPairs", "SASRec", "TransitionModel", "WhitenedContent"]

@@ -53,9 +53,9 @@ class TransitionModel:
         N_ij = (sum_l T_il + 1)^-exponent T_ij,   T_ij = sum of decay^(lag - 1) where j came lag <= max_lag after i
         A = I + content_weight S,   S = shares of the items that are nearest by content
 
-    A hyperedge holds what has followed an item, so N is the incidence of a directed hypergraph of items, and A is a step
-    of convolution over the item hypergraph on either side of it: what followed an item follows others like it, and items
-    like the one that followed as well. Counts of this form are the sequential rules of Ludewig and Jannach (2018,
+    A hyperedge holds what has followed an item, so N is the incidence of a directed hypergraph of items, and A is a
+    step of convolution over the item hypergraph on either side of it: what followed an item follows others like it, and
+    items like the one that followed as well. Counts of this form are the sequential rules of Ludewig and Jannach (2018,
     "Evaluation of session-based recommendation algorithms"), who find them hard to beat.
 
     Args:
@@ -170,13 +170,12 @@ class TransitionModel:
         kind, tensors, metadata = read_embeddings(run_directory)
         if kind != "transitions":
             raise ValueError(f"{Path(run_directory) / EMBEDDINGS} must hold transitions, got a model of kind {kind!r}")
-        graphs = [
-            ItemPairs(*(tensors[f"{name}.{part}"] for part in ItemPairs._fields))
-            if f"{name}.source" in tensors
-            else None
+        transitions, similar = (
+            ItemPairs(*(tensors.get(f"{name}.{part}") for part in ItemPairs._fields))
             for name in ("transitions", "similar")
-        ]
-        return cls(int(metadata["num_items"]), *graphs, **{name: float(metadata[name]) for name in _SETTINGS})
+        )
+        settings = {name: float(metadata[name]) for name in _SETTINGS}
+        return cls(int(metadata["num_items"]), transitions, None if similar.source is None else similar, **settings)
 
     def _spread(self, x: Tensor, *, transpose: bool) -> Tensor:
         """A^T x, or A x with `transpose`, of [I, B]: weight that goes to the nearest items, or is read from them."""
