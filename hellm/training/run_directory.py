@@ -292,17 +292,21 @@ class RunDirectory:
     def write_content(
         self, dataset: Dataset, *, modalities: Collection[str] | None = None, k: int = 10, device: str = "cpu"
     ) -> None:
-        """Write content.safetensors, for reasons and new items (see `ItemContent`); nothing without item features.
+        """Write content.safetensors, for reasons and new items (see `ItemContent`); nothing without item content.
 
         Neighbours are searched on `device`.
+
+        Args:
+            modalities: Features and attributes to write; None is all there are.
         """
         from hellm.models.item_content import ItemContent
 
-        features = {
-            name: one for name, one in dataset.item_features.items() if modalities is None or name in modalities
-        }
-        if features:
-            ItemContent.of(features, k, device).save(self.content)
+        features, attributes = (
+            {name: one for name, one in there.items() if modalities is None or name in modalities}
+            for there in (dataset.item_features, dataset.attribute_sets)
+        )
+        if features or attributes:
+            ItemContent.of(features, k, device, attributes=attributes).save(self.content)
 
 
 def _first_difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
