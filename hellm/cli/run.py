@@ -131,7 +131,7 @@ class Stages:
     @property
     def towers(self) -> list[str]:
         """Folders of what is added up."""
-        content = ["content"] if self.dataset.item_features else []
+        content = ["content"] if self.dataset.item_features or self.dataset.attribute_sets else []
         return ["stage1", "sasrec", *content, *(["llm"] if self.config.language_model else [])]
 
     def path(self, name: str) -> Path:
