@@ -94,7 +94,7 @@ def _parser():
         "--llm", default="smollm2-135m", metavar="MODEL", help="of --text llm: folder, .gguf file or hub id"
     )
     parser.add_argument(
-        "--llm-layers", type=int, metavar="N", help="of --text llm: first layers that are run; default: half of them"
+        "--llm-layers", type=int, default=4, metavar="N", help="of --text llm: first layers that are run"
     )
     parser.add_argument(
         "--image",
