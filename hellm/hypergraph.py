@@ -389,6 +389,8 @@ def item_hypergraph(
     k: int = 10,
     *,
     masks: Mapping[str, Tensor] | None = None,
+    attributes: Mapping[str, Tensor] | None = None,
+    num_items: int | None = None,
     keep_nonpositive: bool = False,
 ) -> Hypergraph:
     """Items as vertices; for each modality one hyperedge per item: the items that list it among their k nearest.
@@ -396,26 +398,34 @@ def item_hypergraph(
     Neighbours are by cosine similarity, the item itself included. An item that lacks a modality (mask False, or an
     all-zero row) has no neighbours there and is nobody's neighbour.
 
+    For each attribute there is one hyperedge per value: the items that have it, with the weight k / size. So without
+    `hyperedge_degree` it counts in an item's degree as much as a hyperedge of k neighbours, however large it is.
+
     Args:
         features: modality -> [num_items, dim] floating point, finite.
         k: neighbours per item and modality, itself included; 1 <= k <= num_items.
         masks: modality -> [num_items] bool, False where the item lacks that modality.
+        attributes: attribute -> [2, n] int32 or int64, items and values that they have; values are 0, 1, 2, ...
+        num_items: needed where there are no features.
         keep_nonpositive: False drops neighbours with similarity <= 0; True keeps them with the similarity as the value
             of the incidence, as the published code does.
 
     Returns:
-        Hypergraph with num_items vertices and num_items hyperedges per modality, modalities in the given order.
+        Hypergraph with num_items vertices and num_items hyperedges per modality, modalities in the given order; then
+        the values of each attribute.
 
     Raises:
-        ValueError: no modality, an unknown mask, differing numbers of items, k out of range, a feature that is not
-            finite (modality and first row).
+        ValueError: neither features nor attributes, an unknown mask, differing numbers of items, k out of range, a
+            feature that is not finite (modality and first row), an item of an attribute out of range.
     """
     from hellm.ops import knn
 
     check_flag("keep_nonpositive", keep_nonpositive)
-    blocks = _checked_features(features, masks)
-    num_items = next(iter(blocks.values())).shape[0]
-    vertices, edges, values = [], [], []
+    attributes = attributes or {}
+    blocks = _checked_features(features, masks) if features or not attributes else {}
+    if blocks:
+        num_items = next(iter(blocks.values())).shape[0]
+    vertices, edges, values, weights = [], [], [], []
     for block, (modality, x) in enumerate(blocks.items()):
         try:
             neighbour, similarity = knn(x, k)
@@ -426,11 +436,22 @@ def item_hypergraph(
         vertices.append(item[kept])
         edges.append(neighbour[kept] + block * num_items)
         values.append(torch.where(similarity > 0, 1.0, similarity)[kept])
-    value = torch.cat(values)
+        weights.append(torch.ones(num_items, device=x.device))
+    for name, index in attributes.items():
+        index_name = f"attributes[{name!r}]"
+        item, column = _checked_index(index, index_name)
+        num_items = _checked_size("num_items", num_items, item, row=0, name=index_name)
+        size = torch.bincount(column, minlength=_checked_size("values", None, column, row=1, name=index_name))
+        vertices.append(item.long())
+        edges.append(column.long() + sum(map(len, weights)))
+        values.append(torch.ones(len(item), device=item.device))
+        weights.append(k / size.clamp(min=1).float())
+    value, weight = torch.cat(values), torch.cat(weights)
     return Hypergraph(
         torch.stack([torch.cat(vertices), torch.cat(edges)]),
         num_vertices=num_items,
-        num_hyperedges=num_items * len(blocks),
+        num_hyperedges=len(weight),
+        hyperedge_weight=weight if attributes else None,
         incidence_weight=None if bool((value == 1).all()) else value,
     )
 

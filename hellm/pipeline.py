@@ -181,7 +181,7 @@ class Pipeline:
     @property
     def towers(self) -> list[str]:
         """The stages that are added up."""
-        content = ["content"] if self.dataset.item_features else []
+        content = ["content"] if self.dataset.item_features or self.dataset.attribute_sets else []
         return ["stage1", "sasrec", *content, *(["llm"] if self.config.language_model else [])]
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from saved_llm import save_tiny_llm
 from test_features import image_encoder, text_encoder  # noqa: F401 (fixtures)
 
 from hellm.cli import main
@@ -28,6 +29,20 @@ def test_writes_the_data_set_with_features(shop, tmp_path, capsys, text_encoder,
         "image": (20, 8),
     }
     assert (cache / "features.sqlite").is_file()
+
+
+def test_states_of_a_language_model_under_a_name_of_their_own(shop, tmp_path, capsys):
+    llm, out = save_tiny_llm(tmp_path / "llm"), tmp_path / "out"
+    options = ["--image", "none", "--cache", str(tmp_path / "cache"), "--text-fields", "title,brand", "--json"]
+    options += ["--text", "llm", "--llm", str(llm), "--llm-layers", "2", "--text-name", "llm"]
+    assert main(["features", shop, "--out", str(out), *options]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["encoded"] == {"llm": {"encoder": "llm", "dim": 16, "missing": 2}}
+    assert {name: one.values.shape[1] for name, one in load_dataset(out).item_features.items()} == {
+        "image": 240,
+        "llm": 16,
+        "text": 512,
+    }
 
 
 def test_json_ends_with_one_line(shop, tmp_path, capsys, text_encoder):  # noqa: F811

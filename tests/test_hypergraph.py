@@ -535,3 +535,42 @@ def test_hypergraph_takes_whole_numbers(size):
 def test_large_ids_are_taken_where_the_size_is_given():
     graph = Hypergraph(torch.tensor([[0, 11_000_000], [0, 0]]), num_vertices=11_000_001)
     assert graph.num_vertices == 11_000_001
+
+
+class TestAttributes:
+    INDEX = torch.tensor([[0, 1, 2, 4, 1, 3], [0, 0, 0, 0, 1, 1]])
+
+    def test_values_are_hyperedges_behind_those_of_neighbours(self):
+        features = torch.eye(5) + 0.1
+        graph = item_hypergraph({"text": features}, 2, attributes={"brand": self.INDEX.int()})
+        neighbours = item_hypergraph({"text": features}, 2)
+        assert (graph.num_vertices, graph.num_hyperedges) == (5, 7)
+        edge = graph.hyperedge_index[1]
+        torch.testing.assert_close(graph.hyperedge_index[:, edge < 5], neighbours.hyperedge_index)
+        assert set(zip(*graph.hyperedge_index[:, edge >= 5].tolist(), strict=True)) == {
+            *((item, 5) for item in (0, 1, 2, 4)),
+            *((item, 6) for item in (1, 3)),
+        }
+
+    def test_a_value_counts_as_much_in_a_degree_as_k_neighbours(self):
+        graph = item_hypergraph({}, 3, attributes={"brand": self.INDEX}, num_items=6)
+        assert graph.hyperedge_weight.tolist() == [3 / 4, 3 / 2]
+        x = torch.randn(6, 2)
+        h = torch.zeros(6, 2).index_put((self.INDEX[0], self.INDEX[1]), torch.ones(6))
+        a = h @ torch.diag(torch.tensor([3 / 4, 3 / 2])) @ h.T
+        assert a.sum(1).tolist() == [3, 6, 3, 3, 3, 0]
+        root = torch.where(a.sum(1) > 0, a.sum(1).rsqrt(), 0)
+        found = ops.hypergraph_conv(x, graph, hyperedge_degree=False)
+        torch.testing.assert_close(found, root[:, None] * a @ (root[:, None] * x))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"num_items": 4}, r"attributes\['brand'\]\[0, 3\] must be < num_items = 4, got 4"),
+            ({"attributes": {}}, "features must hold at least one modality, got none"),
+            ({"attributes": {"brand": torch.ones(3)}}, r"attributes\['brand'\] must be \[2, nnz\], got shape \(3,\)"),
+        ],
+    )
+    def test_wrong_attributes_are_named(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            item_hypergraph({}, 2, **({"attributes": {"brand": self.INDEX}} | options))

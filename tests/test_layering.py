@@ -15,12 +15,12 @@ PACKAGE = ROOT / "hellm"
 # Left to right: a module imports its own layer and the layers before it.
 LAYERS = [
     {"_C", "_arrays", "_devices", "_files", "_folders", "_pretrained", "config", "kernels"},
-    {"data", "features"},
+    {"data"},
     {"artifact"},
     {"hypergraph"},
     {"ops"},
     {"nn", "losses", "models"},
-    {"training", "evaluate", "baselines"},
+    {"training", "evaluate", "baselines", "features"},
     {"recommend", "info"},
     {"pipeline"},
     {"cli", "__main__"},

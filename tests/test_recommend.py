@@ -12,6 +12,7 @@ import torch
 import hellm.recommend.catalogue
 import hellm.recommend.recommender
 from hellm.data import DataError, ItemFeatures
+from hellm.data.attributes import AttributeSet
 from hellm.models.graph.content import ItemContent
 from hellm.recommend import ContentLink, RecommendedItem, Recommender, ServedGraph
 
@@ -305,7 +306,7 @@ class TestNewItems:
         content = ItemContent.of({name: ItemFeatures.from_values(x.numpy()) for name, x in features.items()}, k=4)
         x = torch.randn(12, 3, generator=generator)
         nearest = content.nearest({name: x[:2] + 0.01 for name, x in features.items()})
-        found = content.convolve(x, nearest)
+        found = content.convolve(x, nearest, {})
         for new in range(2):
             incidence = torch.zeros(13, 24)
             for block, name in enumerate(features):
@@ -316,6 +317,60 @@ class TestNewItems:
                 incidence[12, block * 12 + nearest[name].rows[new]] = 1
             product = (incidence @ incidence.T)[12, :12] @ (x / degree[:12].sqrt().unsqueeze(1))
             torch.testing.assert_close(found[new], product)
+
+    def test_attributes_are_hyperedges_of_their_own_in_the_content_view(self):
+        """Against the dense formula with hyperedges of values of weight k / size."""
+        generator = torch.Generator().manual_seed(0)
+        text = torch.rand(12, 4, generator=generator)
+        brands = AttributeSet.of([("a",), ("a", "b"), ("b",), ("c",)] * 3)
+        content = ItemContent.of({"text": ItemFeatures.from_values(text.numpy())}, k=4, attributes={"brand": brands})
+        assert brands.values == ("a", "b", "c")
+        features = {"text": torch.rand(2, 4), **content.indicators({"brand": [["b", "new", "c"], []]})}
+        assert features["brand"].tolist() == [[0, 1, 1], [0, 0, 0]]
+        x, nearest = torch.randn(12, 3, generator=generator), content.nearest(features)
+        found = content.convolve(x, nearest, features)
+        for new in range(2):
+            incidence = torch.zeros(13, 15)
+            for item, row in enumerate(content.neighbours["text"].tolist()):
+                incidence[item, row] = 1
+            incidence[:12, 12:] = torch.from_numpy(brands.indicators)
+            weight = torch.cat([torch.ones(12), 4 / incidence[:, 12:].sum(0)])
+            degree = (incidence * weight @ incidence.T).sum(1)
+            incidence[12, nearest["text"].rows[new]] = 1
+            incidence[12, 12:] = features["brand"][new]
+            product = (incidence * weight @ incidence.T)[12, :12] @ (x / degree[:12].sqrt().unsqueeze(1))
+            torch.testing.assert_close(found[new], product)
+        without = content.convolve(x, nearest, features, ["text"])
+        alone = ItemContent.of({"text": ItemFeatures.from_values(text.numpy())}, k=4)
+        torch.testing.assert_close(without, alone.convolve(x, {"text": nearest["text"]}, features))
+
+    def test_new_items_may_come_with_attributes_alone(self, tmp_path):
+        brands = AttributeSet.of([("a",), ("b",), ("a",), ("b",), ()])
+        content = ItemContent.of({"text": ItemFeatures.from_values(TEXTS)}, k=3, attributes={"brand": brands})
+        recommender = make_recommender(content=content)
+        recommender.add_items({}, ["new"], attributes={"brand": [["b"]]})
+        # p1 and p3 have the brand, and p3 no training event.
+        torch.testing.assert_close(recommender.item[5], torch.as_tensor(ITEMS[1]))
+        (reason,) = recommender.explain("new", history=["p3"])
+        assert reason.content == {"brand": ContentLink(pytest.approx(1, abs=1e-3), 1)}
+        loaded = Recommender.load(recommender.save(tmp_path / "saved"))
+        loaded.add_items({}, ["again"], attributes={"brand": [["b"]]})
+        torch.testing.assert_close(loaded.item[6], loaded.item[5])
+
+    @pytest.mark.parametrize(
+        ("attributes", "message"),
+        [
+            ({"colour": [["red"]]}, r"attributes must be among those of the run \(brand\), got 'colour'"),
+            ({"brand": [["unheard of"]]}, "features must place every item, but item 'new' has none in brand"),
+            ({"brand": [["a"], ["b"]]}, r"features\['brand'\] must be of the 1 new items, got 2"),
+        ],
+    )
+    def test_wrong_attributes_of_new_items_are_named(self, attributes, message):
+        brands = AttributeSet.of([("a",), ("b",), ("a",), ("b",), ()])
+        recommender = make_recommender(content=ItemContent.of({}, k=3, attributes={"brand": brands}))
+        with pytest.raises(ValueError, match=message):
+            recommender.add_items({}, ["new"], attributes=attributes)
+        assert len(recommender.item_ids) == 5
 
     def test_view_and_backbone_of_stage_one(self, content):
         view = torch.tensor([[3.0, 0], [0, 2], [0, 4], [1, 0], [0, 1]])

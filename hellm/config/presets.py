@@ -16,7 +16,9 @@ __all__ = ["PRESETS"]
 def _published(layers: tuple[int, int, int], user: float, item: float, k: int, temperature: float, l2: float):
     """One published run; `layers` is (user-item, user, item), the order of its logs."""
     return PretrainConfig(
-        model=ModelConfig(num_layers=layers[0], num_user_layers=layers[1], num_item_layers=layers[2], knn_k=k),
+        model=ModelConfig(
+            num_layers=layers[0], num_user_layers=layers[1], num_item_layers=layers[2], attributes=(), knn_k=k
+        ),
         user_contrastive_weight=user,
         item_contrastive_weight=item,
         temperature=temperature,

@@ -22,8 +22,10 @@ class ModelConfig:
         num_user_layers: layers of the user hypergraph (items are hyperedges over users).
         num_item_layers: layers of the item hypergraph (kNN hyperedges per modality).
         user_hypergraph: use the user hypergraph at all.
-        item_hypergraph: use the item hypergraph at all; it needs item features.
+        item_hypergraph: use the item hypergraph at all; it needs item features or attributes.
         modalities: feature names that build the item hypergraph; null means all there are.
+        attributes: attributes of the data set (brand, category, ...) whose values are hyperedges of the items as well;
+            null means all there are, and none with compat.
         knn_k: members of each kNN hyperedge, the item itself included.
         dropout: NGCF message dropout probability.
     """
@@ -36,6 +38,7 @@ class ModelConfig:
     user_hypergraph: bool = True
     item_hypergraph: bool = True
     modalities: tuple[str, ...] | None = None
+    attributes: tuple[str, ...] | None = None
     knn_k: int = 5
     dropout: float = 0.1
 

@@ -18,8 +18,8 @@ class RunConfig:
     """The whole way from raw data to recommendations.
 
     Args:
-        text: encoder of item texts: "minilm", a folder or hub id of a transformers encoder, "none", or "auto" (minilm
-            where the data have texts and no text features).
+        text: encoder of item texts: "minilm", "mpnet", "llm", a folder or hub id of a transformers encoder, "none", or
+            "auto" (minilm where the data have texts and no text features); see `hellm features`.
         image: encoder of pictures: "efficientnet", a folder or hub id, "none", or "auto" as above.
         language_model: fine-tune a language model as well, which takes most of the time.
         baselines: what to compare with: "popularity", "random", "itemknn", "bpr", "als" and "lightgcn".

@@ -17,8 +17,8 @@ class SASRecConfig:
 
     Args:
         item_id: give every item a trained embedding.
-        content: modalities of the data set that the embeddings of the items are made from as well; null takes all there
-            are, [] none.
+        content: features and attributes (brand, category, ...) of the data set that the embeddings of the items are
+            made from as well; null takes all there are, [] none.
         content_components: whitened directions of each modality that are kept; null keeps all.
         content_hidden_dim: width of the hidden layer between content and embedding; 0 is none.
         content_dropout: probability on the whitened features.

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
-__all__ = ["NOT_ATTRIBUTES", "split_values"]
+import numpy as np
+
+__all__ = ["NOT_ATTRIBUTES", "AttributeSet", "indicators", "split_values"]
 
 # Fields of items that describe or show them, and are no values that items share.
 NOT_ATTRIBUTES = frozenset({"title", "description", "image", "image_url"})
@@ -43,3 +47,40 @@ def _json_list(text: str) -> list[str] | None:
     except (ValueError, RecursionError):
         return None
     return [str(value) for value in values if not isinstance(value, (list, dict)) and value is not None]
+
+
+# A value that nearly all items have tells nothing apart, and rare ones cost columns.
+_LARGEST_SHARE = 0.5
+_MOST_VALUES = 1024
+
+
+class AttributeSet(NamedTuple):
+    """Items by the values of one attribute.
+
+    Values that one item alone has, or more than half of all items, are left out, and so are all but the 1,024 most
+    frequent.
+
+    Attributes:
+        values: The V values that are kept, most frequent first.
+        indicators: [I, V] float32, 1 where an item has a value; a row of zeros has none of them.
+    """
+
+    values: tuple[str, ...]
+    indicators: np.ndarray
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[str]]) -> AttributeSet:
+        """From the distinct values of each item, [I]."""
+        counts = Counter(value for one in lists for value in one)
+        kept = [value for value, count in counts.items() if 2 <= count <= _LARGEST_SHARE * len(lists)]
+        values = tuple(sorted(kept, key=lambda value: (-counts[value], value))[:_MOST_VALUES])
+        return cls(values, indicators(lists, values))
+
+
+def indicators(lists: Sequence[Sequence[str]], values: Sequence[str]) -> np.ndarray:
+    """[len(lists), V] float32, 1 where a list has a value; others are ignored."""
+    column = {value: place for place, value in enumerate(values)}
+    table = np.zeros((len(lists), len(values)), np.float32)
+    for row, one in enumerate(lists):
+        table[row, [column[value] for value in one if value in column]] = 1
+    return table

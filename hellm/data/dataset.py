@@ -7,11 +7,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hellm._files import DataError
 from hellm.data.histories import Histories
+
+if TYPE_CHECKING:
+    from hellm.data.attributes import AttributeSet
 
 SPLITS = ("train", "valid", "test")
 # Events of users whom nothing is trained on: known when their held-out events are to be found. Label 3.
@@ -255,6 +259,24 @@ class Dataset:
             item_fields={name: permuted(values) for name, values in self.item_fields.items()},
         )
 
+    @cached_property
+    def attribute_sets(self) -> dict[str, AttributeSet]:
+        """Attribute -> items by its values, for attributes that items share and no features are called like."""
+        from hellm.data.attributes import AttributeSet
+
+        sets = {
+            name: AttributeSet.of(lists)
+            for name, lists in sorted(self.item_attributes.items())
+            if name not in self.item_features
+        }
+        return {name: one for name, one in sets.items() if one.values}
+
+    @property
+    def item_content(self) -> dict[str, ItemFeatures]:
+        """Modality -> features, attributes among them, whose columns tell which values an item has."""
+        features = {name: self.item_features[name] for name in sorted(self.item_features)}
+        return features | {name: ItemFeatures.from_values(one.indicators) for name, one in self.attribute_sets.items()}
+
     def split_counts(self) -> dict[str, int]:
         """Number of events in each split; "history" where there are any."""
         counts = np.bincount(self.split, minlength=len(_LABELS)).tolist()
@@ -283,6 +305,11 @@ class Dataset:
             for key, values in arrays.items():
                 found[name].update(f"{key} {values.dtype.str} {values.shape}".encode())
                 found[name].update(np.ascontiguousarray(values).data)
+        if self.attribute_sets:
+            found["attributes"] = hashlib.sha256()
+            for name, one in self.attribute_sets.items():
+                found["attributes"].update(json.dumps([name, one.values]).encode())
+                found["attributes"].update(np.stack(one.indicators.nonzero()).tobytes())
         texts = {"user ids": self.user_ids.ids, "item ids": self.item_ids.ids, "item titles": self.item_titles or []}
         for name, values in texts.items():
             found[name] = hashlib.sha256(json.dumps([one or "" for one in values] if any(values) else []).encode())

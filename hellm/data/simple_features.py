@@ -26,13 +26,25 @@ _SIDE = 48
 _CELLS = 4
 
 
-def item_texts(titles: list[str] | None, fields: dict[str, list[str]]) -> list[str] | None:
-    """One text per item from title, brand, category and description; None if the source has none of them."""
-    category = fields.get("category")
+TEXT_FIELDS = ("title", "brand", "category", "description")
+
+
+def item_texts(
+    titles: list[str] | None, fields: dict[str, list[str]], chosen: Sequence[str] = TEXT_FIELDS
+) -> list[str] | None:
+    """One text per item from the `chosen` of title, brand, category and description, in this order.
+
+    Returns: [num_items]; None if the source has none of them.
+    Raises: ValueError, another field, or none.
+    """
+    if not chosen or set(chosen) - set(TEXT_FIELDS):
+        raise ValueError(f"text fields must be among {', '.join(TEXT_FIELDS)}, got {', '.join(chosen) or 'none'}")
+    there = {"title": titles, **fields}
+    category = there.get("category")
     if category is not None and any(category) and not any(map(_LETTER.search, category)):
         # Numbers of categories say nothing as text.
-        category = None
-    columns = [titles, fields.get("brand"), category, fields.get("description")]
+        there["category"] = None
+    columns = [there.get(name) for name in TEXT_FIELDS if name in chosen]
     columns = [column for column in columns if column is not None]
     return [" ".join(filter(None, parts)) for parts in zip(*columns, strict=True)] if columns else None
 

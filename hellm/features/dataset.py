@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hellm.data import DataError, Dataset
-from hellm.data.simple_features import item_texts
+from hellm.data.simple_features import TEXT_FIELDS, item_texts
 
 __all__ = ["add_features", "choose_encoders"]
 
@@ -17,12 +19,19 @@ _DEFAULTS = {"text": "minilm", "image": "efficientnet"}
 _WANTED = {"text": "titles, brands, categories or descriptions", "image": "picture files"}
 
 
-def choose_encoders(dataset: Dataset, *, text: str | None = "auto", image: str | None = "auto") -> dict[str, str]:
+def choose_encoders(
+    dataset: Dataset,
+    *,
+    text: str | None = "auto",
+    image: str | None = "auto",
+    text_fields: Sequence[str] = TEXT_FIELDS,
+) -> dict[str, str]:
     """Modality -> encoder, for what `add_features` would encode with these arguments.
 
-    Raises: DataError, an encoder is named and the data have nothing for it, or "auto" finds neither kind.
+    Raises: DataError, an encoder is named and the data have nothing for it, or "auto" finds neither kind; ValueError,
+        other text fields.
     """
-    content, chosen = _content(dataset), {}
+    content, chosen = _content(dataset, text_fields), {}
     for modality, encoder in (("text", text), ("image", image)):
         if encoder is None or (encoder == "auto" and modality not in content):
             continue
@@ -48,20 +57,23 @@ def add_features(
     *,
     text: str | None = "auto",
     image: str | None = "auto",
+    text_name: str = "text",
+    text_fields: Sequence[str] = TEXT_FIELDS,
     batch_size: int = 32,
-    max_length: int = 256,
     device: str = "auto",
     cache: str | Path | None = None,
+    **text_options: Any,
 ) -> Dataset:
     """The data set with the item features "text" and "image" encoded anew; its other features stay.
-
-    The text of an item is its title, brand, category and description, whichever the data have.
 
     Args:
         dataset: Its `item_titles`, `item_fields` and `item_fields["image"]` (paths) are read.
         text: Encoder, see `encode_text`; "auto" is "minilm" where the data have texts; None leaves "text" as it is.
         image: Encoder, see `encode_images`; "auto" is "efficientnet" where the data have pictures; None as above.
-        batch_size, max_length, device, cache: As in `encode_text` and `encode_images`.
+        text_name: What the features of texts are called, so that those of several encoders stand side by side.
+        text_fields: What makes the text of an item: title, brand, category and description, whichever the data have.
+        batch_size, device, cache: As in `encode_text` and `encode_images`.
+        text_options: For `encode_text`.
 
     Returns: A new data set; its notes name the encoders, and the pictures that cannot be read and count as missing.
     Raises:
@@ -71,15 +83,16 @@ def add_features(
     from hellm.features.image import encode_images
     from hellm.features.text import encode_text
 
-    chosen, content = choose_encoders(dataset, text=text, image=image), _content(dataset)
+    chosen = choose_encoders(dataset, text=text, image=image, text_fields=text_fields)
+    content, names = _content(dataset, text_fields), {"text": text_name, "image": "image"}
     features, unreadable = dict(dataset.item_features), []
     # An encoder names its earlier work anew.
-    made = {modality: f"{modality} features are by encoder " for modality in chosen}
+    made = {modality: f"{names[modality]} features are by encoder " for modality in chosen}
     notes = [note for note in dataset.notes if not note.startswith(tuple(made.values()))]
     for modality, encoder in chosen.items():
         options = {"encoder": encoder, "batch_size": batch_size, "device": device, "cache": cache}
         if modality == "text":
-            features["text"] = encode_text(content["text"], max_length=max_length, **options)
+            features[text_name] = encode_text(content["text"], **options, **text_options)
         else:
             features["image"] = encode_images(
                 content["image"],
@@ -93,9 +106,10 @@ def add_features(
     return dataclasses.replace(dataset, item_features=features, notes=notes)
 
 
-def _content(dataset: Dataset) -> dict[str, list[str]]:
+def _content(dataset: Dataset, text_fields: Sequence[str]) -> dict[str, list[str]]:
     """What there is to encode: texts and picture paths of all items, "" where one has none."""
-    content = {"text": item_texts(dataset.item_titles, dataset.item_fields), "image": dataset.item_fields.get("image")}
+    texts = item_texts(dataset.item_titles, dataset.item_fields, text_fields)
+    content = {"text": texts, "image": dataset.item_fields.get("image")}
     return {
         modality: values for modality, values in content.items() if values and any(value.strip() for value in values)
     }

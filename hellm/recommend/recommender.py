@@ -379,6 +379,8 @@ class Recommender:
         features: Mapping[str, ItemFeatures | np.ndarray | Tensor],
         ids: Iterable[str],
         titles: Sequence[str | None] | None = None,
+        *,
+        attributes: Mapping[str, Sequence[Sequence[str]]] | None = None,
     ) -> None:
         """Take up items that came after training; they rank at once, and nothing is trained.
 
@@ -391,12 +393,14 @@ class Recommender:
             features: Modality -> rows [n, dim] as the encoder of the run's data gives them; rows of zeros are missing.
             ids: n ids that the run does not have.
             titles: n titles, None or "" where there is none.
-        Raises: ValueError, a run without item content, features of an unknown modality, another width or count, an item
-            without any feature, ids that are known or repeated, or a model that cannot take items. Nothing has changed
-            then.
+            attributes: Attribute -> the values of each of the n items, e.g. {"brand": [["acme"], []]}; values that
+                the run does not know are ignored.
+        Raises: ValueError, a run without item content, features or attributes that it does not know, another width or
+            count, an item without any feature or known value, ids that are known or repeated, or a model that cannot
+            take items. Nothing has changed then.
         """
         with self._adding:
-            self._current = _with_items(self._current, features, ids, titles)
+            self._current = _with_items(self._current, features, ids, titles, attributes or {})
 
     def history(self, user: str) -> list[RecommendedItem]:
         """All events of a user in time order; the score is the user's score of the item.
@@ -461,6 +465,7 @@ def _with_items(
     features: Mapping[str, ItemFeatures | np.ndarray | Tensor],
     ids: Iterable[str],
     titles: Sequence[str | None] | None,
+    attributes: Mapping[str, Sequence[Sequence[str]]],
 ) -> _Items:
     """See `Recommender.add_items`."""
     import polars as pl
@@ -468,7 +473,7 @@ def _with_items(
     content = items.content
     if content is None:
         raise ValueError(f"new items need item content, and the run holds no {CONTENT}: its data had no features")
-    tensors = {name: _as_tensor(one) for name, one in features.items()}
+    tensors = {name: _as_tensor(one) for name, one in features.items()} | content.indicators(attributes)
     known = items.ids.copy()
     names = _new_ids(ids, known, items.ids)
     titles = [None] * len(names) if titles is None else [one or None for one in id_list(titles, "titles", missing=True)]

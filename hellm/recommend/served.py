@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -89,17 +89,20 @@ class ServedGraph:
         item_v = sum_u w_u (item_u - normalize(view_u)) + normalize(view_v)
 
     w are the shares of the nearest items by content, so the collaborative part is that of an average neighbour, and
-    view_v is what the trained convolution gives a vertex that has joined its neighbours' hyperedges
+    view_v is what the trained convolution gives a vertex that has joined the hyperedges of its neighbours and values
     (`ItemContent.convolve`). Nothing of the other items changes.
 
     Args:
         tensors: As in embeddings.safetensors: "user" [U, D], "item" [I, D], "fold_in_source" [I, D], and where the run
             has them "fold_in_view", "item_hypergraph" and "item_hypergraph_source" [I, D].
         fold_in_exponent: See `hellm.models.FoldIn`.
+        modalities: What the item hypergraph was built from; None is all that there is.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], fold_in_exponent: float) -> None:
-        self.tensors, self.exponent = dict(tensors), fold_in_exponent
+    def __init__(
+        self, tensors: Mapping[str, Tensor], fold_in_exponent: float, modalities: Sequence[str] | None = None
+    ) -> None:
+        self.tensors, self.exponent, self.modalities = dict(tensors), fold_in_exponent, modalities
         self.user = self.tensors["user"]
 
     @property
@@ -123,15 +126,18 @@ class ServedGraph:
             rows["item"] = new.mean(item)
         else:
             source = self.tensors.get("item_hypergraph_source", view)
-            rows["item_hypergraph"] = new.content.convolve(source, new.nearest)
+            rows["item_hypergraph"] = new.content.convolve(source, new.nearest, new.features, self.modalities)
             rows["item"] = new.mean(item - F.normalize(view, dim=1)) + F.normalize(rows["item_hypergraph"], dim=1)
         if "item_hypergraph_source" in self.tensors:
             rows["item_hypergraph_source"] = torch.zeros_like(rows["item"])
         longer = {name: torch.cat([self.tensors[name], value]) for name, value in rows.items()}
-        return ServedGraph(self.tensors | longer, self.exponent)
+        return ServedGraph(self.tensors | longer, self.exponent, self.modalities)
 
     def save(self, folder: Path) -> None:
-        write_embeddings(folder, "graph", self.tensors, {"fold_in_exponent": str(self.exponent)})
+        metadata = {"fold_in_exponent": str(self.exponent)}
+        if self.modalities is not None:
+            metadata["modalities"] = json.dumps(self.modalities)
+        write_embeddings(folder, "graph", self.tensors, metadata)
 
     def to(self, device: str) -> None:
         """Nothing to do: the queries of users are stored, and folding in a history is a few additions."""
@@ -302,7 +308,8 @@ def load_served(
         towers = {name: load_served(folder / TOWERS / name, titles, language_model) for name in weights}
         return ServedFused(towers, weights)
     if kind == "graph":
-        return ServedGraph(tensors, float(metadata["fold_in_exponent"]))
+        modalities = json.loads(metadata["modalities"]) if "modalities" in metadata else None
+        return ServedGraph(tensors, float(metadata["fold_in_exponent"]), modalities)
     return _load_llm(folder, tensors, metadata, titles, language_model)
 
 

@@ -170,7 +170,7 @@ def _planned(name: str, config: FinetuneConfig, dataset: Dataset, graph: Path_ |
     overrides = ablation.overrides(config)
     changed = override_config(config, overrides)
     resolve_finetune_config(changed, dataset)
-    absent = [one for one in changed.item_inputs if one not in ("graph", "sequence", *dataset.item_features)]
+    absent = [one for one in changed.item_inputs if one not in ("graph", "sequence", *dataset.item_content)]
     if absent:
         raise ValueError(f"data set {dataset.name!r} has no item features {absent[0]!r}")
     if ablation.permuted and not reads_content(changed):

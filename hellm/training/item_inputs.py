@@ -63,7 +63,7 @@ def resolve_item_inputs(config: FinetuneConfig, dataset: Dataset) -> FinetuneCon
 def load_item_inputs(
     config: FinetuneConfig, dataset: Dataset, *, graph: Path_ | None = None, sequence: Path_ | None = None
 ) -> ItemInputs:
-    """The item tables that `config.item_inputs` names, from the runs and the features of the data set.
+    """The item tables that `config.item_inputs` names, from the runs and the features and attributes of the data set.
 
     Raises: FileNotFoundError, ValueError: a run that is missing, unfinished, or of other items or training events; a
         feature that the data set has not.
@@ -72,7 +72,7 @@ def load_item_inputs(
     tables: dict[str, Tensor] = {}
     content: dict[str, WhitenedContent] = {}
     residual = config.model.sequence_residual
-    model = None
+    model, there = None, dataset.item_content
     if "sequence" in config.item_inputs or residual:
         model = SASRec.load(_checked_run(sequence, "sequence", "hellm sasrec", dataset))
     for name in config.item_inputs:
@@ -80,12 +80,12 @@ def load_item_inputs(
             tables[name] = _read_table(_checked_run(graph, "graph", "hellm pretrain", dataset), "item")
         elif name == "sequence":
             tables[name] = model.item_keys()
-        elif name in dataset.item_features:
-            features = torch.from_numpy(dataset.item_features[name].values)
+        elif name in there:
+            features = torch.from_numpy(there[name].values)
             content[name] = WhitenedContent.of(features, config.content_components)
             tables[name] = content[name].table
         else:
-            known = ", ".join(["graph", "sequence", *dataset.item_features])
+            known = ", ".join(["graph", "sequence", *there])
             raise ValueError(f"item_inputs must be among {known} for data set {dataset.name!r}, got {name!r}")
     sources = {"graph": graph, "sequence": sequence}
     for name, table in tables.items():

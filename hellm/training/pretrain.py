@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -108,10 +109,11 @@ def resolve_config(config: PretrainConfig, dataset: Dataset) -> tuple[PretrainCo
     absent = [name for name in model.modalities or () if name not in known]
     if absent:
         raise ValueError(f"model.modalities must be among {known} (data set {dataset.name!r}), got {absent[0]!r}")
-    if model.item_hypergraph and not known:
+    model = replace(model, attributes=_attributes(config, dataset))
+    if model.item_hypergraph and not known and not model.attributes:
         notes.append(f"data set {dataset.name!r} has no item features: trained without the item hypergraph")
         model = replace(model, item_hypergraph=False)
-    if model.item_hypergraph and model.modalities is None:
+    if model.item_hypergraph and model.modalities is None and known:
         model = replace(model, modalities=tuple(known))
     if model.item_hypergraph and model.knn_k > dataset.num_items:
         notes.append(f"model.knn_k {model.knn_k} cut to the {dataset.num_items} items there are")
@@ -122,6 +124,18 @@ def resolve_config(config: PretrainConfig, dataset: Dataset) -> tuple[PretrainCo
     return replace(config, model=model, capture=_resolve_capture(config.capture, config.device)), notes
 
 
+def _attributes(config: PretrainConfig, dataset: Dataset) -> tuple[str, ...]:
+    """Those whose values are hyperedges. Raises: ValueError, one that the data have not."""
+    chosen = config.model.attributes
+    if chosen is None:
+        chosen = () if config.compat == "official" else tuple(dataset.attribute_sets)
+    for name in chosen:
+        if name not in dataset.attribute_sets:
+            known = ", ".join(dataset.attribute_sets) or "none"
+            raise ValueError(f"model.attributes must be among {known} (data set {dataset.name!r}), got {name!r}")
+    return chosen
+
+
 def _resolve_capture(capture: bool | None, device: str) -> bool:
     on_gpu = torch.device(device).type == "cuda"
     if capture and not on_gpu:
@@ -130,7 +144,7 @@ def _resolve_capture(capture: bool | None, device: str) -> bool:
 
 
 def build_encoder(config: PretrainConfig, dataset: Dataset, device: torch.device | str = "cpu") -> GraphEncoder:
-    """The encoder of `config` over the training events and item features of `dataset`, on `device`.
+    """The encoder of `config` over the training events, item features and attributes of `dataset`, on `device`.
 
     Neighbours are searched there too; the tables are drawn on the CPU, the same for every device.
     With compat="official" a contrastive weight of 0 also takes that hypergraph out of the fusion, and kNN neighbours
@@ -149,6 +163,11 @@ def build_encoder(config: PretrainConfig, dataset: Dataset, device: torch.device
             {name: torch.from_numpy(np.asarray(feature.values)).to(device) for name, feature in chosen.items()},
             settings.knn_k,
             masks={name: torch.from_numpy(np.asarray(feature.mask)).to(device) for name, feature in chosen.items()},
+            attributes={
+                name: torch.from_numpy(np.stack(dataset.attribute_sets[name].indicators.nonzero())).to(device)
+                for name in _attributes(config, dataset)
+            },
+            num_items=dataset.num_items,
             keep_nonpositive=official,
         )
     return GraphEncoder(
@@ -361,6 +380,10 @@ def _write_outputs(
     output |= {"fold_in_source": fold_in.source, "fold_in_view": fold_in.view}
     output["item_hypergraph_source"] = model.item_view_source()
     tensors = {name: value.float() for name, value in output.items() if value is not None}
-    write_embeddings(run.path, "graph", tensors, {"fold_in_exponent": str(fold_in.exponent)})
-    write_tables(run, dataset, modalities=config.model.modalities, k=config.model.knn_k, device=str(model.device))
+    modalities = None
+    if config.model.item_hypergraph:
+        modalities = [*(config.model.modalities or ()), *config.model.attributes]
+    metadata = {"fold_in_exponent": str(fold_in.exponent), "modalities": json.dumps(modalities)}
+    write_embeddings(run.path, "graph", tensors, metadata)
+    write_tables(run, dataset, modalities=modalities, k=config.model.knn_k, device=str(model.device))
     write_curves(run, metrics=config.monitor, best_epoch=progress.best_epoch, title=f"{dataset.name}: pre-training")

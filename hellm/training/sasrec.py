@@ -114,7 +114,9 @@ def resolve_sasrec_config(config: SASRecConfig, dataset: Dataset) -> tuple[SASRe
     config, notes = resolve_common(config, dataset)
     config = replace(config, content=_modalities(config, dataset))
     if not config.content and not config.item_id:
-        raise ValueError(f"item_id must be true for data set {dataset.name!r}, whose items have no features, got false")
+        raise ValueError(
+            f"item_id must be true for data set {dataset.name!r}, whose items have no features or attributes, got false"
+        )
     if dataset.timestamps is None and dataset.form == "mmrec":
         notes.append("the data have no times: the order of the source is taken as the order in time")
     return config, notes
@@ -122,10 +124,9 @@ def resolve_sasrec_config(config: SASRecConfig, dataset: Dataset) -> tuple[SASRe
 
 def build_sasrec(config: SASRecConfig, dataset: Dataset) -> SASRec:
     """The untrained model of `config` for the items of `dataset`, on the CPU."""
+    there = dataset.item_content
     content = {
-        modality: WhitenedContent.of(
-            torch.from_numpy(dataset.item_features[modality].values), config.content_components
-        )
+        modality: WhitenedContent.of(torch.from_numpy(there[modality].values), config.content_components)
         for modality in _modalities(config, dataset)
     }
     return SASRec(
@@ -146,12 +147,13 @@ def build_sasrec(config: SASRecConfig, dataset: Dataset) -> SASRec:
 
 def _modalities(config: SASRecConfig, dataset: Dataset) -> tuple[str, ...]:
     """Those that the items are read by."""
-    there = tuple(sorted(dataset.item_features))
+    there = (*sorted(dataset.item_features), *dataset.attribute_sets)
     for modality in config.content or ():
         if modality not in there:
             known = ", ".join(there) or "none"
             raise ValueError(
-                f"content must be among the features of data set {dataset.name!r} ({known}), got {modality!r}"
+                f"content must be among the features and attributes of data set {dataset.name!r} ({known}), "
+                f"got {modality!r}"
             )
     return there if config.content is None else config.content
 

@@ -315,14 +315,17 @@ def write_tables(
     k: int = 10,
     device: str = "cpu",
 ) -> None:
-    """Write ids.parquet, histories.parquet and, where there are item features, content.safetensors.
+    """Write ids.parquet, histories.parquet and, where the items have content, content.safetensors.
 
     Args:
-        modalities: those that content.safetensors has; None is all.
+        modalities: features and attributes that content.safetensors has; None is all.
         k: neighbours of an item that it has, itself included.
         device: where neighbours are searched.
     """
     run.write_tables(dataset)
-    features = {name: one for name, one in dataset.item_features.items() if modalities is None or name in modalities}
-    if features:
-        ItemContent.of(features, k, device).save(run.path / CONTENT)
+    features, attributes = (
+        {name: one for name, one in there.items() if modalities is None or name in modalities}
+        for there in (dataset.item_features, dataset.attribute_sets)
+    )
+    if features or attributes:
+        ItemContent.of(features, k, device, attributes=attributes).save(run.path / CONTENT)

@@ -7,6 +7,7 @@ import pytest
 from builders import make_dataset
 
 from hellm.data import DataError, IdMap, ItemFeatures
+from hellm.data.attributes import AttributeSet
 
 
 def test_id_map_appends_and_never_moves():
@@ -120,3 +121,41 @@ def test_events_that_are_only_history_are_known_and_not_trained_on():
     assert list(make_dataset().split_counts()) == ["train", "valid", "test"]
     with pytest.raises(ValueError, match=r"split must lie in 0..3, got 0..4"):
         replace(dataset, split=split + (split == 3))
+
+
+class TestAttributeSets:
+    def dataset(self, **fields):
+        plain = make_dataset()
+        columns = {name: (values * plain.num_items)[: plain.num_items] for name, values in fields.items()}
+        return replace(plain, item_fields=columns)
+
+    def test_values_that_tell_nothing_apart_are_left_out(self):
+        # "a" is on 3 of 6 items, "b" on 2, "c" on 4, which is more than half, and "d" on 1.
+        lists = [("a", "c"), ("a", "b"), ("c", "b"), ("a", "c"), ("d", "c"), ()]
+        found = AttributeSet.of(lists)
+        assert found.values == ("a", "b")
+        assert found.indicators.tolist() == [[1, 0], [1, 1], [0, 1], [1, 0], [0, 0], [0, 0]]
+        assert found.indicators.dtype == np.float32
+
+    def test_the_most_frequent_values_are_kept(self):
+        lists = [(f"v{item // 2}", "often" if item % 2 else f"v{item // 2 + 1}") for item in range(2600)]
+        found = AttributeSet.of(lists)
+        assert len(found.values) == 1024 and found.values[0] == "often"
+
+    def test_data_sets_have_those_that_items_share(self):
+        dataset = self.dataset(brand=["x", "y"], colour=["red"], description=["a", "b"])
+        assert {name: one.values for name, one in dataset.attribute_sets.items()} == {"brand": ("x", "y")}
+        content = dataset.item_content
+        assert list(content) == [*sorted(dataset.item_features), "brand"]
+        assert content["brand"].values[:2].tolist() == [[1, 0], [0, 1]] and content["brand"].mask.all()
+
+    def test_features_of_the_same_name_stand_for_the_attribute(self):
+        dataset = self.dataset(brand=["x", "y"])
+        features = {"brand": ItemFeatures.from_values(np.ones((dataset.num_items, 2)))}
+        assert not replace(dataset, item_features=features).attribute_sets
+
+    def test_fingerprints_tell_attributes(self):
+        one, other = self.dataset(brand=["x", "y"]), self.dataset(brand=["x", "x", "y"])
+        assert one.fingerprints["attributes"] != other.fingerprints["attributes"]
+        assert "attributes" not in make_dataset().fingerprints
+        assert one.fingerprint == other.fingerprint

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from saved_llm import save_tiny_llm
@@ -39,6 +41,13 @@ def make_dataset(num_users=60, num_items=24, num_blocks=3, seed=0):
 @pytest.fixture(scope="session")
 def small_dataset():
     return make_dataset()
+
+
+@pytest.fixture(scope="session")
+def dataset_with_brands(small_dataset):
+    """Items 0 to 21 have the brand of their block, and no features; the last two have none."""
+    brands = [f"brand {index % 3}" if index < 22 else "" for index in range(24)]
+    return replace(small_dataset, item_features={}, item_fields={"brand": brands, "description": ["a", "b"] * 12})
 
 
 @pytest.fixture(scope="session")

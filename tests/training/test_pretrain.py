@@ -15,6 +15,7 @@ from hellm.config import ModelConfig, PretrainConfig, load_config, override_conf
 from hellm.evaluate import evaluate_dataset, read_test_evaluations
 from hellm.hypergraph import item_hypergraph, user_hypergraph
 from hellm.models.graph.content import ItemContent
+from hellm.recommend import Recommender
 from hellm.training import pretrain as module
 from hellm.training.loop import Interrupted
 from hellm.training.pretrain import build_encoder, pretrain, pretrain_losses, resolve_config
@@ -278,6 +279,41 @@ def test_encoder_is_built_from_train_events_and_chosen_features(small_dataset):
     assert torch.equal(model.item_hypergraph.hyperedge_index, content.hyperedge_index)
 
 
+class TestAttributes:
+    def test_values_are_hyperedges_where_the_data_have_them(self, small_dataset, dataset_with_brands):
+        config, notes = resolve_config(CONFIG, dataset_with_brands)
+        assert config.model.item_hypergraph and config.model.attributes == ("brand",) and not notes
+        graph = build_encoder(config, dataset_with_brands).item_hypergraph
+        assert graph.num_hyperedges == 3
+        assert sorted(graph.hyperedge_index[0].tolist()) == [*range(22)]
+        both = replace(dataset_with_brands, item_features=small_dataset.item_features)
+        assert build_encoder(CONFIG, both).item_hypergraph.num_hyperedges == 2 * 24 + 3
+
+    def test_none_are_with_compat_or_when_left_out(self, small_dataset, dataset_with_brands):
+        both = replace(dataset_with_brands, item_features=small_dataset.item_features)
+        plain = build_encoder(changed("compat=official"), small_dataset).item_hypergraph
+        for override in ("compat=official", "model.attributes=[]"):
+            config, _ = resolve_config(changed(override), both)
+            assert config.model.attributes == ()
+            graph = build_encoder(config, both).item_hypergraph
+            assert graph.num_hyperedges == plain.num_hyperedges and graph.hyperedge_weight is None
+        config, notes = resolve_config(changed("model.attributes=[]"), dataset_with_brands)
+        assert not config.model.item_hypergraph and "has no item features" in notes[0]
+
+    def test_an_attribute_must_be_there(self, dataset_with_brands):
+        with pytest.raises(ValueError, match=r"model.attributes must be among brand \(data set 'blocks'\), got 'size'"):
+            resolve_config(changed("model.attributes=[size]"), dataset_with_brands)
+
+    def test_new_items_join_the_hyperedges_of_their_values(self, dataset_with_brands, tmp_path):
+        run(changed("max_epochs=8"), dataset_with_brands, tmp_path / "run")
+        recommender = Recommender.load(tmp_path / "run")
+        before = recommender.item.clone()
+        recommender.add_items({}, ["new"], attributes={"brand": [["brand 1"]]})
+        similarity = torch.as_tensor(before[:22] @ recommender.item[24])
+        of_brand = torch.arange(22) % 3 == 1
+        assert similarity[of_brand].min() > similarity[~of_brand].max()
+
+
 def test_neighbours_are_searched_on_the_device_of_the_model(small_dataset, monkeypatch):
     searched = []
     knn = ops.knn
@@ -290,7 +326,7 @@ def test_neighbours_are_searched_on_the_device_of_the_model(small_dataset, monke
     content = ItemContent.of(small_dataset.item_features, 4, "meta")
     assert searched == ["meta"] * 2 and {rows.device.type for rows in content.neighbours.values()} == {"cpu"}
 
-    def graph(features, k, *, masks, keep_nonpositive):
+    def graph(features, k, *, masks, **options):
         assert {x.device.type for x in (*features.values(), *masks.values())} == {"meta"}
         return item_hypergraph({"text": torch.eye(24)}, k)
 

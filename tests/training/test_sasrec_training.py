@@ -16,6 +16,7 @@ from hellm.data import Dataset, IdMap
 from hellm.evaluate import evaluate_histories
 from hellm.models import SASRec
 from hellm.models.histories import pad_histories
+from hellm.recommend import Recommender
 from hellm.training import sasrec as module
 from hellm.training.history_sampler import HistoryBatch, SequenceSampler
 from hellm.training.loop import Interrupted
@@ -384,3 +385,30 @@ def test_saved_config_loads_equal(name, tmp_path):
     config = load_config(SASRecConfig, name)
     save_config(config, tmp_path / "config.yaml")
     assert load_config(SASRecConfig, tmp_path / "config.yaml") == config
+
+
+class TestAttributes:
+    CONFIG = replace(CONFIG, learning_rate=0.01, max_epochs=10)
+
+    @pytest.mark.parametrize("item_id", [True, False])
+    def test_items_are_read_by_their_values_and_new_ones_too(self, dataset_with_brands, tmp_path, item_id):
+        config = replace(self.CONFIG, item_id=item_id)
+        run(config, dataset_with_brands, tmp_path / "run")
+        model = SASRec.load(tmp_path / "run")
+        assert model.items.modalities == ["brand"] and model.items.content("brand").mean.shape == (3,)
+        recommender = Recommender.load(tmp_path / "run")
+        recommender.add_items({}, ["new"], attributes={"brand": [["brand 1"]]})
+        keys = torch.as_tensor(recommender.item)
+        similarity = torch.cosine_similarity(keys[:22], keys[24:], dim=1)
+        of_brand = torch.arange(22) % 3 == 1
+        assert similarity[of_brand].mean() > similarity[~of_brand].mean() + 0.2
+        if not item_id:
+            torch.testing.assert_close(keys[24], keys[1])
+
+    def test_content_names_features_and_attributes(self, dataset_with_brands):
+        with pytest.raises(
+            ValueError,
+            match=r"content must be among the features and attributes of data set 'blocks' \(brand\), got 'x'",
+        ):
+            build_sasrec(replace(CONFIG, content=("x",)), dataset_with_brands)
+        assert not build_sasrec(replace(CONFIG, content=()), dataset_with_brands).items.modalities

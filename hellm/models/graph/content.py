@@ -5,8 +5,9 @@ I = items, n = new items, K = neighbours per item and modality, itself included.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from hellm import ops
 from hellm._files import atomic_path
 from hellm.data import DataError, ItemFeatures
+from hellm.data.attributes import AttributeSet, indicators
 
 __all__ = ["ItemContent", "Neighbours"]
 
@@ -38,36 +40,51 @@ class Neighbours(NamedTuple):
 class ItemContent:
     """Normalised features and nearest neighbours of all items, per modality.
 
-    The neighbours are those of `hellm.item_hypergraph`: items i and h share the hyperedge of item j where both have j
-    among their nearest.
+    Hyperedges are those of `hellm.item_hypergraph`: items i and h share that of item j where both have j among their
+    nearest, and that of a value of an attribute where both have it. Attributes are modalities whose features tell
+    which values an item has.
 
     Args:
         features: modality -> [I, dim] float, rows of length 1, or 0 for an item that lacks the modality.
         neighbours: modality -> [I, K] int64 rows, -1 where there are fewer.
         num_placing: The first so many items place new ones; None is all. Items added later never do, so that it does
             not matter in how many goes items are added.
+        attributes: The modalities that are attributes -> the values of their columns.
     """
 
     def __init__(
-        self, features: Mapping[str, Tensor], neighbours: Mapping[str, Tensor], num_placing: int | None = None
+        self,
+        features: Mapping[str, Tensor],
+        neighbours: Mapping[str, Tensor],
+        num_placing: int | None = None,
+        attributes: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.features, self.neighbours = dict(features), dict(neighbours)
+        self.attributes = {name: tuple(values) for name, values in (attributes or {}).items()}
         self.num_placing = self.num_items if num_placing is None else num_placing
 
     @classmethod
-    def of(cls, features: Mapping[str, ItemFeatures], k: int = 10, device: torch.device | str = "cpu") -> ItemContent:
-        """From the features of a data set, kept on the CPU; `k` is cut to the number of items.
+    def of(
+        cls,
+        features: Mapping[str, ItemFeatures],
+        k: int = 10,
+        device: torch.device | str = "cpu",
+        *,
+        attributes: Mapping[str, AttributeSet] | None = None,
+    ) -> ItemContent:
+        """From the features and attributes of a data set, kept on the CPU; `k` is cut to the number of items.
 
         Neighbours are searched on `device`.
         """
-        normalised, neighbours = {}, {}
-        for modality, one in features.items():
+        normalised, neighbours, attributes = {}, {}, attributes or {}
+        told = {name: ItemFeatures.from_values(one.indicators) for name, one in attributes.items()}
+        for modality, one in (dict(features) | told).items():
             x = torch.where(torch.from_numpy(one.mask).unsqueeze(1), torch.from_numpy(one.values).float(), 0.0)
             rows, similarity = (found.cpu() for found in ops.knn(x.to(device), min(k, len(x))))
             neighbours[modality] = torch.where(similarity > 0, rows.long(), -1)
             # Half precision keeps a cosine to 1e-3 and the file small.
             normalised[modality] = F.normalize(x, dim=1).half()
-        return cls(normalised, neighbours)
+        return cls(normalised, neighbours, attributes={name: one.values for name, one in attributes.items()})
 
     @property
     def modalities(self) -> list[str]:
@@ -88,6 +105,9 @@ class ItemContent:
 
     def shared_hyperedges(self, modality: str, row: int, rows: Tensor) -> Tensor:
         """[len(rows)] int64: hyperedges that hold both item `row` and the other."""
+        if modality in self.attributes:
+            table = self.features[modality]
+            return ((table[rows] > 0) & (table[row] > 0)).sum(dim=1)
         own = self.neighbours[modality][row]
         return torch.isin(self.neighbours[modality][rows], own[own >= 0]).sum(dim=1)
 
@@ -131,35 +151,65 @@ class ItemContent:
             index, value / total[index[0]], (count, len(usable)), check_invariants=True
         ).coalesce()
 
-    def convolve(self, x: Tensor, nearest: Mapping[str, Neighbours]) -> Tensor:
+    def indicators(self, attributes: Mapping[str, Sequence[Sequence[str]]]) -> dict[str, Tensor]:
+        """The values that new items have as features [n, V], for `nearest`; unknown values are ignored.
+
+        Raises: ValueError, an unknown attribute.
+        """
+        for name in attributes:
+            if name not in self.attributes:
+                known = ", ".join(self.attributes) or "none"
+                raise ValueError(f"attributes must be among those of the run ({known}), got {name!r}")
+        return {name: torch.from_numpy(indicators(lists, self.attributes[name])) for name, lists in attributes.items()}
+
+    def convolve(
+        self,
+        x: Tensor,
+        nearest: Mapping[str, Neighbours],
+        features: Mapping[str, Tensor],
+        modalities: Sequence[str] | None = None,
+    ) -> Tensor:
         """What the item hypergraph convolution gives new vertices, up to the length of the rows.
 
-            y_v = sum_m sum_{j in N_m(v)} sum_{u: j in N_m(u)} x_u / sqrt(d_u),   d_u = sum_m sum_{j in N_m(u)} |e_mj|
+            y_v = sum_{e: v in e} w_e sum_{u in e} x_u / sqrt(d_u),   d_u = sum_{e: u in e} w_e |e|
 
-        It is row v of D^-1/2 H H^T D^-1/2 x times sqrt(d_v), where v has joined the hyperedges of its nearest items,
-        its own input is zero and all other rows stay as they are.
+        It is row v of D^-1/2 H diag(w) H^T D^-1/2 x times sqrt(d_v), where v has joined the hyperedges of its nearest
+        items and of its values, its own input is zero and all other rows stay as they are.
 
         Args:
             x: [I, D] input of the last layer.
             nearest: Of the new items.
+            features: What they were found by.
+            modalities: Those that the hypergraph was built from; None is all.
         Returns: [n, D].
         """
         x = x[: self.num_placing]
-        edge_sums, degree, members = {}, x.new_zeros(len(x)), {}
-        for modality in self.neighbours:
-            vertex, edge = _incidence(self.neighbours[modality][: self.num_placing])
-            size = torch.bincount(edge, minlength=len(x)).to(x.dtype)
-            degree.index_add_(0, vertex, size[edge])
-            members[modality] = vertex, edge
+        degree, hyperedges = x.new_zeros(len(x)), {}
+        for modality in self.modalities if modalities is None else modalities:
+            vertex, edge, weight = self._hyperedges(modality)
+            size = torch.bincount(edge, minlength=len(weight)).to(x.dtype)
+            degree.index_add_(0, vertex, (weight * size)[edge])
+            hyperedges[modality] = vertex, edge, weight
         scaled = x * torch.where(degree > 0, degree, 1.0).rsqrt().unsqueeze(1)
-        for modality in nearest:
-            vertex, edge = members[modality]
-            edge_sums[modality] = torch.zeros_like(x).index_add_(0, edge, scaled[vertex])
         y = x.new_zeros(len(next(iter(nearest.values())).rows), x.shape[1])
-        for modality, (rows, _) in nearest.items():
-            vertex, edge = _incidence(rows)
-            y.index_add_(0, vertex, edge_sums[modality][edge])
+        for modality in nearest.keys() & hyperedges.keys():
+            vertex, edge, weight = hyperedges[modality]
+            edge_sums = x.new_zeros(len(weight), x.shape[1]).index_add_(0, edge, scaled[vertex]) * weight.unsqueeze(1)
+            if modality in self.attributes:
+                joins, joined = (features[modality] > 0).nonzero(as_tuple=True)
+            else:
+                joins, joined = _incidence(nearest[modality].rows)
+            y.index_add_(0, joins, edge_sums[joined])
         return y
+
+    def _hyperedges(self, modality: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Items and hyperedges, each [nnz] int64, and the weight of each hyperedge, among the items that place."""
+        listed = self.neighbours[modality][: self.num_placing]
+        if modality not in self.attributes:
+            return *_incidence(listed), torch.ones(len(listed))
+        has = self.features[modality][: self.num_placing] > 0
+        vertex, edge = has.nonzero(as_tuple=True)
+        return vertex, edge, listed.shape[1] / has.sum(0).clamp(min=1).float()
 
     def extended(self, features: Mapping[str, Tensor], nearest: Mapping[str, Neighbours]) -> ItemContent:
         """With new items at the end; the neighbours of the others stay. A new item is its own nearest."""
@@ -175,7 +225,7 @@ class ItemContent:
                 width = min(rows.shape[1], kept.shape[1])
                 rows[:, :width] = kept[:, :width]
             tables[modality], neighbours[modality] = torch.cat([table, new]), torch.cat([listed, rows])
-        return ItemContent(tables, neighbours, self.num_placing)
+        return ItemContent(tables, neighbours, self.num_placing, self.attributes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file."""
@@ -185,6 +235,7 @@ class ItemContent:
         tensors |= {f"neighbours.{name}": value.int().contiguous() for name, value in self.neighbours.items()}
         with atomic_path(path) as temporary:
             metadata = {"modalities": "\n".join(self.features), "num_placing": str(self.num_placing)}
+            metadata["attributes"] = json.dumps(self.attributes)
             save_file(tensors, temporary, metadata=metadata)
 
     @classmethod
@@ -196,11 +247,12 @@ class ItemContent:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 modalities, num_placing = metadata["modalities"].split("\n"), int(metadata["num_placing"])
+                attributes = json.loads(metadata.get("attributes", "{}"))
                 features = {name: file.get_tensor(f"features.{name}") for name in modalities}
                 neighbours = {name: file.get_tensor(f"neighbours.{name}").long() for name in modalities}
         except (SafetensorError, KeyError) as error:
             raise DataError(f"{path}: damaged or no item content: {error}") from None
-        return cls(features, neighbours, num_placing)
+        return cls(features, neighbours, num_placing, attributes)
 
     def _check(self, features: Mapping[str, Tensor]) -> None:
         if not features:
