@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hellm.hypergraph import Hypergraph, item_hypergraph, user_hypergraph
+    from hellm.graphs import item_hypergraph, user_hypergraph
+    from hellm.hypergraph import Hypergraph
     from hellm.recommend.compare import compare
 
 __version__ = "0.1.0"
@@ -17,8 +18,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Hypergraph": "hellm.hypergraph",
     "compare": "hellm.recommend.compare",
-    "item_hypergraph": "hellm.hypergraph",
-    "user_hypergraph": "hellm.hypergraph",
+    "item_hypergraph": "hellm.graphs",
+    "user_hypergraph": "hellm.graphs",
 }
 _MODULES = ("baselines", "config", "data", "evaluate", "losses", "models", "nn", "ops", "recommend", "training")
 

@@ -29,7 +29,7 @@ from benchmarks.spec import (  # noqa: E402
     matrix_product_limit,
     worst_relative_error,
 )
-from hellm.ops import _backends  # noqa: E402
+from hellm.ops.backends import loaders  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------- registry
 
@@ -234,7 +234,7 @@ def test_unknown_case_is_refused(capsys):
 
 
 def test_numbers_of_the_fallback_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(_backends, "native", lambda: ImportError("no such file"))
+    monkeypatch.setattr(loaders, "native", lambda: ImportError("no such file"))
     with pytest.raises(SystemExit):
         measure.main(["--only", "sampler-tiktok"])
     assert "must be those of the compiled kernels, but" in capsys.readouterr().err

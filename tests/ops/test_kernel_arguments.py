@@ -4,46 +4,44 @@ from __future__ import annotations
 
 import pytest
 import torch
-from op_cases import GRAPHS, needs_native, rows
+from op_cases import ARGUMENTS, GRAPHS, assert_same_bits, needs_native, rows
 
-from hellm.ops import _arguments, _gpu, _native, _triton
+from hellm.ops._arguments import layouts
+from hellm.ops.backends.gpu import Gpu
+from hellm.ops.backends.native import Native
+from hellm.ops.backends.triton import Triton
 
 GRAPH = GRAPHS["odd-63"].build()
 
 
-def conv(**changed):
-    names = list(_arguments._LAYOUTS["hypergraph_conv"])[:12]
-    scales = GRAPH.scales("row", self_loops=False)
-    values = dict(zip(names, (rows(63, 4), *GRAPH.vertex_csr, *GRAPH.edge_csr, *scales, 1), strict=True))
-    return [*(values | changed).values(), GRAPH.vertex_schedule, GRAPH.edge_schedule]
+def conv():
+    return rows(63, 4), *GRAPH.vertex_csr, *GRAPH.edge_csr, *GRAPH.scales("row", self_loops=False), 1, *SCHEDULES
 
 
-def propagate(**changed):
-    names = list(_arguments._LAYOUTS["bipartite_propagate"])[:9]
+def propagate():
     tables = (rows(63, 4), rows(17, 4), *GRAPH.vertex_csr[:2], *GRAPH.edge_csr[:2], *GRAPH.bipartite_scales(), 1)
-    return [*(dict(zip(names, tables, strict=True)) | changed).values(), GRAPH.vertex_schedule, GRAPH.edge_schedule]
+    return *tables, *SCHEDULES
 
 
-def product(**changed):
-    values = dict(zip(("x", "indptr", "indices", "values"), (rows(17, 4), *GRAPH.vertex_csr), strict=True))
-    return [*(values | changed).values(), GRAPH.vertex_schedule]
+def product():
+    vertex, edge = (*GRAPH.vertex_csr, *GRAPH.vertex_schedule), (*GRAPH.edge_csr, *GRAPH.edge_schedule)
+    return rows(17, 4), *vertex, *edge
 
 
-def loss(**changed):
-    values = {"anchor": rows(9, 4), "positive": rows(9, 4, seed=1), "temperature": torch.tensor(0.5), "rows": None}
-    return [*(values | {"row_grad": torch.ones(9)} | changed).values(), True, "highest"]
+def loss():
+    return rows(9, 4), rows(9, 4, seed=1), torch.tensor(0.5), None, torch.ones(9), True, "highest"
 
 
-def cross_entropy(**changed):
-    values = {"hidden": rows(9, 4), "item_embedding": rows(7, 4), "target": torch.zeros(9, dtype=torch.int64)}
-    return [*(values | {"bias": torch.ones(7), "row_grad": torch.ones(9)} | changed).values(), True, True]
+def cross_entropy():
+    return rows(9, 4), rows(7, 4), torch.zeros(9, dtype=torch.int64), torch.ones(7), torch.ones(9), True, True
 
 
-def neighbours(**changed):
-    return [*({"x": rows(9, 4), "k": 3} | changed).values()]
+def neighbours():
+    return rows(9, 4), 3
 
 
-ARGUMENTS = {
+SCHEDULES = (*GRAPH.vertex_schedule, *GRAPH.edge_schedule)
+FITTING = {
     "incidence_product": product,
     "hypergraph_conv": conv,
     "bipartite_propagate": propagate,
@@ -51,42 +49,59 @@ ARGUMENTS = {
     "item_cross_entropy": cross_entropy,
     "knn": neighbours,
 }
-BACKENDS = {"native": _native, "gpu": _gpu.Gpu(lambda *_: pytest.fail("launched")), "triton": _triton}
+BACKENDS = {"native": Native(), "gpu": Gpu(lambda *_: pytest.fail("launched")), "triton": Triton()}
 KINDS = [
-    (operator, name, kind)
-    for operator, layout in _arguments._LAYOUTS.items()
-    for name, kind in layout.items()
-    if not kind.startswith(("schedule", "count"))
+    (operator, name, kind, backend)
+    for operator, arguments in ARGUMENTS.items()
+    for name, kind in layouts(arguments).items()
+    for backend in BACKENDS
+    # Schedules are for GPUs.
+    if not kind.startswith("count") and (backend != "native" or not kind.startswith("schedule"))
 ]
+
+
+def fitting(operator: str, **changed):
+    return ARGUMENTS[operator](*FITTING[operator]())._replace(**changed)
 
 
 @needs_native
 @pytest.mark.parametrize("operator", ARGUMENTS)
 def test_native_takes_what_fits(operator):
-    getattr(_native, operator)(*ARGUMENTS[operator]())
+    getattr(BACKENDS["native"], operator)(fitting(operator))
 
 
 @needs_native
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("operator", "name", "kind"), KINDS)
+@pytest.mark.parametrize(("operator", "name", "kind", "backend"), KINDS)
 def test_native_boundary_refuses_another_dtype_size_or_device(operator, name, kind, backend):
-    function, arguments = getattr(BACKENDS[backend], operator), ARGUMENTS[operator]
-    sentinel = object()
-    tensor = arguments()[next(i for i, x in enumerate(arguments(**{name: sentinel})) if x is sentinel)]
+    function, tensor = getattr(BACKENDS[backend], operator), getattr(fitting(operator), name)
     if tensor is None:
         tensor = torch.zeros(9, dtype=torch.int64 if kind.startswith("index") else torch.float32)
     wrong = [tensor.to(torch.int16), tensor.to(torch.complex64), tensor.to("meta"), tensor.unsqueeze(0)]
     if kind.startswith("rows"):
         wrong.append(tensor.bool())
-    if kind.startswith("int32"):
+    if kind.startswith(("int32", "schedule")):
         wrong.append(tensor.long())
     if kind.startswith("int64"):
         wrong.append(tensor.int())
     for other in wrong:
-        if other.device.type == "meta" and name == next(iter(_arguments._LAYOUTS[operator])):
+        if other.device.type == "meta" and name == ARGUMENTS[operator]._fields[0]:
             continue  # the device of the first is that of all
         with pytest.raises(ValueError, match=f"{name} must be \\[|must be \\[.*\\] .* on"):
-            function(*arguments(**{name: other}))
+            function(fitting(operator, **{name: other}))
+
+
+@needs_native
+@pytest.mark.parametrize("operator", ARGUMENTS)
+def test_native_takes_any_layout(operator):
+    """Every tensor as every other element of a longer one: the same bits."""
+
+    def spread(x):
+        return torch.stack([x, x], -1)[..., 0] if isinstance(x, torch.Tensor) else x
+
+    arguments, function = fitting(operator), getattr(BACKENDS["native"], operator)
+    found, expected = function(type(arguments)(*map(spread, arguments))), function(arguments)
+    pack = lambda value: value if isinstance(value, tuple) else (value,)  # noqa: E731
+    assert_same_bits(pack(found), pack(expected))
 
 
 @needs_native
@@ -108,4 +123,4 @@ def test_native_boundary_refuses_another_dtype_size_or_device(operator, name, ki
 )
 def test_native_boundary_names_the_argument(operator, changed, message, backend):
     with pytest.raises(ValueError, match=message):
-        getattr(BACKENDS[backend], operator)(*ARGUMENTS[operator](**changed))
+        getattr(BACKENDS[backend], operator)(fitting(operator, **changed))
