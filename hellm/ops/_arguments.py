@@ -6,8 +6,9 @@ stand in front of the kernels, for whoever calls an operator or a backend itself
 The fields of a tuple, in the order of the operator, say what they hold: `Annotated[Tensor, "rows N D"]` is a kind and
 sizes. All "rows" have the dtype of the first; "floating", "index" (int32 or int64), "int32" and "int64" are dtypes; a
 "schedule" is int32 and read by GPUs alone. Equal letters are equal sizes, "V+1" is one more, and "R=N" is N where the
-argument is None. A "count" is at least its first bound and at most its second. A field without a layout is taken as it
-is. A second note is the type in the schema where that is not the field's own.
+argument is None; the first tensor with a letter is always there. A "count" is at least its first bound and at most its
+second. A field without a layout is taken as it is. A second note is the type in the schema where that is not the
+field's own.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def _check_of(arguments: type[T], schedules: bool) -> Callable[[T], T]:
 
     In its text a letter is a size from the first tensor on that brings it.
     """
-    lines, tensors, known = [], [], set()
+    lines, tensors, contiguous, known = [], [], [], set()
     for field in _fields(arguments):
         kind, *sizes = field.layout.split() or [""]
         if kind == "count":
@@ -98,11 +99,14 @@ def _check_of(arguments: type[T], schedules: bool) -> Callable[[T], T]:
         elif kind and (schedules or kind != "schedule"):
             lines += _lines_of_tensor(field, kind, sizes, known, is_first=not tensors)
             tensors.append(field.name)
-    contiguous = " and ".join(f"({name} is None or {name}.is_contiguous())" for name in tensors)
-    copies = ", ".join(f"{name}={name} if {name} is None else {name}.contiguous()" for name in tensors)
+            absent = f"{field.name} is None or " if field.optional else ""
+            contiguous.append(f"({absent}{field.name}.is_contiguous())")
     lines = [f"{', '.join(arguments._fields)}, = given", *lines]
-    lines += [f"return given if {contiguous} else given._replace({copies})"]
-    names = {"refuse": functools.partial(_refuse, arguments)}
+    lines += [f"return given if {' and '.join(contiguous)} else made_contiguous(given)"]
+    names = {
+        "made_contiguous": functools.partial(_made_contiguous, tensors),
+        "refuse": functools.partial(_refuse, arguments),
+    }
     names |= {f"{kind}_dtypes": dtypes for kind, dtypes in _DTYPES.items()}
     text = "\n    ".join(["def check(given):", *lines])
     exec(compile(text, f"<check of {arguments.__name__}>", "exec"), names)
@@ -136,6 +140,11 @@ def _lines_of_count(name: str, low: str, high: str | None = None) -> list[str]:
     wanted = f"{name} >= {low}" if high is None else f"{low} <= {name} <= {high}"
     limit = f">= {low}" if high is None else f"between {low} and {{{high}}}"
     return [f'if not {wanted}: raise ValueError(f"{name} must be {limit}, got {{{name}}}")']
+
+
+def _made_contiguous(names: Sequence[str], given: T) -> T:
+    tensors = {name: getattr(given, name) for name in names}
+    return given._replace(**{name: x.contiguous() for name, x in tensors.items() if x is not None})
 
 
 def _letters(sizes: Sequence[str]) -> list[tuple[str, int, str]]:

@@ -68,8 +68,9 @@ class Operator:
         name: in `torch.ops.hellm`.
         arguments: the class of its argument tuple, from which its schema is made.
         returns: the results in that schema.
-        method: of a backend, that computes it.
-        run: from that method and an argument tuple to the outputs.
+        method: the name of the method of a backend that computes it.
+        plain: the same in plain torch, for a backend without that method and where the others cannot run.
+        run: from that method or `plain`, and an argument tuple, to the outputs.
         fake: from an argument tuple to the shapes, dtypes and device of the outputs, which are contiguous.
         derivatives: by its arguments.
         autocast: the dtype that matrices have under autocast; None is the one autocast is set to.
@@ -79,6 +80,7 @@ class Operator:
     arguments: type
     returns: str
     method: str
+    plain: Callable[[Any], Any]
     run: Callable[[Callable, Any], Result]
     fake: Callable[[Any], Result]
     derivatives: type[Derivatives]

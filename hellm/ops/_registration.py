@@ -1,4 +1,7 @@
-"""Registration of an operator with torch.library, for every backend and way to call it."""
+"""Registration of operators with torch.library, for every backend and way to call them.
+
+The first argument of each is a tensor, whose device is that of all.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +35,12 @@ def _register(operator: Operator) -> None:
     _library.define(schema(name, arguments, operator.returns))
     overload = getattr(torch.ops.hellm, name).default
     kernels = {
-        backend: functools.partial(operator.run, getattr(implementation, operator.method))
-        for backend, implementation in backends.BACKENDS.items()
+        backend.name: functools.partial(operator.run, getattr(backend, operator.method, operator.plain))
+        for backend in backends.BACKENDS.values()
     }
 
     def kernel(*args):
-        found = kernels[backends.select(_device(args)).name](arguments(*args))
+        found = kernels[backends.select(args[0].device).name](arguments(*args))
         return tuple(t.contiguous() for t in found) if isinstance(found, tuple) else found.contiguous()
 
     for key in _KERNEL_KEYS:
@@ -63,7 +66,7 @@ def _register(operator: Operator) -> None:
     _library.impl(name, with_autograd, "Autograd")
 
     def transformed(*args):
-        device_type = _device(args).type
+        device_type = args[0].device.type
         args = cast_rows(args, device_type, operator.autocast) if autocast_enabled(device_type) else args
         return function.apply(*transformable(args))
 
@@ -75,7 +78,7 @@ def _register(operator: Operator) -> None:
 
         def under_autocast(*args, excluded=excluded):
             with torch._C._ExcludeDispatchKeyGuard(excluded):
-                return overload(*cast_rows(args, _device(args).type, operator.autocast))
+                return overload(*cast_rows(args, args[0].device.type, operator.autocast))
 
         _library.impl(name, under_autocast, key)
 
@@ -108,7 +111,3 @@ def _autograd_function(operator: Operator, overload: Any, forward: Any) -> type[
     methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp, "vmap": vmap}
     methods = {name: staticmethod(method) for name, method in methods.items()}
     return type(derivatives.__name__, (torch.autograd.Function,), methods)
-
-
-def _device(args: tuple) -> torch.device:
-    return next(a.device for a in args if isinstance(a, Tensor))

@@ -139,6 +139,7 @@ OPERATORS = (
         arguments=PropagateArguments,
         returns="(Tensor, Tensor)",
         method="bipartite_propagate",
+        plain=definition,
         run=lambda method, arguments: method(arguments),
         fake=lambda a: (a.user_x.new_empty(a.user_x.shape), a.item_x.new_empty(a.item_x.shape)),
         derivatives=_Derivatives,

@@ -260,6 +260,7 @@ OPERATORS = (
         arguments=ConvArguments,
         returns="Tensor",
         method="hypergraph_conv",
+        plain=definition,
         run=lambda method, arguments: method(arguments),
         fake=lambda a: a.x.new_empty(a.x.shape),
         derivatives=_Derivatives,

@@ -134,6 +134,7 @@ OPERATORS = (
         arguments=ProductArguments,
         returns="Tensor",
         method="incidence_product",
+        plain=definition,
         run=lambda method, arguments: method(arguments),
         fake=lambda a: a.x.new_empty(a.indptr.shape[0] - 1, a.x.shape[1]),
         derivatives=_Derivatives,

@@ -135,6 +135,7 @@ OPERATORS = (
         arguments=KnnArguments,
         returns="(Tensor, Tensor)",
         method="knn",
+        plain=by_panels,
         run=_run,
         fake=_fake,
         derivatives=_Derivatives,

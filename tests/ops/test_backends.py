@@ -13,7 +13,7 @@ import torch
 from op_cases import INSTRUCTION_SETS, needs_native, rows
 
 from hellm import Hypergraph, ops, selftest
-from hellm.ops import backends
+from hellm.ops import backends, reference
 from hellm.ops.backends import loaders, nvrtc
 
 
@@ -85,6 +85,14 @@ def test_native_has_no_kernels_for_other_devices():
     assert backends.BACKENDS["native"].unavailable(torch.device("cuda")) == reason
     assert backends.BACKENDS["torch"].unavailable(torch.device("cuda")) is None
     assert backends.select(torch.device("cuda")).name == "torch"
+
+
+def test_an_operator_without_a_kernel_is_computed_in_plain_torch():
+    plain, x = backends.BACKENDS["torch"], rows(9, 4)
+    assert not hasattr(plain, "knn") and plain.verified(torch.device("cuda")) and plain.available(torch.device("mps"))
+    with ops.backend("torch"):
+        found = ops.knn(x, 3)
+    assert torch.equal(found[0], reference.knn(x, 3)[0])
 
 
 @needs_native

@@ -1,7 +1,7 @@
 """What every backend has in common.
 
-A backend has a method for each operator, which takes its argument tuple. One for GPUs is chosen automatically only
-where its self-test has passed.
+A backend has a method for each operator that it has kernels for, which takes the operator's argument tuple; the others
+are computed in plain torch. One for GPUs is chosen automatically only where its self-test has passed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Calls of the Triton kernels: allocate outputs and workspace, pass tensors in the order of the C++ launchers.
 
-Nothing waits for the device. Losses of float64 rows and of rows wider than 256 columns, 128 at "highest" precision, and
-nearest neighbours are computed in plain torch by blocks.
+Nothing waits for the device. Losses of float64 rows and of rows wider than 256 columns, 128 at "highest" precision, are
+computed in plain torch by blocks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from hellm.ops.info_nce import InfoNCEGradientArguments
 from hellm.ops.info_nce import by_blocks as info_nce_by_blocks
 from hellm.ops.item_cross_entropy import CrossEntropyGradientArguments
 from hellm.ops.item_cross_entropy import by_blocks as item_cross_entropy_by_blocks
-from hellm.ops.knn import KnnArguments, by_panels
 
 
 def _on_device_of_first(method: Callable) -> Callable:
@@ -143,10 +142,6 @@ class Triton(GpuBackend):
         alike = (hidden, items, hidden if bias is None else bias)
         found = zip((grad_hidden, grad_items, grad_bias), alike, strict=True)
         return row_loss, *(t.new_empty(0) if grad is None else grad.to(t.dtype) for grad, t in found)
-
-    @checked(KnnArguments)
-    def knn(self, a: KnnArguments) -> tuple[Tensor, Tensor]:
-        return by_panels(a)
 
 
 def _fits(x: Tensor, precision: str) -> bool:
