@@ -52,9 +52,9 @@ def check_in_range(name: str, index: Tensor, count: int) -> None:
     Raises:
         ValueError: naming the first index that is not in [0, count).
     """
-    if not index.is_cpu:
+    if not index.is_cpu or index.numel() == 0:
         return
-    outside = (index < 0) | (index >= count)
-    if bool(outside.any()):
-        place = int(outside.nonzero()[0])
+    least, largest = torch.aminmax(index)
+    if least.item() < 0 or largest.item() >= count:
+        place = int(((index < 0) | (index >= count)).nonzero()[0])
         raise ValueError(f"{name} must be in [0, {count}), got {int(index[place])} first at position {place}")

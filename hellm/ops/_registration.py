@@ -59,8 +59,10 @@ def _register(operator: Operator) -> None:
     def with_autograd(*args):
         if forward_ad._current_level >= 0:
             return function.apply(*transformable(args))
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return function.apply(*args)
+        if torch.is_grad_enabled():
+            for a in args:
+                if isinstance(a, Tensor) and a.requires_grad:
+                    return function.apply(*args)
         return below_autograd(*args)
 
     _library.impl(name, with_autograd, "Autograd")

@@ -18,7 +18,7 @@ from hellm.ops._arguments import checked
 from hellm.ops._dtypes import accumulation_dtype
 from hellm.ops.backends import loaders
 from hellm.ops.backends._backend import GpuBackend, no_nvidia_gpu, too_old
-from hellm.ops.backends._pointers import DTYPE_CODE, address, like
+from hellm.ops.backends._pointers import DTYPE_CODE, addresses, like
 from hellm.ops.bipartite_propagate import PropagateArguments
 from hellm.ops.hypergraph_conv import ConvArguments
 from hellm.ops.incidence import RowSchedule
@@ -41,7 +41,7 @@ Launch = Callable[[str, tuple[Any, ...], torch.device], None]
 
 def _address_schedule(schedule: RowSchedule) -> tuple[int, ...]:
     row_order, hub_chunk_begin, num_long, num_hub_chunks = schedule
-    return address(row_order), address(hub_chunk_begin), hub_chunk_begin.numel() - 1, num_long, num_hub_chunks
+    return *addresses(row_order, hub_chunk_begin), hub_chunk_begin.numel() - 1, num_long, num_hub_chunks
 
 
 def processors_of(device: torch.device) -> int:
@@ -79,8 +79,8 @@ class Gpu(GpuBackend):
         x, schedule = a.x, a.matrix.schedule
         out = x.new_empty(a.indptr.numel() - 1, x.shape[1])
         workspace = x.new_empty(a.num_hub_chunks, x.shape[1], dtype=accumulation_dtype(x))
-        tensors = (x, a.indptr, a.indices, like(a.values, x), out, workspace)
-        arguments = (*map(address, tensors), _address_schedule(schedule), *out.shape, DTYPE_CODE[x.dtype])
+        tensors = (x, a.indptr, a.indices, *like(x, a.values), out, workspace)
+        arguments = (*addresses(*tensors), _address_schedule(schedule), *out.shape, DTYPE_CODE[x.dtype])
         self._launch("incidence_product", arguments, x.device)
         return out
 
@@ -90,15 +90,14 @@ class Gpu(GpuBackend):
         x = a.x
         if a.num_layers == 0:
             return x.clone()
-        factors = (a.vertex_values, a.edge_values, a.in_scale, a.edge_scale, a.out_scale, a.diagonal)
-        factors = [like(factor, x) for factor in factors]
+        factors = like(x, a.vertex_values, a.edge_values, a.in_scale, a.edge_scale, a.out_scale, a.diagonal)
         out = torch.empty_like(x)
         schedules = (_address_schedule(a.vertex_schedule), _address_schedule(a.edge_schedule))
         sizes = (x.shape[0], a.edge_indptr.numel() - 1, x.shape[1], a.num_layers, DTYPE_CODE[x.dtype])
         num_bytes = loaders.native().hypergraph_conv_workspace(*schedules, self._cache_bytes, *sizes)
         workspace = x.new_empty(num_bytes, dtype=torch.uint8)
         tensors = (x, a.vertex_indptr, a.vertex_edges, a.edge_indptr, a.edge_vertices, *factors, out, workspace)
-        arguments = (*map(address, tensors), *schedules, self._cache_bytes, *sizes)
+        arguments = (*addresses(*tensors), *schedules, self._cache_bytes, *sizes)
         self._launch("hypergraph_conv", arguments, x.device)
         return out
 
@@ -108,7 +107,7 @@ class Gpu(GpuBackend):
         user_x, item_x = a.user_x, a.item_x
         if a.num_layers == 0:
             return user_x.clone(), item_x.clone()
-        scales = like(a.user_scale, user_x), like(a.item_scale, user_x)
+        scales = like(user_x, a.user_scale, a.item_scale)
         user_out, item_out = torch.empty_like(user_x), torch.empty_like(item_x)
         schedules = (_address_schedule(a.vertex_schedule), _address_schedule(a.edge_schedule))
         sizes = (user_x.shape[0], item_x.shape[0], user_x.shape[1], a.num_layers, DTYPE_CODE[user_x.dtype])
@@ -116,7 +115,7 @@ class Gpu(GpuBackend):
         workspace = user_x.new_empty(num_bytes, dtype=torch.uint8)
         csr = (a.vertex_indptr, a.vertex_edges, a.edge_indptr, a.edge_vertices)
         tensors = (user_x, item_x, *csr, *scales, user_out, item_out, workspace)
-        arguments = (*map(address, tensors), *schedules, self._cache_bytes, *sizes)
+        arguments = (*addresses(*tensors), *schedules, self._cache_bytes, *sizes)
         self._launch("bipartite_propagate", arguments, user_x.device)
         return user_out, item_out
 
@@ -133,7 +132,7 @@ class Gpu(GpuBackend):
         if anchor.dtype == torch.float64 or dim > MOST_COLUMNS[highest] or dim == 0 or num_rows == 0:
             return info_nce_by_blocks(a)
         rows = None if a.rows is None else a.rows.to(torch.int64)
-        row_grad, gradients = like(a.row_grad, anchor), a.row_grad is not None
+        (row_grad,), gradients = like(anchor, a.row_grad), a.row_grad is not None
         on_device = temperature.to(torch.float64)
         row_order = row_begin = None
         if rows is not None and gradients:
@@ -147,7 +146,7 @@ class Gpu(GpuBackend):
         num_bytes = loaders.native().info_nce_workspace(num_keys, num_rows, dim, gradients, *settings)
         workspace = anchor.new_empty(num_bytes, dtype=torch.uint8)
         tensors = (anchor, positive, rows, row_order, row_begin, row_grad, row_loss, *grads, row_slope, workspace)
-        arguments = (*map(address, tensors), num_keys, num_rows, dim, address(on_device), *settings)
+        arguments = (*addresses(*tensors), num_keys, num_rows, dim, *addresses(on_device), *settings)
         self._launch("info_nce", arguments, anchor.device)
         if not gradients:
             return row_loss, *grads, temperature.new_empty(0)
@@ -162,7 +161,7 @@ class Gpu(GpuBackend):
         (num_rows, dim), num_items = hidden.shape, items.shape[0]
         if hidden.dtype == torch.float64 or dim > MOST_COLUMNS[highest] or dim == 0 or num_rows == 0:
             return item_cross_entropy_by_blocks(a)
-        values, row_grad = like(bias, hidden), like(a.row_grad, hidden)
+        values, row_grad = like(hidden, bias, a.row_grad)
         hidden_grad, items_grad = a.hidden_grad and row_grad is not None, a.items_grad and row_grad is not None
         row_order = row_begin = None
         if items_grad:
@@ -178,7 +177,7 @@ class Gpu(GpuBackend):
         workspace = hidden.new_empty(num_bytes, dtype=torch.uint8)
         grads = (grad_hidden, grad_items, grad_bias)
         tensors = (hidden, items, target, row_order, row_begin, values, row_grad, row_loss, *grads, workspace)
-        self._launch("item_cross_entropy", (*map(address, tensors), *sizes, *settings), hidden.device)
+        self._launch("item_cross_entropy", (*addresses(*tensors), *sizes, *settings), hidden.device)
         alike = (hidden, items, row_loss if bias is None else bias)
         return row_loss, *(t.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, alike, strict=True))
 
@@ -201,7 +200,7 @@ class Gpu(GpuBackend):
         similarity = x.new_empty(num_rows, k, dtype=torch.float32)
         settings = (num_rows, dim, k, self._processors(device), self._shared_bytes(device), DTYPE_CODE[x.dtype])
         workspace = x.new_empty(loaders.native().knn_scan_workspace(*settings), dtype=torch.uint8)
-        self._launch("knn_scan", (*map(address, (x, index, similarity, workspace)), *settings), device)
+        self._launch("knn_scan", (*addresses(x, index, similarity, workspace), *settings), device)
         return index, similarity
 
     def _knn_by_panels(
@@ -219,16 +218,16 @@ class Gpu(GpuBackend):
         index = x.new_empty(num_rows, k, dtype=torch.int64)
         similarity = x.new_empty(num_rows, k, dtype=torch.float32)
         sizes, code = (num_rows, dim), DTYPE_CODE[x.dtype]
-        self._launch("knn_unit", (*map(address, (x, unit, inverse_norm)), *sizes, code), device)
+        self._launch("knn_unit", (*addresses(x, unit, inverse_norm), *sizes, code), device)
         panel_rows = max(fewest_rows, panel_bytes // (4 * padded_rows) // 64 * 64)
         product = _products_with(unit)
         with _float32_sums():
             for start in range(0, num_rows, panel_rows):
                 panel = product(start, min(start + panel_rows, num_rows))
                 tensors = (x, inverse_norm, panel, index, similarity, crowded)
-                self._launch("knn_select", (*map(address, tensors), *sizes, k, start, len(panel), code), device)
+                self._launch("knn_select", (*addresses(*tensors), *sizes, k, start, len(panel), code), device)
         tensors = (x, inverse_norm, crowded, index, similarity)
-        self._launch("knn_crowded", (*map(address, tensors), *sizes, k, code), device)
+        self._launch("knn_crowded", (*addresses(*tensors), *sizes, k, code), device)
         return index, similarity
 
 

@@ -15,7 +15,7 @@ from hellm.ops._arguments import checked
 from hellm.ops._dtypes import accumulation_dtype
 from hellm.ops.backends import loaders
 from hellm.ops.backends._backend import Backend
-from hellm.ops.backends._pointers import DTYPE_CODE, address, like
+from hellm.ops.backends._pointers import DTYPE_CODE, addresses, like
 from hellm.ops.bipartite_propagate import PropagateArguments
 from hellm.ops.hypergraph_conv import ConvArguments
 from hellm.ops.incidence_product import ProductArguments
@@ -71,12 +71,10 @@ class Native(Backend):
 
     @checked(ProductArguments, schedules=False)
     def incidence_product(self, a: ProductArguments) -> Tensor:
-        x, values = a.x, like(a.values, a.x)
-        out = x.new_empty(a.indptr.numel() - 1, x.shape[1])
-        loaders.native().incidence_product(
-            address(x), address(a.indptr), address(a.indices), address(values), address(out),
-            *out.shape, DTYPE_CODE[x.dtype], _num_threads(),
-        )  # fmt: skip
+        x, num_rows, dim = a.x, a.indptr.numel() - 1, a.x.shape[1]
+        out = x.new_empty(num_rows, dim)
+        tensors = (x, a.indptr, a.indices, *like(x, a.values), out)
+        loaders.native().incidence_product(*addresses(*tensors), num_rows, dim, DTYPE_CODE[x.dtype], _num_threads())
         return out
 
     @checked(ConvArguments, schedules=False)
@@ -84,8 +82,7 @@ class Native(Backend):
         x = a.x
         if a.num_layers == 0:
             return x.clone()
-        factors = (a.vertex_values, a.edge_values, a.in_scale, a.edge_scale, a.out_scale, a.diagonal)
-        factors = [like(factor, x) for factor in factors]
+        factors = like(x, a.vertex_values, a.edge_values, a.in_scale, a.edge_scale, a.out_scale, a.diagonal)
         num_vertices, dim = x.shape
         num_hyperedges = a.edge_indptr.numel() - 1
         out = torch.empty_like(x)
@@ -93,7 +90,7 @@ class Native(Backend):
         workspace = _take_workspace(num_rows * dim * accumulation_dtype(x).itemsize)
         tensors = (x, a.vertex_indptr, a.vertex_edges, a.edge_indptr, a.edge_vertices, *factors, out, workspace)
         loaders.native().hypergraph_conv(
-            *map(address, tensors), num_vertices, num_hyperedges, dim, a.num_layers, DTYPE_CODE[x.dtype], _num_threads()
+            *addresses(*tensors), num_vertices, num_hyperedges, dim, a.num_layers, DTYPE_CODE[x.dtype], _num_threads()
         )
         _keep_workspace(workspace)
         return out
@@ -103,7 +100,7 @@ class Native(Backend):
         user_x, item_x = a.user_x, a.item_x
         if a.num_layers == 0:
             return user_x.clone(), item_x.clone()
-        scales = like(a.user_scale, user_x), like(a.item_scale, user_x)
+        scales = like(user_x, a.user_scale, a.item_scale)
         user_out, item_out = torch.empty_like(user_x), torch.empty_like(item_x)
         (num_users, dim), num_items = user_x.shape, item_x.shape[0]
         # The layer that is read and the one that is written.
@@ -111,7 +108,7 @@ class Native(Backend):
         csr = (a.vertex_indptr, a.vertex_edges, a.edge_indptr, a.edge_vertices)
         tensors = (user_x, item_x, *csr, *scales, user_out, item_out, workspace)
         loaders.native().bipartite_propagate(
-            *map(address, tensors), num_users, num_items, dim, a.num_layers, DTYPE_CODE[user_x.dtype], _num_threads()
+            *addresses(*tensors), num_users, num_items, dim, a.num_layers, DTYPE_CODE[user_x.dtype], _num_threads()
         )
         _keep_workspace(workspace)
         return user_out, item_out
@@ -133,7 +130,7 @@ class Native(Backend):
         grads = [torch.empty_like(t) if gradients else t.new_empty(0) for t in (anchor, positive)]
         written = (row_loss, *(grads if gradients else (None, None)), row_slope)
         loaders.native().info_nce(
-            *map(address, (anchor, positive, rows, like(a.row_grad, anchor), *written)),
+            *addresses(anchor, positive, rows, *like(anchor, a.row_grad), *written),
             num_keys, num_rows, dim, float(temperature), a.intra_view_negatives, a.precision == "highest",
             DTYPE_CODE[anchor.dtype], _num_threads(),
         )  # fmt: skip
@@ -144,7 +141,8 @@ class Native(Backend):
 
     @checked(CrossEntropyGradientArguments)
     def item_cross_entropy(self, a: CrossEntropyGradientArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        hidden, items, bias, row_grad = a.hidden, a.item_embedding, a.bias, like(a.row_grad, a.hidden)
+        hidden, items, bias = a.hidden, a.item_embedding, a.bias
+        values, row_grad = like(hidden, bias, a.row_grad)
         num_rows, dim = hidden.shape
         hidden_grad, items_grad = a.hidden_grad and row_grad is not None, a.items_grad and row_grad is not None
         row_loss = hidden.new_empty(num_rows, dtype=accumulation_dtype(hidden))
@@ -154,14 +152,10 @@ class Native(Backend):
         grad_items = allocate(items.shape if items_grad else 0, dtype=items.dtype)
         grad_bias = allocate(items.shape[0] if items_grad and bias is not None else 0, dtype=row_loss.dtype)
         if num_rows:
-            read, written = (
-                (hidden, items, a.target, like(bias, hidden), row_grad),
-                (grad_hidden, grad_items, grad_bias),
-            )
+            tensors = (hidden, items, a.target, values, row_grad, row_loss, grad_hidden, grad_items, grad_bias)
             loaders.native().item_cross_entropy(
-                *map(address, (*read, row_loss, *written)),
-                num_rows, items.shape[0], dim, DTYPE_CODE[hidden.dtype], _num_threads(),
-            )  # fmt: skip
+                *addresses(*tensors), num_rows, items.shape[0], dim, DTYPE_CODE[hidden.dtype], _num_threads()
+            )
         return row_loss, grad_hidden, grad_items, grad_bias if bias is None else grad_bias.to(bias.dtype)
 
     @checked(KnnArguments)
@@ -170,7 +164,5 @@ class Native(Backend):
         num_rows, dim = x.shape
         index = x.new_empty((num_rows, k), dtype=torch.int64)
         similarity = x.new_empty((num_rows, k), dtype=accumulation_dtype(x))
-        loaders.native().knn(
-            address(x), address(index), address(similarity), num_rows, dim, k, DTYPE_CODE[x.dtype], _num_threads()
-        )
+        loaders.native().knn(*addresses(x, index, similarity), num_rows, dim, k, DTYPE_CODE[x.dtype], _num_threads())
         return index, similarity

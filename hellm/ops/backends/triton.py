@@ -64,7 +64,7 @@ class Triton(GpuBackend):
         x = a.x
         out = x.new_empty(a.indptr.numel() - 1, x.shape[1])
         loaders.triton().hypergraph_conv.incidence_product(
-            x, a.indptr, a.indices, like(a.values, x), out, a.matrix.schedule
+            x, a.indptr, a.indices, *like(x, a.values), out, a.matrix.schedule
         )
         return out
 
@@ -77,9 +77,9 @@ class Triton(GpuBackend):
         out = torch.empty_like(x)
         num_rows = a.edge_indptr.numel() - 1 + (x.shape[0] if a.num_layers > 1 else 0)
         workspace = x.new_empty(num_rows, x.shape[1], dtype=accumulation_dtype(x))
-        vertex = (a.vertex_indptr, a.vertex_edges, like(a.vertex_values, x))
-        edge = (a.edge_indptr, a.edge_vertices, like(a.edge_values, x))
-        scales = (like(scale, x) for scale in (a.in_scale, a.edge_scale, a.out_scale, a.diagonal))
+        vertex = (a.vertex_indptr, a.vertex_edges, *like(x, a.vertex_values))
+        edge = (a.edge_indptr, a.edge_vertices, *like(x, a.edge_values))
+        scales = like(x, a.in_scale, a.edge_scale, a.out_scale, a.diagonal)
         loaders.triton().hypergraph_conv.hypergraph_conv(
             x, *vertex, *edge, *scales, out, workspace, a.num_layers, a.vertex_schedule, a.edge_schedule
         )
@@ -96,7 +96,7 @@ class Triton(GpuBackend):
         workspace = user_x.new_empty(2 * num_rows, user_x.shape[1], dtype=accumulation_dtype(user_x))
         loaders.triton().hypergraph_conv.bipartite_propagate(
             user_x, item_x, a.vertex_indptr, a.vertex_edges, None, a.edge_indptr, a.edge_vertices, None,
-            like(a.user_scale, user_x), like(a.item_scale, user_x), user_out, item_out, workspace, a.num_layers,
+            *like(user_x, a.user_scale, a.item_scale), user_out, item_out, workspace, a.num_layers,
             a.vertex_schedule, a.edge_schedule,
         )  # fmt: skip
         return user_out, item_out
@@ -114,7 +114,7 @@ class Triton(GpuBackend):
         if a.row_grad is not None:
             grads, row_slope = [torch.empty_like(t) for t in (anchor, positive)], torch.empty_like(row_loss)
         loaders.triton().info_nce.info_nce(
-            anchor, positive, rows, like(a.row_grad, anchor), row_loss, *(grads or (None, None)), row_slope,
+            anchor, positive, rows, *like(anchor, a.row_grad), row_loss, *(grads or (None, None)), row_slope,
             temperature, a.intra_view_negatives, a.precision,
         )  # fmt: skip
         if grads is None:
@@ -136,7 +136,7 @@ class Triton(GpuBackend):
         grad_items = torch.empty_like(items) if items_grad else None
         grad_bias = row_loss.new_empty(items.shape[0]) if items_grad and bias is not None else None
         loaders.triton().item_cross_entropy.item_cross_entropy(
-            hidden, items, a.target, like(bias, hidden), like(a.row_grad, hidden), row_loss,
+            hidden, items, a.target, *like(hidden, bias, a.row_grad), row_loss,
             grad_hidden, grad_items, grad_bias, precision,
         )  # fmt: skip
         alike = (hidden, items, hidden if bias is None else bias)
