@@ -120,6 +120,14 @@ def test_what_cannot_run_has_not_passed(hopper, monkeypatch):
     assert not backends.BACKENDS["cuda"].verified(DEVICE)
 
 
+def test_what_cannot_be_loaded_is_not_asked_for_its_code(hopper, monkeypatch):
+    record(result("triton"))
+    monkeypatch.setattr(loaders, "triton", lambda: ImportError("no Triton"))
+    monkeypatch.setattr(GpuBackend, "key", lambda self: pytest.fail("digested"))
+    assert not backends.BACKENDS["triton"].verified(DEVICE)
+    assert backends.select(DEVICE).name == "torch"
+
+
 def test_nothing_is_digested_where_there_is_no_result(hopper, monkeypatch):
     def never(backend):
         raise AssertionError("digested")

@@ -58,7 +58,7 @@ class GpuBackend(Backend):
         found = loaders.architecture(device)
         if found is None:
             return "untested on a GPU"
-        if verified.passed(self, found) and self.available(device):
+        if verified.tested(self, found) and self.available(device) and verified.passed(self, found):
             return None
         return f"untested on {found}: used when asked for by name, or once `hellm info --selftest` has passed here"
 
@@ -70,11 +70,10 @@ class GpuBackend(Backend):
     def source_digest(self) -> str:
         """Of the text that decides what it computes: the operators, its calls and its kernels."""
         here = Path(__file__).resolve().parent
-        classes = [cls for cls in type(self).__mro__ if issubclass(cls, GpuBackend)]
-        calls = {Path(sys.modules[cls.__module__].__file__) for cls in classes} | {*here.glob("_*.py")}
-        return verified.digest(
-            [*sorted(here.parent.glob("*.py")), *sorted(calls - {here / "__init__.py"}), *sorted(self.kernels())]
-        )
+        operators, shared = here.parent.glob("*.py"), [Path(__file__), here / "_pointers.py"]
+        classes = [cls for cls in type(self).__mro__ if issubclass(cls, GpuBackend) and cls is not GpuBackend]
+        calls = [Path(sys.modules[cls.__module__].__file__) for cls in classes]
+        return verified.digest([*sorted(operators), *shared, *dict.fromkeys(calls), *sorted(self.kernels())])
 
     @functools.cache  # noqa: B019
     def key(self) -> list[str | None]:

@@ -35,15 +35,17 @@ def path() -> Path:
     return Path(cache) / "hellm" / "verified.json"
 
 
+def tested(backend: Tested, architecture: str) -> bool:
+    """Whether there is any result of a backend on an architecture; asks nothing of the backend."""
+    return f"{backend.name} {architecture}" in of_this_machine() or architecture in RELEASE.get(backend.name, {})
+
+
 def passed(backend: Tested, architecture: str) -> bool:
-    """Whether the self-test of a backend passed on an architecture, with the code and versions in use."""
+    """Whether the self-test of a backend, which is available, passed there with the code and versions in use."""
     here = of_this_machine().get(f"{backend.name} {architecture}")
-    released = RELEASE.get(backend.name, {}).get(architecture)
-    if here is None and released is None:
-        return False
     if here is not None and here["key"] == backend.key():
         return here["ok"] is True
-    return released == backend.source_digest()
+    return RELEASE.get(backend.name, {}).get(architecture) == backend.source_digest()
 
 
 def record(rows: Iterable[Mapping[str, Any]], backends: Mapping[str, Tested]) -> None:
