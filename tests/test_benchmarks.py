@@ -19,7 +19,7 @@ sys.path.append(str(ROOT))
 
 pytest.importorskip("scipy", reason='the peers need scipy: pip install "hellm[dev]"')
 
-from benchmarks import inputs, measure, memory, peers, report, scale  # noqa: E402
+from benchmarks import inputs, measure, memory, peers, report, scale, spec  # noqa: E402
 from benchmarks.cases import CASES  # noqa: E402
 from benchmarks.spec import (  # noqa: E402
     Case,
@@ -190,6 +190,14 @@ def test_summary_by_hand():
     found = measure.summary([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
     assert found == {"median": 3.5, "min": 1.0, "p20": 2.0, "p80": 5.0, "rounds": 6}
     assert measure.summary([2.0]) == {"median": 2.0, "min": 2.0, "p20": 2.0, "p80": 2.0, "rounds": 1}
+
+
+def test_labels_hold_for_every_size():
+    """Runs are named before they are built at their size: a label that names one would name a smaller one."""
+    for limit in (spec.matrix_product_limit, spec.copy_limit):
+        small, full = limit(True), limit(False)
+        assert small.label == full.label and small.work < full.work
+    assert spec.matrix_product_limit(False).note == "torch.mm, float32, 4096^3"
 
 
 def test_judge_takes_the_fastest_peer_and_the_limit():
