@@ -121,6 +121,11 @@ def test_import_takes_under_a_second():
     assert min(_run(code) for _ in range(3)) < 1.0
 
 
+def test_import_of_the_operators_brings_no_compiler():
+    code = "import json, sys, hellm.ops; print(json.dumps(sorted(m for m in sys.modules if m.startswith('torch._'))))"
+    assert {"torch._dynamo", "torch._inductor"} & set(_run(code)) == set()
+
+
 def test_import_brings_no_optional_package():
     code = "import json, sys, hellm, hellm.ops; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
     heavy = {"polars", "pandas", "matplotlib", "implicit", "tensorboard", "PIL", "transformers", "scipy", "sklearn"}

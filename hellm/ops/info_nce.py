@@ -97,9 +97,12 @@ def info_nce(
     )[0]
 
 
-@torch.compiler.assume_constant_result
 def _default_precision() -> str:
     return torch.get_float32_matmul_precision()
+
+
+# What `torch.compiler.assume_constant_result` does, which imports the compiler for it: over a second of every start.
+_default_precision._dynamo_marked_constant = True
 
 
 def _checked_row_choice(rows: Tensor | None, anchor: Tensor) -> Tensor | None:
