@@ -12,8 +12,7 @@ import cuda_build
 import pytest
 import torch
 
-from hellm import hypergraph
-from hellm.ops import backends
+from hellm.ops import backends, incidence
 from hellm.ops.backends import gpu, loaders, nvrtc
 
 # Of each operator's kernels, as nvcc and NVRTC take them.
@@ -126,9 +125,9 @@ def test_constants_of_the_adapter_are_those_of_the_kernels():
     text = (cuda_build.CUDA / "parameters.cuh").read_text(encoding="utf-8")
     constants = {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", text)}
     assert [constants[name] for name in ("kLongRow", "kHubEntries", "kHubChunk")] == [
-        hypergraph.LONG_ROW,
-        hypergraph.HUB_ENTRIES,
-        hypergraph.HUB_CHUNK,
+        incidence.LONG_ROW,
+        incidence.HUB_ENTRIES,
+        incidence.HUB_CHUNK,
     ]
     assert constants["kMostNeighbours"] == gpu.MOST_NEIGHBOURS
     assert constants["kMostScanned"] == gpu.MOST_SCANNED
