@@ -20,7 +20,8 @@ from benchmarks.spec import CASES, LIMIT, Entry, Outputs, Target, Workload, case
 from benchmarks.training_step import HellmStep, PublishedStep
 from hellm import ops
 from hellm.config import PRESETS, PretrainConfig
-from hellm.hypergraph import Hypergraph, item_hypergraph, user_hypergraph
+from hellm.graphs import item_hypergraph, user_hypergraph
+from hellm.hypergraph import Hypergraph
 from hellm.training.samplers import Triples, TripleSampler
 
 __all__ = ["CASES"]

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from hellm.ops import _backends
+from hellm.ops import backends
+from hellm.ops.backends import loaders
 
 ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "numpy", "scipy", "torch-geometric", "faiss-cpu")
@@ -26,7 +27,7 @@ _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
 
 def environment() -> dict[str, Any]:
     """Everything worth printing above a table of results."""
-    native = _backends.native()
+    native = loaders.native()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
@@ -40,7 +41,7 @@ def environment() -> dict[str, Any]:
         "versions": {name: _version(name) for name in _PACKAGES},
         "mkl": torch.backends.mkl.is_available(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
-        "hellm_backend": _backends.select("cpu"),
+        "hellm_backend": backends.select(torch.device("cpu")).name,
         "hellm_instruction_set": None if isinstance(native, ImportError) else native.instruction_set(),
     }
 

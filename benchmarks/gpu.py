@@ -34,7 +34,7 @@ import torch
 from benchmarks.environment import ROOT, commit, cpu_name, gpu_versions, write_json
 from benchmarks.gpu_timing import Timer, line, measure_entry, said, warm_up
 from hellm._devices import no_cuda_reason
-from hellm.ops import _backends
+from hellm.ops.backends import BACKENDS, GPU_BACKENDS, loaders
 
 OUT = ROOT / "benchmarks" / "results" / "gpu.json"
 _EXIT_CODES = """exit codes: 0 all went well, or the time was up; 1 the build, the self-test, a test, the memory
@@ -129,7 +129,7 @@ def build(options: argparse.Namespace, results: Results) -> None:
 
     Where it was not asked for, only if there is no extension for that GPU yet: later steps would leave its kernels out.
     """
-    if options.steps and "build" not in options.steps and _backends.unusable("cuda", options.device) is None:
+    if options.steps and "build" not in options.steps and BACKENDS["cuda"].available(torch.device(options.device)):
         return
     from benchmarks import gpu_build
 
@@ -146,17 +146,18 @@ def build(options: argparse.Namespace, results: Results) -> None:
 
 def selftest(options: argparse.Namespace, results: Results) -> None:
     """Every GPU backend against the definitions; what is found is kept for this machine too."""
-    from hellm.ops import _selftest, _verified
+    from hellm.ops.backends import verified
+    from hellm.selftest import isolated
 
     rows = results.record["selftest"] = []
     for name in _usable(options):
         seconds = _share(options, 300.0)
         results.at(seconds + 60.0, step="selftest")
-        architecture = _backends.architecture(torch.device(options.device))
-        one = _selftest.isolated(name, options.device, seconds)
+        architecture = loaders.architecture(torch.device(options.device))
+        one = isolated(name, options.device, seconds)
         rows += ({"backend": name, "instruction_set": architecture, **row} for row in one)
         with contextlib.suppress(OSError):  # a home that cannot be written
-            _verified.record(rows, _backends.GPU_BACKENDS)
+            verified.record(rows, GPU_BACKENDS)
         bad = [row for row in one if not row["ok"]]
         print(f"selftest {name}: {len(one) - len(bad)} of {len(one)} passed", *bad, sep="\n  ", flush=True)
 
@@ -215,7 +216,7 @@ def memory(options: argparse.Namespace, results: Results) -> None:
         results.at(seconds + 60.0, step="memory")
         command = [tool, "--tool", check, "--error-exitcode", "9"]
         command += ["--report-api-errors", "no"] if check == "memcheck" else []
-        command += [sys.executable, "-m", "hellm.ops._selftest", name, options.device, "small"]
+        command += [sys.executable, "-m", "hellm.selftest", name, options.device, "small"]
         status, output = bounded(command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         found[f"{name}, {check}"] = {"status": status, "output": output[-6000:]}
         if status is None:
@@ -225,7 +226,8 @@ def memory(options: argparse.Namespace, results: Results) -> None:
 
 def _usable(options: argparse.Namespace) -> list[str]:
     """Backends to check, plain torch last; "triton" takes minutes to compile and comes behind the others of ours."""
-    return [name for name in ("cuda", "nvrtc", "triton", "torch") if _backends.unusable(name, options.device) is None]
+    device = torch.device(options.device)
+    return [name for name in ("cuda", "nvrtc", "triton", "torch") if BACKENDS[name].available(device)]
 
 
 def _share(options: argparse.Namespace, most: float) -> float:

@@ -21,8 +21,11 @@ from benchmarks import attention_peers, inputs, peers
 from benchmarks.gpu_entries import PRECISIONS, Case, Entry, at_precision, compiled, gradients, on, usable_backends
 from hellm import ops
 from hellm.config import PRESETS, PretrainConfig
-from hellm.hypergraph import Hypergraph, item_hypergraph, user_hypergraph
-from hellm.ops import _backends, _gpu, reference
+from hellm.graphs import item_hypergraph, user_hypergraph
+from hellm.hypergraph import Hypergraph
+from hellm.ops import reference
+from hellm.ops.backends import GPU_BACKENDS
+from hellm.ops.backends.gpu import MOST_COLUMNS
 
 DIM = 64
 _GATHER, _LARGE_GATHER = ("ceiling-gather", "sports"), ("ceiling-gather", "large")
@@ -156,7 +159,7 @@ def _info_nce(
     for precision, tolerance in (("high", condition * 2e-3), ("highest", condition * 2e-5)):
         for backend in usable_backends(device, nvrtc):
             # Wider rows go to plain torch, which has one precision.
-            if (backend in _backends.GPU_BACKENDS and dim > _gpu._MOST_COLUMNS[precision == "highest"]) or (
+            if (backend in GPU_BACKENDS and dim > MOST_COLUMNS[precision == "highest"]) or (
                 backend == "torch" and precision == "high"
             ):
                 continue

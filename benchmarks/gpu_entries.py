@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hellm import ops
-from hellm.ops import _backends
+from hellm.ops.backends import BACKENDS, GPU_BACKENDS
 
 # In this order: what the time must suffice for comes first, what needs minutes of compiling last.
 KINDS = ("native", "cuda", "peer", "triton", "torch", "compile", "nvrtc")
@@ -33,7 +33,7 @@ class Entry:
     @property
     def hellm(self) -> bool:
         """Whether it runs a kernel of ours."""
-        return self.kind in _backends.GPU_BACKENDS or self.kind == "native"
+        return self.kind in GPU_BACKENDS or self.kind == "native"
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Case:
 
 def usable_backends(device: torch.device, nvrtc: bool = False) -> list[str]:
     """Backends that can run there, plain torch last; those in question are asked for by name."""
-    names = [name for name in _backends.BACKENDS if _backends.unusable(name, device) is None]
+    names = [name for name, backend in BACKENDS.items() if backend.available(device)]
     return [name for name in names if nvrtc or name != "nvrtc"]
 
 

@@ -24,7 +24,7 @@ from benchmarks import memory
 from benchmarks.cases import CASES
 from benchmarks.environment import ROOT, environment, write_json
 from benchmarks.spec import LIMIT, Case, Entry, Target, Workload
-from hellm.ops import _backends
+from hellm.ops.backends import BACKENDS
 
 SCHEMA = 1
 # Rounds by the duration of the warm-up run: (at most this many seconds, rounds).
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--out", type=Path, help="default: results/cpu.json; a partial or quick run is only printed")
     options = parser.parse_args(arguments)
-    if not options.tiny and (reason := _backends.unusable("native", "cpu")):
+    if not options.tiny and (reason := BACKENDS["native"].unavailable(torch.device("cpu"))):
         parser.error(f"numbers must be those of the compiled kernels, but {reason}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)

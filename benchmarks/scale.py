@@ -44,7 +44,7 @@ def run_size(pairs: Path, num_users: int, num_items: int, rounds: int) -> dict[s
     import torch
 
     from hellm import ops
-    from hellm.hypergraph import user_hypergraph
+    from hellm.graphs import user_hypergraph
 
     index = torch.from_numpy(np.load(pairs))
     # The first use of torch and of the extension has costs of its own, which are not those of a size.

@@ -18,7 +18,7 @@ class Entry:
     """One timed implementation.
 
     Attributes:
-        label: name in the tables, unique in its workload.
+        label: name in the tables, unique in its workload and the same for every size.
         run: does the work once and returns what it computed.
         role: "hellm", "peer", or "limit" for what the machine can do at most (a matrix product, a copy).
         work: amount done by one run; None is that of the workload. A limit needs its own.
@@ -128,11 +128,11 @@ def matrix_product_limit(tiny: bool) -> Entry:
     size = 64 if tiny else 4096
     left, right, out = torch.rand(size, size), torch.rand(size, size), torch.empty(size, size)
     return Entry(
-        f"matrix product {size}^3",
+        "matrix product",
         lambda: (torch.mm(left, right, out=out),),
         role="limit",
         work=2.0 * size**3,
-        note="torch.mm, float32",
+        note=f"torch.mm, float32, {size}^3",
     )
 
 

@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hellm.hypergraph import Hypergraph, item_hypergraph, user_hypergraph
+    from hellm.graphs import item_hypergraph, user_hypergraph
+    from hellm.hypergraph import Hypergraph
     from hellm.pipeline import run
     from hellm.recommend import Recommender
     from hellm.recommend.compare import compare
@@ -20,9 +21,9 @@ _EXPORTS = {
     "Hypergraph": "hellm.hypergraph",
     "Recommender": "hellm.recommend",
     "compare": "hellm.recommend.compare",
-    "item_hypergraph": "hellm.hypergraph",
     "run": "hellm.pipeline",
-    "user_hypergraph": "hellm.hypergraph",
+    "item_hypergraph": "hellm.graphs",
+    "user_hypergraph": "hellm.graphs",
 }
 _MODULES = ("baselines", "config", "data", "evaluate", "losses", "models", "nn", "ops", "recommend", "training")
 

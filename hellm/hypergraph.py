@@ -6,14 +6,15 @@ V = vertices, M = hyperedges, nnz = incidences. Nothing of size V x V, V x M or 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from hellm._arrays import as_count, as_tensor, check_flag
+from hellm.ops.incidence import Incidence, RowSchedule, Scales
 
 NORMALIZATIONS = ("symmetric", "row", "none")
 # Indices are stored as int32.
@@ -22,54 +23,7 @@ MOST_ROWS = 2**31 - 1
 MANY_ROWS, MOST_UNUSED = 10_000_000, 100
 
 
-class Scales(NamedTuple):
-    """Diagonal factors of one convolution y = out * (H (edge * H^T (in * x)) - diagonal * in * x); None is all ones."""
-
-    in_scale: Tensor | None
-    edge_scale: Tensor | None
-    out_scale: Tensor | None
-    diagonal: Tensor | None
-
-
-# Entries of a row, as in csrc/cuda/parameters.cuh and kernels/hypergraph_conv.py.
-MEDIUM_ROW, LONG_ROW, HUB_ENTRIES, HUB_CHUNK = 8, 64, 1024, 512
-
-
-class RowSchedule(NamedTuple):
-    """How a GPU shares out the rows of a CSR matrix. The counts size the launches: nothing asks the device for them.
-
-    Attributes:
-        row_order: [R] int32, all rows: hubs (over 1,024 entries), long rows (over 64), those over 8, the others; each
-            group in the order of the matrix, so that rows that a block takes together are about equally long.
-        hub_chunk_begin: [hubs + 1] int32, where the chunks of each hub begin; a chunk is 512 entries.
-        num_long: rows over 64 entries, hubs included.
-        num_hub_chunks: chunks of all hubs.
-    """
-
-    row_order: Tensor
-    hub_chunk_begin: Tensor
-    num_long: int
-    num_hub_chunks: int
-
-    @classmethod
-    def of(cls, indptr: Tensor) -> RowSchedule:
-        """From [R + 1] int64; reads the device once."""
-        count = indptr.diff()
-        group = sum((count <= limit).int() for limit in (HUB_ENTRIES, LONG_ROW, MEDIUM_ROW))
-        chunks = torch.where(group == 0, (count + HUB_CHUNK - 1) // HUB_CHUNK, 0)
-        totals = torch.stack([(group == 0).sum(), (group <= 1).sum(), chunks.sum()])
-        num_hubs, num_long, num_hub_chunks = totals.tolist()
-        row_order = torch.argsort(group, stable=True)
-        hub_chunk_begin = torch.zeros(num_hubs + 1, dtype=torch.int32, device=indptr.device)
-        torch.cumsum(chunks[row_order[:num_hubs]], 0, dtype=torch.int32, out=hub_chunk_begin[1:])
-        return cls(row_order.int(), hub_chunk_begin, num_long, num_hub_chunks)
-
-    def to(self, device: torch.device | str) -> RowSchedule:
-        """The same schedule on `device`."""
-        return self._replace(row_order=self.row_order.to(device), hub_chunk_begin=self.hub_chunk_begin.to(device))
-
-
-class Hypergraph:
+class Hypergraph(Incidence):
     """Sparse incidence matrix H [V, M], stored in both directions.
 
     An incidence that is listed several times counts as the sum of its values (as many ones without
@@ -109,9 +63,9 @@ class Hypergraph:
         hyperedge_weight: Tensor | None = None,
         incidence_weight: Tensor | None = None,
     ) -> None:
-        vertex, edge = _checked_index(hyperedge_index)
-        self.num_vertices = _checked_size("num_vertices", num_vertices, vertex, row=0)
-        self.num_hyperedges = _checked_size("num_hyperedges", num_hyperedges, edge, row=1)
+        vertex, edge = checked_index(hyperedge_index)
+        self.num_vertices = checked_size("num_vertices", num_vertices, vertex, row=0)
+        self.num_hyperedges = checked_size("num_hyperedges", num_hyperedges, edge, row=1)
         self._hyperedge_weight = _checked_weight("hyperedge_weight", hyperedge_weight, self.num_hyperedges, vertex)
         value = _checked_weight("incidence_weight", incidence_weight, vertex.numel(), vertex)
         self.edge_indptr, self.edge_vertices, edge_order = _csr(edge, vertex, self.num_hyperedges, self.num_vertices)
@@ -179,16 +133,6 @@ class Hypergraph:
         if not self._valued:
             return self.vertex_indptr.diff().double()
         return self._incidence_sum(torch.ones_like(self.edge_indptr[1:], dtype=torch.float64))
-
-    @property
-    def vertex_csr(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """H as (indptr, indices, values)."""
-        return self.vertex_indptr, self.vertex_edges, self.vertex_values
-
-    @property
-    def edge_csr(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """H^T as (indptr, indices, values)."""
-        return self.edge_indptr, self.edge_vertices, self.edge_values
 
     @property
     def _valued(self) -> bool:
@@ -345,8 +289,6 @@ class Hypergraph:
 
     def _incidence_sum(self, x: Tensor, *, transpose: bool = False, values: Tensor | None = None) -> Tensor:
         """H x, or H^T x, of a float64 vector; with other `values` of H, in which it is differentiable then."""
-        from hellm.ops import _products  # noqa: F401  (registers the operator)
-
         vertex, edge = [*self.vertex_csr, *self.vertex_schedule], [*self.edge_csr, *self.edge_schedule]
         if values is not None:
             vertex[2] = values
@@ -360,138 +302,7 @@ class Hypergraph:
         )
 
 
-def user_hypergraph(user_item_index: Tensor, num_users: int, num_items: int) -> Hypergraph:
-    """Users as vertices, items as hyperedges: each item joins the users who share an interest in it.
-
-    Repeated pairs count once. With `hypergraph_conv(..., normalization="row", hyperedge_degree=False,
-    self_loops=False)` this is the published user graph D^-1 (R R^T - diag), which is never built.
-
-    Args:
-        user_item_index: [2, num_events] int32 or int64: users, then items.
-        num_users: rows of the user table.
-        num_items: rows of the item table.
-
-    Raises:
-        ValueError: an index out of range (which, where, the limit), or a wrong shape or dtype.
-    """
-    user, item = _checked_index(user_item_index, "user_item_index")
-    for name, size in (("num_users", num_users), ("num_items", num_items)):
-        as_count(name, size)
-    num_users = _checked_size("num_users", num_users, user, row=0, name="user_item_index")
-    num_items = _checked_size("num_items", num_items, item, row=1, name="user_item_index")
-    pair = torch.unique(user.long() * num_items + item)
-    index = torch.stack([pair // max(num_items, 1), pair % max(num_items, 1)])
-    return Hypergraph(index, num_vertices=num_users, num_hyperedges=num_items)
-
-
-def item_hypergraph(
-    features: Mapping[str, Tensor],
-    k: int = 10,
-    *,
-    masks: Mapping[str, Tensor] | None = None,
-    attributes: Mapping[str, Tensor] | None = None,
-    num_items: int | None = None,
-    keep_nonpositive: bool = False,
-) -> Hypergraph:
-    """Items as vertices; for each modality one hyperedge per item: the items that list it among their k nearest.
-
-    Neighbours are by cosine similarity, the item itself included. An item that lacks a modality (mask False, or an
-    all-zero row) has no neighbours there and is nobody's neighbour.
-
-    For each attribute there is one hyperedge per value: the items that have it, with the weight k / size. So without
-    `hyperedge_degree` it counts in an item's degree as much as a hyperedge of k neighbours, however large it is.
-
-    Args:
-        features: modality -> [num_items, dim] floating point, finite.
-        k: neighbours per item and modality, itself included; 1 <= k <= num_items.
-        masks: modality -> [num_items] bool, False where the item lacks that modality.
-        attributes: attribute -> [2, n] int32 or int64, items and values that they have; values are 0, 1, 2, ...
-        num_items: needed where there are no features.
-        keep_nonpositive: False drops neighbours with similarity <= 0; True keeps them with the similarity as the value
-            of the incidence, as the published code does.
-
-    Returns:
-        Hypergraph with num_items vertices and num_items hyperedges per modality, modalities in the given order; then
-        the values of each attribute.
-
-    Raises:
-        ValueError: neither features nor attributes, an unknown mask, differing numbers of items, k out of range, a
-            feature that is not finite (modality and first row), an item of an attribute out of range.
-    """
-    from hellm.ops import knn
-
-    check_flag("keep_nonpositive", keep_nonpositive)
-    attributes = attributes or {}
-    blocks = _checked_features(features, masks) if features or not attributes else {}
-    if blocks:
-        num_items = next(iter(blocks.values())).shape[0]
-    vertices, edges, values, weights = [], [], [], []
-    for block, (modality, x) in enumerate(blocks.items()):
-        try:
-            neighbour, similarity = knn(x, k)
-        except ValueError as error:
-            raise ValueError(f"features[{modality!r}]: {error}") from None
-        kept = neighbour >= 0 if keep_nonpositive else (neighbour >= 0) & (similarity > 0)
-        item = torch.arange(num_items, device=x.device).unsqueeze(1).expand_as(neighbour)
-        vertices.append(item[kept])
-        edges.append(neighbour[kept] + block * num_items)
-        values.append(torch.where(similarity > 0, 1.0, similarity)[kept])
-        weights.append(torch.ones(num_items, device=x.device))
-    for name, index in attributes.items():
-        index_name = f"attributes[{name!r}]"
-        item, column = _checked_index(index, index_name)
-        num_items = _checked_size("num_items", num_items, item, row=0, name=index_name)
-        size = torch.bincount(column, minlength=_checked_size("values", None, column, row=1, name=index_name))
-        vertices.append(item.long())
-        edges.append(column.long() + sum(map(len, weights)))
-        values.append(torch.ones(len(item), device=item.device))
-        weights.append(k / size.clamp(min=1).float())
-    value, weight = torch.cat(values), torch.cat(weights)
-    return Hypergraph(
-        torch.stack([torch.cat(vertices), torch.cat(edges)]),
-        num_vertices=num_items,
-        num_hyperedges=len(weight),
-        hyperedge_weight=weight if attributes else None,
-        incidence_weight=None if bool((value == 1).all()) else value,
-    )
-
-
-def _checked_features(features: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Features with the rows of absent items set to zero, which `knn` gives no neighbours."""
-    for name, given in (("features", features), ("masks", {} if masks is None else masks)):
-        if not isinstance(given, Mapping):
-            raise ValueError(f"{name} must map modalities to tensors, got {type(given).__name__}")
-    if not features:
-        raise ValueError("features must hold at least one modality, got none")
-    unknown = set(masks or {}) - set(features)
-    if unknown:
-        raise ValueError(f"masks names modalities that features lacks: {sorted(unknown)}")
-    blocks: dict[str, Tensor] = {}
-    for modality, value in features.items():
-        x = as_tensor(f"features[{modality!r}]", value)
-        if x.ndim != 2:
-            raise ValueError(f"features[{modality!r}] must be [num_items, dim], got shape {tuple(x.shape)}")
-        if x.is_meta:
-            raise ValueError(f"features[{modality!r}] must hold numbers, got a tensor on the meta device")
-        first = next(iter(blocks.values()), x)
-        if x.shape[0] != first.shape[0]:
-            raise ValueError(f"features[{modality!r}] must have {first.shape[0]} rows, got {x.shape[0]}")
-        if x.device != first.device:
-            raise ValueError(f"features[{modality!r}] must be on {first.device} like the first, got {x.device}")
-        if masks is not None and modality in masks:
-            mask = as_tensor(f"masks[{modality!r}]", masks[modality])
-            if mask.shape != x.shape[:1] or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"masks[{modality!r}] must be [{x.shape[0]}] bool, got {tuple(mask.shape)} {mask.dtype}"
-                )
-            if mask.device != x.device:
-                raise ValueError(f"masks[{modality!r}] must be on {x.device} like the features, got {mask.device}")
-            x = torch.where(mask.unsqueeze(1), x, torch.zeros((), dtype=x.dtype))
-        blocks[modality] = x
-    return blocks
-
-
-def _checked_index(index: Tensor, name: str = "hyperedge_index") -> tuple[Tensor, Tensor]:
+def checked_index(index: Tensor, name: str = "hyperedge_index") -> tuple[Tensor, Tensor]:
     index = as_tensor(name, index)
     if index.ndim != 2 or index.shape[0] != 2:
         raise ValueError(f"{name} must be [2, nnz], got shape {tuple(index.shape)}")
@@ -502,7 +313,7 @@ def _checked_index(index: Tensor, name: str = "hyperedge_index") -> tuple[Tensor
     return index[0], index[1]
 
 
-def _checked_size(size_name: str, size: int | None, index: Tensor, *, row: int, name: str = "hyperedge_index") -> int:
+def checked_size(size_name: str, size: int | None, index: Tensor, *, row: int, name: str = "hyperedge_index") -> int:
     low, high = (int(index.min()), int(index.max())) if index.numel() else (0, -1)
     if low < 0:
         position = int((index < 0).nonzero()[0])

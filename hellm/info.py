@@ -51,23 +51,23 @@ def collect() -> dict[str, Any]:
 
 
 def run_selftest() -> list[dict[str, Any]]:
-    """One row per backend, instruction set, operator and dtype; see `hellm.ops._selftest`.
+    """One row per backend, instruction set, operator and dtype; see `hellm.selftest`.
 
     Each GPU backend is checked in a process of its own, which may take minutes of compiling. The result is kept, as GPU
     backends are chosen automatically only where it was good.
     """
-    from hellm.ops import _backends, _verified
-    from hellm.ops._selftest import selftest
+    from hellm.ops.backends import GPU_BACKENDS, verified
+    from hellm.selftest import selftest
 
     rows = selftest()
-    _verified.record(rows, _backends.GPU_BACKENDS)
+    verified.record(rows, GPU_BACKENDS)
     return rows
 
 
 def _cpu() -> dict[str, Any]:
-    from hellm.ops._backends import native
+    from hellm.ops.backends import loaders
 
-    extension = native()
+    extension = loaders.native()
     usable = not isinstance(extension, ImportError)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -90,16 +90,18 @@ def _cpu_model() -> str:
 
 
 def _backends() -> list[dict[str, Any]]:
+    import torch
+
     from hellm._devices import no_cuda_reason
-    from hellm.ops._backends import BACKENDS, untested, unusable
+    from hellm.ops.backends import BACKENDS
 
     rows = []
-    for device in ("cpu", "cuda"):
-        reason_for_all = None if device == "cpu" else no_cuda_reason()
-        for name in BACKENDS:
-            reason = reason_for_all or unusable(name, device)
-            note = untested(name, device) if device == "cuda" else None
-            rows.append({"name": name, "device": device, "usable": reason is None, "reason": reason, "note": note})
+    for device in map(torch.device, ("cpu", "cuda")):
+        reason_for_all = None if device.type == "cpu" else no_cuda_reason()
+        for name, backend in BACKENDS.items():
+            reason = reason_for_all or backend.unavailable(device)
+            note = backend.unverified(device) if device.type == "cuda" else None
+            rows.append({"name": name, "device": device.type, "usable": reason is None, "reason": reason, "note": note})
     return rows
 
 

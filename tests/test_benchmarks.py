@@ -19,7 +19,7 @@ sys.path.append(str(ROOT))
 
 pytest.importorskip("scipy", reason='the peers need scipy: pip install "hellm[dev]"')
 
-from benchmarks import inputs, measure, memory, peers, report, scale  # noqa: E402
+from benchmarks import inputs, measure, memory, peers, report, scale, spec  # noqa: E402
 from benchmarks.cases import CASES  # noqa: E402
 from benchmarks.spec import (  # noqa: E402
     Case,
@@ -29,7 +29,7 @@ from benchmarks.spec import (  # noqa: E402
     matrix_product_limit,
     worst_relative_error,
 )
-from hellm.ops import _backends  # noqa: E402
+from hellm.ops.backends import loaders  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------- registry
 
@@ -192,6 +192,14 @@ def test_summary_by_hand():
     assert measure.summary([2.0]) == {"median": 2.0, "min": 2.0, "p20": 2.0, "p80": 2.0, "rounds": 1}
 
 
+def test_labels_hold_for_every_size():
+    """Runs are named before they are built at their size: a label that names one would name a smaller one."""
+    for limit in (spec.matrix_product_limit, spec.copy_limit):
+        small, full = limit(True), limit(False)
+        assert small.label == full.label and small.work < full.work
+    assert spec.matrix_product_limit(False).note == "torch.mm, float32, 4096^3"
+
+
 def test_judge_takes_the_fastest_peer_and_the_limit():
     medians = {"hellm": 1.0, "a": 4.0, "b": 3.0}
     faster = measure.judge(Target("hellm", ("a", "b", "absent"), 3.5), medians, {}, [])
@@ -234,7 +242,7 @@ def test_unknown_case_is_refused(capsys):
 
 
 def test_numbers_of_the_fallback_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(_backends, "native", lambda: ImportError("no such file"))
+    monkeypatch.setattr(loaders, "native", lambda: ImportError("no such file"))
     with pytest.raises(SystemExit):
         measure.main(["--only", "sampler-tiktok"])
     assert "must be those of the compiled kernels, but" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import torch
 
 import hellm.info
 from hellm.cli import main
-from hellm.ops import _backends
+from hellm.ops.backends import loaders
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,7 +24,7 @@ def test_report_is_json_with_versions_and_backends(capsys):
     assert report["cpu"]["threads"] == torch.get_num_threads() and report["cpu"]["cores"] >= 1
     usable = {(row["name"], row["device"]): row["usable"] for row in report["backends"]}
     assert usable["torch", "cpu"] is True
-    assert usable["native", "cpu"] is not isinstance(_backends.native(), ImportError)
+    assert usable["native", "cpu"] is not isinstance(loaders.native(), ImportError)
     assert usable["torch", "cuda"] is torch.cuda.is_available()
 
 
@@ -46,7 +46,7 @@ def test_gpu_backends_are_called_untested(capsys):
 
 
 def test_missing_extension_is_reported_with_its_reason(capsys, monkeypatch):
-    monkeypatch.setattr(_backends, "native", lambda: ImportError("no such symbol"))
+    monkeypatch.setattr(loaders, "native", lambda: ImportError("no such symbol"))
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"native +cpu +not usable: .*no such symbol", out) and re.search(r"kernels +none", out)

@@ -18,7 +18,7 @@ from hellm.artifact.run_directory import RunDirectory
 from hellm.config import PretrainConfig
 from hellm.data import Dataset
 from hellm.evaluate import HistoryScorer
-from hellm.hypergraph import item_hypergraph, user_hypergraph
+from hellm.graphs import item_hypergraph, user_hypergraph
 from hellm.losses import bpr_loss, l2_loss, synergistic_contrastive_loss
 from hellm.models import FoldIn, GraphEncoder
 from hellm.training.captured_step import CapturedStep

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import cuda_build
 import pytest
 import torch
 
@@ -13,6 +12,8 @@ import torch
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # The shapes and error budgets of the operators' own tests.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
+
+import cuda_build
 
 
 @pytest.fixture(scope="session")

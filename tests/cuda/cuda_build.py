@@ -13,8 +13,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from op_cases import Direct
 
-from hellm.ops import _backends, _gpu, _nvrtc
+from hellm.ops.backends import loaders
+from hellm.ops.backends import nvrtc as nvrtc_backend
+from hellm.ops.backends.gpu import Gpu
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -106,11 +109,11 @@ def nvrtc() -> ctypes.CDLL | None:
 def compile_nvrtc(file: str, names: list[str], architecture: str) -> None:
     """Kernels of one .cuh as at first use: machine code for sm_<n>, PTX for compute_<n>."""
     library, program, size = nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
-    text = _nvrtc.source(file).encode()
+    text = nvrtc_backend.source(file).encode()
     assert library.nvrtcCreateProgram(ctypes.byref(program), text, file.encode(), 0, None, None) == 0
     for name in names:
         assert library.nvrtcAddNameExpression(program, name.encode()) == 0
-    options = [option.encode() for option in (*_nvrtc._OPTIONS, f"--gpu-architecture={architecture}")]
+    options = [option.encode() for option in (*nvrtc_backend.OPTIONS, f"--gpu-architecture={architecture}")]
     status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     said = ctypes.create_string_buffer(size.value)
@@ -122,20 +125,20 @@ def compile_nvrtc(file: str, names: list[str], architecture: str) -> None:
 
 def extension_with_plans():
     """The compiled extension; skips the test where it is not there."""
-    extension = _backends.native()
+    extension = loaders.native()
     if isinstance(extension, ImportError) or not hasattr(extension, "plan_knn_select"):
         pytest.skip(f"needs the launch plans of the compiled extension: {extension}")
     return extension
 
 
-def planner(launches: list[tuple[str, tuple[int, int, int]]], **settings) -> _gpu.Gpu:
+def planner(launches: list[tuple[str, tuple[int, int, int]]], **settings) -> Direct:
     """Runs nothing: notes the kernel and the grid of every launch."""
     extension = extension_with_plans()
 
     def launch(name, arguments, device):
         launches.extend(plan[:2] for plan in getattr(extension, f"plan_{name}")(*arguments))
 
-    return _gpu.Gpu(launch, lambda device: 2, **settings)
+    return Direct(Gpu(launch, lambda device: 2, **settings))
 
 
 @functools.cache
@@ -152,7 +155,7 @@ def emulated_library() -> ctypes.CDLL:
     return ctypes.CDLL(str(_cached("emulated", ".so", text, command)[0]))
 
 
-def emulated_gpu() -> _gpu.Gpu:
+def emulated_gpu() -> Direct:
     """That library on CPU tensors, driven by the extension's launch plans, as a GPU of two processors."""
     extension = extension_with_plans()
     library = emulated_library()
@@ -163,12 +166,12 @@ def emulated_gpu() -> _gpu.Gpu:
             status = library.launch(kernel.encode(), grid[0], grid[1], threads, shared_bytes, parameters)
             assert status == 0, f"no kernel {kernel}"
 
-    return _gpu.Gpu(launch, lambda device: 2, lambda device: 228 * 1024)
+    return Direct(Gpu(launch, lambda device: 2, lambda device: 228 * 1024))
 
 
-def of_processors(gpu: _gpu.Gpu, count: int) -> _gpu.Gpu:
+def of_processors(gpu: Direct, count: int) -> Direct:
     """The same as a GPU of `count` processors with 100 KiB of shared memory each."""
-    return _gpu.Gpu(gpu._launch, lambda device: count, lambda device: 100 * 1024)
+    return Direct(Gpu(gpu._launch, lambda device: count, lambda device: 100 * 1024))
 
 
 def in_two_orders(set_order, call, *arguments) -> list[tuple]:

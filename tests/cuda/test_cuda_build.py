@@ -12,9 +12,11 @@ import cuda_build
 import pytest
 import torch
 
-from hellm import hypergraph
-from hellm.ops import _backends, _gpu, _nvrtc
+from hellm.ops import backends, incidence
+from hellm.ops.backends import gpu, loaders, nvrtc
 
+# Of each operator's kernels, as nvcc and NVRTC take them.
+WITH_KERNELS = [source.replace(".cu", ".cuh") for source in cuda_build.SOURCES if source != "launch.cu"]
 needs_nvcc = pytest.mark.skipif(cuda_build.NVCC is None, reason="needs nvcc, which is not in PATH")
 HOT = re.compile(
     r"attention_kernel|gather_kernel|hub_store_kernel|pack_kernel|info_nce_\w+_kernel|normalize_kernel"
@@ -76,9 +78,14 @@ def test_device_code_needs_no_host_header(path: Path):
     assert not re.search(r"\bstd::|\bINFINITY\b|\bNAN\b|\bu?int\d+_t\b|\bsize_t\b|\bprintf\b", text)
 
 
-@pytest.mark.parametrize("file", sorted(set(_nvrtc.SOURCES.values())))
+def test_every_launch_plan_has_a_file_for_nvrtc():
+    plans = [name.removeprefix("plan_") for name in dir(cuda_build.extension_with_plans()) if name.startswith("plan_")]
+    assert {nvrtc.file_of(plan) for plan in plans} == {*WITH_KERNELS}
+
+
+@pytest.mark.parametrize("file", WITH_KERNELS)
 def test_the_source_for_nvrtc_is_whole(file):
-    text = _nvrtc.source(file)
+    text = nvrtc.source(file)
     assert "#include" not in text and "#pragma once" not in text
     for name in ("struct GatherParameters", "void multiply_16x8x16(", "A warp_sum("):
         assert text.count(name) == 1
@@ -97,7 +104,7 @@ needs_nvrtc = pytest.mark.skipif(cuda_build.nvrtc() is None, reason="needs the p
 
 # PTX, as machine code takes minutes; those of width 128 differ from the others in nothing but numbers.
 @needs_nvrtc
-@pytest.mark.parametrize("file", sorted(set(_nvrtc.SOURCES.values())))
+@pytest.mark.parametrize("file", WITH_KERNELS)
 def test_nvrtc_compiles_the_device_code(file):
     names = kernel_names()[file]
     chosen = [name for name in names if "<128" not in name]
@@ -108,7 +115,7 @@ def test_nvrtc_compiles_the_device_code(file):
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("HELLM_SLOW"), reason="takes minutes; set HELLM_SLOW=1")
 @needs_nvrtc
-@pytest.mark.parametrize("file", sorted(set(_nvrtc.SOURCES.values())))
+@pytest.mark.parametrize("file", WITH_KERNELS)
 def test_nvrtc_makes_machine_code_of_every_kernel(file):
     for name in kernel_names()[file]:
         cuda_build.compile_nvrtc(file, [name], "sm_90")
@@ -118,12 +125,12 @@ def test_constants_of_the_adapter_are_those_of_the_kernels():
     text = (cuda_build.CUDA / "parameters.cuh").read_text(encoding="utf-8")
     constants = {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", text)}
     assert [constants[name] for name in ("kLongRow", "kHubEntries", "kHubChunk")] == [
-        hypergraph.LONG_ROW,
-        hypergraph.HUB_ENTRIES,
-        hypergraph.HUB_CHUNK,
+        incidence.LONG_ROW,
+        incidence.HUB_ENTRIES,
+        incidence.HUB_CHUNK,
     ]
-    assert constants["kMostNeighbours"] == _gpu._MOST_NEIGHBOURS
-    assert constants["kMostScanned"] == _gpu._MOST_SCANNED
+    assert constants["kMostNeighbours"] == gpu.MOST_NEIGHBOURS
+    assert constants["kMostScanned"] == gpu.MOST_SCANNED
 
 
 # Read on GPUs only; everything else comes in the order of the CPU functions, which is that of the Triton launchers.
@@ -157,14 +164,14 @@ H100_SHARED_BYTES = 228 * 1024  # of a processor
 
 
 def needs_plans() -> None:
-    extension = _backends.native()
+    extension = loaders.native()
     if isinstance(extension, ImportError):
         pytest.skip(f"needs the compiled extension: {extension}")
 
 
 def test_plans_refuse_what_no_gpu_takes():
     needs_plans()
-    extension = _backends.native()
+    extension = loaders.native()
     with pytest.raises(ValueError, match="dim must be at most 128 on a GPU, got 200"):
         extension.info_nce_workspace(10, 10, 200, True, True, True, 132, H100_SHARED_BYTES, 0)
     with pytest.raises(ValueError, match="fewer than 2\\^31 rows, got 2147483648"):
@@ -186,7 +193,7 @@ def test_plans_refuse_what_no_gpu_takes():
 def test_losses_take_six_times_their_rows_at_most(num_rows, highest):
     """Beside their inputs: workspace, both gradients, row losses and slopes."""
     needs_plans()
-    extension, gpu, table = _backends.native(), (132, H100_SHARED_BYTES), num_rows * 64 * 4
+    extension, gpu, table = loaders.native(), (132, H100_SHARED_BYTES), num_rows * 64 * 4
     workspace = extension.info_nce_workspace(num_rows, num_rows, 64, True, True, highest, *gpu, 0)
     assert workspace + 2 * table + 2 * 4 * num_rows <= 6 * table
     workspace = extension.item_cross_entropy_workspace(num_rows, num_rows, 64, True, True, highest, *gpu, 0)
@@ -212,7 +219,7 @@ def test_as_many_blocks_as_run_at_the_same_time(dim, highest, shared_bytes, bloc
     sizes = (100_000, 100_000, dim, 16)
     for grad in (0, 16):
         arguments = (16, 16, 0, 0, 0, grad, 16, grad, grad, 16, 16, *sizes, True, highest, 132, shared_bytes, 0)
-        plan = _backends.native().plan_info_nce(*arguments)
+        plan = loaders.native().plan_info_nce(*arguments)
         attention = [grid for kernel, grid, *_ in plan if kernel.startswith("attention_kernel")]
         assert attention == [(132 * blocks, 1, 1)] * (2 if grad else 1)
 
@@ -220,7 +227,7 @@ def test_as_many_blocks_as_run_at_the_same_time(dim, highest, shared_bytes, bloc
 def test_offsets_beyond_32_bits_are_kept():
     needs_plans()
     num_rows = 2**31 - 1
-    ((kernel, grid, threads, shared, parameters),) = _backends.native().plan_incidence_product(
+    ((kernel, grid, threads, shared, parameters),) = loaders.native().plan_incidence_product(
         2**40, 32, 48, 0, 64, 0, (80, 96, 0, 0, 0), num_rows, 64, 0
     )
     assert kernel == "gather_kernel<float, float, 4>"
@@ -231,7 +238,7 @@ def test_offsets_beyond_32_bits_are_kept():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_launch_without_a_driver_says_so():
     needs_plans()
-    extension = _backends.native()
+    extension = loaders.native()
     if not extension.cuda_architectures():
         pytest.skip("needs an extension built with HELLM_CUDA=ON")
     with pytest.raises(RuntimeError, match=r"CUDA error \d+ at cudaSetDevice.*needs an NVIDIA driver"):
@@ -294,15 +301,15 @@ def test_a_launch_leaves_the_current_device_as_it_was(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", Guard)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
-    monkeypatch.setattr(_gpu, "native", lambda: SimpleNamespace(cuda_knn_unit=cuda_knn_unit))
-    _gpu.launch_compiled("knn_unit", (5,), torch.device("cuda", 1))
+    monkeypatch.setattr(loaders, "native", lambda: SimpleNamespace(cuda_knn_unit=cuda_knn_unit))
+    gpu.launch_compiled("knn_unit", (5,), torch.device("cuda", 1))
     assert launched == [(5, 1, 77)] and current == [0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize("name", ["cuda", "nvrtc"])
 def test_the_backends_say_why_they_cannot_run(name):
-    assert "need an NVIDIA GPU" in _backends.unusable(name, "cpu")
+    assert "need an NVIDIA GPU" in backends.BACKENDS[name].unavailable(torch.device("cpu"))
     from hellm import ops
 
     with ops.backend(name), pytest.raises(RuntimeError, match=f"backend '{name}' cannot run on cpu"):

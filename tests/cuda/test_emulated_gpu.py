@@ -5,11 +5,11 @@ from __future__ import annotations
 import cuda_build
 import pytest
 import torch
-from op_cases import DTYPES, GRAPH_CASES, GraphCase, assert_same_bits, assert_within_budget, random_index, rows
+from op_cases import DTYPES, GRAPH_CASES, Direct, GraphCase, assert_same_bits, assert_within_budget, random_index, rows
 
 from hellm import Hypergraph
 from hellm.ops import reference
-from hellm.ops._gpu import Gpu
+from hellm.ops.backends.gpu import Gpu
 
 
 def in_float64(*tensors):
@@ -33,14 +33,14 @@ def arguments_of(graph: Hypergraph, dtype: torch.dtype, **settings):
     """What a convolution takes after the rows: matrices, scales, "layers" of `settings`, schedules."""
     num_layers = settings.pop("num_layers", 1)
     scales = graph.scales(**settings, dtype=accumulation(dtype))
-    return *graph.vertex_csr, *graph.edge_csr, *scales, num_layers, graph.vertex_schedule, graph.edge_schedule
+    return *graph.vertex_csr, *graph.edge_csr, *scales, num_layers, *graph.vertex_schedule, *graph.edge_schedule
 
 
 def propagate_arguments(graph: Hypergraph, dtype: torch.dtype, num_layers: int):
     """What a propagation takes after the rows."""
     scales = graph.bipartite_scales(accumulation(dtype))
     csr = (*graph.vertex_csr[:2], *graph.edge_csr[:2])
-    return *csr, *scales, num_layers, graph.vertex_schedule, graph.edge_schedule
+    return *csr, *scales, num_layers, *graph.vertex_schedule, *graph.edge_schedule
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,7 +48,7 @@ def propagate_arguments(graph: Hypergraph, dtype: torch.dtype, num_layers: int):
 def test_sparse_products_match_the_definitions(gpu, case: GraphCase, dtype):
     graph = case.build()
     x, y = rows(graph.num_vertices, case.dim, dtype=dtype), rows(graph.num_hyperedges, case.dim, dtype=dtype, seed=1)
-    compare(gpu, "incidence_product", y, *graph.vertex_csr, graph.vertex_schedule)
+    compare(gpu, "incidence_product", y, *graph.vertex_csr, *graph.vertex_schedule)
     for settings in ({"num_layers": 0}, {"self_loops": False}, {"normalization": "row", "num_layers": 3}):
         compare(gpu, "hypergraph_conv", x, *arguments_of(graph, dtype, **settings))
     if graph.vertex_values is None:
@@ -81,20 +81,20 @@ def popular_items(num_users: int = 2600) -> Hypergraph:
 def test_rows_of_every_length_side_by_side(gpu, dtype):
     graph = popular_items()
     for dim in (1, 5, 64, 72):
-        compare(gpu, "incidence_product", rows(2600, dim, dtype=dtype), *graph.edge_csr, graph.edge_schedule)
+        compare(gpu, "incidence_product", rows(2600, dim, dtype=dtype), *graph.edge_csr, *graph.edge_schedule)
 
 
 def test_popular_rows_get_blocks_of_their_own():
     launches = []
     plan = cuda_build.planner(launches)
     graph = popular_items()
-    plan.incidence_product(rows(2600, 64), *graph.edge_csr, graph.edge_schedule)
+    plan.incidence_product(rows(2600, 64), *graph.edge_csr, *graph.edge_schedule)
     (gather, grid), (store, store_grid) = launches
     assert (gather, store) == ("gather_kernel<float, float, 4>", "hub_store_kernel<float, 4>")
     # 3 + 6 + 4 chunks of three hubs and four long rows have a block each, six short rows one together.
     assert grid[0] == 13 + 4 + 1 and store_grid[0] == 3
     launches.clear()
-    plan.incidence_product(rows(13, 64), *graph.vertex_csr, graph.vertex_schedule)
+    plan.incidence_product(rows(13, 64), *graph.vertex_csr, *graph.vertex_schedule)
     ((_, grid),) = launches
     assert grid[0] == -(-2600 // 16)
 
@@ -102,9 +102,9 @@ def test_popular_rows_get_blocks_of_their_own():
 def test_sums_do_not_depend_on_width_or_alignment(gpu):
     graph = popular_items()
     x = rows(2600, 76)
-    whole = gpu.incidence_product(x, *graph.edge_csr, graph.edge_schedule)
+    whole = gpu.incidence_product(x, *graph.edge_csr, *graph.edge_schedule)
     for first, last in ((0, 1), (3, 70), (8, 24), (0, 64)):
-        part = gpu.incidence_product(x[:, first:last].contiguous(), *graph.edge_csr, graph.edge_schedule)
+        part = gpu.incidence_product(x[:, first:last].contiguous(), *graph.edge_csr, *graph.edge_schedule)
         assert_same_bits([part], [whole[:, first:last]])
 
 
@@ -117,11 +117,11 @@ def test_slabs_of_columns_give_the_same_bits(gpu, dim, dtype):
     for settings in ({"num_layers": 1}, {"num_layers": 3, "self_loops": False}):
         whole = compare(gpu, "hypergraph_conv", x, *arguments_of(graph, dtype, **settings))
         for columns in (1, 16, 40):
-            slabs = Gpu(gpu._launch, gpu._processors, columns * row_bytes)
+            slabs = Direct(Gpu(gpu._launch, gpu._processors, columns * row_bytes))
             assert_same_bits([slabs.hypergraph_conv(x, *arguments_of(graph, dtype, **settings))], [whole])
     arguments = propagate_arguments(graph, dtype, 2)
     whole = compare(gpu, "bipartite_propagate", x, y, *arguments)
-    assert_same_bits(Gpu(gpu._launch, gpu._processors, 1).bipartite_propagate(x, y, *arguments), whole)
+    assert_same_bits(Direct(Gpu(gpu._launch, gpu._processors, 1)).bipartite_propagate(x, y, *arguments), whole)
 
 
 def test_slabs_are_as_wide_as_the_cache_takes_and_save_memory():
@@ -153,7 +153,7 @@ def test_rows_off_the_16_byte_grid_are_read_one_by_one(gpu):
     storage = rows(9 * 8 + 1)
     x = storage[1:].view(9, 8)
     assert x.is_contiguous() and x.data_ptr() % 16
-    compare(gpu, "incidence_product", x, *graph.vertex_csr, graph.vertex_schedule)
+    compare(gpu, "incidence_product", x, *graph.vertex_csr, *graph.vertex_schedule)
 
 
 def info_nce_inputs(num_keys, dim, dtype, *, subset=False):
@@ -271,7 +271,7 @@ def calls_of_every_kernel(gpu, family: str) -> list:
     if family == "sparse products":
         graph = popular_items()
         x, y = rows(2600, 20), rows(13, 20, seed=1)
-        slabs = Gpu(gpu._launch, gpu._processors, cache_bytes=1)
+        slabs = Direct(Gpu(gpu._launch, gpu._processors, cache_bytes=1))
         layers, sides = arguments_of(graph, x.dtype, num_layers=2), propagate_arguments(graph, x.dtype, 1)
         return [(slabs.hypergraph_conv, x, *layers), (gpu.bipartite_propagate, x, y, *sides)]
     chosen = torch.cat([torch.arange(40), torch.full((70,), 4)])  # a list of rows that the warps of a block share

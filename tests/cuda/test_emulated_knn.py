@@ -8,6 +8,7 @@ import torch
 from op_cases import assert_same_bits, rows
 
 from hellm.ops import reference
+from hellm.ops._rows import unit_rows
 
 
 def by_scan(gpu):
@@ -32,7 +33,7 @@ def assert_nearest(knn, x, k):
     assert torch.equal(index < 0, expected_index < 0)
     assert torch.allclose(similarity.double(), expected, rtol=0, atol=1.2e-7)
     apart = index != expected_index
-    cosine = reference._unit(x.double()) @ reference._unit(x.double()).T
+    cosine = unit_rows(x.double()) @ unit_rows(x.double()).T
     assert torch.allclose(cosine.gather(1, index.clamp_min(0))[apart], expected[apart], rtol=0, atol=1.2e-7)
     assert all(len(set(row)) == len(row) for row in (r[r >= 0].tolist() for r in index))
     return index

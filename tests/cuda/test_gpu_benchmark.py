@@ -293,13 +293,14 @@ def test_tests_of_every_backend_are_recorded_by_name(results, monkeypatch):
 
 
 def test_the_selftest_is_recorded_and_kept_for_this_machine(results, monkeypatch):
-    from hellm.ops import _selftest, _verified
+    from hellm import selftest
+    from hellm.ops.backends import verified
 
     row = {"op": "knn", "dtype": "float32", "case": "N 97", "worst_error": math.inf, "ok": False}
     row["failure"] = "RuntimeError: no such kernel"
     kept = []
-    monkeypatch.setattr(_selftest, "isolated", lambda name, device, seconds: [row])
-    monkeypatch.setattr(_verified, "record", lambda rows, backends: kept.extend(rows))
+    monkeypatch.setattr(selftest, "isolated", lambda name, device, seconds: [row])
+    monkeypatch.setattr(verified, "record", lambda rows, backends: kept.extend(rows))
     gpu.selftest(OPTIONS, results)
     assert kept == results.record["selftest"] == [{"backend": "torch", "instruction_set": None, **row}]
     assert gpu.failures(results.record) == ["selftest: torch knn float32 N 97: RuntimeError: no such kernel"]
@@ -318,7 +319,7 @@ def test_the_memory_checker_runs_the_selftest_without_a_caching_allocator(result
     monkeypatch.setattr(gpu, "_usable", lambda options: ["cuda", "torch"])
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: name)
     gpu.memory(OPTIONS, results)
-    selftest, apart = ["hellm.ops._selftest", "cuda", "cpu", "small"], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    selftest, apart = ["hellm.selftest", "cuda", "cpu", "small"], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     checks = ("memcheck", "racecheck", "synccheck")
     assert asked == [(check, selftest, apart) for check in checks]
     assert gpu.failures(results.record) == [f"memory: cuda, {check}" for check in checks]
@@ -343,10 +344,11 @@ def test_steps_without_a_build_build_where_there_is_nothing_for_the_gpu(results,
     monkeypatch.setattr(gpu_build, "build", lambda capability: built.append(capability) or gpu.Path("_C.so"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     options = gpu.argparse.Namespace(**{**vars(OPTIONS), "steps": ["cases"]})
-    monkeypatch.setattr(gpu._backends, "unusable", lambda name, device: None)
+    cuda = type(gpu.BACKENDS["cuda"])
+    monkeypatch.setattr(cuda, "unavailable", lambda self, device: None)
     gpu.build(options, results)
     assert not built and "build" not in results.record
-    monkeypatch.setattr(gpu._backends, "unusable", lambda name, device: "it has no kernels")
+    monkeypatch.setattr(cuda, "unavailable", lambda self, device: "it has no kernels")
     gpu.build(options, results)
     assert built == [(9, 0)] and results.record["build"]["file"] == "_C.so"
 

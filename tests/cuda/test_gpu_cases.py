@@ -25,7 +25,8 @@ def test_labels_are_unique_and_ours_come_first():
 
 
 def test_wide_rows_are_listed_where_a_kernel_takes_them(monkeypatch):
-    monkeypatch.setattr(gpu_entries._backends, "unusable", lambda name, device: None)
+    for backend in gpu_entries.BACKENDS.values():
+        monkeypatch.setattr(type(backend), "unavailable", lambda self, device: None)
     listed = [label for label in labels(gpu_cases._info_nce(CPU, 20, 256, 0.2)) if label.startswith("hellm")]
     assert listed == [
         "hellm native, high",

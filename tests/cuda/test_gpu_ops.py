@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from op_cases import DTYPES, GRAPH_CASES, GraphCase, assert_same_bits, assert_within_budget, outputs_and_gradients, rows
 
 from hellm import Hypergraph, ops
-from hellm.ops import _backends
+from hellm.ops import backends
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,13 +19,13 @@ pytestmark = [
 
 # benchmarks.gpu checks one backend a process.
 ASKED = os.environ.get("HELLM_TEST_BACKEND")
-BACKENDS = [name for name in _backends.BACKENDS if name != "native" and ASKED in (None, name)]
+BACKENDS = [name for name in backends.BACKENDS if name != "native" and ASKED in (None, name)]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest):
     """Asked for by name, as what was never verified is not chosen automatically."""
-    reason = _backends.unusable(request.param, "cuda")
+    reason = backends.BACKENDS[request.param].unavailable(torch.device("cuda"))
     if reason is not None:
         pytest.skip(reason)
     with ops.backend(request.param):
@@ -40,7 +40,7 @@ def check(function, inputs, *, factor=4.0, slack=0.0):
         with ops.backend(name):
             return [t.cpu() for t in outputs_and_gradients(lambda *given: function(device, *given), leaves)]
 
-    explicit = _backends._explicit.get()
+    explicit = backends._explicit.get()
     truth, baseline = run("cpu", torch.float64, "torch"), run("cpu", None, "torch")
     found, again = run("cuda", None, explicit), run("cuda", None, explicit)
     if explicit != "torch":
@@ -255,8 +255,8 @@ def test_devices_may_not_be_mixed(backend):
 
 
 def test_what_was_not_verified_here_is_not_chosen_automatically():
-    chosen = _backends.select("cuda")
-    assert chosen == "torch" or _backends.untested(chosen, "cuda") is None
+    chosen = backends.select(torch.device("cuda")).name
+    assert chosen == "torch" or backends.BACKENDS[chosen].unverified(torch.device("cuda")) is None
 
 
 def test_info_nce_of_keys_beyond_32_bits(backend):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from recommender_contract import RecommenderContract
 
-from hellm.hypergraph import item_hypergraph, user_hypergraph
+from hellm.graphs import item_hypergraph, user_hypergraph
 from hellm.losses import bpr_loss
 from hellm.models import GraphEncoder
 

@@ -17,7 +17,7 @@ if path := os.environ.get("HELLM_EXTENSION"):
 from op_cases import KERNELS
 
 from hellm import ops
-from hellm.ops import _backends
+from hellm.ops.backends import loaders
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every usable backend and instruction set; the name of the backend."""
     backend, instruction_set = request.param
-    extension = _backends.native()
+    extension = loaders.native()
     before = None if instruction_set is None else extension.instruction_set()
     if instruction_set is not None:
         extension.use_instruction_set(instruction_set)

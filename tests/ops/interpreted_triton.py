@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton.language as tl
-from op_cases import GRAPHS, GraphCase, assert_same_bits, assert_within_budget, outputs_and_gradients, rows
+from op_cases import GRAPHS, Direct, GraphCase, assert_same_bits, assert_within_budget, outputs_and_gradients, rows
 from test_info_nce import fused, plain, relative_error, views
 from triton.runtime import interpreter
 
 from hellm import Hypergraph, ops
-from hellm.ops import _backends, _triton, reference
+from hellm.ops import backends, reference
 
 # Rows of 75 and 1,600 neighbours, two hubs next to each other in the schedule, and short rows beside them.
 HUB_SIZES = [75, 1600, 45, 1100]
@@ -239,14 +239,14 @@ def test_item_cross_entropy_of_large_logits_and_absent_items():
 
 def test_rows_and_targets_that_do_not_exist_give_nan():
     """On a GPU nobody looks at them on the host: no address may come of them, and no silent gradient."""
-    anchor, positive = views((20, 16))
+    triton, (anchor, positive) = Direct(backends.BACKENDS["triton"]), views((20, 16))
     chosen = torch.tensor([3, -1, 20, 2**40, 19])
     t = torch.tensor(0.2)
-    loss, _, grad_positive, slope = _triton.info_nce(anchor, positive, t, chosen, torch.ones(5), True, "high")
+    loss, _, grad_positive, slope = triton.info_nce(anchor, positive, t, chosen, torch.ones(5), True, "high")
     assert loss.isnan().tolist() == [False, True, True, True, False]
     assert grad_positive.isnan().all() and slope.isnan()
     hidden, items, bias = item_inputs(5, 20, 16, True)
-    loss, grad_hidden, *grads = _triton.item_cross_entropy(hidden, items, chosen, bias, torch.ones(5), True, True)
+    loss, grad_hidden, *grads = triton.item_cross_entropy(hidden, items, chosen, bias, torch.ones(5), True, True)
     assert loss.isnan().tolist() == grad_hidden.isnan().any(1).tolist() == [False, True, True, True, False]
     assert all(grad.isnan().all() for grad in grads)
 
@@ -259,8 +259,8 @@ def test_what_the_kernels_do_not_take_is_computed_in_plain_torch():
 
 
 def test_backend_is_usable_but_never_automatic():
-    assert _backends.unusable("triton", "cpu") is None
-    assert _backends.untested("triton", "cpu") == "on the CPU it serves tests"
+    assert backends.BACKENDS["triton"].unavailable(torch.device("cpu")) is None
+    assert backends.BACKENDS["triton"].unverified(torch.device("cpu")) == "on the CPU it serves tests"
     graph = Hypergraph(torch.tensor([[0, 1], [0, 0]]))
-    assert _backends.select("cpu") == "triton"
+    assert backends.select(torch.device("cpu")).name == "triton"
     assert torch.equal(ops.incidence_product(torch.ones(2, 1), graph, transpose=True), torch.tensor([[2.0]]))

@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 from hellm import Hypergraph
-from hellm.ops import _backends
+from hellm.ops.backends import Backend, loaders
+from hellm.ops.bipartite_propagate import PropagateArguments
+from hellm.ops.hypergraph_conv import ConvArguments
+from hellm.ops.incidence_product import ProductArguments
+from hellm.ops.info_nce import InfoNCEGradientArguments
+from hellm.ops.item_cross_entropy import CrossEntropyGradientArguments
+from hellm.ops.knn import KnnArguments
 
-_extension = _backends.native()
+_extension = loaders.native()
 _native_is_missing = isinstance(_extension, ImportError)
 needs_native = pytest.mark.skipif(_native_is_missing, reason=f"hellm._C cannot be loaded: {_extension}")
 INSTRUCTION_SETS = [] if _native_is_missing else _extension.instruction_sets()
@@ -25,6 +31,31 @@ if _native_is_missing:
     KERNELS[0] = pytest.param(("native", None), id="native", marks=needs_native)
 
 DTYPES = [pytest.param(d, id=str(d)[6:]) for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)]
+
+
+# Method of a backend -> the tuple it takes.
+ARGUMENTS = {
+    "incidence_product": ProductArguments,
+    "hypergraph_conv": ConvArguments,
+    "bipartite_propagate": PropagateArguments,
+    "info_nce": InfoNCEGradientArguments,
+    "item_cross_entropy": CrossEntropyGradientArguments,
+    "knn": KnnArguments,
+}
+
+
+class Direct:
+    """A backend whose operators take the fields of their tuple one by one; the last ones may be left out."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def __getattr__(self, name: str):
+        found = getattr(self.backend, name)
+        if name not in ARGUMENTS:
+            return found
+        fields = ARGUMENTS[name]._fields
+        return lambda *given: found(ARGUMENTS[name](*given, *[None] * (len(fields) - len(given))))
 
 
 class GraphCase(NamedTuple):

@@ -12,8 +12,9 @@ import pytest
 import torch
 from op_cases import INSTRUCTION_SETS, needs_native, rows
 
-from hellm import Hypergraph, ops
-from hellm.ops import _backends, _selftest
+from hellm import Hypergraph, ops, selftest
+from hellm.ops import backends, reference
+from hellm.ops.backends import loaders, nvrtc
 
 
 def test_backend_refuses_an_unknown_name():
@@ -26,11 +27,11 @@ def test_backend_refuses_an_unknown_name():
 
 def test_backend_is_restored_after_an_error():
     with pytest.raises(KeyError), ops.backend("torch"):
-        assert _backends.select("cpu") == "torch"
+        assert backends.select(torch.device("cpu")).name == "torch"
         raise KeyError
     with ops.backend("torch"), pytest.raises(KeyError), ops.backend("native"):
         raise KeyError
-    assert _backends.select("cpu") == ("native" if INSTRUCTION_SETS else "torch")
+    assert backends.select(torch.device("cpu")).name == ("native" if INSTRUCTION_SETS else "torch")
 
 
 @needs_native
@@ -38,18 +39,18 @@ def test_gradients_come_from_the_backend_of_the_forward_pass(monkeypatch):
     x = rows(9, 4).requires_grad_()
     with ops.backend("torch"):
         loss = ops.info_nce(x, x + 1, reduction="none").sum()
-    used, select = [], _backends.select
-    monkeypatch.setattr(_backends, "select", lambda device: used.append(select(device)) or used[-1])
+    used, select = [], backends.select
+    monkeypatch.setattr(backends, "select", lambda device: used.append(select(device)) or used[-1])
     # As autograd does it for a GPU.
     thread = threading.Thread(target=loss.backward)
     thread.start()
     thread.join()
-    assert used == ["torch"] and x.grad is not None
+    assert [one.name for one in used] == ["torch"] and x.grad is not None
 
 
 @pytest.fixture
 def no_extension(monkeypatch):
-    monkeypatch.setattr(_backends, "native", lambda: ImportError("undefined symbol: nothing"))
+    monkeypatch.setattr(loaders, "native", lambda: ImportError("undefined symbol: nothing"))
 
 
 def test_native_without_the_extension_raises_with_the_cause(no_extension):
@@ -69,21 +70,29 @@ def test_extension_that_cannot_be_imported_is_reported(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "hellm._C", None)
     monkeypatch.delattr(hellm, "_C", raising=False)
-    _backends.native.cache_clear()
+    loaders.native.cache_clear()
     try:
-        assert isinstance(_backends.native(), ImportError)
-        assert "hellm._C cannot be loaded" in _backends.unusable("native", "cpu")
+        assert isinstance(loaders.native(), ImportError)
+        assert "hellm._C cannot be loaded" in backends.BACKENDS["native"].unavailable(torch.device("cpu"))
     finally:
         monkeypatch.undo()
-        _backends.native.cache_clear()
+        loaders.native.cache_clear()
 
 
 @needs_native
 def test_native_has_no_kernels_for_other_devices():
     reason = 'it serves the CPU, not cuda; on NVIDIA GPUs the compiled kernels are "cuda" and "nvrtc"'
-    assert _backends.unusable("native", "cuda") == reason
-    assert _backends.unusable("torch", "cuda") is None
-    assert _backends.select("cuda") == "torch"
+    assert backends.BACKENDS["native"].unavailable(torch.device("cuda")) == reason
+    assert backends.BACKENDS["torch"].unavailable(torch.device("cuda")) is None
+    assert backends.select(torch.device("cuda")).name == "torch"
+
+
+def test_an_operator_without_a_kernel_is_computed_in_plain_torch():
+    plain, x = backends.BACKENDS["torch"], rows(9, 4)
+    assert not hasattr(plain, "knn") and plain.verified(torch.device("cuda")) and plain.available(torch.device("mps"))
+    with ops.backend("torch"):
+        found = ops.knn(x, 3)
+    assert torch.equal(found[0], reference.knn(x, 3)[0])
 
 
 @needs_native
@@ -103,8 +112,8 @@ def test_instruction_set_is_chosen_by_name():
 
 
 def test_selftest_passes_for_every_backend():
-    before = _backends.native().instruction_set() if INSTRUCTION_SETS else None
-    records = _selftest.selftest()
+    before = loaders.native().instruction_set() if INSTRUCTION_SETS else None
+    records = selftest.selftest()
     kernels = {(r["backend"], r["instruction_set"]) for r in records}
     assert kernels == {*(("native", name) for name in INSTRUCTION_SETS), ("torch", None)}
     assert {r["op"] for r in records} == {
@@ -112,7 +121,7 @@ def test_selftest_passes_for_every_backend():
     }  # fmt: skip
     assert [r for r in records if not r["ok"]] == []
     assert all(0 <= r["worst_error"] <= r["budget"] and r["seconds"] >= 0 for r in records)
-    assert before is None or _backends.native().instruction_set() == before
+    assert before is None or loaders.native().instruction_set() == before
 
 
 def test_selftest_of_a_backend_in_a_process_of_its_own(monkeypatch):
@@ -121,25 +130,25 @@ def test_selftest_of_a_backend_in_a_process_of_its_own(monkeypatch):
         ("; sys.stdout.flush(); __import__('os').abort()", "exit status -6: "),
         ("; sys.stdout.flush(); __import__('time').sleep(60)", "not done after 3 s"),
     ):
-        monkeypatch.setattr(_selftest, "_COMMAND", [sys.executable, "-c", script + end])
-        done, failed = _selftest._apart("knn", [], 3.0)
+        monkeypatch.setattr(selftest, "_COMMAND", [sys.executable, "-c", script + end])
+        done, failed = selftest._apart("knn", [], 3.0)
         assert done == {"op": "knn", "ok": True}
         assert failed["op"] == "knn" and not failed["ok"] and failed["failure"].startswith(message)
-    monkeypatch.setattr(_selftest, "_COMMAND", [sys.executable, "-c", ""])
-    silent = _selftest.isolated("cuda", "cuda", 60.0)
-    assert [row["op"] for row in silent] == list(dict.fromkeys(case.op for case in _selftest._cases("large")))
+    monkeypatch.setattr(selftest, "_COMMAND", [sys.executable, "-c", ""])
+    silent = selftest.isolated("cuda", "cuda", 60.0)
+    assert [row["op"] for row in silent] == list(dict.fromkeys(case.op for case in selftest._cases("large")))
     assert {row["failure"] for row in silent} == {"it printed nothing"} and not any(row["ok"] for row in silent)
-    assert _selftest._apart("knn", [], -1.0)[0]["failure"] == "not done after 0 s"
+    assert selftest._apart("knn", [], -1.0)[0]["failure"] == "not done after 0 s"
 
 
 def test_selftest_command_prints_the_records_of_a_backend():
-    records = _selftest.isolated("torch", "cpu", 120.0, "small")
-    assert {r["op"] for r in records} == {case.op for case in _selftest._cases("small")}
+    records = selftest.isolated("torch", "cpu", 120.0, "small")
+    assert {r["op"] for r in records} == {case.op for case in selftest._cases("small")}
     assert all(r["ok"] for r in records)
 
 
 def test_selftest_covers_hubs_wide_rows_and_both_precisions():
-    cases = _selftest._cases("large")
+    cases = selftest._cases("large")
     losses = {case.name for case in cases if case.op == "info_nce"}
     for num_rows, dim, precision in itertools.product((97, 1500), (64, 67, 200), ("highest", "high")):
         assert {f"N {num_rows}, D {dim}, {precision}", f"N {num_rows}, D {dim}, {precision}, some rows"} <= losses
@@ -154,7 +163,7 @@ def test_selftest_sees_a_loss_that_is_wrong_at_one_precision(monkeypatch):
 
     monkeypatch.setattr(ops, "info_nce", wrong)
     with ops.backend("torch"):
-        failed = [r for r in _selftest._check_all("cpu", "small") if not r["ok"]]
+        failed = [r for r in selftest._check_all("cpu", "small") if not r["ok"]]
     assert {(r["op"], r["dtype"]) for r in failed} >= {("info_nce", "float32"), ("info_nce", "float64")}
     assert all("high" in r["case"] and "highest" not in r["case"] for r in failed)
 
@@ -162,7 +171,7 @@ def test_selftest_sees_a_loss_that_is_wrong_at_one_precision(monkeypatch):
 def test_selftest_reports_a_wrong_result(monkeypatch):
     right = ops.incidence_product
     monkeypatch.setattr(ops, "incidence_product", lambda x, graph: right(x, graph) * 1.5)
-    assert {r["op"] for r in _selftest.selftest() if not r["ok"]} == {"incidence_product"}
+    assert {r["op"] for r in selftest.selftest() if not r["ok"]} == {"incidence_product"}
 
 
 def test_selftest_reports_an_operator_that_raises(no_extension, monkeypatch):
@@ -170,7 +179,7 @@ def test_selftest_reports_an_operator_that_raises(no_extension, monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(ops, "knn", broken)
-    records = [r for r in _selftest.selftest() if r["op"] == "knn"]
+    records = [r for r in selftest.selftest() if r["op"] == "knn"]
     assert {r["failure"] for r in records} == {"RuntimeError: no such kernel"}
     assert all(not r["ok"] and r["worst_error"] == float("inf") for r in records)
 
@@ -180,8 +189,8 @@ def gpu_of(monkeypatch):
     """Makes every CUDA device one of the given architecture, with an extension that has GPU kernels."""
 
     def pretend(architecture: str):
-        monkeypatch.setattr(_backends, "architecture", lambda device: architecture if device.type == "cuda" else None)
-        monkeypatch.setattr(_backends, "native", lambda: types.SimpleNamespace(cuda_architectures=lambda: "80, 90"))
+        monkeypatch.setattr(loaders, "architecture", lambda device: architecture if device.type == "cuda" else None)
+        monkeypatch.setattr(loaders, "native", lambda: types.SimpleNamespace(cuda_architectures=lambda: "80, 90"))
 
     return pretend
 
@@ -190,27 +199,34 @@ def gpu_of(monkeypatch):
 def test_gpu_that_is_too_old_says_what_is_needed_and_what_was_found(gpu_of, monkeypatch, name):
     gpu_of("sm_75")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(_backends, "triton", lambda: types.SimpleNamespace(INTERPRETED=False))
+    monkeypatch.setattr(loaders, "triton", lambda: types.SimpleNamespace(INTERPRETED=False))
     reason = "the kernels need compute capability sm_80 or newer, cuda:1 has sm_75"
-    assert _backends.unusable(name, "cuda:1") == reason
-    assert _backends.select("cuda:1") == "torch"
+    assert backends.BACKENDS[name].unavailable(torch.device("cuda:1")) == reason
+    assert backends.select(torch.device("cuda:1")).name == "torch"
     with ops.backend(name), pytest.raises(RuntimeError, match=f"backend {name!r} cannot run on cuda:1: {reason}"):
-        _backends.select("cuda:1")
+        backends.select(torch.device("cuda:1"))
 
 
 def test_without_cupy_or_triton_the_next_backend_serves(gpu_of, monkeypatch):
     gpu_of("sm_90")
-    monkeypatch.setattr(_backends, "untested", lambda name, device: None)
+    monkeypatch.setattr(backends.GpuBackend, "unverified", lambda self, device: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(_backends, "triton", lambda: ImportError("No module named 'triton'"))
-    assert _backends.select("cuda") == "cuda"
-    monkeypatch.setattr(_backends, "native", lambda: types.SimpleNamespace(cuda_architectures=lambda: ""))
-    assert "HELLM_CUDA=ON" in _backends.unusable("cuda", "cuda")
+    monkeypatch.setattr(loaders, "triton", lambda: ImportError("No module named 'triton'"))
+    assert backends.select(torch.device("cuda")).name == "cuda"
+    monkeypatch.setattr(loaders, "native", lambda: types.SimpleNamespace(cuda_architectures=lambda: ""))
+    assert "HELLM_CUDA=ON" in backends.BACKENDS["cuda"].unavailable(torch.device("cuda"))
     for cuda, extra in (("13.0", "cuda13"), ("12.8", "cuda12")):
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        assert _backends.unusable("nvrtc", "cuda").endswith(f'is not installed: pip install "hellm[{extra}]"')
-    assert _backends.unusable("triton", "cuda") == "Triton cannot be loaded: No module named 'triton'"
-    assert _backends.select("cuda") == "torch"
+        assert (
+            backends.BACKENDS["nvrtc"]
+            .unavailable(torch.device("cuda"))
+            .endswith(f'is not installed: pip install "hellm[{extra}]"')
+        )
+    assert (
+        backends.BACKENDS["triton"].unavailable(torch.device("cuda"))
+        == "Triton cannot be loaded: No module named 'triton'"
+    )
+    assert backends.select(torch.device("cuda")).name == "torch"
 
 
 @pytest.mark.parametrize(
@@ -227,20 +243,24 @@ def test_without_cupy_or_triton_the_next_backend_serves(gpu_of, monkeypatch):
 )
 def test_an_extension_built_for_other_gpus_is_refused(gpu_of, monkeypatch, built, architecture, usable):
     gpu_of(architecture)
-    monkeypatch.setattr(_backends, "native", lambda: types.SimpleNamespace(cuda_architectures=lambda: built))
+    monkeypatch.setattr(loaders, "native", lambda: types.SimpleNamespace(cuda_architectures=lambda: built))
     reason = f"the extension was built for compute capability {built}, cuda:0 has {architecture}"
-    assert _backends.unusable("cuda", "cuda:0") == (None if usable else reason)
+    assert backends.BACKENDS["cuda"].unavailable(torch.device("cuda:0")) == (None if usable else reason)
 
 
 def test_cupy_that_cannot_be_imported_is_not_usable(gpu_of, monkeypatch):
     gpu_of("sm_90")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "cupy", None)
-    _backends._cupy_failure.cache_clear()
+    nvrtc.cupy_failure.cache_clear()
     try:
-        assert _backends.unusable("nvrtc", "cuda").startswith("CuPy cannot be imported: ModuleNotFoundError")
+        assert (
+            backends.BACKENDS["nvrtc"]
+            .unavailable(torch.device("cuda"))
+            .startswith("CuPy cannot be imported: ModuleNotFoundError")
+        )
     finally:
-        _backends._cupy_failure.cache_clear()
+        nvrtc.cupy_failure.cache_clear()
 
 
 def test_devices_may_not_be_mixed():

@@ -183,3 +183,20 @@ def test_knn_under_autocast_runs_in_float32(backend):
 def test_knn_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         ops.knn(**{"x": torch.ones(3, 2), "k": 2, **arguments})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 3), (63, 67)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_knn_sees_a_value_that_is_not_finite_anywhere(shape, dtype, value):
+    for position in range(0, shape[0] * shape[1], 7):
+        x = rows(*shape, dtype=dtype)
+        x.view(-1)[position] = value
+        with pytest.raises(ValueError, match=f"NaN or infinity first in row {position // shape[1]}$"):
+            ops.knn(x, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_knn_takes_the_largest_numbers_of_a_dtype(dtype):
+    x = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype) * torch.tensor([1, -1, 1, 1], dtype=dtype)
+    assert ops.knn(x, 1)[0].flatten().tolist() == [0, 0, 0]

@@ -18,7 +18,8 @@ import torch
 from op_cases import rows
 
 from hellm import ops
-from hellm.ops import _backends
+from hellm.ops import backends
+from hellm.ops.backends import loaders
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -74,7 +75,7 @@ def header_fields(op: str) -> list[str]:
     ],
 )
 def test_launchers_take_the_arguments_of_the_headers_in_order(op, module):
-    launcher = getattr(getattr(_backends.triton(), module), op)
+    launcher = getattr(getattr(loaders.triton(), module), op)
     taken = [name for name in inspect.signature(launcher).parameters if name != "precision"]
     assert [name for name in taken if not name.endswith("schedule")] == header_fields(op)
 
@@ -83,7 +84,7 @@ def test_launchers_take_the_arguments_of_the_headers_in_order(op, module):
 
 
 def softmax_passes():
-    return sys.modules[_backends.triton().info_nce.__package__ + ".softmax_passes"]
+    return sys.modules[loaders.triton().info_nce.__package__ + ".softmax_passes"]
 
 
 def compiled(kernel, arch: int, pointers: dict[str, str | None], constants: dict[str, Any], **options):
@@ -145,7 +146,7 @@ def assert_no_spills(resources: dict[str, int], instructions: str) -> None:
 def test_convolution_loads_16_bytes_at_a_time(part, arch, dtype, tmp_path):
     import triton.language as tl
 
-    module = _backends.triton().hypergraph_conv
+    module = loaders.triton().hypergraph_conv
     pointers = dict.fromkeys(("self_scale", "diagonal", "in_scale", "out_scale", "partial"), "fp32")
     pointers |= {"x": dtype, "self_x": dtype, "out": dtype, "indptr": "i64", "indices": "i32", "values": None}
     pointers |= dict.fromkeys(("row_order", "hub_chunk_begin"), "i32")
@@ -240,7 +241,7 @@ def launch_convolutions(
     plain: bool = False,
 ) -> None:
     """Short rows, long rows and hubs, with everything that goes into a row and, if `plain`, with nothing."""
-    module = _backends.triton().hypergraph_conv
+    module = loaders.triton().hypergraph_conv
     x = torch.empty(num_rows, dim, dtype=dtype)
     scale = torch.empty(num_rows, dtype=torch.promote_types(dtype, torch.float32))
     workspace = scale.new_empty(4 * num_rows, dim)
@@ -260,7 +261,7 @@ def launch_info_nce(
     x = torch.empty(num_keys, dim, dtype=dtype)
     rows = torch.zeros(num_keys, dtype=torch.int64) if chosen else None
     gradients = [torch.empty(num_keys), torch.empty(num_keys), x, x, torch.empty(num_keys)]
-    _backends.triton().info_nce.info_nce(x, x, rows, *gradients, torch.ones(1), views == 2, precision)
+    loaders.triton().info_nce.info_nce(x, x, rows, *gradients, torch.ones(1), views == 2, precision)
 
 
 def launch_item_cross_entropy(
@@ -269,7 +270,7 @@ def launch_item_cross_entropy(
     hidden, items = torch.zeros(num_rows, dim, dtype=dtype), torch.zeros(num_items, dim, dtype=dtype)
     target, row = torch.zeros(num_rows, dtype=torch.int64), torch.empty(num_rows)
     of_items = torch.empty(num_items) if bias else None
-    _backends.triton().item_cross_entropy.item_cross_entropy(
+    loaders.triton().item_cross_entropy.item_cross_entropy(
         hidden, items, target, of_items, row, row, hidden, items, of_items, precision
     )
 
@@ -314,7 +315,7 @@ def test_launches_compile_without_spills(call, arch, tmp_path):
 def test_every_kernel_is_among_the_launches_that_are_compiled():
     from triton import JITFunction
 
-    package = _backends.triton()
+    package = loaders.triton()
     kernels = {
         name
         for module in (package.hypergraph_conv, package.info_nce, package.item_cross_entropy, softmax_passes())
@@ -364,16 +365,16 @@ def test_triton_on_the_cpu_says_what_it_needs():
 
 def test_triton_that_cannot_be_imported_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    _backends.triton.cache_clear()
+    loaders.triton.cache_clear()
     try:
-        assert "Triton cannot be loaded: " in _backends.unusable("triton", "cuda")
+        assert "Triton cannot be loaded: " in backends.BACKENDS["triton"].unavailable(torch.device("cuda"))
     finally:
         monkeypatch.undo()
-        _backends.triton.cache_clear()
+        loaders.triton.cache_clear()
 
 
 def test_an_old_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(_backends, "triton", lambda: pytest)
-    monkeypatch.setattr(_backends, "architecture", lambda device: "sm_75")
+    monkeypatch.setattr(loaders, "triton", lambda: pytest)
+    monkeypatch.setattr(loaders, "architecture", lambda device: "sm_75")
     message = "the kernels need compute capability sm_80 or newer, cuda:0 has sm_75"
-    assert _backends.unusable("triton", "cuda:0") == message
+    assert backends.BACKENDS["triton"].unavailable(torch.device("cuda:0")) == message

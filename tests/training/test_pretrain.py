@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from hellm import ops
 from hellm.config import ModelConfig, PretrainConfig, load_config, override_config
 from hellm.evaluate import evaluate_dataset, read_test_evaluations
-from hellm.hypergraph import item_hypergraph, user_hypergraph
+from hellm.graphs import item_hypergraph, user_hypergraph
 from hellm.models.graph.content import ItemContent
 from hellm.recommend import Recommender
 from hellm.training import pretrain as module

@@ -1,7 +1,7 @@
 """Checks every usable backend and instruction set on this machine against the definitions in float64.
 
 Operators of GPU backends are checked in processes of their own, since a kernel that goes astray leaves a process no
-usable GPU: python -m hellm.ops._selftest BACKEND DEVICE [SIZE [OPERATOR]] prints the records, a line of JSON each.
+usable GPU: python -m hellm.selftest BACKEND DEVICE [SIZE [OPERATOR]] prints the records, a line of JSON each.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from torch import Tensor
 
 from hellm import ops
 from hellm.hypergraph import Hypergraph
-from hellm.ops import _backends, reference
+from hellm.ops import backends, reference
+from hellm.ops.backends import loaders
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TEMPERATURE = 0.2
 # What float32 may lose in sums of hundreds of terms and in logits of some tens.
 _LONG_SUMS = 2e-5
-_COMMAND = [sys.executable, "-m", "hellm.ops._selftest"]
+_COMMAND = [sys.executable, "-m", "hellm.selftest"]
 
 Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
@@ -66,11 +67,12 @@ def selftest(*, seconds: float = 600.0) -> list[dict[str, Any]]:
     for backend, instruction_set in _cpu_kernels():
         found += ({"backend": backend, "instruction_set": instruction_set, **one} for one in _check_all("cpu", "small"))
     if torch.cuda.is_available():
-        architecture = _backends.architecture(torch.device("cuda"))
-        for backend in _backends.BACKENDS:
-            if _backends.unusable(backend, "cuda") is None:
-                rows = isolated(backend, "cuda", seconds)
-                found += ({"backend": backend, "instruction_set": architecture, **one} for one in rows)
+        device = torch.device("cuda")
+        for name, backend in backends.BACKENDS.items():
+            if backend.available(device):
+                rows = isolated(name, "cuda", seconds)
+                architecture = loaders.architecture(device)
+                found += ({"backend": name, "instruction_set": architecture, **one} for one in rows)
     return found
 
 
@@ -104,8 +106,8 @@ def _apart(op: str, arguments: Sequence[str], seconds: float) -> list[dict[str, 
 
 def _cpu_kernels() -> Iterator[tuple[str, str | None]]:
     """Every usable backend and instruction set, in use while yielded; what was in use before is restored."""
-    if _backends.unusable("native", "cpu") is None:
-        extension = _backends.native()
+    if backends.BACKENDS["native"].available(torch.device("cpu")):
+        extension = loaders.native()
         before = extension.instruction_set()
         try:
             for name in extension.instruction_sets():

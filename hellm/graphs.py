@@ -1,0 +1,143 @@
+"""The hypergraphs that the method builds: of users from their items, of items from their neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hellm._arrays import as_count, as_tensor, check_flag
+from hellm.hypergraph import Hypergraph, checked_index, checked_size
+from hellm.ops import knn
+
+__all__ = ["item_hypergraph", "user_hypergraph"]
+
+
+def user_hypergraph(user_item_index: Tensor, num_users: int, num_items: int) -> Hypergraph:
+    """Users as vertices, items as hyperedges: each item joins the users who share an interest in it.
+
+    Repeated pairs count once. With `hypergraph_conv(..., normalization="row", hyperedge_degree=False,
+    self_loops=False)` this is the published user graph D^-1 (R R^T - diag), which is never built.
+
+    Args:
+        user_item_index: [2, num_events] int32 or int64: users, then items.
+        num_users: rows of the user table.
+        num_items: rows of the item table.
+
+    Raises:
+        ValueError: an index out of range (which, where, the limit), or a wrong shape or dtype.
+    """
+    user, item = checked_index(user_item_index, "user_item_index")
+    for name, size in (("num_users", num_users), ("num_items", num_items)):
+        as_count(name, size)
+    num_users = checked_size("num_users", num_users, user, row=0, name="user_item_index")
+    num_items = checked_size("num_items", num_items, item, row=1, name="user_item_index")
+    pair = torch.unique(user.long() * num_items + item)
+    index = torch.stack([pair // max(num_items, 1), pair % max(num_items, 1)])
+    return Hypergraph(index, num_vertices=num_users, num_hyperedges=num_items)
+
+
+def item_hypergraph(
+    features: Mapping[str, Tensor],
+    k: int = 10,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    attributes: Mapping[str, Tensor] | None = None,
+    num_items: int | None = None,
+    keep_nonpositive: bool = False,
+) -> Hypergraph:
+    """Items as vertices; for each modality one hyperedge per item: the items that list it among their k nearest.
+
+    Neighbours are by cosine similarity, the item itself included. An item that lacks a modality (mask False, or an
+    all-zero row) has no neighbours there and is nobody's neighbour.
+
+    For each attribute there is one hyperedge per value: the items that have it, with the weight k / size. So without
+    `hyperedge_degree` it counts in an item's degree as much as a hyperedge of k neighbours, however large it is.
+
+    Args:
+        features: modality -> [num_items, dim] floating point, finite.
+        k: neighbours per item and modality, itself included; 1 <= k <= num_items.
+        masks: modality -> [num_items] bool, False where the item lacks that modality.
+        attributes: attribute -> [2, n] int32 or int64, items and values that they have; values are 0, 1, 2, ...
+        num_items: needed where there are no features.
+        keep_nonpositive: False drops neighbours with similarity <= 0; True keeps them with the similarity as the value
+            of the incidence, as the published code does.
+
+    Returns:
+        Hypergraph with num_items vertices and num_items hyperedges per modality, modalities in the given order; then
+        the values of each attribute.
+
+    Raises:
+        ValueError: neither features nor attributes, an unknown mask, differing numbers of items, k out of range, a
+            feature that is not finite (modality and first row), an item of an attribute out of range.
+    """
+    check_flag("keep_nonpositive", keep_nonpositive)
+    attributes = attributes or {}
+    blocks = _checked_features(features, masks) if features or not attributes else {}
+    if blocks:
+        num_items = next(iter(blocks.values())).shape[0]
+    vertices, edges, values, weights = [], [], [], []
+    for block, (modality, x) in enumerate(blocks.items()):
+        try:
+            neighbour, similarity = knn(x, k)
+        except ValueError as error:
+            raise ValueError(f"features[{modality!r}]: {error}") from None
+        kept = neighbour >= 0 if keep_nonpositive else (neighbour >= 0) & (similarity > 0)
+        item = torch.arange(num_items, device=x.device).unsqueeze(1).expand_as(neighbour)
+        vertices.append(item[kept])
+        edges.append(neighbour[kept] + block * num_items)
+        values.append(torch.where(similarity > 0, 1.0, similarity)[kept])
+        weights.append(torch.ones(num_items, device=x.device))
+    for name, index in attributes.items():
+        index_name = f"attributes[{name!r}]"
+        item, column = checked_index(index, index_name)
+        num_items = checked_size("num_items", num_items, item, row=0, name=index_name)
+        size = torch.bincount(column, minlength=checked_size("values", None, column, row=1, name=index_name))
+        vertices.append(item.long())
+        edges.append(column.long() + sum(map(len, weights)))
+        values.append(torch.ones(len(item), device=item.device))
+        weights.append(k / size.clamp(min=1).float())
+    value, weight = torch.cat(values), torch.cat(weights)
+    return Hypergraph(
+        torch.stack([torch.cat(vertices), torch.cat(edges)]),
+        num_vertices=num_items,
+        num_hyperedges=len(weight),
+        hyperedge_weight=weight if attributes else None,
+        incidence_weight=None if bool((value == 1).all()) else value,
+    )
+
+
+def _checked_features(features: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Features with the rows of absent items set to zero, which `knn` gives no neighbours."""
+    for name, given in (("features", features), ("masks", {} if masks is None else masks)):
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{name} must map modalities to tensors, got {type(given).__name__}")
+    if not features:
+        raise ValueError("features must hold at least one modality, got none")
+    unknown = set(masks or {}) - set(features)
+    if unknown:
+        raise ValueError(f"masks names modalities that features lacks: {sorted(unknown)}")
+    blocks: dict[str, Tensor] = {}
+    for modality, value in features.items():
+        x = as_tensor(f"features[{modality!r}]", value)
+        if x.ndim != 2:
+            raise ValueError(f"features[{modality!r}] must be [num_items, dim], got shape {tuple(x.shape)}")
+        if x.is_meta:
+            raise ValueError(f"features[{modality!r}] must hold numbers, got a tensor on the meta device")
+        first = next(iter(blocks.values()), x)
+        if x.shape[0] != first.shape[0]:
+            raise ValueError(f"features[{modality!r}] must have {first.shape[0]} rows, got {x.shape[0]}")
+        if x.device != first.device:
+            raise ValueError(f"features[{modality!r}] must be on {first.device} like the first, got {x.device}")
+        if masks is not None and modality in masks:
+            mask = as_tensor(f"masks[{modality!r}]", masks[modality])
+            if mask.shape != x.shape[:1] or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"masks[{modality!r}] must be [{x.shape[0]}] bool, got {tuple(mask.shape)} {mask.dtype}"
+                )
+            if mask.device != x.device:
+                raise ValueError(f"masks[{modality!r}] must be on {x.device} like the features, got {mask.device}")
+            x = torch.where(mask.unsqueeze(1), x, torch.zeros((), dtype=x.dtype))
+        blocks[modality] = x
+    return blocks
