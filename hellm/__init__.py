@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hellm.hypergraph import Hypergraph, item_hypergraph, user_hypergraph
     from hellm.recommend.compare import compare
+    from hellm.recommend.recommender import Recommender
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "Hypergraph": "hellm.hypergraph",
+    "Recommender": "hellm.recommend.recommender",
     "compare": "hellm.recommend.compare",
     "item_hypergraph": "hellm.hypergraph",
     "user_hypergraph": "hellm.hypergraph",
 }
 _MODULES = ("baselines", "config", "data", "evaluate", "losses", "models", "nn", "ops", "recommend", "training")
 
-__all__ = ["Hypergraph", "__version__", "compare", "item_hypergraph", "user_hypergraph"]
+__all__ = ["Hypergraph", "Recommender", "__version__", "compare", "item_hypergraph", "user_hypergraph"]
 
 
 def __getattr__(name: str) -> Any:
