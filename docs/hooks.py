@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from markdown import Extension, Markdown
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
+LOADED = re.compile(r"""<(?:script|img|link|iframe|source)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//[^>]*>""")
 
 
 class WithoutQuotes(Extension):
@@ -30,3 +33,11 @@ def on_files(files: Files, config: Any) -> Files:
     for path in sorted((ROOT / "benchmarks" / "figures").glob("*.png")):
         files.append(File.generated(config, f"figures/{path.name}", abs_src_path=str(path)))
     return files
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Raises: PluginError, a page that loads something from elsewhere."""
+    found = LOADED.search(output)
+    if found:
+        raise PluginError(f"{page.file.src_uri} must load nothing from elsewhere, got {found[0]}")
+    return output

@@ -92,10 +92,14 @@ class Hypergraph:
             One that requires a gradient, such as attention coefficients, gets it and may change; any other is copied.
 
     Attributes:
-        vertex_indptr, vertex_edges, vertex_values: CSR of H: [V + 1] int64, [nnz] int32, [nnz] float32 (float64 for
-            float64) or None; the hyperedges of each vertex, ascending.
-        edge_indptr, edge_vertices, edge_values: CSR of H^T, likewise: the vertices of each hyperedge.
-        vertex_schedule, edge_schedule: how a GPU shares out the rows of each.
+        vertex_indptr: [V + 1] int64; with the next two CSR of H, the hyperedges of each vertex, ascending.
+        vertex_edges: [nnz] int32.
+        vertex_values: [nnz] float32 (float64 for float64), or None for all ones.
+        edge_indptr: [M + 1] int64; with the next two CSR of H^T, the vertices of each hyperedge, ascending.
+        edge_vertices: [nnz] int32.
+        edge_values: [nnz], like `vertex_values`.
+        vertex_schedule: how a GPU shares out the rows of H.
+        edge_schedule: how a GPU shares out the rows of H^T.
         labels: ids and attributes of the file that `from_hif` read; None of any other.
 
     Raises:
