@@ -26,9 +26,11 @@ sanitize: .venv/test
 # Left out: what calls no kernel, what compiles, and plain torch.
 SANITIZED_TESTS := native and not compile and not gradcheck and not opcheck and not process and not second
 
-lint: .venv/lint
+# Types need the packages that are imported, so the whole test environment is used.
+lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 
 # Warnings are errors, and a page that loads something from elsewhere is one (docs/hooks.py).
 # To search it, serve it: python -m http.server --directory build/docs
@@ -67,6 +69,3 @@ clean:
 	sed -n '/^docs = \[/,/^\]/s/.*"\(.*\)".*/\1/p' pyproject.toml | xargs $(BIN)/pip install --quiet
 	touch $@
 
-.venv/lint: pyproject.toml | .venv/created
-	$(BIN)/pip install --quiet "$$(sed -n 's/.*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)"
-	touch $@

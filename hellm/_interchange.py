@@ -137,10 +137,11 @@ def _checked_record(kind: str, name: str, record: Any) -> dict[str, Any]:
     checked = dict(record)
     for key in _IDS[kind]:
         value = record.get(key)
-        whole = isinstance(value, numbers.Integral) or (isinstance(value, float) and value.is_integer())
-        if isinstance(value, bool) or not (whole or isinstance(value, str)):
+        # JSON knows no difference between 1 and 1.0.
+        if isinstance(value, numbers.Integral) or (isinstance(value, float) and value.is_integer()):
+            checked[key] = int(value)
+        if isinstance(value, bool) or not isinstance(checked.get(key), (str, int)):
             raise ValueError(f"{name}.{key} must be a string or an integer, got {value!r}")
-        checked[key] = int(value) if whole else value  # JSON knows no difference between 1 and 1.0
     unknown = set(record) - {*_IDS[kind], *_FIELDS[kind]}
     if unknown:
         raise ValueError(
@@ -156,7 +157,7 @@ def _checked_record(kind: str, name: str, record: Any) -> dict[str, Any]:
     return checked
 
 
-def _finite(number: float) -> bool:
+def _finite(number: Any) -> bool:
     try:
         return math.isfinite(number)
     except OverflowError:  # a whole number beyond float64

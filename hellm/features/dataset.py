@@ -64,6 +64,7 @@ def add_features(
         batch_size, max_length, device, cache: As in `encode_text` and `encode_images`.
 
     Returns: A new data set; its notes name the encoders, and the pictures that cannot be read and count as missing.
+
     Raises:
         DataError: As `choose_encoders`.
         ValueError, ImportError, OSError: As `encode_text` and `encode_images`.

@@ -70,6 +70,7 @@ def load_language_model(
         revision: branch, tag or commit on the hub; None takes the newest.
         num_layers: its first layers to keep, all where it has fewer; None keeps all.
     Returns: the transformers model, with what `language_model_identity` records, and the tokenizer.
+
     Raises:
         ImportError: transformers, gguf or the model's package is not installed; says what to install.
         FileNotFoundError: a path that does not exist, or no model of that name and no hub to ask.

@@ -51,7 +51,6 @@ def _second_order(row_loss: Callable, inputs: list[Tensor], row_grad: Tensor, di
     The first are second derivatives along the directions, in either mode, as these are symmetric; the last is the
     derivative of the row losses along the directions.
     """
-
     places = tuple(range(len(inputs)))
 
     def along(*arguments):

@@ -129,7 +129,7 @@ def item_cross_entropy(hidden: Tensor, item_embedding: Tensor, target: Tensor, b
 
 
 def knn(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """k nearest rows by cosine, itself included: indices [N, k] int64 and similarities [N, k], descending.
+    """The k nearest rows by cosine, itself included: indices [N, k] int64 and similarities [N, k], descending.
 
     Lower index first among equals. All-zero rows have no neighbours and are nobody's: index -1, similarity 0, also
     where fewer than k rows remain. Stores the similarities of all pairs.

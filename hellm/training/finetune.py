@@ -92,6 +92,7 @@ def finetune(
         on_plan: called with `plan_finetuning(...)` before the first epoch.
 
     Returns: what result.json holds, with the metrics directly in "test" as well.
+
     Raises:
         FileExistsError, ValueError: as `RunDirectory`, `load_item_inputs` and `RecommenderLLM`; and for
             compat="official" in several processes.

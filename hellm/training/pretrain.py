@@ -65,6 +65,7 @@ def pretrain(
         resume: go on from the last checkpoint in `out`, or start if there is none. A finished run is returned as it is.
         overwrite: replace a run in `out`.
     Returns: what result.json holds.
+
     Raises:
         FileExistsError, ValueError: as `RunDirectory` and `resolve_config`.
         MemoryError: a step needs more memory than there is; says how much it asked for and what to lower.
