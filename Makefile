@@ -30,7 +30,8 @@ SANITIZED_TESTS := native and not compile and not gradcheck and not opcheck and 
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -type f)
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # Warnings are errors, and a page that loads something from elsewhere is one (docs/hooks.py).
 # To search it, serve it: python -m http.server --directory build/docs
