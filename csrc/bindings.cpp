@@ -53,6 +53,8 @@ void run(void (*kernel)(const Arguments&, hellm::cpu::Interruption&), const Argu
   if (interruption.requested()) throw py::error_already_set();
 }
 
+// Lists of arguments are filled line by line, in the order of the fields.
+// clang-format off
 void incidence_product(Address x, Address indptr, Address indices, Address values, Address out, int64_t rows,
                        int64_t dim, int dtype, int num_threads) {
   const hellm::IncidenceProductArguments arguments{at(x), csr(indptr, indices, values), at(out), rows, dim,
@@ -195,6 +197,7 @@ hellm::KnnArguments knn_crowded(Address x, Address inverse_norm, Address crowded
   return {at(x), at<int64_t>(index), at(similarity), num_rows, dim, k, DType(dtype), 0, nullptr,
           at<double>(inverse_norm), at<int>(crowded)};
 }
+// clang-format on
 
 // plan_<name>: the launches, as (kernel, grid, threads, shared bytes, parameters). cuda_<name>, where nvcc compiled the
 // kernels: launches them; the last two arguments are the device and the stream.
@@ -204,9 +207,9 @@ void define(py::module_& m, const std::string& name, Arguments (*arguments)(P...
   m.def(("plan_" + name).c_str(), [=](P... p) {
     py::list launches;
     plan(arguments(p...), [&](const hellm::cuda::Launch& launch) {
-      launches.append(py::make_tuple(
-          launch.kernel, py::make_tuple(launch.grid[0], launch.grid[1], launch.grid[2]), launch.threads,
-          launch.shared_bytes, py::bytes(static_cast<const char*>(launch.parameters), launch.parameter_bytes)));
+      launches.append(py::make_tuple(launch.kernel, py::make_tuple(launch.grid[0], launch.grid[1], launch.grid[2]),
+                                     launch.threads, launch.shared_bytes,
+                                     py::bytes(static_cast<const char*>(launch.parameters), launch.parameter_bytes)));
     });
     return launches;
   });
@@ -228,28 +231,28 @@ void define_all(py::module_& m) {
   define(m, "knn_unit", &knn_unit, &hellm::cuda::knn_unit);
   define(m, "knn_select", &knn_select, &hellm::cuda::knn_select);
   define(m, "knn_crowded", &knn_crowded, &hellm::cuda::knn_crowded);
-  m.def("hypergraph_conv_workspace", [](Schedule vertex_schedule, Schedule edge_schedule, int64_t slab_bytes,
-                                        int64_t num_vertices, int64_t num_hyperedges, int64_t dim, int num_layers,
-                                        int dtype) {
-    return hellm::cuda::hypergraph_conv_workspace(
-        hypergraph_conv(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, vertex_schedule, edge_schedule, slab_bytes, num_vertices,
-                        num_hyperedges, dim, num_layers, dtype));
-  });
-  m.def("bipartite_propagate_workspace", [](Schedule vertex_schedule, Schedule edge_schedule, int64_t slab_bytes,
-                                            int64_t num_users, int64_t num_items, int64_t dim, int num_layers,
-                                            int dtype) {
-    return hellm::cuda::bipartite_propagate_workspace(
-        bipartite_propagate(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, vertex_schedule, edge_schedule, slab_bytes, num_users,
-                            num_items, dim, num_layers, dtype));
-  });
-  m.def("info_nce_workspace", [](int64_t num_keys, int64_t num_rows, int64_t dim, bool gradients,
-                                 bool intra_view_negatives, bool highest_precision, int num_processors,
-                                 int shared_bytes, int dtype) {
-    const Address wanted = gradients ? 16 : 0;  // any address that is aligned like the real ones
-    return hellm::cuda::info_nce_workspace(info_nce(0, 0, 0, 0, 0, wanted, 0, wanted, wanted, 0, 0, num_keys, num_rows,
-                                                    dim, 0, intra_view_negatives, highest_precision, num_processors,
-                                                    shared_bytes, dtype));
-  });
+  m.def("hypergraph_conv_workspace",
+        [](Schedule vertex_schedule, Schedule edge_schedule, int64_t slab_bytes, int64_t num_vertices,
+           int64_t num_hyperedges, int64_t dim, int num_layers, int dtype) {
+          return hellm::cuda::hypergraph_conv_workspace(
+              hypergraph_conv(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, vertex_schedule, edge_schedule, slab_bytes,
+                              num_vertices, num_hyperedges, dim, num_layers, dtype));
+        });
+  m.def("bipartite_propagate_workspace",
+        [](Schedule vertex_schedule, Schedule edge_schedule, int64_t slab_bytes, int64_t num_users, int64_t num_items,
+           int64_t dim, int num_layers, int dtype) {
+          return hellm::cuda::bipartite_propagate_workspace(
+              bipartite_propagate(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, vertex_schedule, edge_schedule, slab_bytes,
+                                  num_users, num_items, dim, num_layers, dtype));
+        });
+  m.def("info_nce_workspace",
+        [](int64_t num_keys, int64_t num_rows, int64_t dim, bool gradients, bool intra_view_negatives,
+           bool highest_precision, int num_processors, int shared_bytes, int dtype) {
+          const Address wanted = gradients ? 16 : 0;  // any address that is aligned like the real ones
+          return hellm::cuda::info_nce_workspace(info_nce(0, 0, 0, 0, 0, wanted, 0, wanted, wanted, 0, 0, num_keys,
+                                                          num_rows, dim, 0, intra_view_negatives, highest_precision,
+                                                          num_processors, shared_bytes, dtype));
+        });
   m.def("item_cross_entropy_workspace", [](int64_t num_rows, int64_t num_items, int64_t dim, bool hidden_grad,
                                            bool items_grad, bool highest_precision, int num_processors,
                                            int shared_bytes, int dtype) {
@@ -260,8 +263,7 @@ void define_all(py::module_& m) {
   });
   m.def("knn_scan_workspace", [](int64_t num_rows, int64_t dim, int64_t k, int num_processors, int shared_bytes,
                                  int dtype) {
-    return hellm::cuda::knn_scan_workspace(
-        knn_scan(0, 0, 0, 0, num_rows, dim, k, num_processors, shared_bytes, dtype));
+    return hellm::cuda::knn_scan_workspace(knn_scan(0, 0, 0, 0, num_rows, dim, k, num_processors, shared_bytes, dtype));
   });
 #if defined(HELLM_CUDA)
   m.def("cuda_architectures", &hellm::cuda::architectures, "Compute capabilities of the compiled kernels.");

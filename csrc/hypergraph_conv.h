@@ -20,7 +20,7 @@ struct Csr {
 struct IncidenceProductArguments {
   const void* x;  // [columns, dim]
   Csr matrix;
-  void* out;      // [rows, dim]
+  void* out;  // [rows, dim]
   int64_t rows, dim;
   DType dtype;
   int num_threads;
@@ -29,11 +29,11 @@ struct IncidenceProductArguments {
 
 // num_layers times x <- out_scale * (H (edge_scale * H^T (in_scale * x)) - diagonal * in_scale * x); null scales are ones.
 struct HypergraphConvArguments {
-  const void* x;  // [num_vertices, dim]
-  Csr vertex;     // H
-  Csr edge;       // H^T
+  const void* x;                                             // [num_vertices, dim]
+  Csr vertex;                                                // H
+  Csr edge;                                                  // H^T
   const void *in_scale, *edge_scale, *out_scale, *diagonal;  // A [num_vertices], edge_scale [num_hyperedges]
-  void* out;        // [num_vertices, dim]
+  void* out;                                                 // [num_vertices, dim]
   void* workspace;  // A [num_hyperedges + (num_vertices if num_layers > 1), dim]; on GPUs see cuda/plan.h
   int64_t num_vertices, num_hyperedges, dim;
   int num_layers;  // >= 1
@@ -44,9 +44,9 @@ struct HypergraphConvArguments {
 
 // Mean of layers 0..num_layers of user <- user_scale * R (item_scale * item), item <- item_scale * R^T (user_scale * user).
 struct BipartitePropagateArguments {
-  const void *user_x, *item_x;  // [num_users, dim], [num_items, dim]
-  Csr user;                     // R
-  Csr item;                     // R^T
+  const void *user_x, *item_x;          // [num_users, dim], [num_items, dim]
+  Csr user;                             // R
+  Csr item;                             // R^T
   const void *user_scale, *item_scale;  // A [num_users], A [num_items]
   void *user_out, *item_out;
   void* workspace;  // A [2 * (num_users + num_items), dim]; on GPUs see cuda/plan.h

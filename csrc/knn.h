@@ -7,9 +7,9 @@ namespace hellm {
 
 // Lower index first among equals; an all-zero row has no neighbours (index -1, similarity 0) and is nobody's.
 struct KnnArguments {
-  const void* x;       // [num_rows, dim]
-  int64_t* index;      // [num_rows, k]
-  void* similarity;    // A [num_rows, k], descending; A: float, or double for kFloat64
+  const void* x;     // [num_rows, dim]
+  int64_t* index;    // [num_rows, k]
+  void* similarity;  // A [num_rows, k], descending; A: float, or double for kFloat64
   int64_t num_rows, dim, k;
   DType dtype;
   int num_threads;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ def as_count(name: str, value: Any, *, low: int | None = 0) -> int:
             raise ValueError(f"{name} must be an integer, got {type(value).__name__}") from None
     if low is not None and value < low:
         raise ValueError(f"{name} must be >= {low}, got {value}")
-    return value
+    return cast(int, value)  # one of torch.compile passes for one
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -115,6 +115,7 @@ def check_target(
             home directory in it.
         proof: A folder without a mark is gone on with if it holds a folder of this name and nothing outside `layout`:
             earlier versions wrote no marks.
+
     Raises:
         FileExistsError: The folder holds something, and neither `resume` nor `overwrite` is given, or what it holds is
             not known to be made by this program.

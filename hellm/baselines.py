@@ -302,7 +302,7 @@ def _implicit(name: str):
 
 @contextmanager
 def _single_threaded_blas():
-    """implicit parallelises over rows itself; a threaded BLAS inside would fight it (and makes it warn)."""
+    """The library parallelises over rows itself; a threaded BLAS inside would fight it (and makes it warn)."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1, "blas"):

@@ -6,14 +6,17 @@ V = vertices, M = hyperedges, nnz = incidences. Nothing of size V x V, V x M or 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from hellm import _interchange
 from hellm._arrays import as_count, as_tensor, check_flag
+from hellm._interchange import Labels
 from hellm.ops.incidence import Incidence, RowSchedule, Scales
 
 NORMALIZATIONS = ("symmetric", "row", "none")
@@ -43,15 +46,22 @@ class Hypergraph(Incidence):
             One that requires a gradient, such as attention coefficients, gets it and may change; any other is copied.
 
     Attributes:
-        vertex_indptr, vertex_edges, vertex_values: CSR of H: [V + 1] int64, [nnz] int32, [nnz] float32 (float64 for
-            float64) or None; the hyperedges of each vertex, ascending.
-        edge_indptr, edge_vertices, edge_values: CSR of H^T, likewise: the vertices of each hyperedge.
-        vertex_schedule, edge_schedule: how a GPU shares out the rows of each.
+        vertex_indptr: [V + 1] int64; with the next two CSR of H, the hyperedges of each vertex, ascending.
+        vertex_edges: [nnz] int32.
+        vertex_values: [nnz] float32 (float64 for float64), or None for all ones.
+        edge_indptr: [M + 1] int64; with the next two CSR of H^T, the vertices of each hyperedge, ascending.
+        edge_vertices: [nnz] int32.
+        edge_values: [nnz], like `vertex_values`.
+        vertex_schedule: how a GPU shares out the rows of H.
+        edge_schedule: how a GPU shares out the rows of H^T.
+        labels: ids and attributes of the file that `from_hif` read; None of any other.
 
     Raises:
         ValueError: an index out of range (which, where, the limit), one so large that the ids should be relabelled, or
             a wrong shape, dtype, size or device.
     """
+
+    labels: Labels | None = None
 
     @torch.inference_mode(False)  # a tensor made in inference mode could never be used in training afterwards
     def __init__(
@@ -181,10 +191,109 @@ class Hypergraph(Incidence):
             index = torch.empty_like(index).index_copy_(1, order, index)
         sizes = {"num_vertices": self.num_vertices, "num_hyperedges": self.num_hyperedges}
         weights = {"hyperedge_weight": self.hyperedge_weight, "incidence_weight": values}
-        return {"hyperedge_index": index, **sizes, **weights}
+        labels = {} if self.labels is None else {"labels": self.labels}
+        return {"hyperedge_index": index, **sizes, **weights, **labels}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        labels = state.pop("labels", None)
         self.__init__(**state)
+        self.labels = labels
+
+    @classmethod
+    def from_hif(cls, source: Mapping[str, Any] | str | os.PathLike[str]) -> Hypergraph:
+        """Read the Hypergraph Interchange Format, JSON that XGI, HyperNetX and others write.
+
+        Vertices and hyperedges stand in the order of "nodes" and "edges"; those that only incidences name follow as
+        they come. Their ids, attributes and the metadata are in `labels`, and `to_hif` writes them again. Weights of
+        incidences and hyperedges are float64; where all are 1 there is none.
+
+        Args:
+            source: path of a file, or its content.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: what is not HIF, naming the file and the field; a directed hypergraph or a simplicial complex.
+        """
+        arguments, labels = _interchange.hif_arguments(source)
+        hypergraph = cls(**arguments)
+        hypergraph.labels = labels
+        return hypergraph
+
+    def to_hif(self, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+        """The hypergraph in the Hypergraph Interchange Format; ids are 0, 1, 2, ... without `labels`.
+
+        Args:
+            path: a file to write it to as well; replaced whole if it is there.
+
+        Returns:
+            The JSON object as a dict. Gradients of learned weights do not travel.
+
+        Raises:
+            WriteError: the file cannot be written.
+            ValueError: a weight that is not finite.
+        """
+        labels = self.labels
+        if labels is None:
+            labels = Labels(list(range(self.num_vertices)), list(range(self.num_hyperedges)), {}, {}, {}, {})
+        weights = self.hyperedge_weight, self.vertex_values
+        document = _interchange.hif_document(self.hyperedge_index, *weights, labels)
+        if path is not None:
+            _interchange.write_hif(path, document)
+        return document
+
+    @classmethod
+    def from_pyg(cls, data: Any) -> Hypergraph:
+        """From PyTorch Geometric, which need not be installed.
+
+        Args:
+            data: a hyperedge_index [2, nnz]; a `HyperGraphData`; or a `Data` or mapping with `hyperedge_index` and
+                optionally `num_nodes`, `num_hyperedges` and `hyperedge_weight` [M].
+
+        Raises:
+            ValueError: data without a hyperedge_index; as the constructor does.
+        """
+        return cls(**_interchange.pyg_arguments(data))
+
+    def to_pyg(self) -> dict[str, Any]:
+        """What the layer of PyTorch Geometric is called with: `conv(x, **hypergraph.to_pyg())`.
+
+        Returns:
+            `hyperedge_index` [2, nnz] int64 in order of vertex, then hyperedge; `hyperedge_weight` [M] or None;
+            `num_edges` M.
+
+        Raises:
+            ValueError: the incidence has weights, which PyTorch Geometric has no place for.
+        """
+        if self._valued:
+            raise ValueError("incidence_weight must be None for PyTorch Geometric, whose incidences have no weights")
+        weight = self.hyperedge_weight
+        return {
+            "hyperedge_index": self.hyperedge_index,
+            "hyperedge_weight": weight,
+            "num_edges": self.num_hyperedges,
+        }
+
+    @classmethod
+    def from_scipy(cls, matrix: Any, hyperedge_weight: Tensor | None = None) -> Hypergraph:
+        """From an incidence matrix of SciPy, whose entries are the weights of the incidences; all ones are none.
+
+        Args:
+            matrix: [V, M] sparse matrix or array of any format; booleans, integers or floats. Copied.
+            hyperedge_weight: [M], as for the constructor.
+
+        Raises:
+            ValueError: not sparse, not two-dimensional, or another dtype.
+        """
+        return cls(**_interchange.scipy_arguments(matrix), hyperedge_weight=hyperedge_weight)
+
+    def to_scipy(self) -> Any:
+        """The incidence matrix as a `scipy.sparse.csr_array` [V, M], a copy; weights of hyperedges are not in it.
+
+        Raises:
+            ImportError: SciPy is not installed.
+        """
+        return _interchange.scipy_matrix(*self.vertex_csr, self.num_hyperedges)
 
     def scales(
         self,
@@ -416,4 +525,4 @@ def _inverse_root(degree: Tensor) -> Tensor:
 
 
 # Its state is tensors and numbers, and is checked like arguments.
-torch.serialization.add_safe_globals([Hypergraph])
+torch.serialization.add_safe_globals([Hypergraph, Labels])

@@ -41,7 +41,7 @@ def l2_loss(*rows: torch.Tensor) -> torch.Tensor:
     if not rows:
         raise ValueError("l2_loss needs at least one tensor [B, D], got none")
     _check_rows(**{f"rows[{index}]": row for index, row in enumerate(rows)})
-    return 0.5 * sum(row.square().sum() for row in rows) / rows[0].shape[0]
+    return 0.5 * sum((row.square().sum() for row in rows[1:]), rows[0].square().sum()) / rows[0].shape[0]
 
 
 def synergistic_contrastive_loss(

@@ -29,7 +29,11 @@ class HypergraphConv(nn.Module):
         in_channels: columns of x, >= 1.
         out_channels: columns of the output, >= 1.
         use_attention: False.
-        attention_mode, heads, concat, negative_slope, dropout: of attention, as in the other layer; without effect.
+        attention_mode: of attention, as in the other layer; without effect, like the next four.
+        heads: of attention.
+        concat: of attention.
+        negative_slope: of attention.
+        dropout: of attention.
         bias: add a learned bias [out_channels].
 
     Raises:

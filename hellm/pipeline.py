@@ -128,6 +128,7 @@ class Pipeline:
         dataset: The data set with its features, once the step "data" has run.
         notes: What had to give way, in words.
         ks: List lengths, none beyond the catalogue.
+
     Raises:
         FileExistsError: Something is there and neither is given, or it is no such run.
         ValueError: Both are given, or a resumed run has other settings (those of a stage are checked by the stage).

@@ -585,29 +585,6 @@ def test_duration_in_words(seconds, text):
     assert duration(seconds) == text
 
 
-def test_readme_names_every_verb_preset_protocol_and_form():
-    from hellm.config import PRESETS, PretrainConfig
-    from hellm.data import form_names
-    from hellm.evaluate import PROTOCOLS
-
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in (*(f"hellm {verb}" for verb in VERBS), *PRESETS[PretrainConfig], *PROTOCOLS, *form_names()):
-        assert f"`{name}" in text, name
-
-
-def test_readme_snippets_run(shop, tmp_path, monkeypatch, capsys):
-    run = tmp_path / "demo" / "run"
-    assert main(["pretrain", "--data", shop, "--out", str(run / "stage1"), *FAST, "--max-epochs", "1"]) == 0
-    assert main(["fuse", str(run / "stage1"), "--data", shop, "--out", str(run / "fused")]) == 0
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(snippets) == 3
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
-    assert (tmp_path / "serving" / "ids.parquet").is_file()
-
-
 def test_what_users_write_does_not_steer_the_terminal():
     assert title("i1\x07", "\x1b[2J red\x9b31m\r\n") == "\\x1b[2J red\\x9b31m\\r\\n (i1\\x07)"
     assert one_line("\u202egnirts \u2066x\u2028y\ufeff") == "\\u202egnirts \\u2066x\\u2028y\\ufeff"

@@ -14,9 +14,11 @@ namespace hellm::cpu {
   void item_cross_entropy(const ItemCrossEntropyArguments&, Interruption&);    \
   void knn(const KnnArguments&, Interruption&);                                \
   }
+// clang-format off
 #define HELLM_KERNELS(isa, supported) \
   {#isa,          supported, isa::incidence_product,  isa::hypergraph_conv, isa::bipartite_propagate, \
    isa::info_nce, isa::item_cross_entropy, isa::knn}
+// clang-format on
 
 HELLM_DECLARE_KERNELS(portable)
 #if defined(HELLM_X86)
@@ -34,10 +36,7 @@ const Kernels kTables[] = {
                                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                                 __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx2"));
                   }),
-    HELLM_KERNELS(avx2,
-                  [] {
-                    return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
-                  }),
+    HELLM_KERNELS(avx2, [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")); }),
 #endif
     HELLM_KERNELS(portable, [] { return true; }),
 };

@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kPrefetch = 24;  // neighbours ahead
 constexpr int kChunksAThread = 8;
 constexpr int64_t kPieceRows = 64, kPieceEntries = 1 << 16;  // between two questions whether to end
-constexpr double kGrain = 5e5;  // operations a thread and gather
+constexpr double kGrain = 5e5;                               // operations a thread and gather
 
 // out_r = out_scale_r * sum_c value_rc in_scale_c x_c + (self_scale_r or self_constant) * self_r. Null scales are ones;
 // there is no self term where `self` is null, and then no self_scale.
@@ -53,22 +53,22 @@ inline __attribute__((always_inline)) void gather_panel(const Row<A, X, Self, Ou
   constexpr int kWidth = kLanes<A>;
   Vector<A> sum[kVectors] = {};
   for (int64_t n = 0, end = piece_end(row, 0); n < end; end = piece_end(row, end))
-  for (; n < end; ++n) {
-    // Past the end of the row too: rows are short, and the next one's neighbours are wanted soon.
-    const X* ahead = row.x + row.index[n + kPrefetch < row.ahead ? n + kPrefetch : row.ahead] * row.dim + column;
+    for (; n < end; ++n) {
+      // Past the end of the row too: rows are short, and the next one's neighbours are wanted soon.
+      const X* ahead = row.x + row.index[n + kPrefetch < row.ahead ? n + kPrefetch : row.ahead] * row.dim + column;
 #pragma GCC unroll 8
-    for (int line = 0; line < kVectors * kWidth * int(sizeof(X)); line += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(ahead) + line);
-    const X* source = row.x + row.index[n] * row.dim + column;
-    if (kWeighted) {
-      const A weight = row.weight(n);
+      for (int line = 0; line < kVectors * kWidth * int(sizeof(X)); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(ahead) + line);
+      const X* source = row.x + row.index[n] * row.dim + column;
+      if (kWeighted) {
+        const A weight = row.weight(n);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[v] += weight * load_as<A>(source + v * kWidth);
-    } else {
+        for (int v = 0; v < kVectors; ++v) sum[v] += weight * load_as<A>(source + v * kWidth);
+      } else {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[v] += load_as<A>(source + v * kWidth);
+        for (int v = 0; v < kVectors; ++v) sum[v] += load_as<A>(source + v * kWidth);
+      }
     }
-  }
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) {
     Vector<A> value = sum[v] * row.out_scale;
@@ -125,10 +125,12 @@ void gather(const Csr& matrix, int64_t rows, int64_t dim, const X* x, const Self
       if (interruption.after((matrix.indptr[piece] - matrix.indptr[r] + piece - r) * (dim + 1))) break;
       for (; r < piece; ++r) {
         const int64_t first = matrix.indptr[r];
+        // clang-format off
         const Row<A, X, Self, Out> row{matrix.indices + first, f.values ? f.values + first : nullptr,
                                        matrix.indptr[r + 1] - first, dim, last - first, f.in_scale, x,
                                        self ? self + r * dim : nullptr, out + r * dim, f.scale(r), f.own(r),
                                        interruption};
+        // clang-format on
         if (f.values || f.in_scale) gather_row<true>(row);
         else gather_row<false>(row);
       }
@@ -158,7 +160,8 @@ void run_conv(const HypergraphConvArguments& a, Interruption& interruption) {
   for (int64_t v = 0; diagonal && v < n; ++v) {
     self_scale[v] = -diagonal[v] * (in_scale ? in_scale[v] : A(1)) * (out_scale ? out_scale[v] : A(1));
   }
-  const Factors<A> join{static_cast<const A*>(a.edge.values), in_scale, static_cast<const A*>(a.edge_scale), nullptr, A(0)};
+  const Factors<A> join{static_cast<const A*>(a.edge.values), in_scale, static_cast<const A*>(a.edge_scale), nullptr,
+                        A(0)};
   const Factors<A> spread{static_cast<const A*>(a.vertex.values), nullptr, out_scale,
                           diagonal ? static_cast<const A*>(self_scale) : nullptr, A(0)};
 

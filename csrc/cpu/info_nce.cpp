@@ -104,7 +104,8 @@ RowResult<T> finish_row(const Problem<T, U>& p, int64_t i, int64_t row, T shift)
 
 // Second half: c_i of every row (each thread for itself), the loss and row side of the rows of one thread.
 template <typename T, typename U>
-void finish_rows(const Problem<T, U>& p, int64_t start, int64_t count, int thread, int threads, const Scratch<T, U>& s) {
+void finish_rows(const Problem<T, U>& p, int64_t start, int64_t count, int thread, int threads,
+                 const Scratch<T, U>& s) {
   const T* row_grad = static_cast<const T*>(p.arguments.row_grad);
   for (int64_t i = 0; i < p.strip; ++i) {
     T* weighted = s.weighted + i * p.stride;
@@ -365,6 +366,7 @@ void run_with(const InfoNceArguments& a, Interruption& interruption) {
   Buffer<T> intra((2 + kTriangleGroups) * intra_size);
   Buffer<T> intra_key(symmetric && gradients ? (n / (kTriangleStrips * strip) + 1) * strip * stride : 0);
   T* const outside[2] = {static_cast<T*>(a.grad_anchor), static_cast<T*>(a.grad_positive)};
+  // clang-format off
   const Problem<T, U> p{a, interruption, stride, strip, blocks_a_view, num_blocks, gradients, find_maximum, symmetric,
                         T(kLog2E / a.temperature),
                         {unit, unit + n * stride},
@@ -372,6 +374,7 @@ void run_with(const InfoNceArguments& a, Interruption& interruption) {
                         {in_place ? outside[0] : grad, in_place ? outside[1] : grad + grad_size},
                         similarity, partial, partial + num_blocks * strip, partial_key, pending, row_weight, own_weight,
                         intra, intra + 2 * intra_size, intra + intra_size, intra_key};
+  // clang-format on
   const S* const views[2] = {static_cast<const S*>(a.anchor), static_cast<const S*>(a.positive)};
   S* const outputs[2] = {static_cast<S*>(a.grad_anchor), static_cast<S*>(a.grad_positive)};
 

@@ -22,27 +22,27 @@ template <typename T, typename U>
 struct Problem {
   const InfoNceArguments& arguments;
   Interruption& interruption;
-  int64_t stride;        // dim rounded up to whole vectors
-  int64_t strip;         // rows a strip
+  int64_t stride;  // dim rounded up to whole vectors
+  int64_t strip;   // rows a strip
   int64_t blocks_a_view, num_blocks;
   bool gradients, find_maximum;
-  bool symmetric;        // the anchor's own view goes by triangles; only the positive view has blocks
-  T exponent_scale;      // log2(e) / t
-  U* unit[2];            // anchor, positive: [num_keys, stride]
-  U* across[2];          // fixed point: the units of each panel of keys transposed, [panels, stride, panel[view]]
-  int64_t panel[2];      // keys a panel: those that row_side is given at a time
-  T* grad[2];            // [num_keys, stride] each
-  T* similarity;         // [num_blocks, kBlock, strip], E transposed; one block a thread without gradients
-  T* partial_sum;        // [num_blocks, strip]
-  T* partial_maximum;    // [num_blocks, strip]
-  T* partial_key;        // [num_blocks, strip, stride]: sum_j E_ij k_j of the block
-  T* pending;            // [strip, stride]: row side of the gradient of this strip's anchors
-  T* row_weight;         // [strip]: row_grad_i sigmoid_i
-  T* own_weight;         // [num_keys]: sum of the row_weight of the rows whose own key it is
-  T* intra_sum;          // [num_keys], symmetric: sum_j E_ij over the anchor's own view
-  T* intra_part;         // [kTriangleGroups, num_keys], symmetric: what the groups of strips add to it
-  T* coefficient;        // [num_keys], symmetric: c_i of the rows of finished strips
-  T* intra_key;          // [num_keys / (kTriangleStrips strip), strip, stride], symmetric: sum_j W_ij u_j
+  bool symmetric;      // the anchor's own view goes by triangles; only the positive view has blocks
+  T exponent_scale;    // log2(e) / t
+  U* unit[2];          // anchor, positive: [num_keys, stride]
+  U* across[2];        // fixed point: the units of each panel of keys transposed, [panels, stride, panel[view]]
+  int64_t panel[2];    // keys a panel: those that row_side is given at a time
+  T* grad[2];          // [num_keys, stride] each
+  T* similarity;       // [num_blocks, kBlock, strip], E transposed; one block a thread without gradients
+  T* partial_sum;      // [num_blocks, strip]
+  T* partial_maximum;  // [num_blocks, strip]
+  T* partial_key;      // [num_blocks, strip, stride]: sum_j E_ij k_j of the block
+  T* pending;          // [strip, stride]: row side of the gradient of this strip's anchors
+  T* row_weight;       // [strip]: row_grad_i sigmoid_i
+  T* own_weight;       // [num_keys]: sum of the row_weight of the rows whose own key it is
+  T* intra_sum;        // [num_keys], symmetric: sum_j E_ij over the anchor's own view
+  T* intra_part;       // [kTriangleGroups, num_keys], symmetric: what the groups of strips add to it
+  T* coefficient;      // [num_keys], symmetric: c_i of the rows of finished strips
+  T* intra_key;        // [num_keys / (kTriangleStrips strip), strip, stride], symmetric: sum_j W_ij u_j
 
   int64_t row(int64_t r) const { return arguments.rows ? arguments.rows[r] : r; }
   // Blocks run over the positive view first, then over the anchor view.
@@ -58,17 +58,17 @@ template <typename T, typename U>
 constexpr bool kFixed = !std::is_same<T, U>::value;
 
 template <typename T, typename U>
-struct Scratch {  // of one thread
-  U* query;       // [stride, strip]: unit anchors of the strip, transposed; fixed point: [stride / 2, strip, 2]
-  U* own;         // fixed point: unit anchors of the strip, [strip / 2, stride, 2]
-  T* shift;       // [strip], in units of the exponent
-  T* coefficient; // [strip]: c_i = row_grad_i sigmoid_i / sum_i
-  T* weighted;    // floating point: [strip, stride], c_i u_i
-  T* block;       // [kBlock, strip], where E is not kept
-  U* packed;      // fixed point: [kBlock, strip], weights as a factor
-  T* scale;       // fixed point: [strip], of the factor
-  T* product;     // fixed point: [stride, strip]
-  T* unit_scale;  // fixed point: [strip], of the product of two units
+struct Scratch {   // of one thread
+  U* query;        // [stride, strip]: unit anchors of the strip, transposed; fixed point: [stride / 2, strip, 2]
+  U* own;          // fixed point: unit anchors of the strip, [strip / 2, stride, 2]
+  T* shift;        // [strip], in units of the exponent
+  T* coefficient;  // [strip]: c_i = row_grad_i sigmoid_i / sum_i
+  T* weighted;     // floating point: [strip, stride], c_i u_i
+  T* block;        // [kBlock, strip], where E is not kept
+  U* packed;       // fixed point: [kBlock, strip], weights as a factor
+  T* scale;        // fixed point: [strip], of the factor
+  T* product;      // fixed point: [stride, strip]
+  T* unit_scale;   // fixed point: [strip], of the product of two units
 
   // Elements of the memory of each type.
   static int64_t size(const Problem<T, U>& p) { return (4 + kBlock) * p.strip + 2 * p.strip * p.stride; }

@@ -29,9 +29,9 @@ template <typename T>
 struct Problem {
   const ItemCrossEntropyArguments& arguments;
   Interruption& interruption;
-  int64_t depth;       // dim, and one more with a bias
-  int64_t stride;      // depth rounded up to whole vectors
-  int64_t strip;       // rows a strip
+  int64_t depth;   // dim, and one more with a bias
+  int64_t stride;  // depth rounded up to whole vectors
+  int64_t strip;   // rows a strip
   int64_t num_blocks;
   const T* items;      // [num_items, stride], zero padded
   T* grad_items;       // [num_items, stride] or null
@@ -252,12 +252,14 @@ void run(const ItemCrossEntropyArguments& a, Interruption& interruption) {
   Buffer<T> exponential(need_items ? num_blocks * kBlock * strip : 1);
   Buffer<T> partial(3 * num_blocks * strip), partial_item(need_hidden ? num_blocks * strip * stride : 1);
   Buffer<T> row(2 * strip);
+  // clang-format off
   const Problem<T> p{a, interruption, depth, stride, strip, num_blocks,
                      in_place ? static_cast<const T*>(a.item_embedding) : items,
                      !need_items ? nullptr : in_place ? static_cast<T*>(a.grad_items) : grad,
                      need_items ? static_cast<T*>(exponential) : nullptr,
                      partial, partial + num_blocks * strip, partial + 2 * num_blocks * strip,
                      need_hidden ? static_cast<T*>(partial_item) : nullptr, row, row + strip};
+  // clang-format on
 
   const double operations = 6.0 * double(a.num_rows) * double(a.num_items) * double(a.dim);
   const int threads = useful_threads(a.num_threads, operations, kGrain);

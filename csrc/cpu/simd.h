@@ -234,7 +234,7 @@ inline void tile_rows(int rows, const T* a, int64_t a_row, int64_t a_depth, cons
 // Column tiles outside, row tiles inside: a column panel of B stays in the nearest caches.
 template <Into kInto, typename T>
 inline void multiply_panels(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
-                     const T* b, int64_t b_depth, T* c, int64_t c_row) {
+                            const T* b, int64_t b_depth, T* c, int64_t c_row) {
   constexpr int kWidth = kLanes<T>;
   for (int64_t column = 0; column < columns;) {
     const int64_t vectors = (columns - column) / kWidth;

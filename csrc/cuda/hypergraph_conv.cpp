@@ -134,7 +134,7 @@ ConvMemory memory_of(const HypergraphConvArguments& a) {
 
 struct PropagateMemory {
   int64_t columns;
-  char *table[2][2];  // [layer read or written][users, items]
+  char* table[2][2];  // [layer read or written][users, items]
   char *packed[2], *partial[2];
   int64_t bytes;
 };

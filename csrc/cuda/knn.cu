@@ -7,12 +7,8 @@ namespace hellm::cuda {
 
 KernelTable knn_kernels() {
   static const Kernel kernels[] = {
-      HELLM_KERNEL(knn_unit_kernel),
-      HELLM_KERNEL(knn_select_kernel),
-      HELLM_KERNEL(knn_crowded_kernel),
-      HELLM_KERNEL(knn_scan_kernel<64>),
-      HELLM_KERNEL(knn_scan_kernel<128>),
-      HELLM_KERNEL(knn_scan_kernel<256>),
+      HELLM_KERNEL(knn_unit_kernel),     HELLM_KERNEL(knn_select_kernel),    HELLM_KERNEL(knn_crowded_kernel),
+      HELLM_KERNEL(knn_scan_kernel<64>), HELLM_KERNEL(knn_scan_kernel<128>), HELLM_KERNEL(knn_scan_kernel<256>),
       HELLM_KERNEL(knn_rank_kernel),
   };
   return {kernels, int(sizeof(kernels) / sizeof(kernels[0]))};

@@ -14,7 +14,7 @@ struct KnnScan : AttentionProducts<kWidth, 1, false, kRunning> {
   using Products = AttentionProducts<kWidth, 1, false, kRunning>;
   using typename Products::Tile;
   using Products::kBands, Products::kKeyBands, Products::lane, Products::shared, Products::warp;
-  static constexpr int kRows = 16 * kBands;  // of a warp
+  static constexpr int kRows = 16 * kBands;                                 // of a warp
   static constexpr int kRoom = kKnnKept + Tile::kKeys, kEach = kRoom / 32;  // a tile of keys may be kept whole
 
   const KnnParameters& p;

@@ -34,36 +34,36 @@ struct Gather {
 struct GatherParameters {
   Gather side[2];
   int64 dim;
-  int first_blocks;       // that serve side 0; the others serve side 1
-  int shared_blocks[2];   // those of a side that come first and take long rows and chunks of hubs
-  int lanes;              // threads that share a row: a power of two <= kMostLanes
+  int first_blocks;      // that serve side 0; the others serve side 1
+  int shared_blocks[2];  // those of a side that come first and take long rows and chunks of hubs
+  int lanes;             // threads that share a row: a power of two <= kMostLanes
 };
 
 constexpr int kGatherThreads = 256;
-constexpr int kRowThreads = 128;    // kernels with a warp for each row
+constexpr int kRowThreads = 128;  // kernels with a warp for each row
 // Up to so many entries of a row are added one after another; more are kLongGroups sums of every kLongGroups-th entry,
 // added one after another, and those of a hub likewise in each of its chunks, whose sums are then added in the same way.
 // Nothing of this depends on the columns of a thread: the same bits come out of every width, pitch and alignment.
 constexpr int kLongRow = 64;
 constexpr int kLongGroups = 16;
 constexpr int kMostLanes = kGatherThreads / kLongGroups;
-constexpr int kHubEntries = 1024;   // more entries: by chunks, over the whole grid
-constexpr int kHubChunk = 512;      // entries
+constexpr int kHubEntries = 1024;  // more entries: by chunks, over the whole grid
+constexpr int kHubChunk = 512;     // entries
 
 // Some columns of every row, packed.
 struct PackParameters {
-  const void* x;          // X [rows, x_pitch]
-  void* out;              // X [rows, dim]
+  const void* x;  // X [rows, x_pitch]
+  void* out;      // X [rows, dim]
   int64 rows, dim, x_pitch;
   int lanes;
 };
 
 // The rows of a view on the unit sphere, as 16-bit operands of the tensor cores.
 struct NormalizeParameters {
-  const void* x[2];       // [rows, dim]: anchor, positive
-  void* high;             // Half [2, rows, width], zero padded
-  void* low;              // Half [2, rows, width] or null: what `high` rounds away
-  float* inverse_norm;    // [2, rows]; 0 for a row that is all zero
+  const void* x[2];          // [rows, dim]: anchor, positive
+  void* high;                // Half [2, rows, width], zero padded
+  void* low;                 // Half [2, rows, width] or null: what `high` rounds away
+  float* inverse_norm;       // [2, rows]; 0 for a row that is all zero
   unsigned* weight_maximum;  // [1]; set to 0
   int64 rows, dim;
   int width, storage;
@@ -99,7 +99,7 @@ struct AttentionParameters {
   float* slot_out;                     // [blocks, kTileQueries, width]
   float *slot_maximum, *slot_sum;      // [blocks, kTileQueries]
   int64 queries, query_stride, keys, key_stride;
-  int64 query_tiles, key_tiles;        // of a view
+  int64 query_tiles, key_tiles;  // of a view
   int query_views, key_views, tile_queries;
 };
 
@@ -127,7 +127,7 @@ struct RowParameters {
   float *key_scale, *key_bias;    // [rows]
   unsigned* weight_maximum;
   int64 num_keys, rows, dim;
-  int storage, blocks;            // blocks: of the attention kernel
+  int storage, blocks;  // blocks: of the attention kernel
 };
 
 struct GradientParameters {
@@ -146,12 +146,12 @@ struct GradientParameters {
 // Two tables of rows as 16-bit operands of the tensor cores: each over a power of two of its own, which brings its
 // largest entry to the top of the range of halves, so that rows of a 2^18th of its size still have float32 accuracy.
 struct TableParameters {
-  const void* x[2];            // [rows, dim]: hidden, items
-  void *high[2], *low[2];      // Half [rows, width], zero padded; low or null: x = size (high + low)
-  float* warp_maximum;         // [2, kMaximumWarps] of the finite entries
-  float* size;                 // [2]
-  double* temperature;         // [1]: what makes similarities of halves logits, 1 / (size_0 size_1)
-  unsigned* weight_maximum;    // [1]; set to 0
+  const void* x[2];          // [rows, dim]: hidden, items
+  void *high[2], *low[2];    // Half [rows, width], zero padded; low or null: x = size (high + low)
+  float* warp_maximum;       // [2, kMaximumWarps] of the finite entries
+  float* size;               // [2]
+  double* temperature;       // [1]: what makes similarities of halves logits, 1 / (size_0 size_1)
+  unsigned* weight_maximum;  // [1]; set to 0
   int64 rows[2], dim;
   int storage;
 };
@@ -161,18 +161,18 @@ constexpr int kMaximumWarps = 1024;  // of each table, to fill the processors
 // One row of the cross-entropy, from what attention over the other items left.
 struct ItemRowParameters {
   AttentionParameters attention;
-  const void *hidden, *items;     // [rows, dim], [num_items, dim]
-  const int64* target;            // [rows]
-  const float* bias;              // [num_items] or null
-  const float* row_grad;          // [rows] or null: loss only
-  float* row_loss;                // [rows]
-  void* grad_hidden;              // [rows, dim] or null
-  float* weight;                  // [rows]: row_grad (1 - share of the target); null without a second pass
+  const void *hidden, *items;                 // [rows, dim], [num_items, dim]
+  const int64* target;                        // [rows]
+  const float* bias;                          // [num_items] or null
+  const float* row_grad;                      // [rows] or null: loss only
+  float* row_loss;                            // [rows]
+  void* grad_hidden;                          // [rows, dim] or null
+  float* weight;                              // [rows]: row_grad (1 - share of the target); null without a second pass
   float *key_scale, *key_bias, *key_maximum;  // [rows]
-  const float* size;              // [2]
+  const float* size;                          // [2]
   unsigned* weight_maximum;
   int64 rows, dim;
-  int storage, blocks;            // blocks: of the attention kernel
+  int storage, blocks;  // blocks: of the attention kernel
 };
 
 struct ItemGradientParameters {
@@ -191,24 +191,24 @@ struct ItemGradientParameters {
 // Nearest neighbours: rows on the unit sphere as halves for the products, and what is chosen from panels of these or, of
 // narrow rows, from tile after tile.
 struct KnnParameters {
-  const void* x;              // [rows, dim]
-  void* unit;                 // Half [padded_rows, padded_dim]: NaN for a row that is all zero or padding
-  double* inverse_norm;       // [rows]; 0 for a row that is all zero
-  const float* panel;         // [panel_rows, padded_rows]: similarities of halves
-  int64* index;               // [rows, k]
-  float* similarity;          // [rows, k]
-  int* crowded;               // [rows]: whether more candidates were near the k-th than there is room for
-  float* kept_value;          // [blocks, kQueries, kKnnKept + kKeys] of the tiles that are looked through
+  const void* x;         // [rows, dim]
+  void* unit;            // Half [padded_rows, padded_dim]: NaN for a row that is all zero or padding
+  double* inverse_norm;  // [rows]; 0 for a row that is all zero
+  const float* panel;    // [panel_rows, padded_rows]: similarities of halves
+  int64* index;          // [rows, k]
+  float* similarity;     // [rows, k]
+  int* crowded;          // [rows]: whether more candidates were near the k-th than there is room for
+  float* kept_value;     // [blocks, kQueries, kKnnKept + kKeys] of the tiles that are looked through
   int* kept_index;
-  int* chosen;                // [rows, kKnnKept]
-  int* num_chosen;            // [rows]
+  int* chosen;      // [rows, kKnnKept]
+  int* num_chosen;  // [rows]
   int64 rows, dim, padded_rows, padded_dim, first_row;
-  float slack;                // similarities of halves of two rows are wrong by less than half of it
+  float slack;  // similarities of halves of two rows are wrong by less than half of it
   int k, storage;
 };
 
 constexpr int kKnnThreads = 256;
-constexpr int kMostNeighbours = 128;   // at most a neighbour for two threads
+constexpr int kMostNeighbours = 128;  // at most a neighbour for two threads
 constexpr int kMostCandidates = 1024;
 // Where tiles are looked through: candidates of a row that stay, neighbours at most, blocks as kAttentionBlocks.
 constexpr int kKnnKept = 64;

@@ -16,11 +16,11 @@ namespace hellm::cuda {
 
 // Errors of the arguments end the plan before its first launch.
 struct Launch {
-  std::string kernel;       // as in kernels.h
+  std::string kernel;  // as in kernels.h
   unsigned grid[3];
-  unsigned threads;         // of a block
-  unsigned shared_bytes;    // dynamic shared memory
-  const void* parameters;   // the kernel's only argument, by value
+  unsigned threads;        // of a block
+  unsigned shared_bytes;   // dynamic shared memory
+  const void* parameters;  // the kernel's only argument, by value
   std::size_t parameter_bytes;
 };
 
@@ -34,7 +34,11 @@ void enqueue(const Queue& queue, std::string kernel, int64_t grid_x, int64_t gri
     throw std::invalid_argument("grid of " + std::to_string(grid_x) + " x " + std::to_string(grid_y) +
                                 " blocks is more than a GPU takes, for " + kernel);
   }
-  queue({std::move(kernel), {unsigned(grid_x), unsigned(grid_y), 1}, threads, shared_bytes, &parameters,
+  queue({std::move(kernel),
+         {unsigned(grid_x), unsigned(grid_y), 1},
+         threads,
+         shared_bytes,
+         &parameters,
          sizeof(Parameters)});
 }
 

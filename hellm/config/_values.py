@@ -76,7 +76,7 @@ def setting_type(cls: type, name: str) -> Any:
 def _convert(expected: Any, value: Any, name: str) -> Any:
     """`value` as the annotated type `expected`, or a ValueError that says what was expected."""
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if dataclasses.is_dataclass(expected):
+    if isinstance(expected, type) and dataclasses.is_dataclass(expected):
         return build(expected, value, f"{name}.")
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:

@@ -42,7 +42,8 @@ def load_dataset(
             that the source brings no features for; "auto" does so for the form "shop" only; "none" leaves out all.
         ratios: Shares of train, validation and test, for "ratio" and "time".
         cold_share: Share of items or users out of train, for "item-cold" and "user-cold".
-        user_ids, item_ids: Id maps of an earlier load: their ids keep their indices, new ids follow.
+        user_ids: Id map of an earlier load: its ids keep their indices, new ids follow.
+        item_ids: The same for items.
         **options: Of the form's reader, where it has them:
             missing_items: events on items that the item table lacks: "error", "keep" or "drop".
             columns: role -> name of a column, where its name is not a usual one, e.g. {"time": "sold_at"}; the roles

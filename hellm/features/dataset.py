@@ -76,6 +76,7 @@ def add_features(
         text_options: For `encode_text`.
 
     Returns: A new data set; its notes name the encoders, and the pictures that cannot be read and count as missing.
+
     Raises:
         DataError: As `choose_encoders`.
         ValueError, ImportError, OSError: As `encode_text` and `encode_images`.

@@ -62,6 +62,7 @@ def encode_images(
         on_unreadable: Called with path and error for each file that cannot be read; its item counts as missing.
 
     Returns: values [N, D] float32, not normalised; False in the mask where there is no readable picture.
+
     Raises:
         ValueError: batch_size < 1, or a model that takes no pictures.
         ImportError: The package that brings the encoder is not installed.

@@ -65,6 +65,7 @@ def encode_text(
         cache: Folder of the cache, see `hellm.features.cache`; None keeps nothing.
 
     Returns: values [N, D] float32, not normalised; False in the mask where the text is blank.
+
     Raises:
         ValueError: batch_size, max_length or num_layers < 1.
         ImportError: The package that brings the encoder is not installed.

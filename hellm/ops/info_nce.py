@@ -139,6 +139,8 @@ def _checked_temperature(temperature: float | Tensor, anchor: Tensor) -> Tensor:
 
 
 class InfoNCEArguments(NamedTuple):
+    """What the operator of torch takes, in this order."""
+
     anchor: Tensor
     positive: Tensor
     temperature: Tensor

@@ -104,6 +104,8 @@ def _checked_bias(bias: Tensor, item_embedding: Tensor) -> Tensor:
 
 
 class CrossEntropyArguments(NamedTuple):
+    """What the operator of torch takes, in this order."""
+
     hidden: Tensor
     item_embedding: Tensor
     target: Tensor

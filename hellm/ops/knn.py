@@ -47,12 +47,14 @@ def knn(x: Tensor, k: int, *, metric: str = "cosine") -> tuple[Tensor, Tensor]:
 
 
 class KnnArguments(NamedTuple):
+    """What the operator of torch takes, in this order."""
+
     x: Annotated[Tensor, "rows N D"]
     k: Annotated[int, "count 1 N"]
 
 
 def definition(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """k nearest rows by cosine, itself included: indices [N, k] int64 and similarities [N, k], descending.
+    """K nearest rows by cosine, itself included: indices [N, k] int64 and similarities [N, k], descending.
 
     Lower index first among equals. All-zero rows have no neighbours and are nobody's: index -1, similarity 0, also
     where fewer than k rows remain. Stores the similarities of all pairs.

@@ -73,6 +73,7 @@ def fuse(
     Returns: What result.json holds: "towers" (name -> run, weight, kept, valid and test metrics, seconds per 1,000
         users), "gains" (what was tried, in order, with intervals), "valid", "test" of the sum, and "leave_one_out"
         (name -> metric -> what the tower adds, with its interval).
+
     Raises:
         ValueError: No tower, a name that is no name of a folder, runs of other data or of another split, or data
             without validation events.

@@ -84,7 +84,9 @@ class ServedModel(Protocol):
 
 
 class ServedGraph:
-    """Stage 1. New users are folded in (`hellm.models.FoldIn`), new items take part in the item hypergraph:
+    """Stage 1. New users are folded in (`hellm.models.FoldIn`), new items take part in the item hypergraph.
+
+    The key of a new item v is
 
         item_v = sum_u w_u (item_u - normalize(view_u)) + normalize(view_v)
 

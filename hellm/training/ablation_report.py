@@ -71,7 +71,7 @@ def _means(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _intervals(tests: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """metric -> mean, low, high: over seeds where there are several, else over users."""
+    """Metric -> mean, low, high: over seeds where there are several, else over users."""
     names = list(tests[0]["confidence_intervals"])
     if len(tests) > 1:
         return seeds_summary([{name: test["metrics"][name] for name in names} for test in tests], level=LEVEL)
@@ -97,7 +97,7 @@ def _test_result(row: Mapping[str, Any], protocol, out: Path):
 
 
 def _differences(row: Mapping[str, Any], full: Mapping[str, Any], a, b) -> dict[str, dict[str, Any]]:
-    """metric -> difference to the full model, with a paired interval where both have values of single users."""
+    """Metric -> difference to the full model, with a paired interval where both have values of single users."""
     if a is None or b is None:
         means = {name: row["test"][name]["mean"] - full["test"][name]["mean"] for name in row["test"]}
         return {name: {"difference": mean, "low": None, "high": None} for name, mean in means.items()}

@@ -99,6 +99,7 @@ def finetune(
         on_epoch: called with each record of metrics.jsonl, as by `hellm.training.loop.fit`.
 
     Returns: what result.json holds, with the metrics directly in "test" as well.
+
     Raises:
         FileExistsError, ValueError: as `RunDirectory`, `load_item_inputs` and `RecommenderLLM`; and for
             compat="official" in several processes.

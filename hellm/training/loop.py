@@ -149,6 +149,7 @@ def fit(
         processes: those that train together; None is this one alone. The first does all but the steps. A signal to any
             of them stops all.
     Returns: the final progress.
+
     Raises:
         FloatingPointError: a loss term or a weight became NaN or infinite (which, in which epoch and step). Nothing of
             that is saved.

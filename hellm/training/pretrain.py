@@ -76,6 +76,7 @@ def pretrain(
             "max_steps", "seconds_of_step", "expected_seconds_per_epoch" and "expected_seconds".
         on_epoch: called with each record of metrics.jsonl, as by `hellm.training.loop.fit`.
     Returns: what result.json holds.
+
     Raises:
         FileExistsError, ValueError: as `RunDirectory` and `resolve_config`.
         MemoryError: a step needs more memory than there is; says how much it asked for and what to lower.

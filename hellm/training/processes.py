@@ -33,6 +33,7 @@ class Processes:
     Args:
         accelerator: connects the processes; None is this process alone.
         seed: of the dropout of all processes but the first, which goes on with torch's generator.
+
     Attributes:
         index: of this process. The first, 0, is the one that writes, prints and validates.
         count: of all processes.

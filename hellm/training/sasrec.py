@@ -73,6 +73,7 @@ def train_sasrec(
         on_epoch: called with each record of metrics.jsonl, as by `hellm.training.loop.fit`.
     Returns: what result.json holds; "test" holds each metric by its name, e.g. result["test"]["recall@10"], and all of
         them under "metrics"; "test_masked" the same lists under the protocol "standard", which masks what a user has.
+
     Raises:
         FileExistsError, ValueError: as `RunDirectory` and `resolve_sasrec_config`.
         MemoryError: a step needs more memory than there is; says what to lower.
@@ -177,7 +178,9 @@ def build_sequence_sampler(config: SASRecConfig, dataset: Dataset) -> SequenceSa
 def sasrec_losses(
     model: SASRec, batch: HistoryBatch, loss: str, trained: TrainedItems | None = None
 ) -> dict[str, Tensor]:
-    """The loss of one step, by its name: the mean over all positions of
+    """The loss of one step, by its name.
+
+    It is the mean over all positions of
 
     "cross_entropy"   -log softmax(scores of all items that are `trained`)[target]
     "bce"             -log sigmoid(score of the target) - log(1 - sigmoid(score of the negative))

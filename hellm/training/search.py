@@ -94,6 +94,7 @@ def search(
         finished) and "trials": each with its number, "state" ("finished", "given up" or "failed"), "why" (in words, of
         the last two), "value" (of the monitored metric), "best_epoch", "num_validations", "seconds", "settings" and
         "run".
+
     Raises:
         ValueError: An unknown stage, a space that does not suit (see `parse_space`), data without validation events, or
             a resumed search of another space, other settings, data or runs.

@@ -60,7 +60,9 @@ MAY_CHANGE = frozenset(
 class Evaluate(Protocol):
     """What a stage needs of `hellm.evaluate`: `evaluate_dataset`, or `evaluate_histories` for sequence models."""
 
-    def __call__(self, scorer: Any, dataset: Dataset, *, split: str, protocol: str, ks: tuple, batch_size: int): ...
+    def __call__(
+        self, scorer: Any, dataset: Dataset, *, split: str, protocol: str, ks: tuple, batch_size: int
+    ) -> Any: ...
 
 
 class OpenedRun(NamedTuple):
@@ -112,6 +114,7 @@ def open_run(
         may_change: settings that a resumed run need not keep.
         read: what is read beside `data`, and so must not stand in a folder that is overwritten.
         processes: those that open it together.
+
     Raises:
         FileExistsError, ValueError: as `RunDirectory`, `resolve` and `prepare`.
         FolderInUseError: another process trains there.

@@ -72,6 +72,7 @@ def load_language_model(
         num_layers: its first layers to keep, all where it has fewer; None keeps all.
         random_seed: of weights drawn anew in place of those that were trained; None keeps those.
     Returns: the transformers model, with what `language_model_identity` records, and the tokenizer.
+
     Raises:
         ImportError: transformers, gguf or the model's package is not installed; says what to install.
         FileNotFoundError: a path that does not exist, or no model of that name and no hub to ask.

@@ -209,8 +209,11 @@ class SASRec(nn.Module):
         return other.to(self.device).eval()
 
     def save(self, run_directory: str | os.PathLike[str]) -> None:
-        """Write embeddings.safetensors: "sequence_embedding" [I, D], every weight, the content that the items are read
-        by, and the shape of the model."""
+        """Write embeddings.safetensors.
+
+        It holds "sequence_embedding" [I, D], every weight, the content that the items are read by, and the shape of the
+        model.
+        """
         tensors = self.state_dict() | {_KEYS: self.item_keys()}
         for place, modality in enumerate(self.items.modalities):
             for part, value in self.items.content(modality)._asdict().items():

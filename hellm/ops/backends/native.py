@@ -60,6 +60,8 @@ def _keep_workspace(workspace: Tensor) -> None:
 
 
 class Native(Backend):
+    """The C++ kernels, on the CPU."""
+
     name = "native"
 
     def unavailable(self, device: torch.device) -> str | None:

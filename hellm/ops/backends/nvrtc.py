@@ -34,6 +34,8 @@ _FILES = {
 
 
 class Nvrtc(Gpu):
+    """The CUDA kernels, compiled on the machine where they run."""
+
     name = "nvrtc"
     compiler = "cupy"
 

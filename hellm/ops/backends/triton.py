@@ -42,6 +42,8 @@ def _on_device_of_first(method: Callable) -> Callable:
 
 
 class Triton(GpuBackend):
+    """The Triton kernels."""
+
     name = "triton"
     compiler = "triton"
     extension = False
