@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LAYOUT", "Pipeline", "Step", "check_pipeline", "run"]
 
-_STAGES = ("stage1", "lightgcn", "sasrec", "content", "llm", "fused")
+_STAGES = ("stage1", "lightgcn", "transitions", "sasrec", "content", "llm", "fused")
 LAYOUT = (
     *(CONFIG, "source.json", "comparison.json", "recommendations.json"),
     *("data/dataset.json", "data/*.parquet", "data/features/*.npy"),
@@ -183,7 +183,7 @@ class Pipeline:
     def towers(self) -> list[str]:
         """The stages that are added up."""
         content = ["content"] if self.dataset.item_features or self.dataset.attribute_sets else []
-        return ["stage1", "sasrec", *content, *(["llm"] if self.config.language_model else [])]
+        return ["stage1", "transitions", "sasrec", *content, *(["llm"] if self.config.language_model else [])]
 
     @property
     def ks(self) -> tuple[int, ...]:
@@ -212,6 +212,7 @@ class Pipeline:
         from hellm.evaluate import evaluate_dataset, evaluate_histories
         from hellm.training.pretrain import pretrain
         from hellm.training.sasrec import train_sasrec
+        from hellm.training.transitions import fit_transitions
 
         config, common = self.config, self._common()
         stage_1 = replace(config.pretrain, **common)
@@ -224,6 +225,8 @@ class Pipeline:
             yield self._stage(
                 "lightgcn", "Train LightGCN to compare with.", "pretrain", pretrain, baseline, evaluate_dataset
             )
+        counted = replace(config.transitions, **common)
+        yield self._stage("transitions", "Count what follows what.", "transitions", fit_transitions, counted)
         sequence = replace(config.sasrec, **common)
         yield self._stage(
             "sasrec", "Train the sequence model SASRec.", "sasrec", train_sasrec, sequence, evaluate_histories

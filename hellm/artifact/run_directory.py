@@ -217,8 +217,10 @@ class RunDirectory:
     def read_result(self) -> dict[str, Any]:
         """The result of a finished run. Raises: ValueError, a damaged file."""
         result = read_json(self.result)
-        # A fused run has weights in place of epochs.
-        own = ("weights", "towers") if result.get("stage") == "fuse" else ("best_epoch", "num_epochs")
+        # What is not trained has other things in place of epochs.
+        own = {"fuse": ("weights", "towers"), "transitions": ("chosen",)}.get(
+            result.get("stage"), ("best_epoch", "num_epochs")
+        )
         missing = [name for name in ("stage", "test", "valid", *own) if name not in result]
         if missing:
             raise ValueError(f"{self.result}: damaged, lacks {missing[0]!r}; {START_OVER}")

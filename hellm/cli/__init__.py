@@ -28,6 +28,7 @@ VERBS = {
     "features": ("hellm.cli.features", "encode item texts and pictures with pre-trained encoders"),
     "pretrain": ("hellm.cli.pretrain", "train the graph encoder (stage 1) into a run directory"),
     "sasrec": ("hellm.cli.sasrec", "train the sequence model SASRec into a run directory"),
+    "transitions": ("hellm.cli.transitions", "count what follows what into a run directory, in seconds"),
     "finetune": ("hellm.cli.finetune", "fine-tune a language model that ranks the catalogue (stage 2)"),
     "fuse": ("hellm.cli.fuse", "add up finished runs, chosen and weighted by validation"),
     "ablate": ("hellm.cli.ablate", "what each part of a language model or a fused model adds, in one table"),
@@ -38,7 +39,7 @@ VERBS = {
     "demo": ("hellm.cli.demo", "the whole way on a made-up shop, in some minutes"),
 }
 # Verbs that go on with what is there.
-_RESUMED = ("run", "pretrain", "sasrec", "finetune", "search")
+_RESUMED = ("run", "pretrain", "sasrec", "transitions", "finetune", "search")
 _HELP = """usage: hellm VERB [options]      hellm VERB --help for the options of a verb
 
 {verbs}

@@ -158,7 +158,10 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def print_result(result: dict[str, Any], out: str | Path, metrics: Sequence[str] | None = None) -> None:
     """What a run came to, for people; `metrics` None shows all."""
     seconds = result.get("seconds")
-    best = f"best epoch {result['best_epoch']} of {result['num_epochs']}"
+    if "chosen" in result:
+        best = ", ".join(f"{name} {value:g}" for name, value in result["chosen"].items())
+    else:
+        best = f"best epoch {result['best_epoch']} of {result['num_epochs']}"
     print(f"{out}: {best}" + (f", {duration(seconds)}" if seconds is not None else ""))
     test = result["test"]
     if test is None:

@@ -9,6 +9,7 @@ from hellm.config.finetune import FinetuneConfig
 from hellm.config.fuse import FuseConfig
 from hellm.config.pretrain import PretrainConfig
 from hellm.config.sasrec import CONTENT_TOWER, SASRecConfig
+from hellm.config.transitions import TransitionsConfig
 
 __all__ = ["RunConfig"]
 
@@ -24,6 +25,7 @@ class RunConfig:
         language_model: fine-tune a language model as well, which takes most of the time.
         baselines: what to compare with: "popularity", "random", "itemknn", "bpr", "als" and "lightgcn".
         pretrain: stage 1; the LightGCN baseline has the same settings without hypergraphs.
+        transitions: what follows what.
         sasrec: the sequence model.
         content: a sequence model that reads the content of items alone, where the data have any.
         finetune: stage 2.
@@ -37,6 +39,7 @@ class RunConfig:
     language_model: bool = True
     baselines: tuple[str, ...] = ("popularity", "itemknn", "bpr", "lightgcn")
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    transitions: TransitionsConfig = field(default_factory=TransitionsConfig)
     sasrec: SASRecConfig = field(default_factory=SASRecConfig)
     content: SASRecConfig = CONTENT_TOWER
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

@@ -6,7 +6,7 @@ from hellm.artifact.evaluation_log import log_test_evaluation, read_test_evaluat
 
 from .compare import Row, compare
 from .datasets import evaluate_dataset, evaluate_protocols
-from .histories import HistoryModel, HistoryScorer, evaluate_histories
+from .histories import HistoryModel, HistoryScorer, evaluate_histories, history_scores
 from .metrics import METRICS
 from .protocols import PROTOCOLS, Candidates, Protocol, get_protocol
 from .ranking import Scorer, ranking_metrics, top_items
@@ -29,6 +29,7 @@ __all__ = [
     "evaluate_histories",
     "evaluate_protocols",
     "get_protocol",
+    "history_scores",
     "length_groups",
     "log_test_evaluation",
     "mean_result",

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class HistoryModel(TypingProtocol):
-    """A model whose score of an item is <query of the history, key of the item>."""
+    """A model whose score of an item is <query of the history, key of the item>.
+
+    One that has `history_scores(indptr, items)` [B, num_items] scores by that instead.
+    """
 
     def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
         """Queries [B, D] of histories in time order, given as CSR."""
@@ -69,9 +72,16 @@ class HistoryScorer:
         """[B] int64 users -> [B, I] float32, on the device of the model."""
         asked = self.histories.take(torch.as_tensor(users).cpu().numpy())
         device = self._keys.device
-        scores = self.model.embed(*(torch.from_numpy(part).to(device) for part in asked)) @ self._keys.T
+        scores = history_scores(self.model, self._keys, *(torch.from_numpy(part).to(device) for part in asked))
         personal = torch.from_numpy(asked.lengths > 0).to(device)
         return torch.where(personal.unsqueeze(1), scores, self._popularity)
+
+
+def history_scores(model: HistoryModel, keys: Tensor, indptr: Tensor, items: Tensor) -> Tensor:
+    """Scores [B, I] of all items after histories in time order, given as CSR; `keys` are those of the model."""
+    if hasattr(model, "history_scores"):
+        return model.history_scores(indptr, items)
+    return model.embed(indptr, items) @ keys.T
 
 
 def evaluate_histories(model: HistoryModel, dataset: Dataset, split: str = "test", **options) -> RankingResult:

@@ -28,8 +28,12 @@ class FusedModel:
     Softmax subtracts a number that is the same for all items of a history, so the sum of weighted log-probabilities
     ranks alike.
 
+    A tower may have `history_scores(indptr, items)` [B, I] in place of queries, such as counts of what followed what.
+    These are >= 0 and 0 for most items, so that the first k of the sum are among the first k by query and key and the
+    items that such a tower names.
+
     Args:
-        towers: name -> model with `embed(indptr, items)` and `item_keys()`, all of the same items.
+        towers: name -> model with `embed(indptr, items)` and `item_keys()`, or `history_scores`, all of the same items.
         weights: name -> weight >= 0, of the same names.
     Raises: ValueError, no tower, other names, a negative or no positive weight, or towers of different items.
     """
@@ -48,18 +52,35 @@ class FusedModel:
         if len(set(counts.values())) > 1:
             raise ValueError(f"towers must be of the same items, got {counts}")
 
+    def _embedding(self) -> dict[str, Any]:
+        """The towers that have queries and keys."""
+        return {name: tower for name, tower in self.towers.items() if not hasattr(tower, "history_scores")}
+
     def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
-        """Queries [B, D] float32 of histories in time order, given as CSR."""
-        return torch.cat([self.weights[name] * tower.embed(indptr, items) for name, tower in self.towers.items()], 1)
+        """Queries [B, D] float32 of histories in time order, given as CSR, of the towers that have them."""
+        queries = [self.weights[name] * tower.embed(indptr, items) for name, tower in self._embedding().items()]
+        return torch.cat(queries, 1) if queries else torch.zeros(len(indptr) - 1, 0)
 
     def item_keys(self) -> Tensor:
-        """[I, D] float32."""
-        return torch.cat([tower.item_keys() for tower in self.towers.values()], dim=1)
+        """[I, D] float32, of the towers that have queries; of all where none has."""
+        return torch.cat([tower.item_keys() for tower in (self._embedding() or self.towers).values()], dim=1)
+
+    def history_scores(self, indptr: Tensor, items: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Scores [B, I] of all items after histories; `keys` are `item_keys()`, where they are there already."""
+        parts = []
+        if self._embedding():
+            parts.append(self.embed(indptr, items) @ (self.item_keys() if keys is None else keys).T)
+        for name in self.towers.keys() - self._embedding().keys():
+            parts.append(self.weights[name] * self.towers[name].history_scores(indptr, items))
+        return sum(parts[1:], parts[0])
 
     def parts(self, indptr: Tensor, items: Tensor) -> dict[str, Tensor]:
         """What each tower adds to the scores: name -> [B, I]; their sum is the score."""
+        embedding = self._embedding()
         return {
             name: self.weights[name] * tower.embed(indptr, items) @ tower.item_keys().T
+            if name in embedding
+            else self.weights[name] * tower.history_scores(indptr, items)
             for name, tower in self.towers.items()
         }
 

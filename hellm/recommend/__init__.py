@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hellm.recommend.recommender import Recommender
 from hellm.recommend.results import ContentLink, Reason, Recommendations, RecommendedItem
-from hellm.recommend.served import ServedFused, ServedGraph, ServedLLM, ServedModel, ServedSASRec
+from hellm.recommend.served import ServedFused, ServedGraph, ServedLLM, ServedModel, ServedSASRec, ServedTransitions
 
 __all__ = [
     "ContentLink",
@@ -17,4 +17,5 @@ __all__ = [
     "ServedLLM",
     "ServedModel",
     "ServedSASRec",
+    "ServedTransitions",
 ]

@@ -23,7 +23,7 @@ from hellm._pretrained import LOADING
 from hellm.artifact.files import CONTENT, EMBEDDINGS, HISTORIES, IDS
 from hellm.artifact.tables import read_histories, read_ids, side_of
 from hellm.data import DataError, Histories, IdMap, ItemFeatures
-from hellm.evaluate import HistoryScorer, top_items
+from hellm.evaluate import HistoryScorer, history_scores, top_items
 from hellm.models.graph.content import ItemContent
 from hellm.recommend import explain
 from hellm.recommend.catalogue import history_lists, id_list, rows_of
@@ -283,10 +283,10 @@ class Recommender:
             part = np.arange(start, min(start + _BATCH, len(names)))
             own = asked.take(part)
             if basis == "user":
-                queries = current.model.user[torch.from_numpy(rows[part])]
+                scores = current.model.user[torch.from_numpy(rows[part])] @ current.keys.T
             else:
-                queries = current.model.embed(*(torch.from_numpy(one) for one in own))
-            best = _best(current, queries, personal[part], own if exclude_seen else None, allowed, k)
+                scores = history_scores(current.model, current.keys, *(torch.from_numpy(one) for one in own))
+            best = _best(current, scores, personal[part], own if exclude_seen else None, allowed, k)
             for place, found in zip(part.tolist(), best, strict=True):
                 answers.append(Recommendations(names[place], basis if personal[place] else "popularity", found))
         return answers
@@ -418,9 +418,8 @@ class Recommender:
 
 
 def _best(
-    items: _Items, queries: Tensor, personal: np.ndarray, seen: Histories | None, allowed: Tensor | None, k: int
+    items: _Items, scores: Tensor, personal: np.ndarray, seen: Histories | None, allowed: Tensor | None, k: int
 ) -> list:
-    scores = queries @ items.keys.T
     scores[torch.from_numpy(~personal)] = items.popularity
     if seen is not None:
         scores[torch.from_numpy(seen.owners), torch.from_numpy(seen.items)] = -torch.inf

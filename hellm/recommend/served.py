@@ -20,9 +20,18 @@ from hellm.artifact.files import LANGUAGE_MODEL, SEQUENCE_MODEL, TOWERS
 from hellm.models import FoldIn, SASRec
 from hellm.models.fused import FusedModel
 from hellm.models.graph.content import ItemContent, Neighbours
-from hellm.models.sequence import WhitenedContent
+from hellm.models.sequence import TransitionModel, WhitenedContent
 
-__all__ = ["NewItems", "ServedFused", "ServedGraph", "ServedLLM", "ServedModel", "ServedSASRec", "load_served"]
+__all__ = [
+    "NewItems",
+    "ServedFused",
+    "ServedGraph",
+    "ServedLLM",
+    "ServedModel",
+    "ServedSASRec",
+    "ServedTransitions",
+    "load_served",
+]
 
 
 class NewItems(NamedTuple):
@@ -49,6 +58,9 @@ class NewItems(NamedTuple):
 
 class ServedModel(Protocol):
     """The score of item i for a history is <query of the history, key of i>. All it gives is on the CPU.
+
+    A model whose scores are of another form has `history_scores(indptr, items)` [B, I], and no `embed` if it has no
+    queries at all.
 
     Many threads read one at the same time: but for `to` and `scorer_on`, nothing changes it.
 
@@ -238,6 +250,33 @@ class ServedLLM:
         return self.model.to(device)
 
 
+class ServedTransitions:
+    """What follows what. A new item follows what the items nearest to it by content follow."""
+
+    user = graph_view = None
+
+    def __init__(self, model: TransitionModel) -> None:
+        self.model, self.keys = model, model.item_keys()
+
+    def history_scores(self, indptr: Tensor, items: Tensor) -> Tensor:
+        return self.model.history_scores(indptr, items)
+
+    def item_keys(self) -> Tensor:
+        return self.keys
+
+    def extended(self, new: NewItems) -> ServedTransitions:
+        return ServedTransitions(self.model.extended(new.weights))
+
+    def save(self, folder: Path) -> None:
+        self.model.save(folder)
+
+    def to(self, device: str) -> None:
+        """Nothing to do: counts are multiplied on the CPU."""
+
+    def scorer_on(self, device: str) -> ServedTransitions:
+        return self
+
+
 class ServedFused:
     """Several served models as one that knows histories, see `hellm.models.fused.FusedModel`.
 
@@ -271,6 +310,9 @@ class ServedFused:
     def item_keys(self) -> Tensor:
         return self.keys
 
+    def history_scores(self, indptr: Tensor, items: Tensor) -> Tensor:
+        return self.model.history_scores(indptr, items, self.keys)
+
     def parts(self, indptr: Tensor, items: Tensor) -> dict[str, Tensor]:
         return self.model.parts(indptr, items)
 
@@ -296,7 +338,7 @@ class ServedFused:
 def load_served(
     folder: Path, titles: list[str | None], language_model: str | os.PathLike[str] | None = None
 ) -> ServedModel:
-    """The model of a run directory, or of what `Recommender.save` wrote, whichever of the four it is.
+    """The model of a run directory, or of what `Recommender.save` wrote, whichever of the five it is.
 
     `language_model` is where that of a fine-tuning run is now; None is where it was in training.
 
@@ -305,6 +347,8 @@ def load_served(
     kind, tensors, metadata = read_embeddings(folder)
     if kind == "sequence":
         return ServedSASRec(SASRec.load(folder))
+    if kind == "transitions":
+        return ServedTransitions(TransitionModel.load(folder))
     if kind == "fused":
         weights = json.loads(metadata["fusion"])
         towers = {name: load_served(folder / TOWERS / name, titles, language_model) for name in weights}

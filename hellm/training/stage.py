@@ -32,6 +32,7 @@ __all__ = [
     "OnPlan",
     "OpenedRun",
     "common_result",
+    "dataset_summary",
     "open_run",
     "plan_of_steps",
     "readable_memory_errors",
@@ -290,17 +291,22 @@ def common_result(
         "seconds_per_epoch": float(np.median(seconds)) if seconds else None,
         "seconds": run.training_seconds(),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dataset": {
-            "name": dataset.name,
-            "form": dataset.form,
-            "split": dataset.split_name,
-            "num_users": dataset.num_users,
-            "num_items": dataset.num_items,
-            "num_events": dataset.split_counts(),
-            "fingerprint": dataset.fingerprint,
-        },
+        "dataset": dataset_summary(dataset),
         "peak_memory_bytes": peak_memory_bytes(device),
         "environment": environment(device),
+    }
+
+
+def dataset_summary(dataset: Dataset) -> dict[str, Any]:
+    """What result.json says of the data set."""
+    return {
+        "name": dataset.name,
+        "form": dataset.form,
+        "split": dataset.split_name,
+        "num_users": dataset.num_users,
+        "num_items": dataset.num_items,
+        "num_events": dataset.split_counts(),
+        "fingerprint": dataset.fingerprint,
     }
 
 

@@ -7,13 +7,18 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from hellm.config import FinetuneConfig, PretrainConfig, SASRecConfig
+from hellm.config import FinetuneConfig, PretrainConfig, SASRecConfig, TransitionsConfig
 from hellm.data import Dataset
 
 __all__ = ["CONFIGS", "Trainer", "trainer"]
 
 CONFIGS: Mapping[str, type] = MappingProxyType(
-    {"pretrain": PretrainConfig, "sasrec": SASRecConfig, "finetune": FinetuneConfig}
+    {
+        "pretrain": PretrainConfig,
+        "sasrec": SASRecConfig,
+        "transitions": TransitionsConfig,
+        "finetune": FinetuneConfig,
+    }
 )
 """Verb -> its settings; a run has the verb as "stage" in result.json."""
 
@@ -38,6 +43,10 @@ def trainer(stage: str) -> Trainer:
         from hellm.training.pretrain import pretrain, resolve_config
 
         return Trainer(partial(pretrain, evaluate=evaluate_dataset), resolve_config)
+    if stage == "transitions":
+        from hellm.training.transitions import fit_transitions, resolve_transitions_config
+
+        return Trainer(fit_transitions, resolve_transitions_config)
     if stage == "sasrec":
         from hellm.training.sasrec import resolve_sasrec_config, train_sasrec
 

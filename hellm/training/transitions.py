@@ -18,7 +18,7 @@ from hellm.data import Dataset
 from hellm.evaluate import RankingResult, evaluate_histories
 from hellm.models import ItemContent
 from hellm.models.sequence import ItemPairs, TransitionModel
-from hellm.training.stage import OpenedRun, dataset_summary, open_run, resolve_common, resolve_modalities, write_tables
+from hellm.training.stage import OnPlan, OpenedRun, dataset_summary, open_run, resolve_common, write_tables
 
 __all__ = ["content_pairs", "fit_transitions", "resolve_transitions_config"]
 
@@ -28,6 +28,7 @@ def fit_transitions(
     data: str | os.PathLike[str] | Dataset,
     out: str | os.PathLike[str],
     *,
+    on_plan: OnPlan | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -37,6 +38,7 @@ def fit_transitions(
         config: Settings; see `hellm.config`.
         data: A data set, or a path for `hellm.data.load_dataset`.
         out: Run directory.
+        on_plan: Not called: it takes seconds.
         resume: A finished run in `out` is returned as it is; an unfinished one is made again.
         overwrite: Replace a run in `out`.
     Returns: What result.json holds: "chosen" are the settings that validation took, "tried" each of them with its value
@@ -53,7 +55,14 @@ def resolve_transitions_config(config: TransitionsConfig, dataset: Dataset) -> t
     Raises: ValueError, a modality that the data have not, and as `resolve_common`.
     """
     config, notes = resolve_common(config, dataset)
-    config = replace(config, content=resolve_modalities(config.content, dataset))
+    there = tuple(sorted(dataset.item_features))
+    for modality in config.content or ():
+        if modality not in there:
+            known = ", ".join(there) or "none"
+            raise ValueError(
+                f"content must be among the features of data set {dataset.name!r} ({known}), got {modality!r}"
+            )
+    config = replace(config, content=there if config.content is None else config.content)
     if not config.content and any(config.content_weight):
         notes.append("no content: items are alike in nothing, and content_weight is 0")
         config = replace(config, content_weight=(0.0,))
@@ -133,15 +142,14 @@ def _chosen(
         return model, settings, tried, None
     monitor = config.monitor[0]
     tried.append({**settings, monitor: valid.metrics[monitor]})
-    for name in settings:
+    for name in ("decay", "content_weight"):
         for value in getattr(config, name)[1:]:
             other = settings | {name: value}
             candidate = _counted(config, dataset, pairs, other)
             found = _evaluate(candidate, dataset, config, "valid")
             tried.append({**other, monitor: found.metrics[monitor]})
             if found.metrics[monitor] > valid.metrics[monitor]:
-                model, valid, best = candidate, found, other
-                settings = best
+                model, valid, settings = candidate, found, other
     return model, settings, tried, valid
 
 
