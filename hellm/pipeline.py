@@ -297,11 +297,25 @@ class Pipeline:
     def _common(self) -> dict[str, Any]:
         return {"protocol": self.config.protocol, "ks": self.ks}
 
-    def _stage(self, name: str, text: str, verb: str, train: Callable, config: Any, evaluate: Callable, **runs) -> Step:
+    def _stage(
+        self,
+        name: str,
+        text: str,
+        verb: str,
+        train: Callable,
+        config: Any,
+        evaluate: Callable | None = None,
+        **runs: Path,
+    ) -> Step:
         folder = self.path(name)
         inputs = "".join(f" --{key} {value}" for key, value in runs.items())
         command = f"hellm {verb} --data {self.path('data')}{inputs} --config {folder / CONFIG} --out {folder}"
-        return Step(name, text, command, lambda: self._train(name, train, config, evaluate=evaluate, **runs))
+        return Step(
+            name,
+            text,
+            command,
+            lambda: self._train(name, train, config, **({} if evaluate is None else {"evaluate": evaluate}), **runs),
+        )
 
     def _train(self, name: str, train: Callable, config: Any, **options: Any) -> dict[str, Any]:
         try:

@@ -9,6 +9,7 @@ from hellm.config.finetune import OFFICIAL_LLM, FinetuneConfig, LLMConfig
 from hellm.config.pretrain import ModelConfig, PretrainConfig
 from hellm.config.run import RunConfig
 from hellm.config.sasrec import CONTENT_TOWER, SASRecConfig
+from hellm.config.transitions import TransitionsConfig
 
 __all__ = ["PRESETS"]
 
@@ -56,6 +57,7 @@ PRESETS: dict[type, dict[str, Any]] = {
         "bce": SASRecConfig(loss="bce"),
         "content": CONTENT_TOWER,
     },
+    TransitionsConfig: {"default": TransitionsConfig()},
     FinetuneConfig: {
         "default": FinetuneConfig(),
         "demo": FinetuneConfig(max_epochs=2),

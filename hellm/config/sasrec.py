@@ -94,5 +94,13 @@ class SASRecConfig:
         check_loop(self)
 
 
-CONTENT_TOWER = SASRecConfig(item_id=False, content_components=None, content_hidden_dim=256, dropout=0.2, patience=10)
+CONTENT_TOWER = SASRecConfig(
+    item_id=False,
+    content_components=None,
+    content_hidden_dim=256,
+    embedding_dim=128,
+    feedforward_dim=512,
+    dropout=0.2,
+    patience=10,
+)
 """A sequence model that knows items by their content alone, and so ranks new ones like any other."""
