@@ -18,7 +18,6 @@ from typing import Any
 from hellm._files import atomic_path
 from hellm.config import SASRecConfig, load_config
 from hellm.data import Dataset, load_dataset
-from hellm.evaluate import evaluate_histories
 from hellm.features import add_features
 from hellm.features.cache import default_cache
 from hellm.training.sasrec import train_sasrec
@@ -56,7 +55,7 @@ def main() -> None:
             settings = [f"content={json.dumps(content)}", "num_threads=1", "tensorboard=false", *args.override]
             config = load_config(SASRecConfig, preset, settings)
             with tempfile.TemporaryDirectory() as folder:
-                train_sasrec(config, encoded, Path(folder, "run"), evaluate=evaluate_histories)
+                train_sasrec(config, encoded, Path(folder, "run"))
                 records = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
             best = max((one for one in records if "valid_ndcg@10" in one), key=lambda one: one["valid_ndcg@10"])
             rows.append({"encoder": name, "preset": preset, "overrides": args.override, "epoch": best["epoch"]})

@@ -8,7 +8,6 @@ from pathlib import Path
 import hellm
 from hellm.config import PretrainConfig, load_config
 from hellm.data import load_dataset, write_sample_shop
-from hellm.evaluate import evaluate_dataset
 from hellm.training.pretrain import pretrain
 
 
@@ -25,7 +24,7 @@ def main() -> None:
 
     config = load_config(PretrainConfig, "demo", [f"max_epochs={args.max_epochs}", "tensorboard=false"])
     run = args.out / "stage1"
-    result = pretrain(config, data, run, evaluate=evaluate_dataset)
+    result = pretrain(config, data, run)
     print(f"best epoch {result['best_epoch']} of {result['num_epochs']}, chosen on validation")
 
     # On the validation split, which is for choosing; the test split is for the last look.

@@ -209,32 +209,25 @@ class Pipeline:
 
     def training(self) -> Iterator[Step]:
         """Stage 1, the LightGCN baseline, the sequence models, the language model if asked for, and their sum."""
-        from hellm.evaluate import evaluate_dataset, evaluate_histories
         from hellm.training.pretrain import pretrain
         from hellm.training.sasrec import train_sasrec
         from hellm.training.transitions import fit_transitions
 
         config, common = self.config, self._common()
         stage_1 = replace(config.pretrain, **common)
-        yield self._stage(
-            "stage1", "Train the hypergraph recommender (stage 1).", "pretrain", pretrain, stage_1, evaluate_dataset
-        )
+        yield self._stage("stage1", "Train the hypergraph recommender (stage 1).", "pretrain", pretrain, stage_1)
         if "lightgcn" in config.baselines:
             model = replace(stage_1.model, backbone="lightgcn", user_hypergraph=False, item_hypergraph=False)
             baseline = replace(stage_1, model=model)
-            yield self._stage(
-                "lightgcn", "Train LightGCN to compare with.", "pretrain", pretrain, baseline, evaluate_dataset
-            )
+            yield self._stage("lightgcn", "Train LightGCN to compare with.", "pretrain", pretrain, baseline)
         counted = replace(config.transitions, **common)
         yield self._stage("transitions", "Count what follows what.", "transitions", fit_transitions, counted)
         sequence = replace(config.sasrec, **common)
-        yield self._stage(
-            "sasrec", "Train the sequence model SASRec.", "sasrec", train_sasrec, sequence, evaluate_histories
-        )
+        yield self._stage("sasrec", "Train the sequence model SASRec.", "sasrec", train_sasrec, sequence)
         if "content" in self.towers:
             text = "Train a sequence model that reads the content of items alone."
             content = replace(config.content, **common)
-            yield self._stage("content", text, "sasrec", train_sasrec, content, evaluate_histories)
+            yield self._stage("content", text, "sasrec", train_sasrec, content)
         if config.language_model:
             yield self._language_model()
         if self.final == "fused":
@@ -304,7 +297,6 @@ class Pipeline:
         verb: str,
         train: Callable,
         config: Any,
-        evaluate: Callable | None = None,
         **runs: Path,
     ) -> Step:
         folder = self.path(name)
@@ -314,7 +306,7 @@ class Pipeline:
             name,
             text,
             command,
-            lambda: self._train(name, train, config, **({} if evaluate is None else {"evaluate": evaluate}), **runs),
+            lambda: self._train(name, train, config, **runs),
         )
 
     def _train(self, name: str, train: Callable, config: Any, **options: Any) -> dict[str, Any]:
@@ -331,7 +323,6 @@ class Pipeline:
         return None if self.on_plan is None else partial(self.on_plan, name)
 
     def _language_model(self) -> Step:
-        from hellm.evaluate import evaluate_histories
         from hellm.training.finetune import finetune
 
         return self._stage(
@@ -340,7 +331,6 @@ class Pipeline:
             "finetune",
             finetune,
             replace(self.config.finetune, **self._common()),
-            evaluate_histories,
             graph=self.path("stage1"),
             sequence=self.path("sasrec"),
         )

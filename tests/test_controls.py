@@ -23,7 +23,7 @@ from hellm.config import (
     override_config,
 )
 from hellm.data import load_dataset, write_sample_shop
-from hellm.evaluate import evaluate_dataset, evaluate_histories, read_test_evaluations
+from hellm.evaluate import read_test_evaluations
 from hellm.recommend import Recommender, controls
 from hellm.recommend.controls import CONTROLS, plan_controls, run_controls
 from hellm.recommend.fuse import fuse
@@ -50,13 +50,13 @@ def dataset(shop):
 def towers(dataset, tmp_path_factory):
     top = tmp_path_factory.mktemp("towers")
     stage_1 = PretrainConfig(max_epochs=4, learning_rate=5e-3, batch_size=64, **FAST)
-    pretrain(stage_1, dataset, top / "graph", evaluate=evaluate_dataset)
+    pretrain(stage_1, dataset, top / "graph")
     ids = SASRecConfig(max_epochs=8, content=(), **SMALL, **FAST)
-    train_sasrec(ids, dataset, top / "ids", evaluate=evaluate_histories)
+    train_sasrec(ids, dataset, top / "ids")
     content = replace(CONTENT_TOWER, max_epochs=8, content_hidden_dim=8, **SMALL, **FAST)
-    train_sasrec(content, dataset, top / "content", evaluate=evaluate_histories)
+    train_sasrec(content, dataset, top / "content")
     llm = FinetuneConfig(llm=str(save_tiny_llm(top / "tiny")), max_epochs=1, batch_tokens=256, **FAST)
-    finetune(llm, dataset, top / "llm", evaluate=evaluate_histories, graph=top / "graph")
+    finetune(llm, dataset, top / "llm", graph=top / "graph")
     return {name: top / name for name in ("graph", "ids", "content", "llm")}
 
 
@@ -172,7 +172,7 @@ def test_command_line(ran, fused, shop, capsys):
 
 def test_rows_that_the_towers_do_not_allow_are_left_out_with_the_reason(towers, dataset, tmp_path):
     bare = override_config(PretrainConfig(max_epochs=1, **FAST), ["model.item_hypergraph=false"])
-    pretrain(bare, dataset, tmp_path / "mf", evaluate=evaluate_dataset)
+    pretrain(bare, dataset, tmp_path / "mf")
     out = tmp_path / "fused"
     fuse({"mf": tmp_path / "mf"}, dataset, out, FuseConfig(num_threads=1))
     planned, skipped = plan_controls(out)

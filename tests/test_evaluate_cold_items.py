@@ -9,7 +9,6 @@ import pytest
 
 from hellm.config import CONTENT_TOWER, FuseConfig, PretrainConfig, SASRecConfig
 from hellm.data import load_dataset, write_sample_shop
-from hellm.evaluate import evaluate_dataset, evaluate_histories
 from hellm.recommend.compare import compare
 from hellm.recommend.fuse import fuse
 from hellm.training.pretrain import pretrain
@@ -33,13 +32,13 @@ def dataset(shop):
 def runs(dataset, tmp_path_factory):
     top = tmp_path_factory.mktemp("runs")
     stage_1 = PretrainConfig(max_epochs=20, learning_rate=5e-3, batch_size=64, **FAST)
-    pretrain(stage_1, dataset, top / "stage1", evaluate=evaluate_dataset)
+    pretrain(stage_1, dataset, top / "stage1")
     small = {"batch_size": 256, "embedding_dim": 32, "feedforward_dim": 32, "max_epochs": 30, "patience": 4}
     # A few directions: all of those of 160 items would tell each from each, and none by what it is like.
     content = replace(CONTENT_TOWER, content_components=16, content_hidden_dim=32, **small, **FAST)
-    train_sasrec(content, dataset, top / "content", evaluate=evaluate_histories)
+    train_sasrec(content, dataset, top / "content")
     ids = SASRecConfig(content=(), **small, **FAST)
-    train_sasrec(ids, dataset, top / "ids", evaluate=evaluate_histories)
+    train_sasrec(ids, dataset, top / "ids")
     towers = {name: top / name for name in ("stage1", "content", "ids")}
     fuse(towers, dataset, top / "fused", FuseConfig(num_threads=1))
     return towers | {"fused": top / "fused"}

@@ -14,7 +14,7 @@ from command_line import last_json
 from hellm.cli import main
 from hellm.config import CONTENT_TOWER, FuseConfig, PretrainConfig, SASRecConfig
 from hellm.data import DataError, load_dataset, write_sample_shop
-from hellm.evaluate import evaluate_dataset, evaluate_histories, read_test_evaluations
+from hellm.evaluate import evaluate_histories, read_test_evaluations
 from hellm.recommend import Recommender
 from hellm.recommend.fuse import fuse
 from hellm.training.pretrain import pretrain
@@ -37,12 +37,12 @@ def dataset(shop):
 def runs(dataset, tmp_path_factory):
     top = tmp_path_factory.mktemp("runs")
     stage_1 = PretrainConfig(max_epochs=6, learning_rate=5e-3, batch_size=64, **FAST)
-    pretrain(stage_1, dataset, top / "graph", evaluate=evaluate_dataset)
+    pretrain(stage_1, dataset, top / "graph")
     sequence = SASRecConfig(max_epochs=20, batch_size=128, embedding_dim=16, feedforward_dim=32, content=(), **FAST)
-    train_sasrec(sequence, dataset, top / "sequence", evaluate=evaluate_histories)
+    train_sasrec(sequence, dataset, top / "sequence")
     small = {"batch_size": 128, "embedding_dim": 16, "feedforward_dim": 32, "content_hidden_dim": 16}
     content = replace(CONTENT_TOWER, max_epochs=20, **small, **FAST)
-    train_sasrec(content, dataset, top / "content", evaluate=evaluate_histories)
+    train_sasrec(content, dataset, top / "content")
     return {name: top / name for name in ("graph", "sequence", "content")}
 
 

@@ -563,6 +563,10 @@ class TestAttributes:
         found = ops.hypergraph_conv(x, graph, hyperedge_degree=False)
         torch.testing.assert_close(found, root[:, None] * a @ (root[:, None] * x))
 
+    def test_an_attribute_without_values_adds_nothing(self):
+        graph = item_hypergraph({"text": torch.eye(3)}, 2, attributes={"brand": torch.zeros(2, 0, dtype=torch.int64)})
+        assert (graph.num_hyperedges, graph.hyperedge_weight.tolist()) == (3, [1, 1, 1])
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

@@ -15,7 +15,7 @@ from recommender_contract import PlantedBlocks, RecommenderContract
 from hellm import user_hypergraph
 from hellm.config import PretrainConfig, SASRecConfig
 from hellm.data import ItemFeatures
-from hellm.evaluate import HistoryScorer, evaluate_dataset, evaluate_histories
+from hellm.evaluate import HistoryScorer
 from hellm.losses import bpr_loss
 from hellm.models import GraphEncoder, SASRec
 from hellm.models.graph.content import ItemContent
@@ -278,10 +278,10 @@ def test_items_that_came_after_training_are_found(stage, tmp_path):
     run = tmp_path / "run"
     if stage == "pretrain":
         config = PretrainConfig(max_epochs=15, learning_rate=5e-3, num_threads=1)
-        pretrain(config, cold.before, run, evaluate=evaluate_dataset)
+        pretrain(config, cold.before, run)
     else:
         config = SASRecConfig(max_epochs=30, num_threads=1)
-        train_sasrec(config, cold.before, run, evaluate=evaluate_histories)
+        train_sasrec(config, cold.before, run)
     recommender = Recommender.load(run)
     recommender.add_items(cold.features, cold.ids, cold.titles)
     lists = recommender.recommend(recommender.user_ids.ids, k=20)

@@ -139,7 +139,6 @@ def ablate(config: FinetuneConfig, dataset, out: str | Path, **options: Any) -> 
 
 
 def _ablate(config: FinetuneConfig, dataset, out: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    from hellm.evaluate import evaluate_dataset, evaluate_histories
     from hellm.training.ablation import run_ablations
     from hellm.training.ablation_report import ablation_report
 
@@ -147,8 +146,6 @@ def _ablate(config: FinetuneConfig, dataset, out: Path, options: Mapping[str, An
         config,
         dataset,
         out,
-        evaluate=evaluate_histories,
-        evaluate_graph=evaluate_dataset,
         on_run=_say_plan,
         **options,
     )

@@ -34,14 +34,13 @@ def run(argv: Sequence[str]) -> int:
 def _train(config: FinetuneConfig, dataset, out: str, **options) -> dict[str, Any]:
     import sys
 
-    from hellm.evaluate import evaluate_histories
     from hellm.training.finetune import finetune
 
     def show(plan: dict[str, Any]) -> None:
         for line in _plan_lines(plan, config.max_epochs):
             print(line, file=sys.stderr)
 
-    return finetune(config, dataset, out, evaluate=evaluate_histories, on_plan=show, **options)
+    return finetune(config, dataset, out, on_plan=show, **options)
 
 
 def _plan(config: FinetuneConfig, dataset, **runs) -> dict[str, Any]:

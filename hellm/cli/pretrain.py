@@ -27,10 +27,9 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _train(config: PretrainConfig, dataset, out: str, **options) -> dict[str, Any]:
-    from hellm.evaluate import evaluate_dataset
     from hellm.training.pretrain import pretrain
 
-    return pretrain(config, dataset, out, evaluate=evaluate_dataset, **options)
+    return pretrain(config, dataset, out, **options)
 
 
 def _plan(config: PretrainConfig, dataset) -> dict[str, Any]:

@@ -27,10 +27,9 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _train(config: SASRecConfig, dataset, out: str, **options) -> dict[str, Any]:
-    from hellm.evaluate import evaluate_histories
     from hellm.training.sasrec import train_sasrec
 
-    return train_sasrec(config, dataset, out, evaluate=evaluate_histories, **options)
+    return train_sasrec(config, dataset, out, **options)
 
 
 def _plan(config: SASRecConfig, dataset) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from hellm._devices import resolve_device
 from hellm._files import read_json
 from hellm._folders import check_target, hold, mark_folder
 from hellm.artifact import RUN_LAYOUT, read_embeddings
+from hellm.artifact.test_users import read_test_users, write_test_users
 from hellm.config import FuseConfig, PretrainConfig, SASRecConfig, config_to_dict, load_saved_config
 from hellm.data import Dataset
 from hellm.evaluate import (
@@ -34,7 +35,7 @@ from hellm.evaluate import (
 from hellm.evaluate.compare import LEVEL
 from hellm.recommend.fuse import fuse
 from hellm.recommend.recommender import Recommender
-from hellm.training.ablation import read_test_users, reads_content, write_test_users
+from hellm.training.ablation import reads_content
 from hellm.training.trainers import CONFIGS, trainer
 
 __all__ = ["CONTROLS", "PlannedControl", "check_controls", "plan_controls", "run_controls"]

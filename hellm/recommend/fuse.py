@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hellm.artifact.evaluation_log import TRAINING
 from hellm.artifact.run_directory import environment
+from hellm.artifact.test_users import write_test_users
 from hellm.config import FuseConfig
 from hellm.data import Dataset
 from hellm.evaluate import (
@@ -30,7 +31,6 @@ from hellm.evaluate import (
 from hellm.recommend.compare import check_run_of
 from hellm.recommend.recommender import Recommender
 from hellm.recommend.served import ServedFused, ServedModel
-from hellm.training.ablation import write_test_users
 from hellm.training.fusion import Selection, TowerScores, select_towers
 from hellm.training.stage import OpenedRun, open_run, resolve_common, write_tables
 

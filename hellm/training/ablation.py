@@ -12,17 +12,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from hellm._files import atomic_path
 from hellm._folders import check_target, hold, mark_folder
 from hellm.artifact import RUN_LAYOUT, RunDirectory
-from hellm.artifact.files import CONFIG, TEST_USERS
+from hellm.artifact.files import CONFIG
 from hellm.config import FinetuneConfig, PretrainConfig, load_config, override_config
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hellm.data import Dataset
-    from hellm.training.stage import Evaluate
 
 __all__ = [
     "ABLATIONS",
@@ -31,10 +27,8 @@ __all__ = [
     "check_ablations",
     "hold_ablations",
     "plan_ablations",
-    "read_test_users",
     "reads_content",
     "run_ablations",
-    "write_test_users",
 ]
 
 logger = logging.getLogger(__name__)
@@ -228,8 +222,6 @@ def run_ablations(
     dataset: Dataset,
     out: Path_,
     *,
-    evaluate: Evaluate,
-    evaluate_graph: Evaluate,
     graph: Path_ | None = None,
     sequence: Path_ | None = None,
     rows: Iterable[str] | None = None,
@@ -245,8 +237,6 @@ def run_ablations(
         config: settings of the full model; see `hellm.config`.
         dataset: with test events.
         out: folder of the runs; stage 1 is trained anew into `out`/stage1-ROW where a row needs it.
-        evaluate: `hellm.evaluate.evaluate_histories`.
-        evaluate_graph: `hellm.evaluate.evaluate_dataset`.
         graph, sequence: finished runs, as for `finetune`.
         rows: as for `plan_ablations`.
         seeds: of the fine-tuning; None takes the one of `config`.
@@ -273,7 +263,7 @@ def run_ablations(
     for row in planned:
         row_graph, stage_1 = graph, None
         if row.stage_1 is not None:
-            row_graph, stage_1 = _train_stage_1(row, config, dataset, Path(out), evaluate_graph)
+            row_graph, stage_1 = _train_stage_1(row, config, dataset, Path(out))
         runs = {}
         for seed in seeds:
             place += 1
@@ -284,7 +274,6 @@ def run_ablations(
                 _data_of(row, dataset),
                 folder,
                 label,
-                evaluate,
                 row_graph,
                 sequence,
                 on_run,
@@ -300,16 +289,14 @@ def _data_of(row: PlannedRow, dataset: Dataset) -> Dataset:
     return dataset.with_permuted_content() if row.permuted else dataset
 
 
-def _train_stage_1(
-    row: PlannedRow, config: FinetuneConfig, dataset: Dataset, out: Path, evaluate: Evaluate
-) -> tuple[Path, dict[str, Any]]:
+def _train_stage_1(row: PlannedRow, config: FinetuneConfig, dataset: Dataset, out: Path) -> tuple[Path, dict[str, Any]]:
     """The run of `row.stage_1`, trained on the device of the fine-tuning, and what is told of it."""
     from hellm.training.pretrain import pretrain
 
     run = out / f"stage1-{row.name}"
     here = {name: getattr(config, name) for name in ("device", "num_threads", "tensorboard")}
     logger.info("%s: training stage 1 into %s", row.name, run)
-    pretrain(replace(row.stage_1, **here), dataset, run, evaluate=evaluate, resume=True)
+    pretrain(replace(row.stage_1, **here), dataset, run, resume=True)
     return run, {"run": run.name, "overrides": list(ABLATIONS[row.name].stage_1), "seconds": _seconds(run)}
 
 
@@ -318,24 +305,16 @@ def _run(
     dataset: Dataset,
     folder: Path,
     label: str,
-    evaluate: Evaluate,
     graph: Path_ | None,
     sequence: Path_ | None,
     on_run: Callable[[str, Mapping[str, Any]], None] | None,
 ) -> dict[str, Any]:
     from hellm.training.finetune import finetune
 
-    def evaluate_and_keep(scorer: Any, dataset: Dataset, *, split: str, **options: Any) -> Any:
-        result = evaluate(scorer, dataset, split=split, **options)
-        if split == "test":
-            write_test_users(folder, result)
-        return result
-
     result = finetune(
         config,
         dataset,
         folder,
-        evaluate=evaluate_and_keep,
         graph=graph,
         sequence=sequence,
         resume=True,
@@ -359,24 +338,3 @@ _KEPT = ("metrics", "confidence_level", "confidence_intervals", "num_users", "nu
 def _seconds(run: Path) -> float:
     """Training steps and validations of all epochs, whatever interrupted them."""
     return RunDirectory(run, resume=True).training_seconds()
-
-
-def write_test_users(folder: Path, result: Any) -> None:
-    """Write the test metrics of every user into a run, for comparing runs user by user without another test."""
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    tables = {"users": result.users, **result.per_user}
-    with atomic_path(folder / TEST_USERS) as temporary:
-        save_file({name: np.ascontiguousarray(values) for name, values in tables.items()}, temporary)
-
-
-def read_test_users(run: Path_) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
-    """Users [U] int64 and, by metric, their test values [U] float64; None for a run that another verb made."""
-    from safetensors.numpy import load_file
-
-    file = Path(run) / TEST_USERS
-    if not file.is_file():
-        return None
-    values = load_file(file)
-    return values.pop("users"), values

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from hellm.artifact.test_users import read_test_users
 from hellm.config import FinetuneConfig, config_to_dict
 from hellm.evaluate import RankingResult, get_protocol, mean_result, paired_bootstrap, seeds_summary
 from hellm.evaluate.compare import LEVEL
-from hellm.training.ablation import read_test_users
 
 __all__ = ["ablation_report"]
 

@@ -22,6 +22,7 @@ from hellm.artifact.files import CONFIG, LANGUAGE_MODEL, SEQUENCE_MODEL
 from hellm.artifact.run_directory import peak_memory_bytes
 from hellm.config import FinetuneConfig, load_config
 from hellm.data import Dataset
+from hellm.evaluate import RankingResult, evaluate_histories
 from hellm.models.histories import pad_histories
 from hellm.models.llm.checkpoint import base_identity, check_base
 from hellm.models.llm.language_model import load_language_model
@@ -33,7 +34,6 @@ from hellm.training.loop import Progress, fit
 from hellm.training.processes import Processes, launched_processes
 from hellm.training.stage import (
     MAY_CHANGE,
-    Evaluate,
     OnEpoch,
     OnPlan,
     OpenedRun,
@@ -71,7 +71,6 @@ def finetune(
     data: Path_ | Dataset,
     out: Path_,
     *,
-    evaluate: Evaluate,
     graph: Path_ | None = None,
     sequence: Path_ | None = None,
     resume: bool = False,
@@ -89,7 +88,6 @@ def finetune(
         config: settings; see `hellm.config`.
         data: a data set, or a path for `hellm.data.load_dataset`.
         out: run directory, see `hellm.artifact.run_directory`.
-        evaluate: `hellm.evaluate.evaluate_histories`.
         graph: finished stage-1 run of the same events; needed for the input "graph".
         sequence: finished SASRec run of the same events; needed for the input "sequence" and the residual.
         resume: go on from the last checkpoint in `out`, or start if there is none. A finished run is returned as it is.
@@ -140,12 +138,11 @@ def finetune(
         read=[graph, sequence, config.llm],
         processes=processes,
     ) as opened:
-        return _train(opened, evaluate, processes, on_plan, on_epoch) if opened.finished is None else opened.finished
+        return _train(opened, processes, on_plan, on_epoch) if opened.finished is None else opened.finished
 
 
 def _train(
     opened: OpenedRun,
-    evaluate: Evaluate,
     processes: Processes,
     on_plan: OnPlan | None,
     on_epoch: OnEpoch | None,
@@ -159,13 +156,13 @@ def _train(
         plan = plan_finetuning(config, model, sampler, processes)
         if on_plan is not None and processes.index == 0:
             on_plan(plan)
-        progress = _fit(model, config, dataset, sampler, run, evaluate, processes, on_epoch)
+        progress = _fit(model, config, dataset, sampler, run, processes, on_epoch)
 
     @readable_memory_errors("scoring the test split", MEMORY_ADVICE)
     def finish() -> dict[str, Any]:
         read_model(run.best, model)
         model.eval()
-        test, speed = _test(model, config, dataset, evaluate)
+        test, speed = _test(model, config, dataset)
         result = common_result("finetune", model, dataset, run, progress, test=test, device=config.device)
         result |= {"num_trained_parameters": plan["num_trained_parameters"], "plan": plan, "notes": opened.notes}
         result |= {"num_processes": processes.count}
@@ -347,7 +344,6 @@ def _fit(
     dataset: Dataset,
     sampler: HistorySampler,
     run,
-    evaluate,
     processes: Processes,
     on_epoch: OnEpoch | None,
 ) -> Progress:
@@ -365,7 +361,7 @@ def _fit(
         return {"cross_entropy": loss * (len(share.targets) / len(batch.targets))}
 
     def validate(model: RecommenderLLM) -> Mapping[str, float]:
-        return _evaluate(evaluate, model, config, dataset, "valid").metrics
+        return _evaluate(model, config, dataset, "valid").metrics
 
     with tensorboard(config.tensorboard and processes.index == 0, run, on_epoch) as on_record:
         return fit(
@@ -389,20 +385,18 @@ def _fit(
         )
 
 
-def _evaluate(evaluate: Evaluate, model, config: FinetuneConfig, dataset: Dataset, split: str):
+def _evaluate(model, config: FinetuneConfig, dataset: Dataset, split: str):
     options = {"split": split, "protocol": config.protocol, "ks": config.ks, "batch_size": config.eval_batch_size}
-    return evaluate(model, _as_read(config, dataset), **options)
+    return evaluate_histories(model, _as_read(config, dataset), **options)
 
 
-def _test(model, config: FinetuneConfig, dataset: Dataset, evaluate) -> tuple[dict[str, Any] | None, float | None]:
+def _test(model, config: FinetuneConfig, dataset: Dataset) -> tuple[RankingResult | None, float | None]:
     """Test metrics, and users scored per second."""
     if not (dataset.split == 2).any():
         return None, None
     started = time.perf_counter()
-    result = _evaluate(evaluate, model, config, dataset, "test")
-    speed = result.num_users / (time.perf_counter() - started)
-    test = result.to_dict(level=0.95)
-    return {**test["metrics"], **test}, speed
+    result = _evaluate(model, config, dataset, "test")
+    return result, result.num_users / (time.perf_counter() - started)
 
 
 def _write_outputs(model: RecommenderLLM, inputs: ItemInputs, dataset: Dataset, run: RunDirectory) -> None:

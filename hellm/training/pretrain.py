@@ -17,7 +17,7 @@ from hellm.artifact import write_embeddings
 from hellm.artifact.run_directory import RunDirectory
 from hellm.config import PretrainConfig
 from hellm.data import Dataset
-from hellm.evaluate import HistoryScorer
+from hellm.evaluate import HistoryScorer, evaluate_dataset
 from hellm.graphs import item_hypergraph, user_hypergraph
 from hellm.losses import bpr_loss, l2_loss, synergistic_contrastive_loss
 from hellm.models import FoldIn, GraphEncoder
@@ -26,7 +26,6 @@ from hellm.training.checkpoint import read_model
 from hellm.training.loop import Progress, fit
 from hellm.training.samplers import DeviceTripleSampler, Triples, TripleSampler
 from hellm.training.stage import (
-    Evaluate,
     OnEpoch,
     OnPlan,
     OpenedRun,
@@ -57,7 +56,6 @@ def pretrain(
     data: str | os.PathLike[str] | Dataset,
     out: str | os.PathLike[str],
     *,
-    evaluate: Evaluate,
     resume: bool = False,
     overwrite: bool = False,
     on_plan: OnPlan | None = None,
@@ -69,7 +67,6 @@ def pretrain(
         config: settings; see `hellm.config`.
         data: a data set, or a path for `hellm.data.load_dataset`.
         out: run directory, see `hellm.artifact.run_directory`.
-        evaluate: `hellm.evaluate.evaluate_dataset`.
         resume: go on from the last checkpoint in `out`, or start if there is none. A finished run is returned as it is.
         overwrite: replace a run in `out`.
         on_plan: called before the first epoch with what it will cost at most, from one timed step: "steps_per_epoch",
@@ -83,16 +80,16 @@ def pretrain(
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
     with open_run(config, data, out, resolve_config, resume=resume, overwrite=overwrite) as opened:
-        return _train(opened, evaluate, on_plan, on_epoch) if opened.finished is None else opened.finished
+        return _train(opened, on_plan, on_epoch) if opened.finished is None else opened.finished
 
 
-def _train(opened: OpenedRun, evaluate: Evaluate, on_plan: OnPlan | None, on_epoch: OnEpoch | None) -> dict[str, Any]:
+def _train(opened: OpenedRun, on_plan: OnPlan | None, on_epoch: OnEpoch | None) -> dict[str, Any]:
     config, dataset, run = opened.config, opened.dataset, opened.run
     with readable_memory_errors("pre-training", "lower contrastive_rows, model.embedding_dim or eval_batch_size"):
         model = build_encoder(config, dataset, config.device)
-        progress = _fit(model, config, dataset, run, evaluate, on_plan, on_epoch)
+        progress = _fit(model, config, dataset, run, on_plan, on_epoch)
         read_model(run.best, model)
-        result = _result(model, config, dataset, run, progress, evaluate)
+        result = _result(model, config, dataset, run, progress)
     result |= {"notes": opened.notes}
     _write_outputs(model, config, dataset, run, progress)
     run.write_result(result)
@@ -289,7 +286,7 @@ def _fit(
         on_plan(plan_of_steps(seconds, sampler.num_steps, config.max_epochs))
 
     def validate(scorer: GraphEncoder) -> Mapping[str, float]:
-        return _evaluate(evaluate, scorer, config, dataset, "valid").metrics
+        return _evaluate(scorer, config, dataset, "valid").metrics
 
     with tensorboard(config.tensorboard, run, on_epoch) as on_record:
         return fit(
@@ -354,21 +351,21 @@ class _FoldedIn(NamedTuple):
         return self.item
 
 
-def _evaluate(evaluate: Evaluate, model: GraphEncoder, config: PretrainConfig, dataset: Dataset, split: str):
+def _evaluate(model: GraphEncoder, config: PretrainConfig, dataset: Dataset, split: str):
     scorer = model
     if dataset.has_cold_users:
         # Those that are asked for have no trained embedding.
         scorer = HistoryScorer.of(_FoldedIn(model.fold_in_tables(), model.embeddings().item), dataset, split)
-    return evaluate(
+    return evaluate_dataset(
         scorer, dataset, split=split, protocol=config.protocol, ks=config.ks, batch_size=config.eval_batch_size
     )
 
 
-def _result(model, config: PretrainConfig, dataset: Dataset, run: RunDirectory, progress: Progress, evaluate):
+def _result(model, config: PretrainConfig, dataset: Dataset, run: RunDirectory, progress: Progress):
     model.eval()
     test = None
     if (dataset.split == 2).any():
-        test = _evaluate(evaluate, model, config, dataset, "test").to_dict(level=0.95)
+        test = _evaluate(model, config, dataset, "test")
     return common_result("pretrain", model, dataset, run, progress, test=test, device=config.device)
 
 

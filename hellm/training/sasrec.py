@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hellm.config import SASRecConfig
 from hellm.data import Dataset
+from hellm.evaluate import RankingResult, evaluate_histories
 from hellm.models import SASRec
 from hellm.models.histories import pad_histories
 from hellm.models.sequence import WhitenedContent
@@ -20,7 +21,6 @@ from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, SequenceSampler
 from hellm.training.loop import Progress, fit
 from hellm.training.stage import (
-    Evaluate,
     OnEpoch,
     OnPlan,
     OpenedRun,
@@ -50,7 +50,6 @@ def train_sasrec(
     data: str | os.PathLike[str] | Dataset,
     out: str | os.PathLike[str],
     *,
-    evaluate: Evaluate,
     resume: bool = False,
     overwrite: bool = False,
     on_plan: OnPlan | None = None,
@@ -65,7 +64,6 @@ def train_sasrec(
         config: settings; see `hellm.config`.
         data: a data set, or a path for `hellm.data.load_dataset`.
         out: run directory, see `hellm.artifact.run_directory`.
-        evaluate: `hellm.evaluate.evaluate_histories`.
         resume: go on from the last checkpoint in `out`, or start if there is none. A finished run is returned as it is.
         overwrite: replace a run in `out`.
         on_plan: called before the first epoch with what it will cost at most, from one timed step: "steps_per_epoch",
@@ -83,21 +81,21 @@ def train_sasrec(
     with open_run(
         config, data, out, resolve_sasrec_config, prepare=prepare, resume=resume, overwrite=overwrite
     ) as opened:
-        return _train(opened, evaluate, on_plan, on_epoch) if opened.finished is None else opened.finished
+        return _train(opened, on_plan, on_epoch) if opened.finished is None else opened.finished
 
 
-def _train(opened: OpenedRun, evaluate: Evaluate, on_plan: OnPlan | None, on_epoch: OnEpoch | None) -> dict[str, Any]:
+def _train(opened: OpenedRun, on_plan: OnPlan | None, on_epoch: OnEpoch | None) -> dict[str, Any]:
     config, dataset, sampler, run = opened.config, opened.dataset, opened.inputs, opened.run
     with readable_memory_errors("training SASRec", "lower batch_size, max_length, embedding_dim or eval_batch_size"):
         model = build_sasrec(config, dataset).to(config.device)
-        progress = _fit(model, config, dataset, sampler, run, evaluate, on_plan, on_epoch)
+        progress = _fit(model, config, dataset, sampler, run, on_plan, on_epoch)
         read_model(run.best, model)
         model.eval()
-        test = _test(model, config, dataset, evaluate)
+        test = _evaluate(model, config, dataset, "test")
     result = common_result("sasrec", model, dataset, run, progress, test=test, device=config.device)
     masked = None
     if result["test"] is not None and config.protocol != "standard":
-        masked = _evaluate(evaluate, model, replace(config, protocol="standard"), dataset, "test").to_dict(level=0.95)
+        masked = _evaluate(model, replace(config, protocol="standard"), dataset, "test").to_dict(level=0.95)
     result |= {"test_masked": masked, "notes": opened.notes}
     model.save(run.path)
     write_tables(run, dataset, device=str(model.device))
@@ -197,9 +195,7 @@ def sasrec_losses(
     return {"bce": (F.softplus(-positive) + F.softplus(negative)).mean()}
 
 
-def _fit(
-    model, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler, run, evaluate, on_plan, on_epoch
-) -> Progress:
+def _fit(model, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler, run, on_plan, on_epoch) -> Progress:
     trained = TrainedItems.of(dataset, model.device)
 
     def step_losses(epoch: int, step: int) -> Mapping[str, Tensor]:
@@ -210,7 +206,7 @@ def _fit(
         on_plan(plan_of_steps(seconds, sampler.num_steps, config.max_epochs))
 
     def validate(model: SASRec) -> Mapping[str, float]:
-        return _evaluate(evaluate, model, config, dataset, "valid").metrics
+        return _evaluate(model, config, dataset, "valid").metrics
 
     with tensorboard(config.tensorboard, run, on_epoch) as on_record:
         return fit(
@@ -230,14 +226,9 @@ def _fit(
         )
 
 
-def _evaluate(evaluate: Evaluate, model: SASRec, config: SASRecConfig, dataset: Dataset, split: str):
-    return evaluate(
+def _evaluate(model: SASRec, config: SASRecConfig, dataset: Dataset, split: str) -> RankingResult | None:
+    if not len(dataset.pairs(split)[0]):
+        return None
+    return evaluate_histories(
         model, dataset, split=split, protocol=config.protocol, ks=config.ks, batch_size=config.eval_batch_size
     )
-
-
-def _test(model: SASRec, config: SASRecConfig, dataset: Dataset, evaluate) -> dict[str, Any] | None:
-    if not (dataset.split == 2).any():
-        return None
-    test = _evaluate(evaluate, model, config, dataset, "test").to_dict(level=0.95)
-    return {**test["metrics"], **test}

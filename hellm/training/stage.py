@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,14 +20,15 @@ from hellm._folders import hold
 from hellm.artifact.evaluation_log import TRAINING, log_test_evaluation
 from hellm.artifact.files import CONTENT
 from hellm.artifact.run_directory import RunDirectory, check_run, environment, peak_memory_bytes
+from hellm.artifact.test_users import write_test_users
 from hellm.data import Dataset, load_dataset
+from hellm.evaluate import RankingResult
 from hellm.models import ItemContent
 from hellm.training.loop import Progress
 from hellm.training.plots import plot_curves
 from hellm.training.processes import Processes
 
 __all__ = [
-    "Evaluate",
     "OnEpoch",
     "OnPlan",
     "OpenedRun",
@@ -39,6 +40,7 @@ __all__ = [
     "resolve_common",
     "seconds_of_step",
     "tensorboard",
+    "tested",
     "write_curves",
     "write_tables",
 ]
@@ -56,14 +58,6 @@ OnPlan = Callable[[Mapping[str, Any]], None]
 MAY_CHANGE = frozenset(
     {"max_epochs", "patience", "checkpoint_every", "device", "num_threads", "eval_batch_size", "tensorboard", "capture"}
 )
-
-
-class Evaluate(Protocol):
-    """What a stage needs of `hellm.evaluate`: `evaluate_dataset`, or `evaluate_histories` for sequence models."""
-
-    def __call__(
-        self, scorer: Any, dataset: Dataset, *, split: str, protocol: str, ks: tuple, batch_size: int
-    ) -> Any: ...
 
 
 class OpenedRun(NamedTuple):
@@ -265,16 +259,13 @@ def common_result(
     run: RunDirectory,
     progress: Progress,
     *,
-    test: Mapping[str, Any] | None,
+    test: RankingResult | None,
     device: str,
 ) -> dict[str, Any]:
     """What result.json of every stage holds; "seconds" are of training steps and validations, over all sessions.
 
-    The test is noted in test_evaluations.jsonl, as the first of the run.
+    The test is noted as `tested` does.
     """
-    if test is not None:
-        names = {"protocols": [test["protocol"]], "metrics": list(test["metrics"])}
-        log_test_evaluation(run.path, by=TRAINING, **names, fingerprint=dataset.fingerprint)
     records = run.read_metrics()
     place = (progress.best_epoch, progress.best_step)
     best = next((record for record in records if (record["epoch"], record.get("step")) == place), {})
@@ -283,7 +274,7 @@ def common_result(
     seconds = [record["seconds"] for record in records if "seconds" in record]
     return {
         "stage": stage,
-        "test": test,
+        "test": tested(run, test, dataset),
         "valid": {"metrics": valid},
         "best_epoch": progress.best_epoch,
         "best_step": progress.best_step,
@@ -295,6 +286,17 @@ def common_result(
         "peak_memory_bytes": peak_memory_bytes(device),
         "environment": environment(device),
     }
+
+
+def tested(run: RunDirectory, test: RankingResult | None, dataset: Dataset) -> dict[str, Any] | None:
+    """What result.json says of the test, which is noted in test_evaluations.jsonl and, by user, in test_users."""
+    if test is None:
+        return None
+    values = test.to_dict(level=0.95)
+    names = {"protocols": [values["protocol"]], "metrics": list(values["metrics"])}
+    log_test_evaluation(run.path, by=TRAINING, **names, fingerprint=dataset.fingerprint)
+    write_test_users(run.path, test)
+    return {**values["metrics"], **values}
 
 
 def dataset_summary(dataset: Dataset) -> dict[str, Any]:

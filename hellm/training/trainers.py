@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -37,12 +36,10 @@ class Trainer(NamedTuple):
 
 def trainer(stage: str) -> Trainer:
     """That of a stage among `CONFIGS`."""
-    from hellm.evaluate import evaluate_dataset, evaluate_histories
-
     if stage == "pretrain":
         from hellm.training.pretrain import pretrain, resolve_config
 
-        return Trainer(partial(pretrain, evaluate=evaluate_dataset), resolve_config)
+        return Trainer(pretrain, resolve_config)
     if stage == "transitions":
         from hellm.training.transitions import fit_transitions, resolve_transitions_config
 
@@ -50,7 +47,7 @@ def trainer(stage: str) -> Trainer:
     if stage == "sasrec":
         from hellm.training.sasrec import resolve_sasrec_config, train_sasrec
 
-        return Trainer(partial(train_sasrec, evaluate=evaluate_histories), resolve_sasrec_config)
+        return Trainer(train_sasrec, resolve_sasrec_config)
     from hellm.training.finetune import finetune, resolve_finetune_config
 
-    return Trainer(partial(finetune, evaluate=evaluate_histories), resolve_finetune_config)
+    return Trainer(finetune, resolve_finetune_config)

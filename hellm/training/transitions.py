@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hellm.artifact.evaluation_log import TRAINING, log_test_evaluation
 from hellm.artifact.run_directory import environment, peak_memory_bytes
 from hellm.config import TransitionsConfig
 from hellm.data import Dataset
 from hellm.evaluate import RankingResult, evaluate_histories
 from hellm.models import ItemContent
 from hellm.models.sequence import ItemPairs, TransitionModel
-from hellm.training.stage import OnPlan, OpenedRun, dataset_summary, open_run, resolve_common, write_tables
+from hellm.training.stage import OnPlan, OpenedRun, dataset_summary, open_run, resolve_common, tested, write_tables
 
 __all__ = ["content_pairs", "fit_transitions", "resolve_transitions_config"]
 
@@ -104,19 +103,11 @@ def _fit(opened: OpenedRun) -> dict[str, Any]:
     model, chosen, tried, valid = _chosen(config, dataset, pairs)
     seconds = time.perf_counter() - started
     test = _evaluate(model, dataset, config, "test")
-    if test is not None:
-        log_test_evaluation(
-            run.path,
-            by=TRAINING,
-            protocols=[config.protocol],
-            metrics=list(test.metrics),
-            fingerprint=dataset.fingerprint,
-        )
     model.save(run.path)
     write_tables(run, dataset, modalities=config.content or None, k=config.content_neighbours, device=config.device)
     result = {
         "stage": "transitions",
-        "test": None if test is None else {**test.metrics, **test.to_dict(level=0.95)},
+        "test": tested(run, test, dataset),
         "valid": {"metrics": {} if valid is None else valid.metrics},
         "chosen": chosen,
         "tried": tried,

@@ -59,17 +59,16 @@ def llm(tmp_path_factory):
 @pytest.fixture(scope="session")
 def runs(small_dataset, tmp_path_factory):
     """Finished stage-1 and SASRec runs of the small data set, as the arguments of `finetune`."""
-    from hellm.evaluate import evaluate_dataset, evaluate_histories
     from hellm.training.pretrain import pretrain
     from hellm.training.sasrec import train_sasrec
 
     folder = tmp_path_factory.mktemp("runs")
     stage_1 = PretrainConfig(learning_rate=0.02, batch_size=32, max_epochs=4, contrastive_rows=None, **LOOP)
-    pretrain(stage_1, small_dataset, folder / "graph", evaluate=evaluate_dataset)
+    pretrain(stage_1, small_dataset, folder / "graph")
     sequence = SASRecConfig(
         embedding_dim=8, num_layers=1, feedforward_dim=16, batch_size=64, learning_rate=0.02, max_epochs=6, **LOOP
     )
-    train_sasrec(sequence, small_dataset, folder / "sequence", evaluate=evaluate_histories)
+    train_sasrec(sequence, small_dataset, folder / "sequence")
     return {"graph": folder / "graph", "sequence": folder / "sequence"}
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from hellm.config import FinetuneConfig, load_config, override_config
-from hellm.evaluate import evaluate_dataset, evaluate_histories
+from hellm.evaluate import evaluate_histories
 from hellm.recommend import Recommender
 from hellm.training import finetune as finetuning
 from hellm.training.ablation import ABLATIONS, plan_ablations, read_test_users, run_ablations
@@ -19,9 +19,7 @@ from hellm.training.loop import Interrupted
 
 
 def ablate(config, dataset, out, runs, **options):
-    return run_ablations(
-        config, dataset, out, evaluate=evaluate_histories, evaluate_graph=evaluate_dataset, **runs, **options
-    )
+    return run_ablations(config, dataset, out, **runs, **options)
 
 
 def names(planned):

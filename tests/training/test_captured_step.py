@@ -14,7 +14,6 @@ from torch import nn
 
 from hellm.artifact.run_directory import RunDirectory
 from hellm.config import ModelConfig, PretrainConfig
-from hellm.evaluate import evaluate_dataset
 from hellm.training import captured_step as module
 from hellm.training.captured_step import CapturedStep
 from hellm.training.checkpoint import load_training_state, save_training_state
@@ -307,11 +306,11 @@ def test_captured_equals_uncaptured_on_a_gpu(small_dataset, tmp_path, settings):
 @needs_gpu
 def test_captured_run_is_resumed_on_a_gpu_and_on_the_cpu(small_dataset, tmp_path):
     config = replace(CONFIG, device="cuda", max_epochs=2)
-    result = pretrain(config, small_dataset, tmp_path / "run", evaluate=evaluate_dataset)
+    result = pretrain(config, small_dataset, tmp_path / "run")
     assert result["num_epochs"] == 2 and json.loads((tmp_path / "run" / "result.json").read_text()) == result
     for device in ("cuda", "cpu"):
         config = replace(config, device=device, max_epochs=config.max_epochs + 1)
-        result = pretrain(config, small_dataset, tmp_path / "run", evaluate=evaluate_dataset, resume=True)
+        result = pretrain(config, small_dataset, tmp_path / "run", resume=True)
         assert result["num_epochs"] == config.max_epochs
 
 

@@ -32,7 +32,7 @@ from hellm.training.trained_items import TrainedItems
 
 
 def run(config, dataset, out, runs, **options):
-    return finetune(config, dataset, out, evaluate=evaluate_histories, **runs, **options)
+    return finetune(config, dataset, out, **runs, **options)
 
 
 def records(folder):
@@ -78,13 +78,12 @@ def test_resumed_run_equals_the_uninterrupted(config, small_dataset, runs, tmp_p
 
 
 def test_a_resumed_run_keeps_its_input_runs_and_the_length_of_its_schedule(config, small_dataset, runs, tmp_path):
-    from hellm.evaluate import evaluate_dataset
     from hellm.training.pretrain import pretrain
 
     config = replace(config, max_epochs=1)
     first = run(config, small_dataset, tmp_path / "run", runs)
     stage_1 = replace(load_config(PretrainConfig, runs["graph"] / "config.yaml"), seed=7, max_epochs=1)
-    pretrain(stage_1, small_dataset, tmp_path / "graph", evaluate=evaluate_dataset)
+    pretrain(stage_1, small_dataset, tmp_path / "graph")
     with pytest.raises(ValueError, match="a resumed run must keep its input runs, and those given are others"):
         run(config, small_dataset, tmp_path / "run", runs | {"graph": tmp_path / "graph"}, resume=True)
     with pytest.raises(ValueError, match="a resumed run must keep its settings; max_epochs was 1, got 2"):
@@ -260,7 +259,7 @@ def test_an_item_that_training_knows_nothing_of_is_no_candidate(config, small_da
     assert known < whole
     given = []
     monkeypatch.setattr(module, "finetune_loss", lambda *args: given.append(args[2:]) or finetune_loss(*args))
-    finetune(config, held, tmp_path / "run", evaluate=evaluate_histories)
+    finetune(config, held, tmp_path / "run")
     # Two steps of the plan come first.
     assert all(torch.equal(one[0].rows, trained.rows) for one in given[2:]) and len(given) > 2
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from hellm.config import LLMConfig
-from hellm.evaluate import evaluate_histories
 from hellm.training.finetune import (
     build_history_sampler,
     build_optimizer,
@@ -111,5 +110,5 @@ def test_step_waits_only_to_check_its_targets(build, settings, monkeypatch):
 def test_run_and_its_resumption(config, small_dataset, runs, tmp_path):
     for device, epochs in (("cuda", 1), ("cuda", 2), ("cpu", 3)):
         own = replace(config, device=device, max_epochs=epochs)
-        result = finetune(own, small_dataset, tmp_path / "run", evaluate=evaluate_histories, resume=epochs > 1, **runs)
+        result = finetune(own, small_dataset, tmp_path / "run", resume=epochs > 1, **runs)
         assert result["num_epochs"] == epochs and result["test"]["recall@5"] > 0

@@ -40,7 +40,7 @@ def changed(*overrides):
 
 
 def run(config, dataset, out, **options):
-    return pretrain(config, dataset, out, evaluate=evaluate_dataset, **options)
+    return pretrain(config, dataset, out, **options)
 
 
 def records(folder):

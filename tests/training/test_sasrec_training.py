@@ -46,7 +46,7 @@ def changed(*overrides):
 
 
 def run(config, dataset, out, **options):
-    return train_sasrec(config, dataset, out, evaluate=evaluate_histories, **options)
+    return train_sasrec(config, dataset, out, **options)
 
 
 def records(folder):
