@@ -92,6 +92,9 @@ def item_hypergraph(
     for name, index in attributes.items():
         index_name = f"attributes[{name!r}]"
         item, column = checked_index(index, index_name)
+        device = next((x.device for x in vertices), item.device)
+        if item.device != device:
+            raise ValueError(f"{index_name} must be on {device} like the first, got {item.device}")
         num_items = checked_size("num_items", num_items, item, row=0, name=index_name)
         size = torch.bincount(column, minlength=checked_size("values", None, column, row=1, name=index_name))
         vertices.append(item.long())

@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 
 Path_ = str | os.PathLike[str]
 
-BASE = "base.yaml"
+BASE, _STUDY = "base.yaml", "study.db"
 _LAYOUT = (
-    *(BASE, "config.yaml", "search.json", "study.db", "study.db-*"),
+    *(BASE, "config.yaml", "search.json", _STUDY, f"{_STUDY}-*"),
     *(f"trial-*/{file}" for file in RUN_LAYOUT),
 )
 _TEST = 2
@@ -115,9 +115,10 @@ def search(
     dataset = data if isinstance(data, Dataset) else load_dataset(data)
     if not (dataset.split == 1).any():
         raise ValueError(f"data set {dataset.name!r} must have validation events to choose by, got none")
-    space = list(space) if space is not None else None
-    _check_space(stage, space or SPACES[type(config)], config, dataset)
-    out = Path(out)
+    out, space = Path(out), list(space) if space is not None else None
+    # That of before was looked at before.
+    if space is not None or overwrite or not (out / _STUDY).is_file():
+        _check_space(stage, SPACES[type(config)] if space is None else space, config, dataset)
     with hold(out):
         mark_folder(out, "search", layout=_LAYOUT)
         if overwrite:
@@ -162,7 +163,7 @@ class _Search:
         import optuna
         from sqlalchemy.engine import URL
 
-        storage = URL.create("sqlite", database=str((out / "study.db").resolve()))
+        storage = URL.create("sqlite", database=str((out / _STUDY).resolve()))
         study = optuna.create_study(
             storage=storage.render_as_string(),
             study_name="search",

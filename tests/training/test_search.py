@@ -150,6 +150,16 @@ def test_search_goes_on_where_it_was(whole, small_dataset, tmp_path):
     assert again == found and len(told) == 10
 
 
+def test_a_space_that_is_not_given_again_is_that_of_before(small_dataset, tmp_path):
+    # The widths that are searched where nothing is named are no multiples of three.
+    config = replace(CONFIG, num_heads=3, embedding_dim=6, max_epochs=1)
+    with pytest.raises(ValueError, match="embedding_dim must be a multiple of num_heads 3, got 32"):
+        search("sasrec", small_dataset, tmp_path / "out", num_trials=1, config=config)
+    search("sasrec", small_dataset, tmp_path / "out", num_trials=1, space=["dropout=0.1..0.5"], config=config)
+    found = search("sasrec", small_dataset, tmp_path / "out", num_trials=2, config=config, resume=True)
+    assert [list(one["settings"]) for one in found["trials"]] == [["dropout"], ["dropout"]]
+
+
 def test_an_interrupted_trial_goes_on(whole, small_dataset, tmp_path, monkeypatch):
     original, steps = training.sasrec_losses, []
 
