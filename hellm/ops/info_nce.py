@@ -91,7 +91,8 @@ def info_nce(
     if reduction == "mean" and (anchor if rows is None else rows).shape[0] == 0:
         raise ValueError(f"{'anchor' if rows is None else 'rows'} must have at least one row for the mean, got 0")
     temperature = _checked_temperature(temperature, anchor)
-    compute_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (anchor, positive, temperature))
+    learned = anchor.requires_grad or positive.requires_grad or temperature.requires_grad
+    compute_grad = torch.is_grad_enabled() and learned
     return torch.ops.hellm.info_nce(
         anchor, positive, temperature, rows, intra_view_negatives, reduction, precision, compute_grad
     )[0]

@@ -128,7 +128,7 @@ class Native(Backend):
             return anchor.new_empty(0, dtype=dtype), *grads
         row_loss = anchor.new_empty(num_rows, dtype=dtype)
         # d loss / d (1 / temperature) of each row, already times row_grad.
-        row_slope = anchor.new_empty(num_rows if gradients else 0, dtype=dtype)
+        row_slope = anchor.new_empty(num_rows, dtype=dtype) if gradients else None
         grads = [torch.empty_like(t) if gradients else t.new_empty(0) for t in (anchor, positive)]
         written = (row_loss, *(grads if gradients else (None, None)), row_slope)
         loaders.native().info_nce(
