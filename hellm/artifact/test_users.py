@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from hellm._files import atomic_path
 from hellm.artifact.files import TEST_USERS
 
-if TYPE_CHECKING:
-    from hellm.evaluate import RankingResult
-
 __all__ = ["read_test_users", "write_test_users"]
 
 
-def write_test_users(run: str | os.PathLike[str], result: RankingResult) -> None:
-    """Write users and their metrics."""
+def write_test_users(run: str | os.PathLike[str], result: Any) -> None:
+    """Write users and their metrics, of a `hellm.evaluate.RankingResult`."""
     from safetensors.numpy import save_file
 
     tables = {"users": result.users, **result.per_user}

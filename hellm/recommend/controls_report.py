@@ -19,7 +19,7 @@ from hellm.evaluate import (
 )
 from hellm.evaluate.compare import LEVEL
 from hellm.recommend.recommender import Recommender
-from hellm.training.ablation import read_test_users, write_test_users
+from hellm.artifact.test_users import read_test_users, write_test_users
 
 __all__ = ["controls_report"]
 

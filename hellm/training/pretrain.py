@@ -272,7 +272,7 @@ def build_captured_step(
 
 
 def _fit(
-    model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: RunDirectory, evaluate, on_plan, on_epoch
+    model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: RunDirectory, on_plan, on_epoch
 ) -> Progress:
     sampler, optimizer = build_sampler(config, dataset), build_optimizer(config, model)
     choices = _contrastive_choices(config, model)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hellm.artifact.test_users import read_test_users
 from hellm.config import FinetuneConfig, load_config, override_config
 from hellm.evaluate import evaluate_histories
 from hellm.recommend import Recommender
 from hellm.training import finetune as finetuning
-from hellm.training.ablation import ABLATIONS, plan_ablations, read_test_users, run_ablations
+from hellm.training.ablation import ABLATIONS, plan_ablations, run_ablations
 from hellm.training.loop import Interrupted
 
 

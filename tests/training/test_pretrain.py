@@ -63,7 +63,9 @@ def finished(small_dataset, tmp_path_factory):
         calls.append((options["split"], scorer.embeddings().item.clone()))
         return evaluate_dataset(scorer, dataset, **options)
 
-    result = pretrain(changed("max_epochs=20"), small_dataset, folder, evaluate=evaluate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hellm.training.pretrain.evaluate_dataset", evaluate)
+        result = pretrain(changed("max_epochs=20"), small_dataset, folder)
     return folder, result, calls
 
 
@@ -86,6 +88,7 @@ def test_run_directory_is_complete(finished):
         "metrics.jsonl",
         "result.json",
         "test_evaluations.jsonl",
+        "test_users.safetensors",
     }
     assert {path.name for path in (folder / "checkpoint").iterdir()} == {
         "last.safetensors",

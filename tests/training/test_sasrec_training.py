@@ -89,7 +89,9 @@ def finished(walks, tmp_path_factory):
         calls.append((options["split"], options["protocol"], model.item_keys().clone()))
         return evaluate_histories(model, dataset, **options)
 
-    result = train_sasrec(changed("max_epochs=14"), walks, folder, evaluate=evaluate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hellm.training.sasrec.evaluate_histories", evaluate)
+        result = train_sasrec(changed("max_epochs=14"), walks, folder)
     return folder, result, calls
 
 
@@ -200,7 +202,7 @@ def test_run_directory_is_complete(finished, walks):
 
     folder, result, _ = finished
     names = ("checkpoint", "config.yaml", "curves.png", "embeddings.safetensors", "histories.parquet", "ids.parquet")
-    names += (".hellm.json", "metrics.jsonl", "result.json", "test_evaluations.jsonl")
+    names += (".hellm.json", "metrics.jsonl", "result.json", "test_evaluations.jsonl", "test_users.safetensors")
     assert {path.name for path in folder.iterdir()} == set(names)
     assert json.loads((folder / "result.json").read_text()) == result
     assert load_config(SASRecConfig, folder / "config.yaml") == replace(changed("max_epochs=14"), content=())
