@@ -8,6 +8,7 @@ from typing import Any
 
 from hellm._devices import resolve_device
 from hellm._files import read_json
+from hellm.artifact.test_users import read_test_users, write_test_users
 from hellm.config import FuseConfig, config_to_dict
 from hellm.data import Dataset
 from hellm.evaluate import (
@@ -19,7 +20,6 @@ from hellm.evaluate import (
 )
 from hellm.evaluate.compare import LEVEL
 from hellm.recommend.recommender import Recommender
-from hellm.artifact.test_users import read_test_users, write_test_users
 
 __all__ = ["controls_report"]
 
