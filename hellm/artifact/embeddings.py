@@ -73,7 +73,7 @@ def read_embeddings(folder: str | os.PathLike[str]) -> Embeddings:
         kind = "llm"
     if kind not in KINDS:
         raise DataError(
-            f"{path}: must be of a stage-1, SASRec, fine-tuning or fused run, got "
+            f"{path}: must be of a stage-1, SASRec, transition, fine-tuning or fused run, got "
             f"{', '.join(sorted(tensors)[:4]) or 'nothing'}"
         )
     return Embeddings(kind, tensors, metadata)

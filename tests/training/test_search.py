@@ -119,7 +119,7 @@ def test_search_keeps_the_best_by_validation_alone(whole, small_dataset):
     # No trial has test events, so no test can have been looked at.
     for one in trials:
         assert read_test_evaluations(out / one["run"]) == []
-    tested = training.train_sasrec(config, small_dataset, out.parent / "final"())
+    tested = training.train_sasrec(config, small_dataset, out.parent / "final")
     assert tested["valid"]["metrics"]["recall@5"] == best["value"] and tested["test"] is not None
 
 

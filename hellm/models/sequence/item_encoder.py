@@ -15,6 +15,8 @@ __all__ = ["ItemEncoder", "WhitenedContent"]
 
 # Directions of less than this share of the largest variance hold rounding and noise only.
 _SMALLEST_VARIANCE = 1e-6
+# Of fewer items, whitening makes all of them equally far from each other: it fits the items, not their kind.
+_ITEMS_PER_DIRECTION = 4
 
 
 class WhitenedContent(NamedTuple):
@@ -39,8 +41,8 @@ class WhitenedContent(NamedTuple):
 
         Args:
             features: [I, C] float, a row of zeros lacks the modality.
-            components: W, the directions of largest variance that are kept, cut to those that vary. None keeps all, in
-                the axes of the features (ZCA).
+            components: W, the directions of largest variance that are kept, cut to those that vary and to a quarter of
+                the rows. None keeps as many as that, in the axes of the features (ZCA).
         """
         present = features.any(dim=1)
         x = features[present].double()
@@ -50,8 +52,11 @@ class WhitenedContent(NamedTuple):
         variance, axes = variance.flip(0), axes.flip(1)
         varies = variance > _SMALLEST_VARIANCE * variance[0].clamp(min=torch.finfo(torch.float64).tiny)
         matrix = axes * torch.where(varies, variance.clamp(min=0), torch.inf).rsqrt()
-        kept = max(1, min(components or len(varies), int(varies.sum())))
-        matrix = matrix @ axes.T if components is None else matrix[:, :kept]
+        told = len(x) // _ITEMS_PER_DIRECTION
+        kept = max(1, min(components or len(varies), int(varies.sum()), told))
+        matrix = matrix[:, :kept]
+        if components is None:
+            matrix = matrix @ axes[:, :kept].T
         mean, matrix = mean.float(), matrix.float()
         return cls(_whiten(features, mean, matrix), mean, matrix)
 
