@@ -109,8 +109,7 @@ class ServedContract(RecommenderContract):
         expected = scorer.scorer("test").scores(users)
         moved = scorer.model.scorer_on("cpu")
         if scorer.model.user is None:
-            known = torch.from_numpy(scorer._indptr), torch.from_numpy(scorer._items)
-            moved = HistoryScorer(moved, *known).scores
+            moved = HistoryScorer(moved, *scorer._histories).scores
         torch.testing.assert_close(moved(users), expected)
 
     @pytest.mark.gpu

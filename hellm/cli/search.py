@@ -27,21 +27,21 @@ _SHOWN = 20
 
 def run(argv: Sequence[str]) -> int:
     from hellm.training.search import BASE, check_search, search
-    from hellm.training.trainers import CONFIGS
+    from hellm.training.trainers import SEARCHED
 
     if not argv or argv[0] in ("-h", "--help"):
-        print(_HELP.format(stages="\n".join(f"  {name:<10} as hellm {name} trains it" for name in CONFIGS)), end="")
+        print(_HELP.format(stages="\n".join(f"  {name:<10} as hellm {name} trains it" for name in SEARCHED)), end="")
         return 0
     stage, *rest = argv
-    if stage not in CONFIGS:
-        nearest = difflib.get_close_matches(stage, CONFIGS, n=1, cutoff=0.5)
+    if stage not in SEARCHED:
+        nearest = difflib.get_close_matches(stage, SEARCHED, n=1, cutoff=0.5)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"STAGE must be one of {', '.join(CONFIGS)}, got {stage!r}{hint}")
+        raise ValueError(f"STAGE must be one of {', '.join(SEARCHED)}, got {stage!r}{hint}")
     inputs = {"graph": "stage-1 run of the same data", "sequence": "SASRec run of the same data"}
     inputs = inputs if stage == "finetune" else {}
-    parser = _parser(stage, CONFIGS[stage], inputs)
-    space, rest = _split(rest, config_to_dict(CONFIGS[stage]()))
-    args, config = parse_settings(parser, rest, CONFIGS[stage], resumed=BASE)
+    parser = _parser(stage, SEARCHED[stage], inputs)
+    space, rest = _split(rest, config_to_dict(SEARCHED[stage]()))
+    args, config = parse_settings(parser, rest, SEARCHED[stage], resumed=BASE)
     if args.dry_run:
         return _print_plan(stage, space, config, args)
     missing = [name for name in ("out", "trials") if args[name] is None]

@@ -23,7 +23,7 @@ from hellm.config import config_to_dict, save_config
 from hellm.data import Dataset, load_dataset
 from hellm.training.search_space import SPACES, parse_space, plain_values, point_of, with_settings
 from hellm.training.stage import MAY_CHANGE
-from hellm.training.trainers import CONFIGS, trainer
+from hellm.training.trainers import SEARCHED, trainer
 
 if TYPE_CHECKING:
     import optuna
@@ -78,7 +78,7 @@ def search(
     A search that was broken off comes to the same trials as one that was not.
 
     Args:
-        stage: One of `hellm.training.trainers.CONFIGS`.
+        stage: One of `hellm.training.trainers.SEARCHED`.
         data: A data set, or a path for `hellm.data.load_dataset`.
         out: Folder to make.
         num_trials: Trials in all, those of before counted.
@@ -105,12 +105,12 @@ def search(
         import optuna
     except ImportError as error:
         raise ImportError('hellm search needs optuna: pip install "hellm[search]"') from error
-    if stage not in CONFIGS:
-        raise ValueError(f"stage must be one of {', '.join(CONFIGS)}, got {stage!r}")
+    if stage not in SEARCHED:
+        raise ValueError(f"stage must be one of {', '.join(SEARCHED)}, got {stage!r}")
     if num_trials < 1:
         raise ValueError(f"num_trials must be >= 1, got {num_trials}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    config = CONFIGS[stage]() if config is None else config
+    config = SEARCHED[stage]() if config is None else config
     check_search(out, resume=resume, overwrite=overwrite, inputs=[*runs.values()])
     dataset = data if isinstance(data, Dataset) else load_dataset(data)
     if not (dataset.split == 1).any():

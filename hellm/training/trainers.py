@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from hellm.config import FinetuneConfig, PretrainConfig, SASRecConfig, TransitionsConfig
 from hellm.data import Dataset
 
-__all__ = ["CONFIGS", "Trainer", "trainer"]
+__all__ = ["CONFIGS", "SEARCHED", "Trainer", "trainer"]
 
 CONFIGS: Mapping[str, type] = MappingProxyType(
     {
@@ -20,6 +20,8 @@ CONFIGS: Mapping[str, type] = MappingProxyType(
     }
 )
 """Verb -> its settings; a run has the verb as "stage" in result.json."""
+SEARCHED: Mapping[str, type] = MappingProxyType({name: one for name, one in CONFIGS.items() if name != "transitions"})
+"""Those whose settings are searched; transitions choose theirs by themselves."""
 
 
 class Trainer(NamedTuple):

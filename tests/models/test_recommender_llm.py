@@ -412,7 +412,7 @@ def test_the_language_model_is_found_by_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr("hellm.models.llm.checkpoint.load_language_model", load)
     loaded = RecommenderLLM.from_pretrained(tmp_path / "model", tiny_tables())
-    assert calls == [("some/model", {"dtype": torch.float32, "revision": None, "num_layers": 2})]
+    assert calls == [("some/model", {"dtype": torch.float32, "revision": None, "num_layers": 2, "random_seed": None})]
     assert torch.equal(scores(loaded, HISTORIES), scores(model, HISTORIES))
 
 

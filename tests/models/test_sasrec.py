@@ -198,10 +198,10 @@ def test_what_is_no_sasrec_run_is_not_loaded(tmp_path):
         SASRec.load(tmp_path)
     path = tmp_path / "embeddings.safetensors"
     save_file({"user": torch.zeros(2, 2)}, path)
-    with pytest.raises(ValueError, match=r"must be of a stage-1, SASRec, transition, fine-tuning or fused run, got user"):
+    with pytest.raises(ValueError, match=r"must be of a stage-1, SASRec, transition, .* or fused run, got user"):
         SASRec.load(tmp_path)
     path.write_bytes(b"no tensors here, only a long enough text")
-    with pytest.raises(ValueError, match=r"embeddings.safetensors is not readable"):
+    with pytest.raises(ValueError, match=r"embeddings.safetensors: damaged, or not the file that must be there"):
         SASRec.load(tmp_path)
     make_model().save(tmp_path)
     tensors = load_file(path)
