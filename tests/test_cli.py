@@ -512,13 +512,13 @@ class TestDemo:
         sizes = ["--num-users", "120", "--num-items", "160", "--max-epochs", "6"]
         code, text, err = call("demo", "--out", out, *sizes, "--llm", save_tiny_llm(tmp_path / "llm"), "--json")
         assert code == 0, err
-        assert all(f"[{step}]" in text for step in range(1, 10))
+        assert all(f"[{step}]" in text for step in range(1, 11))
         assert (out / "planted_structure.png").read_bytes().startswith(b"\x89PNG")
         result = last_json(text)
         assert result["planted"]["model"] > 0.6 > 2 * result["planted"]["chance"]
         compared = [Path(model["name"]).name for model in result["models"]]
-        assert compared[:5] == ["fused", "llm", "content", "sasrec", "stage1"]
-        assert compared[5:] == ["lightgcn", "popularity", "itemknn", "bpr"]
+        assert compared[:6] == ["fused", "llm", "content", "sasrec", "transitions", "stage1"]
+        assert compared[6:] == ["lightgcn", "popularity", "itemknn", "bpr"]
         assert len(result["verdicts"]) == 1 and str(out / "run" / "llm") in result["verdicts"][0]
         assert "is recommended" in text and "recall@10" in text and "because of" in text
         assert "bought both, alike in " in text
@@ -545,7 +545,7 @@ class TestRun:
             assert call(*argv)[0] == 1
         done = (tmp_path / "run" / "stage1" / "result.json").stat().st_mtime_ns
         code, text, _ = call(*argv, "--resume", "--json")
-        towers = ["stage1", "sasrec", "content"]
+        towers = ["stage1", "transitions", "sasrec", "content"]
         assert code == 0 and (tmp_path / "run" / "stage1" / "result.json").stat().st_mtime_ns == done
         assert {Path(model["name"]).name for model in last_json(text)["models"]} == {"fused", *towers, "popularity"}
         answers = json.loads((tmp_path / "run" / "recommendations.json").read_text(encoding="utf-8"))

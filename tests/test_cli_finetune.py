@@ -68,6 +68,7 @@ def test_an_interrupted_run_ends_with_a_table_and_lists(made):
         "llm",
         "content",
         "sasrec",
+        "transitions",
         "stage1",
         "popularity",
     ]

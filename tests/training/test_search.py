@@ -223,7 +223,7 @@ def test_mistakes_show_before_anything_is_trained(small_dataset, tmp_path):
 
     fails("stage must be one of pretrain, sasrec, finetune, got 'sasrek'", stage="sasrek")
     fails("num_trials must be >= 1, got 0", num_trials=0)
-    fails("content must be among the features of data set 'blocks'", space=["content=[text],[sound]"])
+    fails("content must be among the features and attributes of data set 'blocks'", space=["content=[text],[sound]"])
     fails("unknown setting 'depth'", space=["depth=1..2"])
     bare = small_dataset.of_events(small_dataset.split != 1)
     fails("must have validation events to choose by, got none", dataset=bare)
