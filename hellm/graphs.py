@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +14,47 @@ from hellm._arrays import as_count, as_tensor, check_flag
 from hellm.hypergraph import Hypergraph, checked_index, checked_size
 from hellm.ops import knn
 
-__all__ = ["item_hypergraph", "user_hypergraph"]
+if TYPE_CHECKING:
+    from hellm.data import ItemFeatures
+
+__all__ = ["Neighbours", "item_hypergraph", "nearest_items", "user_hypergraph"]
+
+# Found even where fewer are asked for: another stage will ask for as many.
+_USUAL_K = 10
+# Features -> device -> what was found of them; gone when the features are.
+_FOUND: WeakKeyDictionary[ItemFeatures, dict[str, Neighbours]] = WeakKeyDictionary()
+
+
+class Neighbours(NamedTuple):
+    """Nearest items in one modality.
+
+    Attributes:
+        rows: [n, K] int64 item rows, best first; -1 where there are fewer.
+        similarities: [n, K] float32 cosines; 0 where there are fewer.
+    """
+
+    rows: Tensor
+    similarities: Tensor
+
+
+def nearest_items(features: ItemFeatures, k: int, device: torch.device | str = "cpu") -> Neighbours:
+    """The k nearest items of each item by cosine, itself included, searched once for each device.
+
+    What was found is kept as long as `features` are there, so that all stages of a pipeline have the same. Threads may
+    search the same at the same time.
+
+    Args:
+        features: of all items.
+        k: >= 1; cut to the number of items.
+        device: where they are searched, and where the result is.
+    """
+    count, place = len(features.mask), str(torch.device(device))
+    k = min(k, count)
+    found = _FOUND.setdefault(features, {})
+    if place not in found or found[place].rows.shape[1] < k:
+        x = torch.from_numpy(np.asarray(features.values)).to(device)
+        found[place] = Neighbours(*knn(x, min(max(k, _USUAL_K), count)))
+    return Neighbours(*(part[:, :k] for part in found[place]))
 
 
 def user_hypergraph(user_item_index: Tensor, num_users: int, num_items: int) -> Hypergraph:
@@ -45,6 +88,7 @@ def item_hypergraph(
     masks: Mapping[str, Tensor] | None = None,
     attributes: Mapping[str, Tensor] | None = None,
     num_items: int | None = None,
+    neighbours: Mapping[str, Neighbours] | None = None,
     keep_nonpositive: bool = False,
 ) -> Hypergraph:
     """Items as vertices; for each modality one hyperedge per item: the items that list it among their k nearest.
@@ -61,6 +105,7 @@ def item_hypergraph(
         masks: modality -> [num_items] bool, False where the item lacks that modality.
         attributes: attribute -> [2, n] int32 or int64, items and values that they have; values are 0, 1, 2, ...
         num_items: needed where there are no features.
+        neighbours: modality -> what `nearest_items` found of it, at least k of each item, so as not to search again.
         keep_nonpositive: False drops neighbours with similarity <= 0; True keeps them with the similarity as the value
             of the incidence, as the published code does.
 
@@ -80,7 +125,8 @@ def item_hypergraph(
     vertices, edges, values, weights = [], [], [], []
     for block, (modality, x) in enumerate(blocks.items()):
         try:
-            neighbour, similarity = knn(x, k)
+            found = (neighbours or {}).get(modality)
+            neighbour, similarity = knn(x, k) if found is None else (part[:, :k] for part in found)
         except ValueError as error:
             raise ValueError(f"features[{modality!r}]: {error}") from None
         kept = neighbour >= 0 if keep_nonpositive else (neighbour >= 0) & (similarity > 0)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+
+from hellm.data.dataset import ItemFeatures
 
 __all__ = ["NOT_ATTRIBUTES", "AttributeSet", "indicators", "split_values"]
 
@@ -54,7 +57,8 @@ _LARGEST_SHARE = 0.5
 _MOST_VALUES = 1024
 
 
-class AttributeSet(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class AttributeSet:
     """Items by the values of one attribute.
 
     Values that one item alone has, or more than half of all items, are left out, and so are all but the 1,024 most
@@ -75,6 +79,11 @@ class AttributeSet(NamedTuple):
         kept = [value for value, count in counts.items() if 2 <= count <= _LARGEST_SHARE * len(lists)]
         values = tuple(sorted(kept, key=lambda value: (-counts[value], value))[:_MOST_VALUES])
         return cls(values, indicators(lists, values))
+
+    @cached_property
+    def features(self) -> ItemFeatures:
+        """The indicators as features; items without a value lack them."""
+        return ItemFeatures.from_values(self.indicators)
 
 
 def indicators(lists: Sequence[Sequence[str]], values: Sequence[str]) -> np.ndarray:

@@ -275,7 +275,7 @@ class Dataset:
     def item_content(self) -> dict[str, ItemFeatures]:
         """Modality -> features, attributes among them, whose columns tell which values an item has."""
         features = {name: self.item_features[name] for name in sorted(self.item_features)}
-        return features | {name: ItemFeatures.from_values(one.indicators) for name, one in self.attribute_sets.items()}
+        return features | {name: one.features for name, one in self.attribute_sets.items()}
 
     def split_counts(self) -> dict[str, int]:
         """Number of events in each split; "history" where there are any."""

@@ -18,7 +18,7 @@ from hellm.artifact.run_directory import RunDirectory
 from hellm.config import PretrainConfig
 from hellm.data import Dataset
 from hellm.evaluate import HistoryScorer, evaluate_dataset
-from hellm.graphs import item_hypergraph, user_hypergraph
+from hellm.graphs import item_hypergraph, nearest_items, user_hypergraph
 from hellm.losses import bpr_loss, l2_loss, synergistic_contrastive_loss
 from hellm.models import FoldIn, GraphEncoder
 from hellm.training.captured_step import CapturedStep
@@ -166,6 +166,7 @@ def build_encoder(config: PretrainConfig, dataset: Dataset, device: torch.device
                 for name in _attributes(config, dataset)
             },
             num_items=dataset.num_items,
+            neighbours={name: nearest_items(feature, settings.knn_k, device) for name, feature in chosen.items()},
             keep_nonpositive=official,
         )
     return GraphEncoder(

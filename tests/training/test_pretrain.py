@@ -325,7 +325,7 @@ def test_neighbours_are_searched_on_the_device_of_the_model(small_dataset, monke
         searched.append(x.device.type)
         return knn(torch.ones(x.shape), k)
 
-    monkeypatch.setattr(ops, "knn", recorded)
+    monkeypatch.setattr("hellm.graphs.knn", recorded)
     content = ItemContent.of(small_dataset.item_features, 4, "meta")
     assert searched == ["meta"] * 2 and {rows.device.type for rows in content.neighbours.values()} == {"cpu"}
 

@@ -8,33 +8,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hellm import ops
 from hellm._files import atomic_path
 from hellm.data import DataError, ItemFeatures
 from hellm.data.attributes import AttributeSet, indicators
+from hellm.graphs import Neighbours, nearest_items
 
-__all__ = ["ItemContent", "Neighbours"]
+__all__ = ["ItemContent"]
 
 # Rows of the [rows, I] block of similarities.
 _BLOCK = 1024
-
-
-class Neighbours(NamedTuple):
-    """Nearest items in one modality.
-
-    Attributes:
-        rows: [n, K] int64 item rows, best first; -1 where there are fewer.
-        similarities: [n, K] float32 cosines, > 0; 0 where there are fewer.
-    """
-
-    rows: Tensor
-    similarities: Tensor
 
 
 class ItemContent:
@@ -77,10 +64,10 @@ class ItemContent:
         Neighbours are searched on `device`.
         """
         normalised, neighbours, attributes = {}, {}, attributes or {}
-        told = {name: ItemFeatures.from_values(one.indicators) for name, one in attributes.items()}
+        told = {name: one.features for name, one in attributes.items()}
         for modality, one in (dict(features) | told).items():
             x = torch.where(torch.from_numpy(one.mask).unsqueeze(1), torch.from_numpy(one.values).float(), 0.0)
-            rows, similarity = (found.cpu() for found in ops.knn(x.to(device), min(k, len(x))))
+            rows, similarity = (found.cpu() for found in nearest_items(one, k, device))
             neighbours[modality] = torch.where(similarity > 0, rows.long(), -1)
             # Half precision keeps a cosine to 1e-3 and the file small.
             normalised[modality] = F.normalize(x, dim=1).half()
