@@ -7,6 +7,7 @@ import yaml
 
 from hellm.config import (
     PRESETS,
+    LLMConfig,
     ModelConfig,
     PretrainConfig,
     config_from_dict,
@@ -176,6 +177,7 @@ def test_command_line_is_generated_from_the_dataclass():
 
 
 def test_every_setting_is_documented():
-    for cls in (ModelConfig, PretrainConfig):
+    for cls in (ModelConfig, LLMConfig, *PRESETS):
+        docs = "".join(one.__doc__ or "" for one in cls.__mro__)
         for field in dataclasses.fields(cls):
-            assert f"        {field.name}: " in cls.__doc__, field.name
+            assert f"        {field.name}: " in docs, field.name

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Literal
 
-from hellm.config._checks import check_loop, require
+from hellm.config._checks import require
+from hellm.config.loop import LoopConfig
 
 __all__ = ["OFFICIAL_LLM", "FinetuneConfig", "LLMConfig"]
 
@@ -84,7 +85,7 @@ OFFICIAL_LLM: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(LoopConfig):
     """Stage 2: fine-tuning of a language model that ranks the catalogue.
 
     Args:
@@ -109,18 +110,8 @@ class FinetuneConfig:
         accumulate: steps per update.
         max_grad_norm: longer gradients are scaled down to it; null leaves them.
         max_epochs: upper limit of training, and the length of the learning rate schedule.
-        validate_every: epochs between validations.
         validate_steps: steps between validations, in place of `validate_every`; null goes by epochs.
-        patience: non-improving validations tolerated; training stops at the next one.
-        monitor: validation metrics; a validation improves when any of them beats its own best.
-        ks: list lengths of the metrics.
-        protocol: evaluation protocol, see `hellm.evaluate`.
-        eval_batch_size: users scored at once.
-        checkpoint_every: epochs between checkpoints; every validation writes one as well.
         seed: of initialisation, order and dropout.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        num_threads: CPU threads of torch; null leaves torch's choice.
-        tensorboard: write TensorBoard events into the run directory.
     """
 
     model: LLMConfig = field(default_factory=LLMConfig)
@@ -143,20 +134,12 @@ class FinetuneConfig:
     accumulate: int = 1
     max_grad_norm: float | None = 1.0
     max_epochs: int = 8
-    validate_every: int = 1
     validate_steps: int | None = None
     patience: int = 2
-    monitor: tuple[str, ...] = ("ndcg@10",)
-    ks: tuple[int, ...] = (5, 10, 20)
-    protocol: str = "recbole-sequential"
-    eval_batch_size: int = 1024
     checkpoint_every: int = 1
-    seed: int = 2024
-    device: str = "auto"
-    num_threads: int | None = None
-    tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         inputs = self.item_inputs
         require(
             inputs is None or len(set(inputs)) == len(inputs) > 0,
@@ -183,4 +166,3 @@ class FinetuneConfig:
             raise ValueError(
                 'batch_size must be given with model.compat="official" (the published loop has 7), got null'
             )
-        check_loop(self)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal
 
-from hellm.config._checks import check_loop, require
+from hellm.config._checks import require
+from hellm.config.loop import LoopConfig
 
 __all__ = ["ModelConfig", "PretrainConfig"]
 
@@ -50,7 +51,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(LoopConfig):
     """Stage 1: hypergraph pre-training.
 
     The defaults were chosen on the validation split of TikTok; the presets named after data sets are the published
@@ -73,20 +74,9 @@ class PretrainConfig:
             once per epoch). A GPU draws "user-uniform" triples with "uniform" negatives itself: the same distribution,
             other numbers than on the CPU.
         negatives: "uniform" over the items a user has not, or by their "popularity" to the power 0.75.
-        max_epochs: upper limit of training.
-        validate_every: epochs between validations.
-        patience: non-improving validations tolerated; training stops at the next one.
-        monitor: validation metrics; a validation improves when any of them beats its own best.
-        ks: list lengths of the metrics.
-        protocol: evaluation protocol, see `hellm.evaluate`.
-        eval_batch_size: users scored at once.
-        checkpoint_every: epochs between checkpoints; every validation writes one as well.
         seed: of initialisation and sampling.
         compat: "official" repeats the published code, quirks included; null fixes them.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        num_threads: CPU threads of torch; null leaves torch's choice.
         capture: replay the training step as a CUDA graph; null does so on a GPU.
-        tensorboard: write TensorBoard events into the run directory.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -103,21 +93,14 @@ class PretrainConfig:
     sampler: Literal["user-uniform", "interaction-uniform"] = "user-uniform"
     negatives: Literal["uniform", "popularity"] = "uniform"
     max_epochs: int = 1000
-    validate_every: int = 1
-    patience: int = 5
     monitor: tuple[str, ...] = ("recall@20", "ndcg@20")
     ks: tuple[int, ...] = (10, 20)
     protocol: str = "standard"
-    eval_batch_size: int = 1024
-    checkpoint_every: int = 5
-    seed: int = 2024
     compat: Literal["official"] | None = None
-    device: str = "auto"
-    num_threads: int | None = None
     capture: bool | None = None
-    tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("learning_rate", "learning_rate_decay", "learning_rate_decay_epochs", "temperature"):
             require(isfinite(getattr(self, name)) and getattr(self, name) > 0, name, "> 0", getattr(self, name))
         for name in ("l2_weight", "user_contrastive_weight", "item_contrastive_weight"):
@@ -125,4 +108,3 @@ class PretrainConfig:
         require(self.batch_size >= 1, "batch_size", ">= 1", self.batch_size)
         rows = self.contrastive_rows
         require(rows is None or rows >= 1, "contrastive_rows", "null or >= 1", rows)
-        check_loop(self)

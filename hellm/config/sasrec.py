@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
-from hellm.config._checks import check_loop, require
+from hellm.config._checks import require
+from hellm.config.loop import LoopConfig
 
 __all__ = ["CONTENT_TOWER", "SASRecConfig"]
 
 
 @dataclass(frozen=True)
-class SASRecConfig:
+class SASRecConfig(LoopConfig):
     """The sequence model SASRec.
 
     Args:
@@ -32,18 +33,8 @@ class SASRecConfig:
         loss: "cross_entropy" over the whole catalogue, or "bce" with one uniform negative per position (the paper).
         learning_rate: Adam step size.
         batch_size: positions per step, at least `max_length`; fewer where the data has fewer.
-        max_epochs: upper limit of training.
-        validate_every: epochs between validations.
-        patience: non-improving validations tolerated; training stops at the next one.
-        monitor: validation metrics; a validation improves when any of them beats its own best.
-        ks: list lengths of the metrics.
         protocol: evaluation protocol, see `hellm.evaluate`; sequence models are usually scored with nothing masked.
-        eval_batch_size: users scored at once.
-        checkpoint_every: epochs between checkpoints; every validation writes one as well.
         seed: of initialisation, order and sampling.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        num_threads: CPU threads of torch; null leaves torch's choice.
-        tensorboard: write TensorBoard events into the run directory.
     """
 
     item_id: bool = True
@@ -61,20 +52,10 @@ class SASRecConfig:
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     learning_rate: float = 1e-3
     batch_size: int = 2048
-    max_epochs: int = 200
     validate_every: int = 2
-    patience: int = 5
-    monitor: tuple[str, ...] = ("ndcg@10",)
-    ks: tuple[int, ...] = (5, 10, 20)
-    protocol: str = "recbole-sequential"
-    eval_batch_size: int = 1024
-    checkpoint_every: int = 5
-    seed: int = 2024
-    device: str = "auto"
-    num_threads: int | None = None
-    tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("embedding_dim", "num_layers", "num_heads", "feedforward_dim", "max_length"):
             require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         require(
@@ -91,7 +72,6 @@ class SASRecConfig:
         require(self.item_id or self.content != (), "content", "not empty where item_id is false", self.content)
         require(isfinite(self.learning_rate) and self.learning_rate > 0, "learning_rate", "> 0", self.learning_rate)
         require(self.batch_size >= self.max_length, "batch_size", f">= max_length {self.max_length}", self.batch_size)
-        check_loop(self)
 
 
 CONTENT_TOWER = SASRecConfig(
