@@ -20,7 +20,7 @@ _BLOCK = 256
 
 
 class FusedModel:
-    """The weighted sum of the scores of several models is itself a score <query, key>.
+    """The weighted sum of the scores of several models is itself a score `<query, key>`.
 
         sum_t w_t <q_t, k_t> = <[w_1 q_1, ..., w_T q_T], [k_1, ..., k_T]>
 
