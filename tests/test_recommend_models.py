@@ -14,14 +14,23 @@ from recommender_contract import PlantedBlocks, RecommenderContract
 
 from hellm import user_hypergraph
 from hellm.config import PretrainConfig, SASRecConfig
-from hellm.data import ItemFeatures
+from hellm.data import Histories, ItemFeatures
 from hellm.evaluate import HistoryScorer
 from hellm.losses import bpr_loss
 from hellm.models import GraphEncoder, SASRec
 from hellm.models.graph.content import ItemContent
 from hellm.models.histories import pad_histories
-from hellm.models.sequence import WhitenedContent
-from hellm.recommend import Recommender, ServedFused, ServedGraph, ServedLLM, ServedModel, ServedSASRec
+from hellm.models.sequence import TransitionModel, WhitenedContent
+from hellm.recommend import (
+    Recommender,
+    ServedFused,
+    ServedGraph,
+    ServedLLM,
+    ServedModel,
+    ServedSASRec,
+    ServedTransitions,
+)
+from hellm.training.transitions import content_pairs
 
 
 def block_features(data: PlantedBlocks, blocks: np.ndarray) -> np.ndarray:
@@ -183,6 +192,20 @@ class TestServedFused(ServedContract):
     def model(self, data):
         towers = {"graph": TestServedGraph().model(data), "sequence": TestServedSASRec().model(data)}
         return ServedFused(towers, {"graph": 0.3, "sequence": 1.0})
+
+
+class TestServedTransitions(ServedContract):
+    def model(self, data):
+        features = ItemFeatures.from_values(block_features(data, data.block_of_item))
+        pairs = content_pairs(ItemContent.of({"text": features}, k=4))
+        histories = Histories.of_events(*data.train, data.num_users)
+        return ServedTransitions(TransitionModel.fit(histories, data.num_items, similar=pairs, content_weight=0.5))
+
+
+class TestServedFusedWithTransitions(ServedContract):
+    def model(self, data):
+        towers = {"sequence": TestServedSASRec().model(data), "transitions": TestServedTransitions().model(data)}
+        return ServedFused(towers, {"sequence": 0.3, "transitions": 2.0})
 
 
 def sasrec_of_blocks(data: PlantedBlocks, steps: int, **settings) -> SASRec:

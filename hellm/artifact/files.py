@@ -8,6 +8,7 @@ ids.parquet             which id each embedding row belongs to
 histories.parquet       the events, as embedding rows
 content.safetensors     what the items look and read like, where the data have features
 test_evaluations.jsonl  every evaluation on the test split, training's own first (`hellm.artifact.evaluation_log`)
+test_users.safetensors  the test metrics of every user (`hellm.artifact.test_users`)
 checkpoint/             last.safetensors (to go on from) and best.safetensors (what is tested)
 model/                  what was trained of a language model
 sequence_model/         the sequence model that a language model starts from, where it has one
