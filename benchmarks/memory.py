@@ -55,13 +55,14 @@ def reset_peak() -> None:
 
 def extra_bytes(form: str, num_rows: int, dim: int = 64) -> int:
     """Peak extra memory of one forward + backward, in this process."""
-    from benchmarks import inputs, peers
+    from benchmarks import inputs
+    from benchmarks.ops.info_nce import info_nce_published, info_nce_strip
     from hellm import ops
 
     loss = {
         "hellm": lambda a, p, t: ops.info_nce(a, p, t, precision="highest"),
-        "strip": peers.info_nce_strip,
-        "published": peers.info_nce_published,
+        "strip": info_nce_strip,
+        "published": info_nce_published,
     }[form]
     loss(*inputs.views(64, dim), 0.5).backward()
     anchor, positive = inputs.views(num_rows, dim)

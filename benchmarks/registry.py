@@ -1,0 +1,342 @@
+"""What a benchmark case is: named work on some devices, several implementations of it, its limit and its targets.
+
+`benchmarks.measure` takes the cases of the CPU: there `hellm` is what it chooses by itself, beside its peers and the
+machine's limit. `benchmarks.gpu` takes those of the GPU: every usable backend at every precision, beside the same peers
+at every precision of stock products; the limit is a case of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hellm import ops
+from hellm.ops.backends import BACKENDS, GPU_BACKENDS
+
+DIM = 64
+CPU, GPU = "cpu", "gpu"
+LIMIT = "limit"
+# In this order: what the time must suffice for comes first, what needs minutes of compiling last.
+KINDS = ("hellm", "native", "cuda", "peer", "triton", "torch", "compile", "nvrtc", LIMIT)
+
+Outputs = Sequence[Tensor]
+Run = Callable[[], Outputs]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where a case is made, and how large.
+
+    Attributes:
+        device: of the inputs.
+        gpu: entries as on a GPU, whichever the device (a CPU shows that they work); else as on a CPU.
+        tiny: toy sizes.
+        with_compile: peers on the CPU that take a minute to compile as well.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    gpu: bool = False
+    tiny: bool = False
+    with_compile: bool = False
+
+    def small(self, size: int, most: int = 70) -> int:
+        """That size, or `most` of it where sizes are toys."""
+        return min(size, most) if self.tiny else size
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One timed implementation.
+
+    Attributes:
+        label: name in the tables, unique in its workload and the same for every size.
+        run: does the work once and returns what it computed.
+        kind: "hellm" as it chooses by itself, a backend of ours, "peer", "compile" for a peer that torch.compile makes,
+            or `LIMIT` for what the machine can do at most.
+        tolerance: largest error, as `Workload.verify` measures it; not used for a limit.
+        note: what a reader of the table must know.
+        work: amount done by one run; None is that of the workload. A limit needs its own.
+    """
+
+    label: str
+    run: Run
+    kind: str = "peer"
+    tolerance: float = 1e-4
+    note: str = ""
+    work: float | None = None
+
+    @property
+    def hellm(self) -> bool:
+        """Whether it runs a kernel of ours."""
+        return self.kind in ("hellm", "native", *GPU_BACKENDS)
+
+    @property
+    def role(self) -> str:
+        """One of "hellm", "peer" and `LIMIT`."""
+        return "hellm" if self.hellm else LIMIT if self.kind == LIMIT else "peer"
+
+
+class Limit(NamedTuple):
+    """The most that a machine can do.
+
+    Attributes:
+        entry: (setup) -> an entry beside the others, on a CPU.
+        ceiling: the case and the entry that reach it on a GPU.
+    """
+
+    entry: Callable[[Setup], Entry]
+    ceiling: tuple[str, str]
+
+
+@dataclass
+class Workload:
+    """A case with its inputs made; entries come in the order of their kinds.
+
+    Attributes:
+        entries: the implementations; on a CPU the first is hellm's, and all must agree with it.
+        work: useful work of one run, in `unit`.
+        unit: "FLOP", "byte" or "triple".
+        parameters: sizes and settings, for the record.
+        truth: () -> the result in float64, which all must agree with on a GPU; None where it would take too long.
+        limit: what the machine can do at most.
+        skipped: peers that cannot run here -> why.
+        verify: (outputs, what is right) -> error; infinite where they are wrong altogether.
+        repeats: (what, count): one run is one of `count` of them, e.g. ("epoch", 59).
+        graph: whether entries are captured as CUDA graphs too.
+    """
+
+    entries: list[Entry]
+    work: float
+    unit: str = "FLOP"
+    parameters: dict[str, object] = field(default_factory=dict)
+    truth: Callable[[], Outputs] | None = None
+    limit: Limit | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+    verify: Callable[[Outputs, Outputs], float] = field(default_factory=lambda: worst_relative_error)
+    repeats: tuple[str, int] | None = None
+    graph: bool = True
+
+    def __post_init__(self) -> None:
+        self.entries.sort(key=lambda entry: KINDS.index(entry.kind))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Registry entry.
+
+    Attributes:
+        group: heading of its table.
+        build: (setup) -> workload, without its limit.
+        devices: on which it makes sense, of `CPU` and `GPU`.
+        rank: the lowest run first on a GPU, where the time may be up.
+    """
+
+    name: str
+    group: str
+    title: str
+    build: Callable[[Setup], Workload]
+    devices: tuple[str, ...] = (CPU,)
+    rank: int = 1
+
+    def workload(self, setup: Setup) -> Workload:
+        """Inputs and entries, the limit among them where entries take turns."""
+        workload = self.build(setup)
+        if workload.limit is not None and not setup.gpu:
+            workload.entries.append(workload.limit.entry(setup))
+        return workload
+
+
+class Target(NamedTuple):
+    """What ours must reach in a case; on the GPU, on an H100.
+
+    Ours is the entry with the label or of the kind `entry`, the fastest of all of ours without one. It must be at least
+    `factor` times as fast as the fastest whose label holds `peer`, or reach that share of the limit if `peer` is
+    `LIMIT`; or take at most `milliseconds`; or each of ours takes at most the `megabytes` beyond its inputs, and gives
+    the same bits again.
+    """
+
+    case: str
+    entry: str = ""
+    peer: str = ""
+    factor: float = 0.0
+    milliseconds: float = 0.0
+    megabytes: float = 0.0
+    device: str = GPU
+
+
+CASES: dict[str, Case] = {}
+TARGETS: list[Target] = []
+
+
+def register(
+    group: str,
+    build: Callable[..., Workload],
+    name: str,
+    title: str = "",
+    *,
+    devices: tuple[str, ...] = (GPU,),
+    rank: int = 1,
+    **arguments,
+) -> None:
+    """Add the case whose workload is `build(setup, **arguments)`."""
+    CASES[name] = Case(name, group, title, partial(build, **arguments), devices, rank)
+
+
+def on_device(cases: dict[str, Case], device: str) -> dict[str, Case]:
+    """Cases that make sense on `CPU` or `GPU`, in the order in which they run."""
+    found = [case for case in cases.values() if device in case.devices]
+    return {case.name: case for case in (sorted(found, key=lambda case: case.rank) if device == GPU else found)}
+
+
+def worst_relative_error(found: Outputs, expected: Outputs) -> float:
+    """Largest difference of any tensor, relative to the largest magnitude in the expected one; NaN is infinite."""
+    if len(found) != len(expected):
+        return float("inf")
+    worst = 0.0
+    for one, other in zip(found, expected, strict=True):
+        if one.shape != other.shape:
+            return float("inf")
+        one, other = one.detach().double(), other.detach().double()
+        scale = float(other.abs().max()) if other.numel() else 0.0
+        error = float((one - other).abs().max()) / (scale or 1.0) if other.numel() else 0.0
+        if not error < float("inf"):
+            return float("inf")
+        worst = max(worst, error)
+    return worst
+
+
+# ------------------------------------------------------------------------------------------------------ entries
+
+
+def candidates(
+    setup: Setup,
+    make: Callable[[str], Run],
+    tolerances: dict[str, float],
+    *,
+    nvrtc: bool = False,
+    takes: Callable[[str, str], bool] = lambda backend, precision: True,
+) -> list[Entry]:
+    """Ours: `make(precision)` as `hellm` chooses by itself, or on a GPU under every backend that `takes` it.
+
+    Args:
+        tolerances: precision -> tolerance; "" where there is one precision.
+        nvrtc: whether the backend that compiles the text of "cuda" is among them: once for each operator.
+    """
+    if not setup.gpu:
+        labels = ["hellm", *(f"hellm, {precision}" for precision in list(tolerances)[1:])]
+        return [
+            Entry(label, make(precision), "hellm", tolerance)
+            for label, (precision, tolerance) in zip(labels, tolerances.items(), strict=True)
+        ]
+    return [
+        Entry(f"hellm {backend}" + (f", {precision}" if precision else ""), on(backend, make(precision)), backend, most)
+        for precision, most in tolerances.items()
+        for backend in usable_backends(setup.device, nvrtc)
+        if takes(backend, precision)
+    ]
+
+
+def stock(
+    setup: Setup, label: str, make: Callable[[], Run], tolerances: Sequence[float], kind: str = "peer", note: str = ""
+) -> list[Entry]:
+    """A peer of stock products: in float32, and on a GPU with what else they can be told to do.
+
+    `tolerances` of a GPU, for float32 and for less.
+    """
+    if not setup.gpu:
+        return [Entry(label, make(), kind, note=note)]
+    exact, rough = tolerances
+    return [
+        Entry(f"{label}, {name}", at(make()), kind, exact if name == "float32" else rough, note)
+        for name, at in PRECISIONS
+    ]
+
+
+def usable_backends(device: torch.device, nvrtc: bool = False) -> list[str]:
+    """Backends that can run there, plain torch last; those in question are asked for by name."""
+    names = [name for name, backend in BACKENDS.items() if backend.available(device)]
+    return [name for name in names if nvrtc or name != "nvrtc"]
+
+
+def on(backend: str, run: Run) -> Run:
+    """Under an explicit backend."""
+
+    def choose_and_run() -> Outputs:
+        with ops.backend(backend):
+            return run()
+
+    return choose_and_run
+
+
+def at_precision(precision: str, run: Run) -> Run:
+    """Under a float32 matmul precision of torch, which its products and the operators without an argument follow."""
+
+    def set_and_run() -> Outputs:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            return run()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return set_and_run
+
+
+def gradients(function: Callable, leaves: Sequence[Tensor], cotangents: Sequence[Tensor] | None = None) -> Run:
+    """Outputs and the gradients in the leaves; outputs alone where no leaf needs one."""
+
+    def run() -> Outputs:
+        found = function(*leaves)
+        found = found if isinstance(found, tuple) else (found,)
+        if not any(leaf.requires_grad for leaf in leaves):
+            return found
+        return [*found, *torch.autograd.grad(found, leaves, cotangents)]
+
+    return run
+
+
+def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same in float64, needing gradients as they do."""
+    return [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+
+
+def by_torch(function: Callable, leaves: Sequence[Tensor], cotangents: Sequence[Tensor] | None = None) -> Run:
+    """`gradients` of an operator's definition in float64."""
+    doubles = None if cotangents is None else [t.double() for t in cotangents]
+    return lambda: [t.detach() for t in on("torch", gradients(function, wide(leaves), doubles))()]
+
+
+def compiled(function: Callable, mode: str | None = None) -> Callable:
+    """torch.compile at the first call, for the shapes of that call and with nothing left of earlier ones."""
+    made: list[Callable] = []
+
+    def call(*arguments):
+        if not made:
+            torch._dynamo.reset()
+            made.append(torch.compile(function, dynamic=False, mode=mode))
+        return made[0](*arguments)
+
+    return call
+
+
+def in_bfloat16(run: Run) -> Run:
+    """Under autocast."""
+
+    def cast_and_run() -> Outputs:
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            return run()
+
+    return cast_and_run
+
+
+# What stock products of float32 rows can be told to do.
+PRECISIONS: tuple[tuple[str, Callable[[Run], Run]], ...] = (
+    ("float32", partial(at_precision, "highest")),
+    ("TF32", partial(at_precision, "high")),
+    ("bfloat16", in_bfloat16),
+)
