@@ -23,7 +23,7 @@ import torch
 from benchmarks import memory
 from benchmarks.cases import CASES, TARGETS
 from benchmarks.environment import ROOT, environment, write_json
-from benchmarks.registry import CPU, LIMIT, Case, Entry, Setup, Target, Workload, on_device
+from benchmarks.registry import CPU, LIMIT, MEMORY_CASES, Case, Entry, Setup, Target, Workload, on_device
 from hellm.ops.backends import BACKENDS
 
 SCHEMA = 1
@@ -222,7 +222,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    known = [*on_device(CASES, CPU), *memory.MEMORY_CASES]
+    known = [*on_device(CASES, CPU), *MEMORY_CASES]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.measure", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=known, help="cases: " + ", ".join(known))
     parser.add_argument("--quick", action="store_true", help="a few rounds only")

@@ -24,6 +24,9 @@ LIMIT = "limit"
 # In this order: what the time must suffice for comes first, what needs minutes of compiling last.
 KINDS = ("hellm", "native", "cuda", "peer", "triton", "torch", "compile", "nvrtc", LIMIT)
 
+# Tolerances by precision where `hellm` chooses its backend; "medium" sets 16-bit products against float32 ones.
+ON_CPU = {"highest": 1e-4, "medium": 3e-2}
+
 Outputs = Sequence[Tensor]
 Run = Callable[[], Outputs]
 
@@ -131,7 +134,7 @@ class Case:
 
     Attributes:
         group: heading of its table.
-        build: (setup) -> workload, without its limit.
+        build: (setup, **settings) -> workload, without its limit; settings replace those of the case.
         devices: on which it makes sense, of `CPU` and `GPU`.
         rank: the lowest run first on a GPU, where the time may be up.
     """
@@ -139,7 +142,7 @@ class Case:
     name: str
     group: str
     title: str
-    build: Callable[[Setup], Workload]
+    build: Callable[..., Workload]
     devices: tuple[str, ...] = (CPU,)
     rank: int = 1
 
@@ -169,8 +172,19 @@ class Target(NamedTuple):
     device: str = GPU
 
 
+class MemoryCase(NamedTuple):
+    """The extra memory of one entry of a case on the CPU, with that many rows; `at_most` MiB are allowed."""
+
+    title: str
+    case: str
+    entry: str
+    num_rows: int
+    at_most: float | None = None
+
+
 CASES: dict[str, Case] = {}
 TARGETS: list[Target] = []
+MEMORY_CASES: dict[str, MemoryCase] = {}
 
 
 def register(

@@ -26,8 +26,10 @@ from benchmarks.registry import (  # noqa: E402
     CPU,
     GPU,
     LIMIT,
+    MEMORY_CASES,
     Case,
     Entry,
+    MemoryCase,
     Setup,
     Target,
     Workload,
@@ -83,8 +85,8 @@ def test_registry_holds_the_promises():
         ("sampler-sports", "hellm", 20.0, "peer"),
         ("step-tiktok", "hellm", 5.0, "peer"),
     }
-    assert memory.MEMORY_CASES["memory-hellm-36000"].at_most == 64
-    assert memory.MEMORY_CASES["memory-hellm-36000"].num_rows == 36_000
+    assert MEMORY_CASES["memory-hellm-36000"].at_most == 64
+    assert MEMORY_CASES["memory-hellm-36000"].num_rows == 36_000
     assert scale.SIZES[-1] == (1_000_000, 500_000, 20_000_000)
     assert scale.MAX_PEAK_BYTES == 8e9
 
@@ -172,6 +174,19 @@ def test_no_numbers_without_agreement():
     record = measure.measure_case(case, quick=True)
     assert record["failure"] == "peer 1: error 1.00e-01 > 1e-04"
     assert "entries" not in record and "targets" not in record
+
+
+def test_a_peer_whose_library_is_missing_is_skipped_and_hellm_is_not():
+    def absent():
+        raise ImportError("no such module")
+
+    workload = _workload(1.0)
+    workload.entries.insert(1, Entry("absent", absent))
+    errors, seconds = measure.check(workload)
+    assert workload.skipped == {"absent": "not installed: no such module"}
+    assert "absent" not in {*errors, *seconds, *(entry.label for entry in workload.entries)}
+    with pytest.raises(ImportError, match="no such module"):
+        measure.check(Workload([Entry("hellm", absent, "hellm")], 1.0))
 
 
 def test_check_refuses_nan_and_other_shapes():
@@ -273,8 +288,8 @@ def test_memory_counts_what_a_call_keeps(monkeypatch):
     assert published["failure"] is None
     # Autograd keeps two [1000, 1000] float32 blocks of exponentials.
     assert published["extra_mib"] > 2 * 1000**2 * 4 / 2**20
-    monkeypatch.setitem(memory.MEMORY_CASES, "wrong", memory.MemoryCase("wrong", "no such form", 10))
-    assert memory.measure("wrong")["failure"] == "KeyError: 'no such form'"
+    monkeypatch.setitem(MEMORY_CASES, "wrong", MemoryCase("wrong", "info_nce-users", "no such entry", 10))
+    assert memory.measure("wrong")["failure"] == "KeyError: 'no such entry'"
 
 
 # ------------------------------------------------------------------------------------------------- scale and report

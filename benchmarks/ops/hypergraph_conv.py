@@ -121,9 +121,25 @@ class TwoProducts:
         return _Linear.apply(x, self)
 
 
+class CachedProduct:
+    """A CSR product, its transpose cached for backward."""
+
+    def __init__(self, matrix: scipy.sparse.spmatrix) -> None:
+        self.matrix, self.transpose = csr_tensor(matrix), csr_tensor(matrix.T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.mm(self.matrix, x)
+
+    def backward(self, grad: Tensor) -> Tensor:
+        return torch.mm(self.transpose, grad)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _Linear.apply(x, self)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, operator: TwoProducts) -> Tensor:
+    def forward(ctx, x: Tensor, operator: TwoProducts | CachedProduct) -> Tensor:
         ctx.operator = operator
         return operator.forward(x)
 
@@ -316,6 +332,7 @@ def graph_sizes(graph: Hypergraph) -> dict[str, object]:
     return {"V": graph.num_vertices, "M": graph.num_hyperedges, "incidences": graph.num_incidences}
 
 
+@functools.lru_cache(maxsize=1)
 def _peers(setup: Setup, name: str, layers: int, passes: int) -> list[tuple[str, Callable[[Tensor], Tensor], str]]:
     """Label, convolution and note: cached CSR products, and of real sizes the published clique."""
     graph = named_graph(name, setup.device, setup.tiny)
@@ -327,12 +344,11 @@ def _peers(setup: Setup, name: str, layers: int, passes: int) -> list[tuple[str,
         clique = (clique_symmetric if symmetric else clique_row)(h)
         note, coo = f"{clique.nnz:,} non-zeros", coo_tensor(clique).to(device)
         peers.append(("two cached CSR products, int64", two(index_dtype=torch.int64), cached))
-        if not setup.gpu and passes == 1:
-            peers += [
-                ("two torch.sparse.mm(reduce)", two(product=reduce_product), cached),
-                ("two scipy products", ScipyTwoProducts(h), "one core"),
-                ("clique expansion, torch CSR", partial(torch.mm, csr_tensor(clique)), note),
-            ]
+        if not setup.gpu and passes == 1 and not symmetric:
+            peers.append(("two torch.sparse.mm(reduce)", two(product=reduce_product), cached))
+            peers.append(("two scipy products", ScipyTwoProducts(h), "one core"))
+        if not setup.gpu:
+            peers.append(("clique expansion, torch CSR", CachedProduct(clique), note))
         peers.append(("published, clique COO", partial(torch.sparse.mm, coo), note))
 
     def repeated(layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

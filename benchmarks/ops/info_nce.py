@@ -20,8 +20,11 @@ from benchmarks.registry import (
     CPU,
     DIM,
     LIMIT,
+    MEMORY_CASES,
+    ON_CPU,
     TARGETS,
     Entry,
+    MemoryCase,
     Run,
     Setup,
     Target,
@@ -156,11 +159,9 @@ def _info_nce(
 
     # Gradients in the differences of nearly equal rows: float32 itself keeps a digit less of them.
     condition = 5 if kind in ("aligned", "collapsed") else 1
-    tolerances = {"high": condition * 2e-3, "highest": condition * 2e-5} if setup.gpu else {"highest": 1e-4}
-    # Matches 16-bit products against float32 ones.
-    tolerances |= {} if setup.gpu else {"medium": 3e-2}
+    on_gpu = {"high": condition * 2e-3, "highest": condition * 2e-5}
     ours = lambda precision: run(ops.info_nce, precision=precision)  # noqa: E731
-    entries, skipped = candidates(setup, ours, tolerances, nvrtc=nvrtc, takes=takes), {}
+    entries, skipped = candidates(setup, ours, on_gpu if setup.gpu else ON_CPU, nvrtc=nvrtc, takes=takes), {}
     if setup.gpu and dim + 8 <= attention.WIDEST:
         for label, attend in (("flash", attention.flash_attention), ("cuDNN", attention.cudnn_attention)):
             both = partial(attention.composite, *views, temperature, attend)
@@ -227,3 +228,12 @@ TARGETS += [
     Target("info_nce-35598", "triton", "hellm cuda", 1 / 1.5),
     *(Target(f"info_nce-{n}", "cuda", megabytes=6 * n * DIM * 4 / 1e6) for n in (10_000, 35_598, 100_000)),
 ]
+
+for _form, _entry, _count, _most in (
+    ("hellm", "hellm", 36_000, 64.0),
+    ("strip", "plain torch, strips of 512", 36_000, None),
+    ("hellm", "hellm", 9_308, None),
+    ("published", "published eager, chunks of 4096", 9_308, None),
+):
+    _title = "hellm info_nce, forward + backward" if _form == "hellm" else _entry
+    MEMORY_CASES[f"memory-{_form}-{_count}"] = MemoryCase(_title, "info_nce-users", _entry, _count, _most)

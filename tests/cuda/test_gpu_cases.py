@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import pytest
@@ -53,12 +54,21 @@ def test_wide_rows_are_listed_where_a_kernel_takes_them(monkeypatch):
     assert "hellm nvrtc, highest" in labels(info_nce(20, 128, nvrtc=True))
 
 
-def test_info_nce_peers_agree_with_the_definition():
-    """The stock forms on the CPU; the attentions have a test of their own."""
-    case = info_nce(70, 16)
+# float32 keeps no digits of the published form's small loss, and its gradient at zeros is 1e12.
+PEERS_FAIL = ("info_nce-t0.05", "info_nce-zeros")
+
+
+@pytest.mark.parametrize("name", [name for name in on_device(CASES, GPU) if not name.startswith("ceiling")])
+def test_every_implementation_agrees_with_the_definition(name):
+    """Without those that are compiled and those for GPUs only; the attentions have a test of their own."""
+    case = CASES[name].workload(TRIED)
+    tried = []
     for entry in case.entries:
-        if entry.kind != "compile" and "attentions" not in entry.label:
-            assert error(case, entry.run()) <= entry.tolerance, entry.label
+        if entry.kind != "compile" and "attentions" not in entry.label and (entry.hellm or name not in PEERS_FAIL):
+            with contextlib.suppress(ImportError):
+                assert error(case, entry.run()) <= entry.tolerance, entry.label
+                tried.append(entry.hellm)
+    assert True in tried
 
 
 def test_attention_composites_agree_with_the_definition():
