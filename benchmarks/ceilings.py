@@ -7,7 +7,8 @@ from functools import partial
 import torch
 
 from benchmarks import inputs
-from benchmarks.registry import DIM, LIMIT, Entry, Limit, Outputs, Setup, Workload, at_precision, register
+from benchmarks.entries import at_precision
+from benchmarks.registry import DIM, LIMIT, Entry, Limit, Outputs, Setup, Workload, register
 
 
 def _product(size: int, device: torch.device, dtype: torch.dtype = torch.float32):

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from benchmarks import inputs
 from benchmarks.ceilings import GATHER
+from benchmarks.entries import by_torch, candidates, gradients
 from benchmarks.ops.hypergraph_conv import coo_tensor, csr_tensor, graph_sizes, inverse_or_zero, named_graph
-from benchmarks.registry import CPU, DIM, Entry, Outputs, Setup, Workload, by_torch, candidates, gradients, register
+from benchmarks.registry import CPU, DIM, Entry, Outputs, Setup, Workload, register
 from hellm import ops
 
 

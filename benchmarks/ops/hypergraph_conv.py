@@ -17,21 +17,8 @@ from torch import Tensor
 
 from benchmarks import inputs
 from benchmarks.ceilings import GATHER, LARGE_GATHER
-from benchmarks.registry import (
-    CPU,
-    DIM,
-    GPU,
-    TARGETS,
-    Entry,
-    Setup,
-    Target,
-    Workload,
-    by_torch,
-    candidates,
-    compiled,
-    gradients,
-    register,
-)
+from benchmarks.entries import by_torch, candidates, compiled, gradients
+from benchmarks.registry import CPU, DIM, GPU, TARGETS, Entry, Setup, Target, Workload, register
 from hellm import ops
 from hellm.graphs import item_hypergraph, user_hypergraph
 from hellm.hypergraph import Hypergraph

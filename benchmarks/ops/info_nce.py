@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import inputs
 from benchmarks.ceilings import PRODUCT
+from benchmarks.entries import ON_CPU, candidates, compiled, gradients, stock
 from benchmarks.ops import attention
 from benchmarks.registry import (
     CPU,
     DIM,
     LIMIT,
     MEMORY_CASES,
-    ON_CPU,
     TARGETS,
     Entry,
     MemoryCase,
@@ -29,11 +29,7 @@ from benchmarks.registry import (
     Setup,
     Target,
     Workload,
-    candidates,
-    compiled,
-    gradients,
     register,
-    stock,
 )
 from hellm import ops
 from hellm.ops import reference

@@ -13,23 +13,8 @@ from torch import Tensor
 
 from benchmarks import inputs
 from benchmarks.ceilings import PRODUCT
-from benchmarks.registry import (
-    CPU,
-    DIM,
-    LIMIT,
-    TARGETS,
-    Entry,
-    Setup,
-    Target,
-    Workload,
-    at_precision,
-    candidates,
-    compiled,
-    gradients,
-    register,
-    stock,
-    wide,
-)
+from benchmarks.entries import at_precision, candidates, compiled, gradients, stock, wide
+from benchmarks.registry import CPU, DIM, LIMIT, TARGETS, Entry, Setup, Target, Workload, register
 from hellm import ops
 
 

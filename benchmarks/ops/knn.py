@@ -13,19 +13,9 @@ from torch import Tensor
 
 from benchmarks import inputs
 from benchmarks.ceilings import PRODUCT
+from benchmarks.entries import at_precision, candidates
 from benchmarks.ops.info_nce import most_rows_with_truth
-from benchmarks.registry import (
-    CPU,
-    TARGETS,
-    Entry,
-    Outputs,
-    Setup,
-    Target,
-    Workload,
-    at_precision,
-    candidates,
-    register,
-)
+from benchmarks.registry import CPU, TARGETS, Entry, Outputs, Setup, Target, Workload, register
 from hellm import ops
 
 

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from benchmarks import inputs
 from benchmarks.ceilings import PRODUCT
+from benchmarks.entries import ON_CPU, candidates
 from benchmarks.ops.bipartite_propagate import bipartite, light_gcn
 from benchmarks.ops.hypergraph_conv import clique_row, clique_symmetric, coo_tensor, incidence
 from benchmarks.ops.info_nce import info_nce_published
-from benchmarks.registry import CPU, ON_CPU, TARGETS, Entry, Run, Setup, Target, Workload, candidates, register
+from benchmarks.registry import CPU, TARGETS, Entry, Run, Setup, Target, Workload, register
 from hellm.config import PRESETS, PretrainConfig
 from hellm.data import Dataset
 from hellm.training.pretrain import build_encoder, build_optimizer, pretrain_losses

@@ -10,8 +10,9 @@ import torch
 
 from benchmarks import gpu_timing, inputs
 from benchmarks.cases import CASES
+from benchmarks.entries import BACKENDS
 from benchmarks.ops import attention, hypergraph_conv
-from benchmarks.registry import BACKENDS, GPU, KINDS, Outputs, Setup, Workload, on_device
+from benchmarks.registry import GPU, KINDS, Outputs, Setup, Workload, on_device
 from hellm import ops
 
 CPU = torch.device("cpu")
