@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ import torch
 
 from benchmarks.environment import ROOT, commit, cpu_name, gpu_versions, write_json
 from benchmarks.gpu_timing import Timer, line, measure_entry, said, warm_up
+from benchmarks.registry import GPU, Case, Setup, on_device
 from hellm._devices import no_cuda_reason
 from hellm.ops.backends import BACKENDS, GPU_BACKENDS, loaders
 
@@ -257,7 +258,8 @@ def measure(options: argparse.Namespace, results: Results) -> None:
     timer = Timer(device, options.smoke)
     warm_up(device)
     known = {case["name"]: case for case in record["cases"]}
-    for name, make in _cases(options):
+    setup = Setup(device, gpu=True, tiny=options.smoke)
+    for name, case in _cases(options).items():
         one = known.get(name)
         if one is not None and (one["finished"] or one["failure"]):
             continue
@@ -270,15 +272,17 @@ def measure(options: argparse.Namespace, results: Results) -> None:
             record["cases"].append(one)
         results.at(options.stall_seconds, step="cases", case=name)
         try:
-            case = make()
+            workload = case.workload(setup)
+            truth = workload.truth and workload.truth()
         except Exception as error:
             traceback.print_exc()
             one["failure"] = said(error)
             _go_on(device, results)
             continue
-        one |= {"parameters": case.parameters, "work": case.work, "unit": case.unit, "ceiling": case.ceiling}
+        one |= {"parameters": workload.parameters, "work": workload.work, "unit": workload.unit}
+        one["ceiling"] = workload.limit and workload.limit.ceiling
         done = {entry["label"] for entry in one["entries"]}
-        for entry in (entry for entry in case.entries if entry.label not in done):
+        for entry in (entry for entry in workload.entries if entry.label not in done):
             if time.time() > options.deadline:
                 record["not_run"].append(f"{name}: {entry.label}")
                 continue
@@ -287,21 +291,20 @@ def measure(options: argparse.Namespace, results: Results) -> None:
             def alive(doing: str, name: str = name, what: dict = what) -> None:
                 results.at(options.stall_seconds, step="cases", case=name, entry=what, doing=doing)
 
-            found = measure_entry(timer, entry.run, case.truth, entry.tolerance, case.graph, alive)
+            found = measure_entry(timer, entry, workload, truth, alive)
             one["entries"].append(what | found)
-            print(line(one["entries"][-1], case.work, case.unit), flush=True)
+            print(line(one["entries"][-1], workload.work, workload.unit), flush=True)
             _go_on(device, results)
         one["clocks"] = nvidia_smi("clocks.sm,clocks.mem,temperature.gpu,power.draw") if timer.cuda else None
         one["finished"] = True
-        case = None
+        workload = truth = entry = None
         _go_on(device, results)
 
 
-def _cases(options: argparse.Namespace) -> Iterator[tuple[str, Callable]]:
-    """Names and builders of those asked for."""
-    for name, make in importlib.import_module(options.cases).cases(torch.device(options.device), options.smoke):
-        if not options.only or any(part in name for part in options.only):
-            yield name, make
+def _cases(options: argparse.Namespace) -> dict[str, Case]:
+    """Those asked for, in the order in which they run."""
+    every = on_device(importlib.import_module(options.cases).CASES, GPU)
+    return {name: case for name, case in every.items() if any(part in name for part in options.only or [""])}
 
 
 def _go_on(device: torch.device, results: Results) -> None:
@@ -404,7 +407,7 @@ def _run_steps(
             supervise(step, arguments, options, path)
             continue
         results = Results(path)
-        results.record["not_run"] += [name for name, _ in _cases(options)] if step == "cases" else [step]
+        results.record["not_run"] += [*_cases(options)] if step == "cases" else [step]
         results.keep()
     return Results(path).record
 
@@ -422,7 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, two runs: does it work at all")
     parser.add_argument("--out", type=Path, help="default: results/gpu.json; a smoke run is only printed")
-    parser.add_argument("--cases", default="benchmarks.gpu_cases", metavar="MODULE", help="default: %(default)s")
+    parser.add_argument("--cases", default="benchmarks.cases", metavar="MODULE", help="default: %(default)s")
     parser.add_argument("--step", choices=_ALL_STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -434,7 +437,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if torch.device(options.device).type == "cuda" and (reason := no_cuda_reason()):
         parser.error(reason)
-    every = [name for name, _ in _cases(argparse.Namespace(**{**vars(options), "only": None}))]
+    every = _cases(argparse.Namespace(cases=options.cases, only=None))
     if unknown := [part for part in options.only or () if not any(part in name for name in every)]:
         parser.error(f"--only must be part of one of {', '.join(every)}; got {', '.join(unknown)}")
     given = list(sys.argv[1:] if arguments is None else arguments)

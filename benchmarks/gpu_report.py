@@ -2,52 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
+
+from benchmarks.cases import TARGETS
+from benchmarks.registry import GPU, Target
 
 _UNMEASURED = """## GPUs
 
 Unmeasured: no GPU kernel of this commit has run on a GPU yet, and none is chosen automatically. `python -m
 benchmarks.gpu` builds, tests and measures them in one run. What they are held to, on an H100:
 """
-
-
-class Target(NamedTuple):
-    """What the fastest of our entries of a case, or those of one `kind`, must reach on an H100.
-
-    At most `milliseconds`, or `factor` times the speed of the fastest whose label holds `peer`, in any case, or, for
-    every one of ours, at most the `megabytes` beyond its inputs and the same bits again.
-    """
-
-    case: str
-    milliseconds: float = 0.0
-    peer: str = ""
-    factor: float = 0.0
-    kind: str = ""
-    megabytes: float = 0.0
-
-
-TARGETS = (
-    Target("info_nce-10000", 0.30),
-    Target("info_nce-35598", 3.0),
-    Target("info_nce-100000", 23.0),
-    Target("info_nce-35598", peer="published", factor=20),
-    Target("info_nce-35598", peer="torch.compile", factor=8),
-    Target("info_nce-10000", peer="attentions", factor=1),
-    Target("info_nce-35598", peer="attentions", factor=1),
-    Target("info_nce-50000", peer="attentions", factor=1),
-    Target("info_nce-35598", peer="hellm cuda", factor=1 / 1.5, kind="triton"),
-    *(Target(f"info_nce-{n}", megabytes=6 * n * 64 * 4 / 1e6, kind="cuda") for n in (10_000, 35_598, 100_000)),
-    Target("conv-sports-1", 0.028),
-    Target("conv-sports-2", 0.110),
-    Target("conv-sports-2", peer="published", factor=40),
-    Target("conv-sports-2", peer="two cached CSR", factor=2),
-    Target("conv-pyg", peer="torch_geometric", factor=5),
-    Target("conv-large", 2.6),
-    Target("conv-sports-1", peer="hellm cuda", factor=1 / 1.5, kind="triton"),
-    Target("knn-18357x4096", 7.0),
-    Target("knn-100000x128", 8.0),
-    Target("step-sports", 5.0),
-)
 
 
 def unmeasured() -> str:
@@ -87,9 +51,9 @@ def _targets(cases: list[dict[str, Any]]) -> str:
     """What is required beside what was measured, if it was."""
     entries = {case["name"]: [one for one in case["entries"] if not one["failure"]] for case in cases}
     rows = [["case", "required", "measured", ""], ["---"] * 4]
-    for target in TARGETS:
+    for target in (target for target in TARGETS if target.device == GPU):
         of_case = entries.get(target.case, [])
-        ours = [one for one in of_case if (one["kind"] == target.kind if target.kind else one["hellm"])]
+        ours = [one for one in of_case if (one["kind"] == target.entry if target.entry else one["hellm"])]
         required, measured, met = _judged(target, ours, of_case)
         verdict = "" if measured is None else "met" if met else "**missed**"
         rows.append([target.case, required, measured or "unmeasured", verdict])
@@ -98,7 +62,7 @@ def _targets(cases: list[dict[str, Any]]) -> str:
 
 def _judged(target: Target, ours: list[dict[str, Any]], of_case: list[dict[str, Any]]) -> tuple[str, str | None, bool]:
     """What is required, what was measured, None where nothing was, and whether it is met."""
-    who = target.kind or "ours"
+    who = target.entry or "ours"
     if target.milliseconds:
         required, best = f"{who} within {target.milliseconds:g} ms", min(map(_best, ours), default=None)
         return required, None if best is None else _ms(best), best is not None and best * 1e3 <= target.milliseconds

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.registry import Entry, Outputs, Workload
+
 _REPEATS, _SECONDS_A_TIMING, _FLUSH_BYTES = 50, 0.5, 256 * 2**20
 # From here on what the host does between launches is no matter.
 _LONGEST_CAPTURED = 0.05
@@ -87,41 +89,31 @@ class Timer:
         return torch.cuda.max_memory_allocated(self.device) - before
 
 
-def worst_error(found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
-    """Largest difference of any tensor, relative to the largest magnitude in the true one; NaN is infinite."""
-    worst = 0.0
-    for value, true in zip(found, truth, strict=True):
-        scale = float(true.abs().max()) or 1.0
-        error = float((value.double() - true.double()).abs().max()) / scale
-        worst = max(worst, error if error == error else float("inf"))
-    return worst
-
-
 def measure_entry(
     timer: Timer,
-    run: Callable[[], Sequence[torch.Tensor]],
-    truth: Sequence[torch.Tensor] | None,
-    tolerance: float,
-    graph: bool,
+    entry: Entry,
+    workload: Workload,
+    truth: Outputs | None,
     alive: Callable[[str], None] = lambda doing: None,
 ) -> dict[str, Any]:
     """Record of one implementation: error, repeatability, memory, times; a failure is recorded, not raised.
 
     `alive` is told what comes next.
     """
+    run = entry.run
     record: dict[str, Any] = {"failure": None}
     try:
         alive("first run")
         found = [t.detach().clone() for t in run()]
-        error = None if truth is None else worst_error(found, truth)
+        error = None if truth is None else workload.verify(found, truth)
         if not all(bool(torch.isfinite(t).all()) for t in found):
             return record | {"error": None, "failure": "not finite"}
         record["error"] = error
         again = run()
         record["bitwise_repeat"] = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
         del found, again
-        if error is not None and not error <= tolerance:
-            return record | {"failure": f"error {error:.1e} > {tolerance:.0e}"}
+        if error is not None and not error <= entry.tolerance:
+            return record | {"failure": f"error {error:.1e} > {entry.tolerance:.0e}"}
         alive("memory")
         record["extra_bytes"] = timer.extra_bytes(run)
         alive("timing")
@@ -130,7 +122,7 @@ def measure_entry(
         if not isinstance(error, (torch.OutOfMemoryError, ImportError, RuntimeError)):
             traceback.print_exc()
         return record | {"failure": said(error)}
-    if graph and timer.cuda:
+    if workload.graph and timer.cuda:
         record["graph_failure"] = None
         try:
             if record["seconds"]["warm"]["median"] > _LONGEST_CAPTURED:

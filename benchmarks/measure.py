@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from benchmarks import memory
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, TARGETS
 from benchmarks.environment import ROOT, environment, write_json
-from benchmarks.spec import LIMIT, Case, Entry, Target, Workload
+from benchmarks.registry import CPU, LIMIT, MEMORY_CASES, Case, Entry, Setup, Target, Workload, on_device
 from hellm.ops.backends import BACKENDS
 
 SCHEMA = 1
@@ -40,6 +40,8 @@ class Disagreement(Exception):
 def check(workload: Workload) -> tuple[dict[str, float], dict[str, float]]:
     """Run every entry once and compare it with the first; this is the warm-up as well.
 
+    A peer whose library is missing is skipped.
+
     Returns:
         Error of each entry that is no limit, and seconds of every entry.
 
@@ -47,9 +49,16 @@ def check(workload: Workload) -> tuple[dict[str, float], dict[str, float]]:
         Disagreement: an error above the entry's tolerance.
     """
     expected, errors, seconds = None, {}, {}
-    for entry in workload.entries:
+    for entry in list(workload.entries):
         started = time.perf_counter()
-        found = entry.run()
+        try:
+            found = entry.run()
+        except ImportError as error:
+            if entry.hellm:
+                raise
+            workload.skipped[entry.label] = f"not installed: {error}"
+            workload.entries.remove(entry)
+            continue
         seconds[entry.label] = time.perf_counter() - started
         if entry.role == LIMIT:
             continue
@@ -89,26 +98,26 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
 
 
 def judge(target: Target, medians: dict[str, float], rates: dict[str, float], limits: Sequence[str]) -> dict[str, Any]:
-    """Value of a target: a speed-up over the fastest peer named, or the share of the limit's rate."""
-    if target.versus == LIMIT:
+    """Value of a target: a speed-up over the fastest peer meant, or the share of the limit's rate."""
+    if target.peer == LIMIT:
         value, versus = rates[target.entry] / rates[limits[0]], limits[0]
     else:
-        versus = min((label for label in target.versus if label in medians), key=medians.__getitem__)
+        versus = min((label for label in medians if target.peer in label), key=medians.__getitem__)
         value = medians[versus] / medians[target.entry]
     return {
         "entry": target.entry,
         "versus": versus,
-        "kind": LIMIT if target.versus == LIMIT else "speed-up",
-        "at_least": target.at_least,
+        "kind": LIMIT if target.peer == LIMIT else "speed-up",
+        "at_least": target.factor,
         "value": value,
-        "met": value >= target.at_least,
+        "met": value >= target.factor,
     }
 
 
 def measure_case(case: Case, *, quick: bool = False, tiny: bool = False, with_compile: bool = False) -> dict[str, Any]:
     """Record of one case, ready for JSON. Without agreement it holds "failure" and no numbers."""
     record: dict[str, Any] = {"name": case.name, "group": case.group, "title": case.title}
-    workload = case.build(tiny=tiny, with_compile=with_compile)
+    workload = case.workload(Setup(tiny=tiny, with_compile=with_compile))
     record |= {"parameters": workload.parameters, "skipped": workload.skipped}
     try:
         errors, warm_up = check(workload)
@@ -136,12 +145,13 @@ def measure_case(case: Case, *, quick: bool = False, tiny: bool = False, with_co
         for entry in workload.entries
     ]
     limits = [entry.label for entry in workload.entries if entry.role == LIMIT]
+    targets = [target for target in TARGETS if (target.device, target.case) == (CPU, case.name)]
     return record | {
         "work": workload.work,
         "unit": workload.unit,
         "repeats": workload.repeats,
         "entries": entries,
-        "targets": [judge(target, medians, rates, limits) for target in workload.targets],
+        "targets": [judge(target, medians, rates, limits) for target in targets],
         "failure": None,
     }
 
@@ -212,7 +222,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    known = [*CASES, *memory.MEMORY_CASES]
+    known = [*on_device(CASES, CPU), *MEMORY_CASES]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.measure", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=known, help="cases: " + ", ".join(known))
     parser.add_argument("--quick", action="store_true", help="a few rounds only")

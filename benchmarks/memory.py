@@ -11,31 +11,14 @@ import gc
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import CASES
 from benchmarks.environment import ROOT
+from benchmarks.registry import MEMORY_CASES, Run, Setup
 
 _STATUS = Path("/proc/self/status")
-
-
-@dataclass(frozen=True)
-class MemoryCase:
-    """`form` of the contrastive loss, forward + backward, over [num_rows, 64]; `at_most` MiB are allowed."""
-
-    title: str
-    form: str
-    num_rows: int
-    at_most: float | None = None
-
-
-MEMORY_CASES = {
-    "memory-hellm-36000": MemoryCase("hellm info_nce, forward + backward", "hellm", 36_000, at_most=64.0),
-    "memory-strip-36000": MemoryCase("plain torch, strips of 512", "strip", 36_000),
-    "memory-hellm-9308": MemoryCase("hellm info_nce, forward + backward", "hellm", 9_308),
-    "memory-published-9308": MemoryCase("published eager, chunks of 4096", "published", 9_308),
-}
 
 
 def resident(field: str) -> int:
@@ -53,22 +36,19 @@ def reset_peak() -> None:
         return
 
 
-def extra_bytes(form: str, num_rows: int, dim: int = 64) -> int:
-    """Peak extra memory of one forward + backward, in this process."""
-    from benchmarks import inputs, peers
-    from hellm import ops
+def extra_bytes(case: str, label: str, num_rows: int) -> int:
+    """Peak extra memory of one run of an entry, in this process."""
 
-    loss = {
-        "hellm": lambda a, p, t: ops.info_nce(a, p, t, precision="highest"),
-        "strip": peers.info_nce_strip,
-        "published": peers.info_nce_published,
-    }[form]
-    loss(*inputs.views(64, dim), 0.5).backward()
-    anchor, positive = inputs.views(num_rows, dim)
+    def run_of(num_rows: int) -> Run:
+        entries = CASES[case].build(Setup(), num_rows=num_rows).entries
+        return {entry.label: entry.run for entry in entries}[label]
+
+    run_of(64)()
+    run = run_of(num_rows)
     gc.collect()
     reset_peak()
     before = resident("VmRSS")
-    loss(anchor, positive, 0.5).backward()
+    run()
     return resident("VmHWM") - before
 
 
@@ -79,7 +59,7 @@ def measure(name: str, *, tiny: bool = False) -> dict[str, Any]:
     record = {"name": name, "title": case.title, "num_rows": num_rows, "at_most_mib": case.at_most}
     if not _STATUS.exists():
         return record | {"failure": "needs /proc/self/status (Linux)"}
-    command = [sys.executable, "-m", "benchmarks.memory", case.form, str(num_rows)]
+    command = [sys.executable, "-m", "benchmarks.memory", case.case, case.entry, str(num_rows)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         return record | {"failure": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
@@ -99,7 +79,8 @@ def line(record: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("form")
+    parser.add_argument("case")
+    parser.add_argument("label")
     parser.add_argument("num_rows", type=int)
     options = parser.parse_args()
-    print(json.dumps({"extra_bytes": extra_bytes(options.form, options.num_rows)}))
+    print(json.dumps({"extra_bytes": extra_bytes(**vars(options))}))

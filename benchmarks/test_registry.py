@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.cases import CASES
 from benchmarks.measure import check
-from benchmarks.spec import Workload
+from benchmarks.registry import CPU, Setup, Workload, on_device
 
 _TINY = os.environ.get("HELLM_BENCHMARK_TINY") == "1"
 
@@ -20,27 +20,28 @@ _TINY = os.environ.get("HELLM_BENCHMARK_TINY") == "1"
 # One at a time: pytest runs a case's implementations one after the other, and only theirs need be in memory.
 @functools.lru_cache(maxsize=1)
 def _checked(name: str) -> tuple[Workload, dict[str, float]]:
-    workload = CASES[name].build(tiny=_TINY)
+    workload = CASES[name].workload(Setup(tiny=_TINY))
     errors, _ = check(workload)
     return workload, errors
 
 
 @functools.cache
 def _labels(name: str) -> list[str]:
-    return [entry.label for entry in CASES[name].build(tiny=True).entries]
+    return [entry.label for entry in CASES[name].workload(Setup(tiny=True)).entries]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    pairs = [(name, place) for name in CASES for place in range(len(_labels(name)))]
-    ids = [f"{name}-{_labels(name)[place]}" for name, place in pairs]
-    metafunc.parametrize(("name", "place"), pairs, ids=ids)
+    pairs = [(name, label) for name in on_device(CASES, CPU) for label in _labels(name)]
+    metafunc.parametrize(("name", "label"), pairs, ids=map("-".join, pairs))
 
 
-def test_case(benchmark, request: pytest.FixtureRequest, name: str, place: int) -> None:
+def test_case(benchmark, request: pytest.FixtureRequest, name: str, label: str) -> None:
     if not request.config.getoption("benchmark_only"):
         pytest.skip("a measurement: pytest benchmarks --benchmark-only")
     workload, errors = _checked(name)
-    entry = workload.entries[place]
+    if label in workload.skipped:
+        pytest.skip(workload.skipped[label])
+    (entry,) = (entry for entry in workload.entries if entry.label == label)
     benchmark.group = name
     benchmark.extra_info |= {"role": entry.role, "work": entry.work or workload.work, "unit": workload.unit}
     benchmark.extra_info |= {"error": errors.get(entry.label)}

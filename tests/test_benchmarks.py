@@ -19,14 +19,21 @@ sys.path.append(str(ROOT))
 
 pytest.importorskip("scipy", reason='the peers need scipy: pip install "hellm[dev]"')
 
-from benchmarks import inputs, measure, memory, peers, report, scale, spec  # noqa: E402
-from benchmarks.cases import CASES  # noqa: E402
-from benchmarks.spec import (  # noqa: E402
+from benchmarks import ceilings, inputs, measure, memory, report, scale  # noqa: E402
+from benchmarks.cases import CASES, TARGETS  # noqa: E402
+from benchmarks.ops import hypergraph_conv, info_nce  # noqa: E402
+from benchmarks.registry import (  # noqa: E402
+    CPU,
+    GPU,
+    LIMIT,
+    MEMORY_CASES,
     Case,
     Entry,
+    MemoryCase,
+    Setup,
     Target,
     Workload,
-    matrix_product_limit,
+    on_device,
     worst_relative_error,
 )
 from hellm.ops.backends import loaders  # noqa: E402
@@ -34,7 +41,7 @@ from hellm.ops.backends import loaders  # noqa: E402
 # ------------------------------------------------------------------------------------------------------- registry
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", on_device(CASES, CPU))
 def test_case_runs_and_every_implementation_agrees(name):
     record = measure.measure_case(CASES[name], quick=True, tiny=True)
     assert record["failure"] is None
@@ -48,11 +55,23 @@ def test_case_runs_and_every_implementation_agrees(name):
     json.dumps(record, allow_nan=False)
 
 
+def test_every_target_is_of_a_case_on_its_device_and_means_a_peer_of_it():
+    assert {device for case in CASES.values() for device in case.devices} == {CPU, GPU}
+    for target in TARGETS:
+        assert target.device in CASES[target.case].devices, target
+        workload = CASES[target.case].build(Setup(gpu=target.device == GPU, tiny=True))
+        if target.entry and target.device == CPU:
+            assert target.entry in [entry.label for entry in workload.entries], target
+        if target.peer and target.peer not in (LIMIT, "hellm cuda"):
+            meant = [entry for entry in workload.entries if target.peer.lower() in entry.label.lower()]
+            assert meant and not any(entry.hellm for entry in meant), target
+
+
 def test_registry_holds_the_promises():
     promises = {
-        (name, target.entry, target.at_least, target.versus if target.versus == "limit" else "peer")
-        for name in CASES
-        for target in CASES[name].build(tiny=True).targets
+        (target.case, target.entry, target.factor, "limit" if target.peer == LIMIT else "peer")
+        for target in TARGETS
+        if target.device == CPU
     }
     assert promises == {
         ("info_nce-users", "hellm", 6.0, "peer"),
@@ -66,8 +85,8 @@ def test_registry_holds_the_promises():
         ("sampler-sports", "hellm", 20.0, "peer"),
         ("step-tiktok", "hellm", 5.0, "peer"),
     }
-    assert memory.MEMORY_CASES["memory-hellm-36000"].at_most == 64
-    assert memory.MEMORY_CASES["memory-hellm-36000"].num_rows == 36_000
+    assert MEMORY_CASES["memory-hellm-36000"].at_most == 64
+    assert MEMORY_CASES["memory-hellm-36000"].num_rows == 36_000
     assert scale.SIZES[-1] == (1_000_000, 500_000, 20_000_000)
     assert scale.MAX_PEAK_BYTES == 8e9
 
@@ -80,33 +99,36 @@ def test_published_loss_by_hand():
     eye = torch.eye(2, dtype=torch.float64)
     expected = -np.log(np.e / (np.e + 2))
     for chunk in (1, 2):
-        assert peers.info_nce_published(eye, eye, 1.0, chunk=chunk).item() == pytest.approx(expected)
-        assert peers.info_nce_checkpointed(eye, eye, 1.0, chunk=chunk).item() == pytest.approx(expected)
-    assert peers.info_nce_unbatched(eye, eye, 1.0).item() == pytest.approx(expected)
+        assert info_nce.info_nce_published(eye, eye, 1.0, chunk=chunk).item() == pytest.approx(expected)
+        assert info_nce.info_nce_checkpointed(eye, eye, 1.0, chunk=chunk).item() == pytest.approx(expected)
+    assert info_nce.info_nce_unbatched(eye, eye, 1.0).item() == pytest.approx(expected)
 
 
 def test_strip_gradients_equal_autograd():
     anchor, positive = (view.detach().double().requires_grad_() for view in inputs.views(23, 5))
-    expected = torch.autograd.grad(peers.info_nce_published(anchor, positive, 0.3), (anchor, positive))
-    found = torch.autograd.grad(peers.info_nce_strip(anchor, positive, 0.3, strip=7), (anchor, positive))
+    expected = torch.autograd.grad(info_nce.info_nce_published(anchor, positive, 0.3), (anchor, positive))
+    found = torch.autograd.grad(info_nce.info_nce_strip(anchor, positive, 0.3, strip=7), (anchor, positive))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
 def test_clique_matrices_by_hand():
     # Users 0, 1 share item 0; users 1, 2 share item 1; user 3 has nobody.
-    h = peers.incidence(np.array([[0, 1, 1, 2, 3], [0, 0, 1, 1, 2]]), (4, 3))
+    h = hypergraph_conv.incidence(np.array([[0, 1, 1, 2, 3], [0, 0, 1, 1, 2]]), (4, 3))
     expected = np.array([[0, 1, 0, 0], [0.5, 0, 0.5, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
-    np.testing.assert_allclose(peers.clique_row(h).toarray(), expected)
+    np.testing.assert_allclose(hypergraph_conv.clique_row(h).toarray(), expected)
     x = torch.eye(4)
-    for operator in (peers.TwoProducts(h), peers.TwoProducts(h, product=peers.reduce_product)):
+    for operator in (
+        hypergraph_conv.TwoProducts(h),
+        hypergraph_conv.TwoProducts(h, product=hypergraph_conv.reduce_product),
+    ):
         np.testing.assert_allclose(operator(x), expected, atol=1e-7)
         np.testing.assert_allclose(operator.backward(x), expected.T, atol=1e-7)
-    np.testing.assert_allclose(peers.ScipyTwoProducts(h)(x), expected, atol=1e-7)
+    np.testing.assert_allclose(hypergraph_conv.ScipyTwoProducts(h)(x), expected, atol=1e-7)
     square = h.toarray() @ h.toarray().T
     root = np.sqrt(square.sum(1))
-    np.testing.assert_allclose(peers.clique_symmetric(h).toarray(), square / root[:, None] / root)
-    operator = peers.TwoProducts(h, symmetric=True)
+    np.testing.assert_allclose(hypergraph_conv.clique_symmetric(h).toarray(), square / root[:, None] / root)
+    operator = hypergraph_conv.TwoProducts(h, symmetric=True)
     np.testing.assert_allclose(operator(x), square / root[:, None] / root, atol=1e-7)
     np.testing.assert_allclose(operator.backward(x), square / root[:, None] / root, atol=1e-7)
 
@@ -140,19 +162,31 @@ def _workload(*peers_found: float, tolerance: float = 1e-4) -> Workload:
             label,
             lambda value=value: (torch.tensor([value]),),
             "hellm" if label == "hellm" else "peer",
-            None,
             tolerance,
         )
         for label, value in found
     ]
-    return Workload([*entries, matrix_product_limit(tiny=True)], {"N": 1}, work=1.0, unit="FLOP")
+    return Workload([*entries, ceilings.matrix_product(Setup(tiny=True))], 1.0, parameters={"N": 1})
 
 
 def test_no_numbers_without_agreement():
-    case = Case("wrong", "group", "title", lambda **_: _workload(1.0, 1.1))
+    case = Case("wrong", "group", "title", lambda setup: _workload(1.0, 1.1))
     record = measure.measure_case(case, quick=True)
     assert record["failure"] == "peer 1: error 1.00e-01 > 1e-04"
     assert "entries" not in record and "targets" not in record
+
+
+def test_a_peer_whose_library_is_missing_is_skipped_and_hellm_is_not():
+    def absent():
+        raise ImportError("no such module")
+
+    workload = _workload(1.0)
+    workload.entries.insert(1, Entry("absent", absent))
+    errors, seconds = measure.check(workload)
+    assert workload.skipped == {"absent": "not installed: no such module"}
+    assert "absent" not in {*errors, *seconds, *(entry.label for entry in workload.entries)}
+    with pytest.raises(ImportError, match="no such module"):
+        measure.check(Workload([Entry("hellm", absent, "hellm")], 1.0))
 
 
 def test_check_refuses_nan_and_other_shapes():
@@ -194,25 +228,25 @@ def test_summary_by_hand():
 
 def test_labels_hold_for_every_size():
     """Runs are named before they are built at their size: a label that names one would name a smaller one."""
-    for limit in (spec.matrix_product_limit, spec.copy_limit):
-        small, full = limit(True), limit(False)
+    for limit in (ceilings.matrix_product, ceilings.memory_copy):
+        small, full = limit(Setup(tiny=True)), limit(Setup())
         assert small.label == full.label and small.work < full.work
-    assert spec.matrix_product_limit(False).note == "torch.mm, float32, 4096^3"
+    assert ceilings.matrix_product(Setup()).note == "torch.mm, float32, 4096^3"
 
 
 def test_judge_takes_the_fastest_peer_and_the_limit():
-    medians = {"hellm": 1.0, "a": 4.0, "b": 3.0}
-    faster = measure.judge(Target("hellm", ("a", "b", "absent"), 3.5), medians, {}, [])
-    assert (faster["versus"], faster["value"], faster["met"]) == ("b", 3.0, False)
-    share = measure.judge(Target("hellm", "limit", 0.5), medians, {"hellm": 6.0, "copy": 10.0}, ["copy"])
+    medians = {"hellm": 1.0, "peer a": 4.0, "peer b": 3.0, "other": 2.0}
+    faster = measure.judge(Target("case", "hellm", "peer", 3.5), medians, {}, [])
+    assert (faster["versus"], faster["value"], faster["met"]) == ("peer b", 3.0, False)
+    share = measure.judge(Target("case", "hellm", LIMIT, 0.5), medians, {"hellm": 6.0, "copy": 10.0}, ["copy"])
     assert (share["kind"], share["value"], share["met"]) == ("limit", 0.6, True)
 
 
 def test_a_case_that_raises_leaves_the_others_and_a_spent_budget_is_told(monkeypatch, capsys):
-    def broken(**_):
+    def broken(setup):
         raise RuntimeError("no such luck")
 
-    cases = {"broken": Case("broken", "g", "t", broken), "good": Case("good", "g", "t", lambda **_: _workload(1.0))}
+    cases = {"broken": Case("broken", "g", "t", broken), "good": Case("good", "g", "t", lambda setup: _workload(1.0))}
     monkeypatch.setattr(measure, "CASES", cases)
     run = measure.measure_all(["broken", "good"], quick=True)
     assert [record["failure"] for record in run["cases"]] == ["RuntimeError: no such luck", None]
@@ -254,8 +288,8 @@ def test_memory_counts_what_a_call_keeps(monkeypatch):
     assert published["failure"] is None
     # Autograd keeps two [1000, 1000] float32 blocks of exponentials.
     assert published["extra_mib"] > 2 * 1000**2 * 4 / 2**20
-    monkeypatch.setitem(memory.MEMORY_CASES, "wrong", memory.MemoryCase("wrong", "no such form", 10))
-    assert memory.measure("wrong")["failure"] == "KeyError: 'no such form'"
+    monkeypatch.setitem(MEMORY_CASES, "wrong", MemoryCase("wrong", "info_nce-users", "no such entry", 10))
+    assert memory.measure("wrong")["failure"] == "KeyError: 'no such entry'"
 
 
 # ------------------------------------------------------------------------------------------------- scale and report

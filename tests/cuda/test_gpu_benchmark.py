@@ -11,19 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import (
-    environment,
-    gpu,
-    gpu_build,
-    gpu_cases,
-    gpu_report,
-    gpu_timing,
-)
+from benchmarks import environment, gpu, gpu_build, gpu_report, gpu_timing
+from benchmarks.cases import CASES, TARGETS
+from benchmarks.registry import GPU, Entry, Outputs, Run, Workload, on_device
 
 CPU = torch.device("cpu")
 FAKE_CASES = """
 import os, sys, time, torch
-from benchmarks.gpu_entries import Case, Entry
+from benchmarks.registry import GPU, Case, Entry, Limit, Workload
 
 def dies():
     os._exit(3)
@@ -44,15 +39,17 @@ def poisons():
 def good():
     return [torch.ones(3)]
 
-def cases(device, smoke):
-    truth = [torch.ones(3).double()]
-    entries = [
-        Entry("good", good), Entry("dies", dies, kind="cuda"), Entry("not a number", lambda: [truth[0] / 0 * 0]),
-        Entry("hangs", hangs), Entry("poisons", poisons), Entry("also good", good),
-    ]
-    yield "mixed", lambda: Case(list(entries), 6.0, truth=truth, ceiling=("limit", "good"))
-    yield "never made", dies
-    yield "limit", lambda: Case([Entry("good", good)], 6.0)
+truth = [torch.ones(3).double()]
+entries = [
+    Entry("good", good), Entry("dies", dies, kind="cuda"), Entry("not a number", lambda: [truth[0] / 0 * 0]),
+    Entry("hangs", hangs), Entry("poisons", poisons), Entry("also good", good),
+]
+builds = {
+    "mixed": lambda setup: Workload(list(entries), 6.0, truth=lambda: truth, limit=Limit(None, ("limit", "good"))),
+    "never made": lambda setup: dies(),
+    "limit": lambda setup: Workload([Entry("good", good)], 6.0),
+}
+CASES = {name: Case(name, "", "", build, (GPU,)) for name, build in builds.items()}
 """
 
 
@@ -73,6 +70,11 @@ def results(tmp_path) -> gpu.Results:
 
 
 OPTIONS = gpu.argparse.Namespace(device="cpu", deadline=math.inf, steps=None)
+
+
+def measured(timer: gpu_timing.Timer, run: Run, truth: Outputs | None) -> dict[str, Any]:
+    entry = Entry("stand-in", run, tolerance=1e-3)
+    return gpu_timing.measure_entry(timer, entry, Workload([entry], 1.0), truth)
 
 
 def entries_of(run: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -128,9 +130,8 @@ def test_targets_stand_beside_what_was_measured():
     assert "| info_nce-35598 | ours at least 1 times as fast as attentions | 0.8 times | **missed** |" in page
     assert "| info_nce-35598 | triton at least 0.667 times as fast as hellm cuda | 0.5 times | **missed** |" in page
     assert "| step-sports | ours within 5 ms | unmeasured |  |" in page
-    known = {name for name, _ in gpu_cases.cases(CPU, False)}
-    assert {target.case for target in gpu_report.TARGETS} <= known
-    assert gpu_report.unmeasured().count("| unmeasured |") == len(gpu_report.TARGETS)
+    count = sum(target.device == GPU for target in TARGETS)
+    assert gpu_report.unmeasured().count("| unmeasured |") == count
 
 
 def test_what_dies_or_hangs_costs_one_entry(fake, tmp_path):
@@ -168,7 +169,7 @@ def test_nothing_starts_after_the_budget(tmp_path):
     gpu.main(["--device", "cpu", "--smoke", "--out", str(out), "--budget-minutes", "-1"])
     run = json.loads(out.read_text())
     assert run["cases"] == []
-    assert run["not_run"] == [name for name, _ in gpu_cases.cases(CPU, True)]
+    assert run["not_run"] == [*on_device(CASES, GPU)]
 
 
 def test_the_budget_is_checked_before_every_entry(fake, tmp_path, monkeypatch):
@@ -211,19 +212,17 @@ def test_without_a_gpu_it_says_why(capsys):
 
 def test_a_wrong_implementation_gets_no_time():
     timer = gpu_timing.Timer(CPU, True)
-    found = gpu_timing.measure_entry(timer, lambda: [torch.ones(3)], [torch.full((3,), 1.1).double()], 1e-3, False)
+    found = measured(timer, lambda: [torch.ones(3)], [torch.full((3,), 1.1).double()])
     assert found["failure"] == "error 9.1e-02 > 1e-03"
     assert "seconds" not in found
-    failed = gpu_timing.measure_entry(timer, lambda: torch.ones(2) @ torch.ones(3), None, 1e-3, False)
+    failed = measured(timer, lambda: torch.ones(2) @ torch.ones(3), None)
     assert failed["failure"].startswith("RuntimeError")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_result_that_is_not_finite_is_a_failure(value):
     for truth in (None, [torch.ones(2).double()]):
-        found = gpu_timing.measure_entry(
-            gpu_timing.Timer(CPU, True), lambda: [torch.tensor([1.0, value])], truth, 1e-3, False
-        )
+        found = measured(gpu_timing.Timer(CPU, True), lambda: [torch.tensor([1.0, value])], truth)
         assert found == {"failure": "not finite", "error": None}
 
 
@@ -242,7 +241,7 @@ def test_a_failed_capture_keeps_the_eager_times():
 
     timer = Pretended(CPU, True)
     timer.cuda = True
-    found = gpu_timing.measure_entry(timer, lambda: [torch.ones(2)], [torch.ones(2).double()], 1e-3, True)
+    found = measured(timer, lambda: [torch.ones(2)], [torch.ones(2).double()])
     assert found["failure"] is None and found["seconds"]["warm"]["median"] == 1e-3
     assert found["graph_failure"] == "RuntimeError: operation not permitted when stream is capturing"
 

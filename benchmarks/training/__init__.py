@@ -1,0 +1,1 @@
+"""Cases of training, a file each as in `hellm.training`."""
