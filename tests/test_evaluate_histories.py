@@ -96,5 +96,5 @@ def test_evaluation_of_histories_is_that_of_their_scorer(dataset):
 def test_wrong_arguments_are_named(dataset):
     with pytest.raises(ValueError, match=r"split must be 'valid' or 'test', got 'train'"):
         HistoryScorer.of(NextItem(), dataset, "train")
-    with pytest.raises(ValueError, match=r"indptr must run from 0 to the number of items 1, got \[0, 2\] \.\.\."):
+    with pytest.raises(ValueError, match=r"histories indptr must rise from 0 to len\(items\) = 1, got 0\.\.2"):
         HistoryScorer(NextItem(), np.array([0, 2]), np.array([2]))

@@ -37,8 +37,8 @@ def run(argv: Sequence[str]) -> int:
         "--protocol",
         default="standard",
         metavar="NAME,...",
-        help="standard, official, mmrec, ... (see docs/reference/protocols.md); several, with commas between, are shown "
-        "side by side",
+        help="standard, official, mmrec, ... (see docs/reference/protocols.md); several, with commas between, are "
+        "shown side by side",
     )
     parser.add_argument("--ks", nargs="+", type=int, default=[10, 20], metavar="K", help="list lengths")
     parser.add_argument(

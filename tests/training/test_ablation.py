@@ -103,7 +103,7 @@ def test_runs_are_made_once_and_stage_1_anew(config, small_dataset, runs, tmp_pa
     low, high = one["test"]["confidence_intervals"]["ndcg@5"]
     assert low < one["test"]["metrics"]["ndcg@5"] < high
     assert one["training_seconds"] > 0 and one["users_per_second"] > 0 and one["num_trained_parameters"] > 0
-    assert read_test_users(runs["sequence"]) is None
+    assert read_test_users(tmp_path) is None
 
     def never(*args, **options):
         raise AssertionError("a finished run was trained again")
