@@ -41,7 +41,7 @@ def requirements() -> dict[str, tuple[str, ...]]:
     """Extra -> distributions that it brings; "" has those that are always needed."""
     found: dict[str, tuple[str, ...]] = {}
     for one in importlib.metadata.requires("hellm") or ():
-        package = re.match(r"[\w.-]+", one)[0]
+        package = re.split(r"[^\w.-]", one)[0]
         extra = re.search(r"""extra == ['"]([\w-]+)['"]""", one)
         name = extra[1] if extra else ""
         if name not in _OF_DEVELOPERS:

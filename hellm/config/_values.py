@@ -62,7 +62,7 @@ def setting_type(cls: type, name: str) -> Any:
     """The annotated type of a dotted setting, without `| None`. Raises: ValueError, unknown, with the nearest name."""
     kind, prefix = cls, ""
     for part in name.split("."):
-        if not dataclasses.is_dataclass(kind):
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
             raise ValueError(f"setting {prefix.rstrip('.')} has no parts, got {name!r}")
         hints = _field_types(kind)
         if part not in hints:
