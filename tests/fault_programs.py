@@ -26,10 +26,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 HELPERS = {"llm/common", "llm/helper"}
-# Modules that the programs know by their earlier names.
+# What the programs know by earlier names, or give where nothing is to be given any more.
 MOVED = {
     "from hellm.models import prompted_model": "from hellm.models.llm import prompted_model",
     "hellm.models.language_model": "hellm.models.llm.language_model",
+    ", evaluate=evaluate_dataset": "",
+    ", evaluate=evaluate_histories": "",
 }
 SECONDS = 1200
 INTERNAL = r"Traceback \(most recent|error: internal|Segmentation|Killed|core dumped"

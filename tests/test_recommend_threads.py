@@ -24,7 +24,7 @@ from hellm.models.graph.content import ItemContent
 from hellm.recommend import Recommender, ServedGraph, ServedLLM, ServedSASRec
 
 THREADS, WRITERS = 20, 3
-SECONDS = 20.0 if os.environ.get("HELLM_SLOW") else 1.5
+SECONDS = 60.0 if os.environ.get("HELLM_SLOW") else 1.5
 DATA = planted_blocks()
 
 
