@@ -118,6 +118,10 @@ def item_hypergraph(
             feature that is not finite (modality and first row), an item of an attribute out of range.
     """
     check_flag("keep_nonpositive", keep_nonpositive)
+    named = {"features": features, "masks": masks, "attributes": attributes, "neighbours": neighbours}
+    for name, given in named.items():
+        if not isinstance(given, Mapping) and (given is not None or name == "features"):
+            raise ValueError(f"{name} must map names to tensors, got {type(given).__name__}")
     attributes = attributes or {}
     blocks = _checked_features(features, masks) if features or not attributes else {}
     if blocks:
@@ -159,9 +163,6 @@ def item_hypergraph(
 
 def _checked_features(features: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Features with the rows of absent items set to zero, which `knn` gives no neighbours."""
-    for name, given in (("features", features), ("masks", {} if masks is None else masks)):
-        if not isinstance(given, Mapping):
-            raise ValueError(f"{name} must map modalities to tensors, got {type(given).__name__}")
     if not features:
         raise ValueError("features must hold at least one modality, got none")
     unknown = set(masks or {}) - set(features)

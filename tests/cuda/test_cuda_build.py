@@ -94,7 +94,9 @@ def test_the_source_for_nvrtc_is_whole(file):
 def kernel_names() -> dict[str, list[str]]:
     """The kernels nvcc compiles, by file of device code."""
     return {
-        f"{stem}.cuh": re.findall(r"HELLM_KERNEL\(([^()]*)\)", (cuda_build.CUDA / f"{stem}.cu").read_text(encoding="utf-8"))
+        f"{stem}.cuh": re.findall(
+            r"HELLM_KERNEL\(([^()]*)\)", (cuda_build.CUDA / f"{stem}.cu").read_text(encoding="utf-8")
+        )
         for stem in ("hypergraph_conv", "info_nce", "item_cross_entropy", "knn")
     }
 
