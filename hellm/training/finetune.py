@@ -349,6 +349,7 @@ def _fit(
 ) -> Progress:
     # The published loss is over the whole catalogue.
     trained = None if config.model.compat == "official" else TrainedItems.of(dataset, model.device)
+    candidates = {} if trained is None else {"trained": trained}
 
     def step_losses(epoch: int, step: int) -> Mapping[str, Tensor]:
         batch = sampler.sample(epoch, step)
@@ -356,7 +357,7 @@ def _fit(
         if not len(share.targets):
             return {"cross_entropy": torch.zeros((), device=model.device)}
         with _autocast(config):
-            loss = finetune_loss(model, share, trained)
+            loss = finetune_loss(model, share, **candidates)
         # Shares have different numbers of targets; the mean of the step is over all of them.
         return {"cross_entropy": loss * (len(share.targets) / len(batch.targets))}
 

@@ -258,10 +258,12 @@ def test_an_item_that_training_knows_nothing_of_is_no_candidate(config, small_da
     whole, known = finetune_loss(model, batch).item(), finetune_loss(model, batch, trained).item()
     assert known < whole
     given = []
-    monkeypatch.setattr(module, "finetune_loss", lambda *args: given.append(args[2:]) or finetune_loss(*args))
+    monkeypatch.setattr(
+        module, "finetune_loss", lambda *args, **named: given.append(named) or finetune_loss(*args, **named)
+    )
     finetune(config, held, tmp_path / "run")
     # Two steps of the plan come first.
-    assert all(torch.equal(one[0].rows, trained.rows) for one in given[2:]) and len(given) > 2
+    assert all(torch.equal(one["trained"].rows, trained.rows) for one in given[2:]) and len(given) > 2
 
 
 def test_loss_of_all_positions_is_the_mean_over_single_histories(config, small_dataset, runs):
