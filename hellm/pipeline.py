@@ -302,12 +302,7 @@ class Pipeline:
         folder = self.path(name)
         inputs = "".join(f" --{key} {value}" for key, value in runs.items())
         command = f"hellm {verb} --data {self.path('data')}{inputs} --config {folder / CONFIG} --out {folder}"
-        return Step(
-            name,
-            text,
-            command,
-            lambda: self._train(name, train, config, **runs),
-        )
+        return Step(name, text, command, lambda: self._train(name, train, config, **runs))
 
     def _train(self, name: str, train: Callable, config: Any, **options: Any) -> dict[str, Any]:
         try:

@@ -67,11 +67,13 @@ class FusedModel:
 
     def history_scores(self, indptr: Tensor, items: Tensor, keys: Tensor | None = None) -> Tensor:
         """Scores [B, I] of all items after histories; `keys` are `item_keys()`, where they are there already."""
-        parts = []
-        if self._embedding():
+        parts, embedding = [], self._embedding()
+        if embedding:
             parts.append(self.embed(indptr, items) @ (self.item_keys() if keys is None else keys).T)
-        for name in self.towers.keys() - self._embedding().keys():
-            parts.append(self.weights[name] * self.towers[name].history_scores(indptr, items))
+        # In the order of the towers, as a sum has the same bits in one order only.
+        for name, tower in self.towers.items():
+            if name not in embedding:
+                parts.append(self.weights[name] * tower.history_scores(indptr, items))
         return sum(parts[1:], parts[0])
 
     def parts(self, indptr: Tensor, items: Tensor) -> dict[str, Tensor]:
