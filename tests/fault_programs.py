@@ -401,6 +401,8 @@ def missing(patterns: tuple[str, ...], text: str, where: str) -> list[str]:
 
 
 def main() -> int:
+    # A shell ignores it for what it starts in the background, and a program inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="*", metavar="NAME")
