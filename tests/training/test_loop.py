@@ -282,6 +282,22 @@ def test_loss_that_is_not_finite_is_named_and_not_saved(tmp_path):
     assert state["epoch"] == 1 and torch.isfinite(tensors["model.weight"]).all()
 
 
+@pytest.mark.parametrize("script", [(), [metrics(0.1), metrics(0.2)]], ids=["checkpoint", "validation"])
+@pytest.mark.parametrize("where", [0, NUM_STEPS - 1])
+def test_weights_that_are_not_finite_behind_a_finite_loss_are_not_saved(tmp_path, where, script):
+    """After the last step no loss would tell."""
+    task = Task(tmp_path, script, max_epochs=2, checkpoint_every=1, validate_every=1)
+    task.losses = lambda epoch, step, inner=task.losses: {name: x.nan_to_num() for name, x in inner(epoch, step).items()}
+    task.model.weight.register_hook(lambda grad: grad * (math.nan if task.steps[-1] == (1, where) else 1.0))
+    with pytest.raises(FloatingPointError, match=r"weights weight became NaN .* in epoch 1, by step 2, behind a finite"):
+        task.fit()
+    for file in task.run.checkpoints.iterdir():
+        tensors, state = load_checkpoint(file)
+        assert torch.isfinite(tensors["model.weight"]).all() and state["epoch"] == (file == task.run.last)
+    resumed = Task(tmp_path, [metrics(0.2)] if script else (), max_epochs=2, checkpoint_every=1, validate_every=1)
+    assert resumed.fit().epoch == 2 and resumed.steps[0] == (1, 0)
+
+
 def test_unknown_monitored_metric_is_named(tmp_path):
     task = Task(tmp_path, [metrics(0.1)], validate_every=1, monitor=("map@20",))
     with pytest.raises(ValueError, match=r"monitor must name validation metrics \(recall@20, ndcg@20\), got 'map@20'"):
