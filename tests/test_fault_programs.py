@@ -1,7 +1,12 @@
-"""Programs on which hellm once failed; `fault_programs.py` runs them and knows what is right."""
+"""Programs on which hellm once failed; `fault_programs.py` runs them and knows what is right.
+
+`faults.json` names for each the tests that fail where its fault is put back.
+"""
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 from pathlib import Path
 
@@ -9,7 +14,8 @@ import pytest
 from fault_programs import RIGHT, Programs, missing, wrong_families
 
 SLOW = os.environ.get("HELLM_SLOW") == "1"
-FOLDER = Path(__file__).resolve().parents[2] / "shared" / "faults"
+TESTS = Path(__file__).resolve().parent
+FOLDER = TESTS.parents[1] / "shared" / "faults"
 LONGER = {
     "ops/01_conv_reads_past_buffer",
     "ops/07_compile_temperature",
@@ -39,6 +45,24 @@ def test_quick_programs_are_right(programs, name):
 @pytest.mark.parametrize("name", sorted(RIGHT.keys() - QUICK))
 def test_all_programs_are_right(programs, name):
     assert programs.wrong(name) == ""
+
+
+def defined(file: str) -> set[str]:
+    """Tests of a file, as NAME or CLASS::NAME."""
+    found = set()
+    for node in ast.parse((TESTS / file).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
+            found |= {f"{node.name}::{one.name}" for one in node.body if isinstance(one, ast.FunctionDef)}
+        elif isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+    return {name for name in found if name.rpartition("::")[2].startswith("test_")}
+
+
+def test_every_fault_has_tests_outside_this_file():
+    named = json.loads((TESTS / "faults.json").read_text(encoding="utf-8"))
+    assert named.keys() == RIGHT.keys() and all(named.values())
+    for file, name in {tuple(one.split("::", 1)) for tests in named.values() for one in tests}:
+        assert file != Path(__file__).name and name in defined(file), f"{file}::{name}"
 
 
 def test_patterns_follow_one_another():
