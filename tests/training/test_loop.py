@@ -287,9 +287,10 @@ def test_loss_that_is_not_finite_is_named_and_not_saved(tmp_path):
 def test_weights_that_are_not_finite_behind_a_finite_loss_are_not_saved(tmp_path, where, script):
     """After the last step no loss would tell."""
     task = Task(tmp_path, script, max_epochs=2, checkpoint_every=1, validate_every=1)
-    task.losses = lambda epoch, step, inner=task.losses: {name: x.nan_to_num() for name, x in inner(epoch, step).items()}
+    inner = task.losses
+    task.losses = lambda epoch, step: {name: loss.nan_to_num() for name, loss in inner(epoch, step).items()}
     task.model.weight.register_hook(lambda grad: grad * (math.nan if task.steps[-1] == (1, where) else 1.0))
-    with pytest.raises(FloatingPointError, match=r"weights weight became NaN .* in epoch 1, by step 2, behind a finite"):
+    with pytest.raises(FloatingPointError, match=r"weight became NaN .* in epoch 1, by step 2, behind a finite loss"):
         task.fit()
     for file in task.run.checkpoints.iterdir():
         tensors, state = load_checkpoint(file)
