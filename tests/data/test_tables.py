@@ -128,6 +128,7 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path, content, words):
 def test_paths_are_no_patterns(tmp_path, name):
     for other in ("shop1", "shopx", "whatx", "a", "b"):
         write(tmp_path / other, events_csv="user,item\nother,OTHER\n")
+        pl.DataFrame({"user": ["other"], "item": ["OTHER"]}).write_parquet(tmp_path / other / "events.parquet")
     pl.DataFrame({"user": ["me"], "item": ["MINE"]}).write_parquet(tmp_path / "x.parquet")
     write(tmp_path / name, events_csv="user,item\nme,MINE\n", items_csv="item\nMINE\n")
     assert load_dataset(tmp_path / name).user_ids.ids == ["me"]
