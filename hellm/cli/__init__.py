@@ -35,11 +35,12 @@ VERBS = {
     "search": ("hellm.cli.search", "search for settings of a stage by validation"),
     "evaluate": ("hellm.cli.evaluate", "compare runs and baselines in one table"),
     "recommend": ("hellm.cli.recommend", "recommend to users, to bare histories, or items like an item"),
+    "batch": ("hellm.cli.batch", "write the lists of all users into one parquet file"),
     "info": ("hellm.cli.info", "what is installed and usable here; --selftest checks the operators"),
     "demo": ("hellm.cli.demo", "the whole way on a made-up shop, in some minutes"),
 }
 # Verbs that go on with what is there.
-_RESUMED = ("run", "pretrain", "sasrec", "transitions", "finetune", "search")
+_RESUMED = ("run", "pretrain", "sasrec", "transitions", "finetune", "search", "batch")
 _HELP = """usage: hellm VERB [options]      hellm VERB --help for the options of a verb
 
 {verbs}
