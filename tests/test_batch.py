@@ -12,48 +12,21 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-import torch
 from command_line import last_json
-from recommender_contract import planted_blocks
+from planted_runs import DATA, MODELS, make_run
 
 import hellm.recommend.batch
 from hellm._folders import FolderInUseError, hold
 from hellm.artifact.run_hash import run_hash
 from hellm.data import DataError
-from hellm.models import SASRec
-from hellm.recommend import Recommender, ServedFused, ServedGraph, ServedSASRec
+from hellm.recommend import Recommender
 from hellm.recommend.batch import batch, read_metadata
 
 pytestmark = pytest.mark.usefixtures("same_threads")
-DATA = planted_blocks()
 PART = 8
 
 
-def make_run(folder: Path, name: str) -> Path:
-    """A saved recommender with random weights; the last user has no events."""
-    draw = torch.Generator().manual_seed(0)
-    users, items = DATA.num_users, DATA.num_items
-    tables = {"user": users, "item": items, "fold_in_source": items}
-    graph = ServedGraph({table: torch.randn(rows, 8, generator=draw) for table, rows in tables.items()}, 0.5)
-    torch.manual_seed(0)
-    sequence = ServedSASRec(SASRec(items, embedding_dim=8, num_layers=1, num_heads=1, feedforward_dim=8).eval())
-    models = {"graph": graph, "sequence": sequence}
-    models["fused"] = ServedFused(models, {"graph": 1.0, "sequence": 0.5})
-    ids = pl.DataFrame(
-        {
-            "side": ["user"] * users + ["item"] * items,
-            "index": [*range(users), *range(items)],
-            "id": [f"u{row}" for row in range(users)] + [f"p{row}" for row in range(items)],
-            "title": [None] * (users + items),
-        },
-        schema_overrides={"title": pl.String},
-    )
-    kept = DATA.train[0] < users - 1
-    events = pl.DataFrame({"user": DATA.train[0][kept], "item": DATA.train[1][kept], "split": np.int8(0)})
-    return Recommender(models[name], ids, events).save(folder / name)
-
-
-@pytest.fixture(scope="module", params=["graph", "sequence", "fused"])
+@pytest.fixture(scope="module", params=MODELS)
 def any_run(request, tmp_path_factory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs"), request.param)
 

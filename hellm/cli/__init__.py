@@ -36,6 +36,7 @@ VERBS = {
     "evaluate": ("hellm.cli.evaluate", "compare runs and baselines in one table"),
     "recommend": ("hellm.cli.recommend", "recommend to users, to bare histories, or items like an item"),
     "batch": ("hellm.cli.batch", "write the lists of all users into one parquet file"),
+    "export": ("hellm.cli.export", "write a run as ONNX, as a search index or as vectors in parquet"),
     "info": ("hellm.cli.info", "what is installed and usable here; --selftest checks the operators"),
     "demo": ("hellm.cli.demo", "the whole way on a made-up shop, in some minutes"),
 }

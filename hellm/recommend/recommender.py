@@ -141,6 +141,16 @@ class Recommender:
         return self._current.popularity
 
     @property
+    def histories(self) -> Histories:
+        """Item rows of all events of every user."""
+        return self._histories
+
+    @property
+    def is_trained(self) -> np.ndarray:
+        """[U] bool: users with training events."""
+        return self._is_trained
+
+    @property
     def num_users(self) -> int:
         return len(self.user_ids)
 
