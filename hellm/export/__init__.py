@@ -14,6 +14,7 @@ from hellm.export.index import ItemIndex, export_usearch
 from hellm.export.onnx import export_onnx
 from hellm.export.vectors import export_parquet
 from hellm.recommend import Recommender
+from hellm.recommend.card import write_card
 
 __all__ = ["FORMATS", "ExportError", "ItemIndex", "export"]
 
@@ -35,7 +36,7 @@ def export(
     device: str = "cpu",
     language_model: str | PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Write a finished run in another form, with a report of how well it stands for the run in export.json.
+    """Write a finished run in another form, with a report of how well it stands for the run in export.json and a card.
 
     Args:
         run: Run directory, or what `Recommender.save` wrote.
@@ -58,5 +59,6 @@ def export(
     with new_folder(out, kind="export", overwrite=overwrite, inputs=[run]) as folder:
         recommender = Recommender.load(run, device=device, language_model=language_model)
         report = {"to": to, "hellm": __version__, "run": run_hash(run), **FORMATS[to](recommender, folder)}
+        write_card(folder, recommender, report)
         (folder / _REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
