@@ -37,6 +37,7 @@ VERBS = {
     "recommend": ("hellm.cli.recommend", "recommend to users, to bare histories, or items like an item"),
     "batch": ("hellm.cli.batch", "write the lists of all users into one parquet file"),
     "export": ("hellm.cli.export", "write a run as ONNX, as a search index or as vectors in parquet"),
+    "append": ("hellm.cli.append", "add newer events and items to a data set; what is there keeps its rows"),
     "info": ("hellm.cli.info", "what is installed and usable here; --selftest checks the operators"),
     "demo": ("hellm.cli.demo", "the whole way on a made-up shop, in some minutes"),
 }
