@@ -78,7 +78,7 @@ def card_of(recommender: Recommender, export: Mapping[str, Any] | None = None) -
     from hellm import __version__
 
     histories, content = recommender.histories, recommender.content
-    labels, counts = np.unique(recommender.event_splits, return_counts=True)
+    labels, counts = np.unique(recommender.events["split"].to_numpy(), return_counts=True)
     return {
         "hellm": __version__,
         "date": datetime.now(timezone.utc).date().isoformat(),

@@ -151,9 +151,9 @@ class Recommender:
         return self._histories
 
     @property
-    def event_splits(self) -> np.ndarray:
-        """[n] int8: split of each event, 0 train, 1 validation, 2 test, 3 history only."""
-        return self._split
+    def events(self) -> pl.DataFrame:
+        """Of every event user and item (rows) and split: 0 train, 1 validation, 2 test, 3 history only."""
+        return self._events
 
     @property
     def is_trained(self) -> np.ndarray:
