@@ -39,6 +39,8 @@ VERBS = {
     "export": ("hellm.cli.export", "write a run as ONNX, as a search index or as vectors in parquet"),
     "append": ("hellm.cli.append", "add newer events and items to a data set; what is there keeps its rows"),
     "refit": ("hellm.cli.refit", "train a run on with newer data, and compare it with the one that serves"),
+    "drift": ("hellm.cli.drift", "recent events beside what a run was trained on, and what it shows"),
+    "ab": ("hellm.cli.ab", "compare the arms of an experiment by what users did"),
     "info": ("hellm.cli.info", "what is installed and usable here; --selftest checks the operators"),
     "demo": ("hellm.cli.demo", "the whole way on a made-up shop, in some minutes"),
 }

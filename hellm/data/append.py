@@ -18,7 +18,7 @@ from hellm.data.dataset import DataError, Dataset, IdMap, ItemFeatures
 from hellm.data.forms import detect
 from hellm.data.load import load_dataset
 
-__all__ = ["append_events"]
+__all__ = ["append_events", "load_newer"]
 
 # Splits that follow from the events alone.
 _RECOMPUTED = ("leave-two-out", "ratio", "time")
@@ -61,7 +61,8 @@ def append_events(
         raise ValueError(
             f"split must be one of {', '.join(_RECOMPUTED)} for data that grow, got {name!r}; name one of them"
         )
-    new = _read(Path(events), dataset, reading if items is None else {**reading, "items": items})
+    reading |= {} if items is None else {"items": items}
+    new = load_newer(events, dataset.user_ids, dataset.item_ids, **reading)
     if dataset.timestamps is not None and new.timestamps is None:
         raise DataError(f"{events}: must have times, as the events of data set {dataset.name!r} have, got none")
     kept = _unknown_events(dataset, new)
@@ -92,13 +93,18 @@ def append_events(
     }
 
 
-def _read(events: Path, dataset: Dataset, reading: dict[str, Any]) -> Dataset:
-    """New events in the rows of the data set, which is continued."""
-    kind, _ = detect(events, reading.get("form"))
+def load_newer(events: str | Path, user_ids: IdMap, item_ids: IdMap, **reading: Any) -> Dataset:
+    """Events of any form as a data set in which known users and items keep their rows and new ones follow.
+
+    Args:
+        events: File or folder.
+        user_ids, item_ids: What is known.
+        **reading: Of `load_dataset`. Items that a table of items lacks are kept: the known ones are in no new table.
+    """
+    kind, _ = detect(Path(events), reading.get("form"))
     if "missing_items" in inspect.signature(kind.read).parameters:
-        # Those of the data set are in no new table.
         reading = {"missing_items": "keep", **reading}
-    ids = {"user_ids": dataset.user_ids, "item_ids": dataset.item_ids}
+    ids = {"user_ids": user_ids, "item_ids": item_ids}
     return load_dataset(events, split="leave-two-out", features="none", **ids, **reading)
 
 
