@@ -112,11 +112,11 @@ def _unknown_events(dataset: Dataset, new: Dataset) -> np.ndarray:
     """[n] bool: new events that the data set has not; without times nobody can tell."""
     import polars as pl
 
-    if dataset.timestamps is None:
+    if dataset.timestamps is None or new.timestamps is None:
         return np.ones(new.num_events, bool)
     old, added = (
-        pl.DataFrame({"user": one.users, "item": one.items, "time": one.timestamps.astype(np.float64)})
-        for one in (dataset, new)
+        pl.DataFrame({"user": one.users, "item": one.items, "time": times.astype(np.float64)})
+        for one, times in ((dataset, dataset.timestamps), (new, new.timestamps))
     )
     kept = np.zeros(new.num_events, bool)
     kept[added.with_row_index("row").join(old, on=["user", "item", "time"], how="anti")["row"].to_numpy()] = True
@@ -126,7 +126,7 @@ def _unknown_events(dataset: Dataset, new: Dataset) -> np.ndarray:
 def _merged(dataset: Dataset, new: Dataset) -> dict[str, Any]:
     """Users, items and times of all events, by user and time; old ones first among those of one time."""
     users, items = (np.concatenate([getattr(one, name) for one in (dataset, new)]) for name in ("users", "items"))
-    if dataset.timestamps is None:
+    if dataset.timestamps is None or new.timestamps is None:
         order = np.argsort(users, kind="stable")
         return {"users": users[order], "items": items[order], "timestamps": None}
     times = np.concatenate([dataset.timestamps, new.timestamps])

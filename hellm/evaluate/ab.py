@@ -224,7 +224,7 @@ def _mismatch(tables: Mapping[str, pl.DataFrame]) -> float:
     total = sum(map(len, tables.values()))
     found = []
     for table in tables.values():
-        share = float(table["propensity"].mean())
+        share = float(table["propensity"].to_numpy().mean())
         deviation = math.sqrt(total * share * (1 - share))
         found.append(math.erfc(abs(len(table) - total * share) / deviation / math.sqrt(2)) if deviation else 1.0)
     return min(1.0, len(found) * min(found))

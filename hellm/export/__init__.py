@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from hellm._folders import new_folder
@@ -28,13 +28,13 @@ _REPORT = "export.json"
 
 
 def export(
-    run: str | PathLike[str],
-    out: str | PathLike[str],
+    run: str | Path,
+    out: str | Path,
     to: str,
     *,
     overwrite: bool = False,
     device: str = "cpu",
-    language_model: str | PathLike[str] | None = None,
+    language_model: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write a finished run in another form, with a report of how well it stands for the run in export.json and a card.
 

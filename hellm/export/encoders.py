@@ -41,6 +41,8 @@ class FoldInEncoder(Encoder):
 
     def __init__(self, model: ServedGraph) -> None:
         super().__init__()
+        self.source: Tensor
+        self.view: Tensor | None
         self.exponent = model.exponent
         self.register_buffer("source", model.tensors["fold_in_source"])
         self.register_buffer("view", model.tensors.get("fold_in_view"))
@@ -48,9 +50,11 @@ class FoldInEncoder(Encoder):
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
         place = torch.arange(items.shape[1])
         mask = place < lengths.unsqueeze(1)
-        # An item counts where it stands first.
-        again = (items.unsqueeze(2) == items.unsqueeze(1)) & (place.unsqueeze(1) > place)
-        kept = (mask & ~again.any(2)).float()
+        # In order, the same items stand side by side, and each counts once; padding comes last.
+        items = torch.where(mask, items, self.source.shape[0]).sort(dim=1).values
+        again = F.pad(items[:, 1:] == items[:, :-1], (1, 0))
+        kept = (mask & ~again).float()
+        items = items.clamp(max=self.source.shape[0] - 1)
         count = kept.sum(1, keepdim=True).clamp(min=1)
         user = (self.source[items] * kept.unsqueeze(2)).sum(1) / count**self.exponent
         if self.view is not None:
@@ -63,6 +67,7 @@ class SASRecEncoder(Encoder):
 
     def __init__(self, model: SASRec) -> None:
         super().__init__()
+        self.table: Tensor
         self.model, self.max_length = model, model.max_length
         self.register_buffer("table", model.item_keys())
 
@@ -165,8 +170,8 @@ class FusedScorer(Scorer):
         self.scorers, self.weights = nn.ModuleList(scorers), list(weights)
 
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
-        first, *others = (w * scorer(items, lengths) for w, scorer in zip(self.weights, self.scorers, strict=True))
-        return sum(others, first)
+        parts = [w * scorer(items, lengths) for w, scorer in zip(self.weights, self.scorers, strict=True)]
+        return torch.stack(parts).sum(0)
 
 
 def without_queries(model: ServedModel) -> list[str]:

@@ -23,7 +23,7 @@ from hellm.evaluate import history_scores, top_items
 from hellm.export.encoders import ExportError, encoder_of, scorer_of, without_queries
 from hellm.export.sample import ITEM_IDS, sample_histories
 from hellm.models.histories import pad_histories
-from hellm.recommend import Recommender
+from hellm.recommend import Recommender, ServedFused, ServedTransitions
 
 __all__ = ["TOLERANCE", "export_onnx"]
 
@@ -31,7 +31,7 @@ TOLERANCE = 1e-4
 """Most by which a query or a score of onnxruntime may differ from that of torch."""
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _ENCODER, _SCORES, _KEYS = "encoder.onnx", "scores.onnx", "keys.npy"
-_BATCH = 64
+_BATCH, _MAX_ELEMENTS = 64, 1 << 26
 _TOP = 10
 
 
@@ -58,8 +58,8 @@ def export_onnx(recommender: Recommender, folder: Path, *, num_histories: int = 
     """
     _check_installed()
     model = recommender.model
-    graphs: dict[str, nn.Module | None] = {"query": encoder_of(model), "scores": scorer_of(model)}
-    graphs["scores"] = _WithPopularity(graphs["scores"], recommender.popularity)
+    scores = _WithPopularity(scorer_of(model), recommender.popularity)
+    graphs: dict[str, nn.Module | None] = {"query": encoder_of(model), "scores": scores}
     files = {"query": _ENCODER, "scores": _SCORES}
     for output, graph in graphs.items():
         if graph is not None:
@@ -83,8 +83,9 @@ def export_onnx(recommender: Recommender, folder: Path, *, num_histories: int = 
 class _WithPopularity(nn.Module):
     """Scores, and for empty histories the popularity of the items, as `Recommender.recommend` does."""
 
-    def __init__(self, scorer: nn.Module | None, popularity: Tensor) -> None:
+    def __init__(self, scorer: nn.Module, popularity: Tensor) -> None:
         super().__init__()
+        self.popularity: Tensor
         self.scorer = scorer
         self.register_buffer("popularity", popularity)
 
@@ -114,6 +115,7 @@ def _write(graph: nn.Module, file: Path, output: str) -> None:
             dynamic_shapes=({0: batch, 1: length}, {0: batch}),
             verbose=False,
         )
+        assert program is not None
         program.save(file)
 
 
@@ -141,9 +143,9 @@ def _session(file: Path) -> Any:
 
 def _compared(recommender: Recommender, histories: Histories, sessions: dict[str, Any]) -> dict[str, Any]:
     model, keys = recommender.model, recommender.item
-    worst, same = dict.fromkeys(sessions, 0.0), 0
-    for start in range(0, histories.num_users, _BATCH):
-        part = histories.take(np.arange(start, min(start + _BATCH, histories.num_users)))
+    worst, same, size = dict.fromkeys(sessions, 0.0), 0, _batch_size(recommender)
+    for start in range(0, histories.num_users, size):
+        part = histories.take(np.arange(start, min(start + size, histories.num_users)))
         indptr, items = (torch.from_numpy(one) for one in part)
         with torch.no_grad():
             expected = {"scores": history_scores(model, keys, indptr, items)}
@@ -165,6 +167,14 @@ def _compared(recommender: Recommender, histories: Histories, sessions: dict[str
         "largest_difference": worst,
         "same_top_10": same / max(1, histories.num_users),
     }
+
+
+def _batch_size(recommender: Recommender) -> int:
+    """Histories at once: the graph of transitions has a row of them for every pair of items."""
+    model = recommender.model
+    towers = model.towers.values() if isinstance(model, ServedFused) else [model]
+    pairs = [len(tower.model.following.weight) for tower in towers if isinstance(tower, ServedTransitions)]
+    return max(1, min(_BATCH, _MAX_ELEMENTS // max([1, *pairs])))
 
 
 def _notes(recommender: Recommender, has_query: bool) -> list[str]:

@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,7 @@ _REQUEST, _LISTS = "request.json", "lists.parquet"
 _LAYOUT = (_REQUEST, _LISTS, "part-*.parquet")
 _COUNTS = ("unknown_users", "unknown_items")
 
-PathLike_ = str | PathLike[str]
+PathLike_ = str | Path
 
 
 def batch(
@@ -94,7 +93,7 @@ def batch(
     out, parts = Path(out), Path(f"{os.fspath(out)}.parts")
     _check_out(out, parts, resume=resume, overwrite=overwrite, inputs=[run, users])
     lists = {"candidates": candidates, "exclude": exclude}
-    lists = {name: None if one is None else id_list(one, name) for name, one in lists.items()}
+    lists = {name: None if one is None else [str(id_) for id_ in id_list(one, name)] for name, one in lists.items()}
     request = {
         "run": run_hash(run),
         "users": "all" if users is None else _digest_of(users),
@@ -238,11 +237,11 @@ def _answers(
         lost = sum(map(len, asked.histories)) - sum(map(len, known))
         answers = recommender.recommend(histories=known, **options)
         return list(zip(asked.users, answers, strict=True)), {"unknown_users": 0, "unknown_items": lost}
-    known = [user for user in asked.users if user in recommender.user_ids]
+    known = [user for user in asked.users if user is not None and user in recommender.user_ids]
     lists = iter(recommender.recommend(known, **options))
     unknown = len(asked.users) - len(known)
-    popular = recommender.recommend(histories=[[]], **options)[0] if unknown else None
-    answers = [(user, next(lists) if user in recommender.user_ids else popular) for user in asked.users]
+    popular = recommender.recommend(histories=[[]] if unknown else [], **options)
+    answers = [(user, next(lists) if user in recommender.user_ids else popular[0]) for user in asked.users]
     return answers, {"unknown_users": unknown, "unknown_items": 0}
 
 

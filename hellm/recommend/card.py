@@ -112,7 +112,7 @@ def _model(model: ServedModel) -> dict[str, Any]:
         return facts | {"towers": towers}
     facts["width"] = None if isinstance(model, ServedTransitions) else model.item_keys().shape[1]
     if isinstance(model, ServedLLM):
-        identity = model.model.prompted.identity
+        identity: Mapping[str, Any] = model.model.prompted.identity
         facts["language_model"] = {"name": identity["name"], **_licence(str(identity["name"]))}
     return facts
 
@@ -146,9 +146,10 @@ def _markdown(card: Mapping[str, Any]) -> str:
 
 
 def _head(card: Mapping[str, Any]) -> str:
+    kind = _WORDS.get(card["model"]["kind"], card["model"]["kind"])
     return (
         "# Model card\n\n"
-        f"{_WORDS.get(card['model']['kind'], card['model']['kind']).capitalize()}, written by hellm {card['hellm']} on "
+        f"{kind[:1].upper()}{kind[1:]}, written by hellm {card['hellm']} on "
         f"{card['date']} (UTC). What is not known is said to be unknown; card.json has the same values for programs."
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -25,7 +25,7 @@ class Asked(NamedTuple):
         histories: Item ids in time order for each; None where known users are meant.
     """
 
-    users: list[str | None]
+    users: Sequence[str | None]
     histories: list[list[str]] | None
 
 

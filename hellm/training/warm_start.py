@@ -35,12 +35,16 @@ def warm_start(model: nn.Module, run: str | os.PathLike[str]) -> list[str]:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             old = tensors.get(f"model.{name}")
-            fits = old is not None and old.ndim == parameter.ndim and old.shape[1:] == parameter.shape[1:]
-            if not fits or len(old) > len(parameter) or (parameter.ndim == 1 and len(old) != len(parameter)):
-                fresh.append(name)
-            else:
+            if old is not None and _continues(old.shape, parameter.shape):
                 parameter[: len(old)] = old.to(parameter)
+            else:
+                fresh.append(name)
     return fresh
+
+
+def _continues(old: torch.Size, new: torch.Size) -> bool:
+    """Whether a tensor is the other, or a table with its rows and more of the same width."""
+    return old == new or (len(old) == len(new) > 1 and old[1:] == new[1:] and old[0] <= new[0])
 
 
 def started_from(run: str | os.PathLike[str] | None, fresh: list[str]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from hellm.data.append import append_events
 
 __all__ = ["append", "data_of"]
 
-PathLike_ = str | PathLike[str]
+PathLike_ = str | Path
 
 
 def append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,14 @@ _POPULAR = 0.1
 
 
 def drift(
-    run: str | PathLike[str],
-    events: str | PathLike[str],
+    run: str | Path,
+    events: str | Path,
     *,
     k: int = 10,
     num_users: int = 1000,
     seed: int = 0,
     device: str = "cpu",
-    language_model: str | PathLike[str] | None = None,
+    language_model: str | Path | None = None,
     **reading: Any,
 ) -> dict[str, Any]:
     """Recent events beside a run.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ __all__ = ["compare_experiment"]
 
 
 def compare_experiment(
-    exposures: str | PathLike[str],
-    events: str | PathLike[str],
+    exposures: str | Path,
+    events: str | Path,
     *,
     outcome: str = "converted",
     control: str | None = None,

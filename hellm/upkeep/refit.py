@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from hellm.upkeep.append import data_of
 
 __all__ = ["EarlierScorer", "compare_with_served", "refit"]
 
-PathLike_ = str | PathLike[str]
+PathLike_ = str | Path
 
 # Below all scores that a model gives: items that it does not know.
 _UNKNOWN_ITEM = -1e30
@@ -175,16 +174,16 @@ class EarlierScorer:
         items = rows[known.items]
         histories = Histories.of_events(known.owners[items >= 0], items[items >= 0], dataset.num_users)
         self._columns = torch.from_numpy(columns)
-        self._by_history = HistoryScorer(recommender.model, *histories)
+        self._by_history = HistoryScorer(recommender.model, *map(torch.from_numpy, histories))
         self._trained = np.zeros(dataset.num_users, bool)
         if recommender.model.user is not None:
             self._trained[: recommender.num_users] = recommender.is_trained
 
     def scores(self, users: Tensor) -> Tensor:
         scores = self._by_history.scores(users)
-        trained = torch.from_numpy(self._trained[users.numpy()])
-        if trained.any():
-            scores[trained] = self.recommender.model.user[users[trained]] @ self.recommender.item.T
+        trained, table = torch.from_numpy(self._trained[users.numpy()]), self.recommender.model.user
+        if table is not None:
+            scores[trained] = table[users[trained]] @ self.recommender.item.T
         wide = scores.new_full((len(users), self.num_items), _UNKNOWN_ITEM)
         wide[:, self._columns] = scores
         return wide
