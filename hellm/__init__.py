@@ -25,7 +25,10 @@ _EXPORTS = {
     "item_hypergraph": "hellm.graphs",
     "user_hypergraph": "hellm.graphs",
 }
-_MODULES = ("baselines", "config", "data", "evaluate", "losses", "models", "nn", "ops", "recommend", "training")
+_MODULES = (
+    *("baselines", "config", "data", "evaluate", "export", "losses", "models", "nn", "ops", "recommend", "training"),
+    "upkeep",
+)
 
 __all__ = ["Hypergraph", "Recommender", "__version__", "compare", "item_hypergraph", "run", "user_hypergraph"]
 

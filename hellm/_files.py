@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DataError", "WriteError", "append_line", "atomic_path", "read_json", "reading", "writing"]
+__all__ = ["DataError", "WriteError", "append_line", "atomic_path", "read_json", "reading", "update_digest", "writing"]
 
 # What numpy, SQLite and writers in Rust say in place of an OSError.
 _FULL = re.compile(r"\d+ requested and \d+ written|No space left on device|disk is full", re.IGNORECASE)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
+# Bytes read at once.
+_BLOCK = 1 << 20
 
 
 class DataError(ValueError):
@@ -110,3 +112,11 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{os.fspath(path)}: damaged, must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def update_digest(digest: Any, path: str | os.PathLike[str], start: int = 0) -> None:
+    """Add the bytes of a file from `start` on to a digest of `hashlib`, a block at a time."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        while block := file.read(_BLOCK):
+            digest.update(block)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hellm._files import atomic_path, read_json, writing
 from hellm._folders import check_target, clear_folder, hold, mark_folder
-from hellm.artifact.files import CONFIG, RUN_LAYOUT
+from hellm.artifact.files import CHECKPOINT, CONFIG, REFIT, RUN_LAYOUT
 from hellm.artifact.run_directory import START_OVER
 from hellm.config import RunConfig, config_to_dict, load_saved_config, save_config
 
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LAYOUT", "Pipeline", "Step", "check_pipeline", "run"]
 
+# Stages that can begin with the weights of an earlier run.
+_WARM = ("stage1", "lightgcn", "sasrec", "content")
 _STAGES = ("stage1", "lightgcn", "transitions", "sasrec", "content", "llm", "fused")
 LAYOUT = (
-    *(CONFIG, "source.json", "comparison.json", "recommendations.json"),
+    *(CONFIG, REFIT, "source.json", "comparison.json", "recommendations.json"),
     *("data/dataset.json", "data/*.parquet", "data/features/*.npy"),
     *(f"{stage}/{file}" for stage in _STAGES for file in RUN_LAYOUT),
 )
@@ -123,6 +125,7 @@ class Pipeline:
         overwrite: Delete what is there.
         cache: Folder of encoded texts and pictures; None is the user's cache.
         on_plan: Called with the name of a stage and what it is likely to cost, before it trains.
+        start: Run of all stages, of data that these continue, whose weights training begins with.
 
     Attributes:
         dataset: The data set with its features, once the step "data" has run.
@@ -143,9 +146,11 @@ class Pipeline:
         overwrite: bool = False,
         cache: str | PathLike[str] | None = None,
         on_plan: Callable[[str, Mapping[str, Any]], None] | None = None,
+        start: str | PathLike[str] | None = None,
     ) -> None:
         check_pipeline(out, resume=resume, overwrite=overwrite)
         self.out, self.config, self.cache = Path(out), config, cache
+        self.start = None if start is None else Path(start)
         self.on_plan = on_plan
         self.dataset: Any = None
         self.notes: list[str] = []
@@ -305,6 +310,8 @@ class Pipeline:
         return Step(name, text, command, lambda: self._train(name, train, config, **runs))
 
     def _train(self, name: str, train: Callable, config: Any, **options: Any) -> dict[str, Any]:
+        if self.start is not None and name in _WARM and (self.start / name / CHECKPOINT).is_dir():
+            options["start"] = self.start / name
         try:
             return train(config, self.dataset, self.path(name), resume=True, on_plan=self._teller(name), **options)
         except ValueError:

@@ -23,7 +23,8 @@ LAYERS = [
     {"graphs", "nn", "losses", "models", "selftest"},
     {"training", "evaluate", "baselines", "features"},
     {"recommend", "info"},
-    {"pipeline"},
+    {"pipeline", "export"},
+    {"upkeep"},
     {"cli", "__main__"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

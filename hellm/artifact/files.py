@@ -13,6 +13,7 @@ checkpoint/             last.safetensors (to go on from) and best.safetensors (w
 model/                  what was trained of a language model
 sequence_model/         the sequence model that a language model starts from, where it has one
 towers/NAME/            the models that a fused one adds up
+refit.json              how it compares with the run that it continues (`hellm.upkeep.refit`)
 curves.png              losses and validation metrics over epochs
 events.out.tfevents.*   TensorBoard, if asked for
 .hellm.json             the mark of a folder that this program made, see `hellm._folders`
@@ -30,6 +31,7 @@ __all__ = [
     "IDS",
     "LANGUAGE_MODEL",
     "METRICS",
+    "REFIT",
     "RESULT",
     "RUN_LAYOUT",
     "SEQUENCE_MODEL",
@@ -41,6 +43,7 @@ __all__ = [
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
+REFIT = "refit.json"
 EMBEDDINGS = "embeddings.safetensors"
 IDS = "ids.parquet"
 HISTORIES = "histories.parquet"
@@ -68,7 +71,7 @@ _MODEL_LAYOUT = (
     ),
 )
 RUN_LAYOUT = (
-    *(CONFIG, METRICS, RESULT, TEST_EVALUATIONS, IDS, HISTORIES, CONTENT, CURVES, TEST_USERS),
+    *(CONFIG, METRICS, RESULT, REFIT, TEST_EVALUATIONS, IDS, HISTORIES, CONTENT, CURVES, TEST_USERS),
     "events.out.tfevents.*",
     *(f"{CHECKPOINT}/{name}" for name in ("last.safetensors", "best.safetensors", "data.json", "language_model.json")),
     *_MODEL_LAYOUT,

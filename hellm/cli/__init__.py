@@ -35,11 +35,17 @@ VERBS = {
     "search": ("hellm.cli.search", "search for settings of a stage by validation"),
     "evaluate": ("hellm.cli.evaluate", "compare runs and baselines in one table"),
     "recommend": ("hellm.cli.recommend", "recommend to users, to bare histories, or items like an item"),
+    "batch": ("hellm.cli.batch", "write the lists of all users into one parquet file"),
+    "export": ("hellm.cli.export", "write a run as ONNX, as a search index or as vectors in parquet"),
+    "append": ("hellm.cli.append", "add newer events and items to a data set; what is there keeps its rows"),
+    "refit": ("hellm.cli.refit", "train a run on with newer data, and compare it with the one that serves"),
+    "drift": ("hellm.cli.drift", "recent events beside what a run was trained on, and what it shows"),
+    "ab": ("hellm.cli.ab", "compare the arms of an experiment by what users did"),
     "info": ("hellm.cli.info", "what is installed and usable here; --selftest checks the operators"),
     "demo": ("hellm.cli.demo", "the whole way on a made-up shop, in some minutes"),
 }
 # Verbs that go on with what is there.
-_RESUMED = ("run", "pretrain", "sasrec", "transitions", "finetune", "search")
+_RESUMED = ("run", "pretrain", "sasrec", "transitions", "finetune", "search", "batch", "refit")
 _HELP = """usage: hellm VERB [options]      hellm VERB --help for the options of a verb
 
 {verbs}

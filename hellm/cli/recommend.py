@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from hellm.cli._output import one_line, print_json, table, title
 from hellm.cli._parser import new_parser, parse
@@ -188,11 +187,9 @@ def _candidates(args) -> list[str] | None:
         return args.candidates
     if args.candidates is not None:
         raise ValueError("give either --candidates or --candidates-file, got both")
-    try:
-        lines = Path(args.candidates_file).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{args.candidates_file}: must be text in UTF-8 ({error})") from None
-    return [line.strip() for line in lines if line.strip()]
+    from hellm.recommend.user_files import read_lines
+
+    return read_lines(args.candidates_file)
 
 
 def _reasons(recommender, lists, history) -> list:

@@ -52,6 +52,8 @@ def load_dataset(
             separator: of the fields of a table: one character, or tab, comma, semicolon, pipe or space.
             encoding: of text, as Python calls it, e.g. "latin-1"; by default UTF-8, or what a byte order mark says.
             event_types: events of these types only (shop).
+            items: the table of items, where it does not stand beside the events (shop); pictures are looked for beside
+                it.
             min_rating: leaves out events rated lower.
 
     Returns: The data set; `notes` says what had to be assumed.

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hellm.features.dataset import add_features, choose_encoders
+    from hellm.features.dataset import add_features, choose_encoders, encode_like
     from hellm.features.image import encode_images
     from hellm.features.text import encode_text
 
@@ -14,10 +14,11 @@ _EXPORTS = {
     "add_features": "hellm.features.dataset",
     "choose_encoders": "hellm.features.dataset",
     "encode_images": "hellm.features.image",
+    "encode_like": "hellm.features.dataset",
     "encode_text": "hellm.features.text",
 }
 
-__all__ = ["add_features", "choose_encoders", "encode_images", "encode_text"]
+__all__ = ["add_features", "choose_encoders", "encode_images", "encode_like", "encode_text"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hellm.data import DataError, Dataset
+from hellm.data import DataError, Dataset, ItemFeatures
 from hellm.data.simple_features import TEXT_FIELDS, item_texts
 
-__all__ = ["add_features", "choose_encoders"]
+__all__ = ["add_features", "choose_encoders", "encode_like"]
 
 logger = logging.getLogger(__name__)
 
 _DEFAULTS = {"text": "minilm", "image": "efficientnet"}
+# How notes name the encoder of features.
+_MADE = " features are by encoder "
 _WANTED = {"text": "titles, brands, categories or descriptions", "image": "picture files"}
 
 
@@ -88,7 +90,7 @@ def add_features(
     content, names = _content(dataset, text_fields), {"text": text_name, "image": "image"}
     features, unreadable = dict(dataset.item_features), []
     # An encoder names its earlier work anew.
-    made = {modality: f"{names[modality]} features are by encoder " for modality in chosen}
+    made = {modality: f"{names[modality]}{_MADE}" for modality in chosen}
     notes = [note for note in dataset.notes if not note.startswith(tuple(made.values()))]
     for modality, encoder in chosen.items():
         options = {"encoder": encoder, "batch_size": batch_size, "device": device, "cache": cache}
@@ -105,6 +107,31 @@ def add_features(
         notes.append(f"{len(unreadable)} pictures cannot be read and count as missing: {'; '.join(unreadable)}")
         logger.warning(notes[-1])
     return dataclasses.replace(dataset, item_features=features, notes=notes)
+
+
+def encode_like(dataset: Dataset, new: Dataset, *, cache: str | Path | None = None) -> dict[str, ItemFeatures]:
+    """Features of other items by the encoders of a data set, as far as its notes name them.
+
+    What is made of hidden states of a language model or of chosen text fields is left out: notes do not say of which.
+
+    Args:
+        dataset: Whose encoders are used.
+        new: The items that are to be encoded, without events.
+        cache: As in `encode_text`.
+    Returns: Modality -> features [items of `new`].
+    """
+    from hellm.features.cache import default_cache
+
+    found = {}
+    for note in dataset.notes:
+        name, made, encoder = note.partition(_MADE)
+        encoder = encoder.strip("'\"")
+        if not made or encoder == "llm" or name not in ("text", "image") or name not in _content(new, TEXT_FIELDS):
+            continue
+        chosen = {"text": None, "image": None} | {name: encoder}
+        encoded = add_features(new, **chosen, cache=default_cache() if cache is None else cache)
+        found[name] = encoded.item_features[name]
+    return found
 
 
 def _content(dataset: Dataset, text_fields: Sequence[str]) -> dict[str, list[str]]:

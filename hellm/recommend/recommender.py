@@ -26,6 +26,7 @@ from hellm.data import DataError, Histories, IdMap, ItemFeatures
 from hellm.evaluate import HistoryScorer, history_scores, top_items
 from hellm.models.graph.content import ItemContent
 from hellm.recommend import explain
+from hellm.recommend.card import training_facts, write_card
 from hellm.recommend.catalogue import history_lists, id_list, rows_of
 from hellm.recommend.results import Reason, Recommendations, RecommendedItem
 from hellm.recommend.served import NewItems, ServedFused, ServedModel, load_served
@@ -84,6 +85,9 @@ class Recommender:
         histories: As in histories.parquet: user, item, split, grouped by user and in time order.
         content: What the items look and read like, for reasons and for new items; None where the run has no features.
 
+    Attributes:
+        training: What is recorded of the training, for the model card (`hellm.recommend.card.training_facts`).
+
     Raises: ValueError, tables that do not fit the ids.
     """
 
@@ -106,6 +110,7 @@ class Recommender:
         popularity = torch.from_numpy(np.bincount(trained, minlength=len(item_ids))).float()
         self._current = _Items(model, content, ids, item_ids, titles, keys, popularity)
         self._adding = threading.Lock()
+        self.training: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_adding"}
@@ -139,6 +144,21 @@ class Recommender:
     def popularity(self) -> Tensor:
         """[I] float32 training events."""
         return self._current.popularity
+
+    @property
+    def histories(self) -> Histories:
+        """Item rows of all events of every user."""
+        return self._histories
+
+    @property
+    def events(self) -> pl.DataFrame:
+        """Of every event user and item (rows) and split: 0 train, 1 validation, 2 test, 3 history only."""
+        return self._events
+
+    @property
+    def is_trained(self) -> np.ndarray:
+        """[U] bool: users with training events."""
+        return self._is_trained
 
     @property
     def num_users(self) -> int:
@@ -177,12 +197,14 @@ class Recommender:
             raise DataError(f"{path}: damaged or not of a run: {error}") from None
         content = ItemContent.load(path / CONTENT) if (path / CONTENT).is_file() else None
         try:
-            return cls(model, ids, histories, content)
+            recommender = cls(model, ids, histories, content)
         except ValueError as error:
             raise DataError(f"{path}: {error}") from None
+        recommender.training = training_facts(path)
+        return recommender
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write what `load` needs, and nothing else of the run, into a new folder.
+        """Write what `load` needs, and nothing else of the run, into a new folder, with a model card.
 
         With `overwrite`, `path` holds the old or the new recommender at every moment, also when this is killed.
 
@@ -196,6 +218,7 @@ class Recommender:
             self._events.write_parquet(new / HISTORIES)
             if items.content is not None:
                 items.content.save(new / CONTENT)
+            write_card(new, self)
         return path
 
     def scorer(self, split: str, device: str = "cpu") -> Any:

@@ -39,6 +39,7 @@ from hellm.training.stage import (
     write_curves,
     write_tables,
 )
+from hellm.training.warm_start import started_from, warm_start
 
 __all__ = [
     "build_captured_step",
@@ -58,6 +59,7 @@ def pretrain(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    start: str | os.PathLike[str] | None = None,
     on_plan: OnPlan | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> dict[str, Any]:
@@ -69,6 +71,7 @@ def pretrain(
         out: run directory, see `hellm.artifact.run_directory`.
         resume: go on from the last checkpoint in `out`, or start if there is none. A finished run is returned as it is.
         overwrite: replace a run in `out`.
+        start: run of earlier data that these continue, whose weights training begins with.
         on_plan: called before the first epoch with what it will cost at most, from one timed step: "steps_per_epoch",
             "max_steps", "seconds_of_step", "expected_seconds_per_epoch" and "expected_seconds".
         on_epoch: called with each record of metrics.jsonl, as by `hellm.training.loop.fit`.
@@ -80,17 +83,18 @@ def pretrain(
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
     with open_run(config, data, out, resolve_config, resume=resume, overwrite=overwrite) as opened:
-        return _train(opened, on_plan, on_epoch) if opened.finished is None else opened.finished
+        return _train(opened, start, on_plan, on_epoch) if opened.finished is None else opened.finished
 
 
-def _train(opened: OpenedRun, on_plan: OnPlan | None, on_epoch: OnEpoch | None) -> dict[str, Any]:
+def _train(opened: OpenedRun, start, on_plan: OnPlan | None, on_epoch: OnEpoch | None) -> dict[str, Any]:
     config, dataset, run = opened.config, opened.dataset, opened.run
     with readable_memory_errors("pre-training", "lower contrastive_rows, model.embedding_dim or eval_batch_size"):
         model = build_encoder(config, dataset, config.device)
+        fresh = [] if start is None else warm_start(model, start)
         progress = _fit(model, config, dataset, run, on_plan, on_epoch)
         read_model(run.best, model)
         result = _result(model, config, dataset, run, progress)
-    result |= {"notes": opened.notes}
+    result |= {"notes": opened.notes} | started_from(start, fresh)
     _write_outputs(model, config, dataset, run, progress)
     run.write_result(result)
     return result

@@ -35,6 +35,7 @@ from hellm.training.stage import (
     write_tables,
 )
 from hellm.training.trained_items import TrainedItems, next_item_loss
+from hellm.training.warm_start import started_from, warm_start
 
 __all__ = [
     "build_sasrec",
@@ -52,6 +53,7 @@ def train_sasrec(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    start: str | os.PathLike[str] | None = None,
     on_plan: OnPlan | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> dict[str, Any]:
@@ -66,6 +68,8 @@ def train_sasrec(
         out: run directory, see `hellm.artifact.run_directory`.
         resume: go on from the last checkpoint in `out`, or start if there is none. A finished run is returned as it is.
         overwrite: replace a run in `out`.
+        start: run of earlier data that these continue, whose weights training begins with; its content stays whitened
+            as it was.
         on_plan: called before the first epoch with what it will cost at most, from one timed step: "steps_per_epoch",
             "max_steps", "seconds_of_step", "expected_seconds_per_epoch" and "expected_seconds".
         on_epoch: called with each record of metrics.jsonl, as by `hellm.training.loop.fit`.
@@ -81,13 +85,14 @@ def train_sasrec(
     with open_run(
         config, data, out, resolve_sasrec_config, prepare=prepare, resume=resume, overwrite=overwrite
     ) as opened:
-        return _train(opened, on_plan, on_epoch) if opened.finished is None else opened.finished
+        return _train(opened, start, on_plan, on_epoch) if opened.finished is None else opened.finished
 
 
-def _train(opened: OpenedRun, on_plan: OnPlan | None, on_epoch: OnEpoch | None) -> dict[str, Any]:
+def _train(opened: OpenedRun, start, on_plan: OnPlan | None, on_epoch: OnEpoch | None) -> dict[str, Any]:
     config, dataset, sampler, run = opened.config, opened.dataset, opened.inputs, opened.run
     with readable_memory_errors("training SASRec", "lower batch_size, max_length, embedding_dim or eval_batch_size"):
-        model = build_sasrec(config, dataset).to(config.device)
+        model = build_sasrec(config, dataset, None if start is None else SASRec.load(start)).to(config.device)
+        fresh = [] if start is None else warm_start(model, start)
         progress = _fit(model, config, dataset, sampler, run, on_plan, on_epoch)
         read_model(run.best, model)
         model.eval()
@@ -96,7 +101,7 @@ def _train(opened: OpenedRun, on_plan: OnPlan | None, on_epoch: OnEpoch | None) 
     masked = None
     if result["test"] is not None and config.protocol != "standard":
         masked = _evaluate(model, replace(config, protocol="standard"), dataset, "test").to_dict(level=0.95)
-    result |= {"test_masked": masked, "notes": opened.notes}
+    result |= {"test_masked": masked, "notes": opened.notes} | started_from(start, fresh)
     model.save(run.path)
     write_tables(run, dataset, device=str(model.device))
     write_curves(run, metrics=config.monitor, best_epoch=progress.best_epoch, title=f"{dataset.name}: SASRec")
@@ -121,13 +126,19 @@ def resolve_sasrec_config(config: SASRecConfig, dataset: Dataset) -> tuple[SASRe
     return config, notes
 
 
-def build_sasrec(config: SASRecConfig, dataset: Dataset) -> SASRec:
-    """The untrained model of `config` for the items of `dataset`, on the CPU."""
-    there = dataset.item_content
-    content = {
-        modality: WhitenedContent.of(torch.from_numpy(there[modality].values), config.content_components)
-        for modality in _modalities(config, dataset)
-    }
+def build_sasrec(config: SASRecConfig, dataset: Dataset, start: SASRec | None = None) -> SASRec:
+    """The untrained model of `config` for the items of `dataset`, on the CPU.
+
+    Content is whitened as in `start`, where that has features of the same width: weights go with the axes.
+    """
+    there, content = dataset.item_content, {}
+    for modality in _modalities(config, dataset):
+        features = torch.from_numpy(there[modality].values)
+        before = start.items.content(modality) if start is not None and modality in start.items.modalities else None
+        if before is not None and len(before.mean) == features.shape[1]:
+            content[modality] = before.of_others(features)
+        else:
+            content[modality] = WhitenedContent.of(features, config.content_components)
     return SASRec(
         dataset.num_items,
         content=content,

@@ -233,7 +233,7 @@ def test_form_asked_for_is_not_there(tmp_path):
         ({"form": "csv"}, "form must be one of hellm, .* got 'csv'"),
         (
             {"speed": 3},
-            "form 'shop' takes missing_items, event_types, columns, separator, encoding, min_rating, got speed",
+            "form 'shop' takes missing_items, event_types, columns, separator, encoding, min_rating, items, got speed",
         ),
         ({"missing_items": "skip"}, "missing_items must be one of error, keep, drop, got 'skip'"),
         ({"event_types": ["x"]}, "event_types needs a column for the type"),

@@ -61,6 +61,7 @@ def _read(
     separator: str | None = None,
     encoding: str | None = None,
     min_rating: float | None = None,
+    items: str | Path | None = None,
 ) -> Source:
     chosen = events.columns_argument(columns, ROLES)
     table = tables.Table(path, separator=separator, encoding=encoding)
@@ -69,6 +70,10 @@ def _read(
     _explode_lists(table, roles["item"], notes)
     candidates = [path.with_name(f"items{suffix}") for suffix in SUFFIXES]
     item_path = next((one for one in candidates if one.exists() and one != path), candidates[0])
+    if items is not None:
+        item_path = Path(items)
+        if not item_path.is_file():
+            raise DataError(f"{item_path}: no such file; items must be the table of items that goes with {path.name}")
     listed: list[str] = []
     fields: dict[str, list[str]] = {}
     if item_path.exists() and item_path != path:
@@ -104,7 +109,7 @@ def _read(
             item_ids = IdMap(listed)
     pad = [""] * (len(item_ids) - len(listed))
     fields = {name: texts + pad for name, texts in fields.items()}
-    images = find_pictures(path.parent, item_ids.ids, fields.pop("image", None), notes)
+    images = find_pictures(item_path.parent, item_ids.ids, fields.pop("image", None), notes)
     if images is not None:
         fields["image"] = images
     return Source(

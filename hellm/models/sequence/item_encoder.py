@@ -60,6 +60,10 @@ class WhitenedContent(NamedTuple):
         mean, matrix = mean.float(), matrix.float()
         return cls(_whiten(features, mean, matrix), mean, matrix)
 
+    def of_others(self, features: Tensor) -> WhitenedContent:
+        """Of other items [n, C]; the map stays."""
+        return self._replace(table=_whiten(features.to(self.mean), self.mean, self.matrix))
+
     def extended(self, features: Tensor) -> WhitenedContent:
         """With new items [n, C] at the end; the map stays.
 

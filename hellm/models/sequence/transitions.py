@@ -65,6 +65,9 @@ class TransitionModel:
         content_weight: >= 0.
         decay: In (0, 1].
         exponent: Of the popularity of the item before, >= 0.
+
+    Attributes:
+        following: N, as pairs.
     """
 
     def __init__(
@@ -81,7 +84,8 @@ class TransitionModel:
         self.content_weight, self.decay, self.exponent = content_weight, decay, exponent
         followed = torch.zeros(num_items).index_add_(0, transitions.source, transitions.weight)
         scaled = transitions.weight * (followed + 1)[transitions.source] ** -exponent
-        self._next = transitions._replace(weight=scaled).hypergraph(num_items)
+        self.following = transitions._replace(weight=scaled)
+        self._next = self.following.hypergraph(num_items)
         self._alike = similar.hypergraph(num_items) if similar is not None and content_weight else None
 
     @classmethod
