@@ -226,7 +226,8 @@ class Pipeline:
             baseline = replace(stage_1, model=model)
             yield self._stage("lightgcn", "Train LightGCN to compare with.", "pretrain", pretrain, baseline)
         counted = replace(config.transitions, **common)
-        yield self._stage("transitions", "Count what follows what.", "transitions", fit_transitions, counted)
+        text = "Count what follows what."
+        yield self._stage("transitions", text, "transitions", fit_transitions, counted, told=False)
         sequence = replace(config.sasrec, **common)
         yield self._stage("sasrec", "Train the sequence model SASRec.", "sasrec", train_sasrec, sequence)
         if "content" in self.towers:
@@ -302,18 +303,22 @@ class Pipeline:
         verb: str,
         train: Callable,
         config: Any,
+        *,
+        told: bool = True,
         **runs: Path,
     ) -> Step:
+        """A step that trains; what it will cost is told before, unless that is seconds."""
         folder = self.path(name)
         inputs = "".join(f" --{key} {value}" for key, value in runs.items())
         command = f"hellm {verb} --data {self.path('data')}{inputs} --config {folder / CONFIG} --out {folder}"
-        return Step(name, text, command, lambda: self._train(name, train, config, **runs))
+        options = {"on_plan": self._teller(name)} if told else {}
+        return Step(name, text, command, lambda: self._train(name, train, config, **options, **runs))
 
     def _train(self, name: str, train: Callable, config: Any, **options: Any) -> dict[str, Any]:
         if self.start is not None and name in _WARM and (self.start / name / CHECKPOINT).is_dir():
             options["start"] = self.start / name
         try:
-            return train(config, self.dataset, self.path(name), resume=True, on_plan=self._teller(name), **options)
+            return train(config, self.dataset, self.path(name), resume=True, **options)
         except ValueError:
             # A setting that a stage refuses must not become what the next --resume starts from.
             if self._before is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from hellm.cli._output import count, print_json
 from hellm.cli._parser import PAIRS, new_parser, parse
 
-__all__ = ["add_reading_options", "describe", "print_report", "reading_options", "run", "summary"]
+__all__ = ["add_reading_options", "print_report", "reading_options", "run", "summary"]
 
 _ACTIONS = {
     "check": "what is in a data set, and what in it is likely to bite",
@@ -140,7 +140,7 @@ def _write(action: str, argv: Sequence[str]) -> int:
     dataset = load_dataset(args.source, **reading_options(args))
     save_dataset(dataset, args.out, form=form, overwrite=args.overwrite)
     if args.json:
-        print_json({"out": str(args.out), "form": form} | describe(dataset))
+        print_json({"out": str(args.out), "form": form} | dataset.summary())
         return 0
     print(f"{args.out} (form {form}): {summary(dataset)}")
     for note in dataset.notes:
@@ -169,20 +169,6 @@ def _sample(argv: Sequence[str]) -> int:
     )
     print(f"{args.out}: {count(args.num_users)} users, {count(args.num_items)} items in {args.num_groups} groups")
     return 0
-
-
-def describe(dataset) -> dict[str, Any]:
-    """Counts of a data set as plain values."""
-    return {
-        "name": dataset.name,
-        "form": dataset.form,
-        "split": dataset.split_name,
-        "num_users": dataset.num_users,
-        "num_items": dataset.num_items,
-        "num_events": dataset.split_counts(),
-        "features": {name: list(one.values.shape) for name, one in dataset.item_features.items()},
-        "fingerprint": dataset.fingerprint,
-    }
 
 
 def summary(dataset) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from hellm._folders import check_target, hold
 from hellm.cli._output import count, duration, print_json
 from hellm.cli._parser import new_parser, parse
-from hellm.cli.data import add_reading_options, describe, reading_options
+from hellm.cli.data import add_reading_options, reading_options
 
 __all__ = ["CACHE_HELP", "run"]
 
@@ -53,7 +53,7 @@ def _encode(args, out: Path, started: float) -> int:
         features = dataset.item_features[name]
         encoded[name] = {"encoder": encoder, "dim": features.values.shape[1], "missing": int((~features.mask).sum())}
     if args.json:
-        print_json({"out": str(out), "encoded": encoded, "seconds": seconds} | describe(dataset))
+        print_json({"out": str(out), "encoded": encoded, "seconds": seconds} | dataset.summary())
         return 0
     print(f"{out}: {count(dataset.num_items)} items in {duration(seconds)}")
     for name, one in encoded.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 from hellm.cli._output import count, duration
 from hellm.cli._training import run_training
-from hellm.cli.data import describe, summary
+from hellm.cli.data import summary
 from hellm.config import FinetuneConfig, config_to_dict
 
 __all__ = ["run"]
@@ -64,7 +64,7 @@ def _plan(config: FinetuneConfig, dataset, **runs) -> dict[str, Any]:
     with readable_memory_errors("a step of fine-tuning", MEMORY_ADVICE):
         model = build_recommender_llm(config, dataset, inputs).to(config.device)
         plan = plan_finetuning(config, model, build_history_sampler(config, dataset, model))
-    return {"dataset": describe(dataset), "config": config_to_dict(config), **plan, "notes": notes}
+    return {"dataset": dataset.summary(), "config": config_to_dict(config), **plan, "notes": notes}
 
 
 def _print_plan(plan: dict[str, Any], dataset) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hellm.cli._output import count
 from hellm.cli._training import print_result, run_training
-from hellm.cli.data import describe, summary
+from hellm.cli.data import summary
 from hellm.config import PretrainConfig, config_to_dict
 
 __all__ = ["print_result", "run"]
@@ -41,7 +41,7 @@ def _plan(config: PretrainConfig, dataset) -> dict[str, Any]:
     sampler = build_sampler(config, dataset)
     rows = (1 + model.user_hypergraph) * dataset.num_users + (1 + model.item_hypergraph) * dataset.num_items
     return {
-        "dataset": describe(dataset),
+        "dataset": dataset.summary(),
         "config": config_to_dict(config),
         "steps_per_epoch": sampler.num_steps,
         "max_steps": sampler.num_steps * config.max_epochs,

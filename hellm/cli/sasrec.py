@@ -7,7 +7,7 @@ from typing import Any
 
 from hellm.cli._output import count, duration
 from hellm.cli._training import run_training
-from hellm.cli.data import describe, summary
+from hellm.cli.data import summary
 from hellm.config import SASRecConfig, config_to_dict
 
 __all__ = ["run"]
@@ -47,7 +47,7 @@ def _plan(config: SASRecConfig, dataset) -> dict[str, Any]:
     batch = sampler.sample(0, 0)
     seconds = seconds_of_step(model, lambda: sasrec_losses(model, batch, config.loss)[config.loss])
     return {
-        "dataset": describe(dataset),
+        "dataset": dataset.summary(),
         "config": config_to_dict(config),
         "positions_per_epoch": sampler.num_positions,
         **plan_of_steps(seconds, sampler.num_steps, config.max_epochs),

@@ -7,7 +7,7 @@ from typing import Any
 
 from hellm.cli._output import count
 from hellm.cli._training import run_training
-from hellm.cli.data import describe, summary
+from hellm.cli.data import summary
 from hellm.config import TransitionsConfig, config_to_dict
 
 __all__ = ["run"]
@@ -38,7 +38,7 @@ def _plan(config: TransitionsConfig, dataset) -> dict[str, Any]:
 
     config, notes = resolve_transitions_config(config, dataset)
     return {
-        "dataset": describe(dataset),
+        "dataset": dataset.summary(),
         "config": config_to_dict(config),
         "num_events": int((dataset.split == 0).sum()),
         "num_validations": len(config.decay) + len(config.content_weight) - 1,

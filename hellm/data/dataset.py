@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -281,6 +281,19 @@ class Dataset:
         """Number of events in each split; "history" where there are any."""
         counts = np.bincount(self.split, minlength=len(_LABELS)).tolist()
         return {name: count for name, count in zip(_LABELS, counts, strict=True) if name != HISTORY or count}
+
+    def summary(self) -> dict[str, Any]:
+        """Name, counts and fingerprint as plain values, as result.json and `--json` have them."""
+        return {
+            "name": self.name,
+            "form": self.form,
+            "split": self.split_name,
+            "num_users": self.num_users,
+            "num_items": self.num_items,
+            "num_events": self.split_counts(),
+            "features": {name: list(one.values.shape) for name, one in self.item_features.items()},
+            "fingerprint": self.fingerprint,
+        }
 
     @property
     def has_cold_users(self) -> bool:

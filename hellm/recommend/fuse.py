@@ -15,9 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hellm.artifact.evaluation_log import TRAINING
 from hellm.artifact.run_directory import environment
-from hellm.artifact.test_users import write_test_users
 from hellm.config import FuseConfig
 from hellm.data import Dataset
 from hellm.evaluate import (
@@ -32,7 +30,7 @@ from hellm.recommend.compare import check_run_of
 from hellm.recommend.recommender import Recommender
 from hellm.recommend.served import ServedFused, ServedModel
 from hellm.training.fusion import Selection, TowerScores, select_towers
-from hellm.training.stage import OpenedRun, open_run, resolve_common, write_tables
+from hellm.training.stage import OpenedRun, open_run, resolve_common, tested, write_tables
 
 __all__ = ["fuse", "named_towers", "plan_fusion"]
 
@@ -156,18 +154,13 @@ def _fuse(
     selection = select_towers(scores, *config.monitor, level=config.level, seed=config.seed)
     fused = ServedFused({name: models[name] for name in selection.weights}, selection.weights)
     result, test = _result(models, fused, selection, towers, dataset, config)
-    seconds, where = time.perf_counter() - started, environment(config.device)
-    result |= {"notes": opened.notes, "seconds": seconds, "environment": where}
+    seconds = time.perf_counter() - started
+    result |= {"test": tested(run, test, dataset), "notes": opened.notes, "seconds": seconds}
+    result |= {"environment": environment(config.device)}
     if test is not None:
-        write_test_users(run.path, test)
-        for one, by in ((run.path, TRAINING), *((tower, "hellm.fuse") for tower in towers.values())):
-            log_test_evaluation(
-                one,
-                by=by,
-                protocols=[config.protocol],
-                metrics=list(result["test"]["metrics"]),
-                fingerprint=dataset.fingerprint,
-            )
+        used = {"protocols": [config.protocol], "metrics": list(test.metrics), "fingerprint": dataset.fingerprint}
+        for tower in towers.values():
+            log_test_evaluation(tower, by="hellm.fuse", **used)
     fused.save(run.path)
     write_tables(run, dataset, device=config.device)
     run.write_result(result)
@@ -226,7 +219,7 @@ def _result(
     dataset: Dataset,
     config: FuseConfig,
 ) -> tuple[dict[str, Any], RankingResult | None]:
-    """What result.json holds but for the time, and the test of the sum."""
+    """What result.json holds but for the test of the sum and the time, and that test."""
     parts = {}
     for name, model in models.items():
         valid, _ = _evaluate(model, dataset, config, "valid")
@@ -242,7 +235,6 @@ def _result(
             without[name] = _differences(test, other)
     result = {
         "stage": "fuse",
-        "test": None if test is None else {**test.metrics, **test.to_dict(level=0.95)},
         "valid": {"metrics": valid.metrics},
         "cross_fitted": {config.monitor[0]: selection.fused},
         "weights": selection.weights,
@@ -261,7 +253,7 @@ def _result(
         },
         "gains": [asdict(gain) for gain in selection.gains],
         "leave_one_out": without,
-        "dataset": {"name": dataset.name, "split": dataset.split_name, "fingerprint": dataset.fingerprint},
+        "dataset": dataset.summary(),
     }
     return result, test
 

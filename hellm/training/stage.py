@@ -33,7 +33,6 @@ __all__ = [
     "OnPlan",
     "OpenedRun",
     "common_result",
-    "dataset_summary",
     "open_run",
     "plan_of_steps",
     "readable_memory_errors",
@@ -282,7 +281,7 @@ def common_result(
         "seconds_per_epoch": float(np.median(seconds)) if seconds else None,
         "seconds": run.training_seconds(),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dataset": dataset_summary(dataset),
+        "dataset": dataset.summary(),
         "peak_memory_bytes": peak_memory_bytes(device),
         "environment": environment(device),
     }
@@ -297,19 +296,6 @@ def tested(run: RunDirectory, test: RankingResult | None, dataset: Dataset) -> d
     log_test_evaluation(run.path, by=TRAINING, **names, fingerprint=dataset.fingerprint)
     write_test_users(run.path, test)
     return {**values["metrics"], **values}
-
-
-def dataset_summary(dataset: Dataset) -> dict[str, Any]:
-    """What result.json says of the data set."""
-    return {
-        "name": dataset.name,
-        "form": dataset.form,
-        "split": dataset.split_name,
-        "num_users": dataset.num_users,
-        "num_items": dataset.num_items,
-        "num_events": dataset.split_counts(),
-        "fingerprint": dataset.fingerprint,
-    }
 
 
 def write_curves(run: RunDirectory, *, metrics: Sequence[str], best_epoch: int | None, title: str) -> None:

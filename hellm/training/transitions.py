@@ -17,7 +17,7 @@ from hellm.data import Dataset
 from hellm.evaluate import RankingResult, evaluate_histories
 from hellm.models import ItemContent
 from hellm.models.sequence import ItemPairs, TransitionModel
-from hellm.training.stage import OnPlan, OpenedRun, dataset_summary, open_run, resolve_common, tested, write_tables
+from hellm.training.stage import OpenedRun, open_run, resolve_common, tested, write_tables
 
 __all__ = ["content_pairs", "fit_transitions", "resolve_transitions_config"]
 
@@ -27,7 +27,6 @@ def fit_transitions(
     data: str | os.PathLike[str] | Dataset,
     out: str | os.PathLike[str],
     *,
-    on_plan: OnPlan | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -37,7 +36,6 @@ def fit_transitions(
         config: Settings; see `hellm.config`.
         data: A data set, or a path for `hellm.data.load_dataset`.
         out: Run directory.
-        on_plan: Not called: it takes seconds.
         resume: A finished run in `out` is returned as it is; an unfinished one is made again.
         overwrite: Replace a run in `out`.
     Returns: What result.json holds: "chosen" are the settings that validation took, "tried" each of them with its value
@@ -114,7 +112,7 @@ def _fit(opened: OpenedRun) -> dict[str, Any]:
         "num_transitions": len(model.transitions.weight),
         "seconds": seconds,
         "notes": opened.notes,
-        "dataset": dataset_summary(dataset),
+        "dataset": dataset.summary(),
         "peak_memory_bytes": peak_memory_bytes(config.device),
         "environment": environment(config.device),
     }

@@ -109,6 +109,7 @@ def test_result_says_what_was_run(finished, small_dataset):
         "num_users": 60,
         "num_items": 24,
         "num_events": {"train": 240, "valid": 60, "test": 60},
+        "features": {"image": [24, 3], "text": [24, 3]},
         "fingerprint": small_dataset.fingerprint,
     }
     assert result["test"]["protocol"] == "standard" and result["test"]["num_users"] == 60
