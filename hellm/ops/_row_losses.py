@@ -1,17 +1,66 @@
 """What losses with a value for each row have in common: reductions and derivatives.
 
 The gradients of a loss are an operator of their own. Its derivatives, and the loss's in forward mode row by row, are
-those of the definition, which stores the similarities or logits.
+those of the definition, which stores the similarities or logits. Both operators take their derivatives from here; what
+they are of is said by their argument tuples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hellm.ops._dtypes import accumulation_dtype
+from hellm.ops._operator import Derivatives
+
+
+class LossArguments(Protocol):
+    """The argument tuple of a loss, which returns the loss and the gradients of `INPUTS`, empty where not computed.
+
+    Attributes:
+        INPUTS: Names of the arguments that it can be differentiated in.
+        reduction: "mean", "sum" or "none".
+        num_rows: Row losses that are reduced.
+        precomputed: Whether its gradients come with the loss; see `gradients_with_loss`.
+    """
+
+    INPUTS: ClassVar[tuple[str, ...]]
+    reduction: str
+    num_rows: int
+    precomputed: bool
+
+    def without_gradients(self) -> LossArguments:
+        """For the loss alone."""
+        ...
+
+    def with_row_grad(self, row_grad: Tensor | None, wanted: Mapping[str, bool]) -> GradientArguments:
+        """For the gradients of sum(row_grad * row loss) in those of the inputs that are wanted."""
+        ...
+
+
+class GradientArguments(Protocol):
+    """The argument tuple of the gradients of a loss.
+
+    Attributes:
+        INPUTS: As those of the loss; some may be None.
+        row_grad: [R], the gradient in each row's loss.
+        wanted: Which gradients are computed; the others are empty.
+    """
+
+    INPUTS: ClassVar[tuple[str, ...]]
+    row_grad: Tensor
+    wanted: Mapping[str, bool]
+
+    def definition(self) -> Callable[..., Tensor]:
+        """The row losses as a function of the inputs that are not None."""
+        ...
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """What the operator returns: a gradient for each of `INPUTS`."""
+        ...
 
 
 def reduced(row_loss: Tensor, reduction: str) -> Tensor:
@@ -82,3 +131,95 @@ def change(gradients: Sequence[Tensor], tangents: Sequence[Tensor | None], dtype
 def dot(left: Tensor, right: Tensor) -> Tensor:
     dtype = accumulation_dtype(left)
     return (left.to(dtype) * right.to(dtype)).sum()
+
+
+class LossDerivatives(Derivatives):
+    """Those of a loss with `LossArguments`."""
+
+    @staticmethod
+    def without_precomputed(arguments):
+        return arguments.without_gradients()
+
+    @staticmethod
+    def setup_context(ctx, arguments, output):
+        _, *computed = output
+        ctx.mark_non_differentiable(*computed)
+        _save(ctx, arguments, *computed)
+
+    @staticmethod
+    def backward(ctx, needs, grad, *_):
+        if grad is None:
+            return {}
+        arguments, *computed = _saved(ctx, ctx.saved_tensors)
+        if ctx.precomputed and not torch.is_grad_enabled():
+            grads = [times(g, grad) for g in computed]
+        else:
+            row_grad = row_grad_of(grad, arguments.num_rows, arguments.reduction)
+            grads = arguments.with_row_grad(row_grad, _by_input(needs, arguments)).gradients()
+        return {name: g for name, g in zip(arguments.INPUTS, grads, strict=True) if getattr(needs, name)}
+
+    @staticmethod
+    def jvp(ctx, saved, tangents):
+        arguments, *_ = _saved(ctx, saved)
+        row_grad = row_grad_of_one(arguments.num_rows, arguments[0], arguments.reduction)
+        directions = _by_input(tangents, arguments)
+        of_rows = arguments.with_row_grad(row_grad, {name: one is not None for name, one in directions.items()})
+        if arguments.reduction == "none":
+            found = _second_order(of_rows, directions)["row_grad"]
+        else:
+            found = change(of_rows.gradients(), list(directions.values()), row_grad.dtype)
+        return found, *(None for _ in directions)
+
+
+class GradientDerivatives(Derivatives):
+    """Those of the gradients of a loss, with `GradientArguments`."""
+
+    @staticmethod
+    def setup_context(ctx, arguments, output):
+        wanted = arguments.wanted.values()
+        ctx.mark_non_differentiable(*(t for t, want in zip(output, wanted, strict=True) if not want))
+        _save(ctx, arguments)
+
+    @staticmethod
+    def backward(ctx, needs, *grads):
+        if all(grad is None for grad in grads):
+            return {}
+        arguments, *_ = _saved(ctx, ctx.saved_tensors)
+        directions = {name: g for (name, want), g in zip(arguments.wanted.items(), grads, strict=True) if want}
+        return _second_order(arguments, directions)
+
+    @staticmethod
+    def jvp(ctx, saved, tangents):
+        arguments, *_ = _saved(ctx, saved)
+        found = _second_order(arguments, _by_input(tangents, arguments))
+        if tangents.row_grad is not None:
+            linear = arguments._replace(row_grad=tangents.row_grad).gradients()
+            for name, more in zip(arguments.INPUTS, linear, strict=True):
+                of_input = found.get(name)
+                found[name] = of_input + more if of_input is not None and more.shape == of_input.shape else more
+        return tuple(found.get(name) if want else None for name, want in arguments.wanted.items())
+
+
+def _second_order(arguments: GradientArguments, directions: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return second_order(arguments.definition(), _by_input(arguments, arguments), arguments.row_grad, directions)
+
+
+def _by_input(values: NamedTuple, arguments: LossArguments | GradientArguments) -> dict[str, Any]:
+    """Those of `values`, a tuple of the same names, that belong to inputs."""
+    return {name: getattr(values, name) for name in arguments.INPUTS}
+
+
+def _save(ctx: Any, arguments: Any, *computed: Tensor) -> None:
+    """Keep the arguments of an operator, tensors as autograd asks for it."""
+    tensors = {name: value for name, value in arguments._asdict().items() if value is None or isinstance(value, Tensor)}
+    ctx.arguments, ctx.names = arguments._replace(**dict.fromkeys(tensors)), tuple(tensors)
+    ctx.precomputed = getattr(arguments, "precomputed", False)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors.values(), *computed)
+    ctx.save_for_forward(*tensors.values())
+
+
+def _saved(ctx: Any, saved: Sequence[Tensor | None]) -> list[Any]:
+    """The arguments with these tensors, and what was computed with them."""
+    count = len(ctx.names)
+    return [ctx.arguments._replace(**dict(zip(ctx.names, saved[:count], strict=True))), *saved[count:]]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numbers
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, NamedTuple
 
 import torch
@@ -17,16 +17,14 @@ from torch import Tensor
 from hellm._arrays import as_tensor, check_flag
 from hellm.ops._checks import check_device, check_in_range, check_reduction, check_same, checked_rows
 from hellm.ops._dtypes import accumulation_dtype, wide
-from hellm.ops._operator import Derivatives, Operator
+from hellm.ops._operator import Operator
 from hellm.ops._row_losses import (
-    change,
+    GradientDerivatives,
+    LossDerivatives,
     gradients_with_loss,
     reduced,
     reduced_fake,
-    row_grad_of,
     row_grad_of_one,
-    second_order,
-    times,
 )
 from hellm.ops._rows import unit_rows, unit_rows_and_lengths
 
@@ -151,11 +149,21 @@ class InfoNCEArguments(NamedTuple):
     precision: str
     compute_grad: bool
 
+    INPUTS = ("anchor", "positive", "temperature")
+
     @property
     def num_rows(self) -> int:
         return (self.anchor if self.rows is None else self.rows).shape[0]
 
-    def with_row_grad(self, row_grad: Tensor | None) -> InfoNCEGradientArguments:
+    @property
+    def precomputed(self) -> bool:
+        return self.compute_grad and gradients_with_loss(self.anchor, self.reduction)
+
+    def without_gradients(self) -> InfoNCEArguments:
+        return self._replace(compute_grad=False)
+
+    def with_row_grad(self, row_grad: Tensor | None, wanted: Mapping[str, bool]) -> InfoNCEGradientArguments:
+        """All gradients, whichever are wanted: they come from the same products."""
         tensors = (self.anchor, self.positive, self.temperature, self.rows, row_grad)
         return InfoNCEGradientArguments(*tensors, self.intra_view_negatives, self.precision)
 
@@ -171,17 +179,17 @@ class InfoNCEGradientArguments(NamedTuple):
     intra_view_negatives: bool
     precision: str
 
+    INPUTS = InfoNCEArguments.INPUTS
+
     @property
-    def inputs(self) -> dict[str, Tensor]:
-        """What the row losses can be differentiated in."""
-        return {name: getattr(self, name) for name in _INPUTS}
+    def wanted(self) -> dict[str, bool]:
+        return dict.fromkeys(self.INPUTS, True)
 
     def definition(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The row losses as a function of `inputs`."""
         return lambda *inputs: definition(*inputs, self.rows, self.intra_view_negatives)
 
-
-_INPUTS = ("anchor", "positive", "temperature")
+    def gradients(self) -> tuple[Tensor, ...]:
+        return torch.ops.hellm.info_nce_backward(*self)
 
 
 def definition(
@@ -259,61 +267,17 @@ def _run(method: Callable, arguments: InfoNCEArguments) -> tuple[Tensor, ...]:
         check_in_range("rows", arguments.rows, anchor.shape[0])
     if temperature.is_cpu and not float(temperature) > 0:
         raise ValueError(f"temperature must be > 0, got {float(temperature)}")
-    wanted = arguments.compute_grad and gradients_with_loss(anchor, reduction)
-    row_grad = row_grad_of_one(arguments.num_rows, anchor, reduction) if wanted else None
-    row_loss, *grads = method(arguments.with_row_grad(row_grad))
+    row_grad = row_grad_of_one(arguments.num_rows, anchor, reduction) if arguments.precomputed else None
+    row_loss, *grads = method(arguments.with_row_grad(row_grad, {}))
     return reduced(row_loss, reduction), *grads
 
 
 def _fake(arguments: InfoNCEArguments) -> tuple[Tensor, ...]:
     anchor, positive, temperature = arguments.anchor, arguments.positive, arguments.temperature
     loss = reduced_fake(arguments.num_rows, anchor, arguments.reduction)
-    if not arguments.compute_grad or not gradients_with_loss(anchor, arguments.reduction):
+    if not arguments.precomputed:
         return loss, anchor.new_empty(0), anchor.new_empty(0), temperature.new_empty(0)
     return loss, anchor.new_empty(anchor.shape), positive.new_empty(positive.shape), temperature.new_empty(())
-
-
-class _Derivatives(Derivatives):
-    @staticmethod
-    def without_precomputed(arguments):
-        return arguments._replace(compute_grad=False)
-
-    @staticmethod
-    def setup_context(ctx, arguments, output):
-        _, *computed = output
-        tensors = [getattr(arguments, name) for name in (*_INPUTS, "rows")]
-        ctx.arguments = arguments._replace(**dict.fromkeys((*_INPUTS, "rows")))
-        ctx.computed = arguments.compute_grad and gradients_with_loss(arguments.anchor, arguments.reduction)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*computed)
-        ctx.save_for_backward(*tensors, *computed)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx, needs, grad, *_):
-        if grad is None:
-            return {}
-        anchor, positive, temperature, rows, *computed = ctx.saved_tensors
-        if ctx.computed and not torch.is_grad_enabled():
-            grads = [times(g, grad) for g in computed]
-        else:
-            arguments = ctx.arguments._replace(anchor=anchor, positive=positive, temperature=temperature, rows=rows)
-            row_grad = row_grad_of(grad, arguments.num_rows, arguments.reduction)
-            grads = torch.ops.hellm.info_nce_backward(*arguments.with_row_grad(row_grad))
-        return {name: g for name, g in zip(_INPUTS, grads, strict=True) if getattr(needs, name)}
-
-    @staticmethod
-    def jvp(ctx, saved, tangents):
-        arguments = ctx.arguments._replace(**dict(zip((*_INPUTS, "rows"), saved, strict=True)))
-        row_grad = row_grad_of_one(arguments.num_rows, arguments.anchor, arguments.reduction)
-        of_rows = arguments.with_row_grad(row_grad)
-        directions = {name: getattr(tangents, name) for name in _INPUTS}
-        if arguments.reduction == "none":
-            found = second_order(of_rows.definition(), of_rows.inputs, row_grad, directions)["row_grad"]
-        else:
-            grads = torch.ops.hellm.info_nce_backward(*of_rows)
-            found = change(grads, list(directions.values()), row_grad.dtype)
-        return found, None, None, None
 
 
 _LOSS = Operator(
@@ -324,38 +288,9 @@ _LOSS = Operator(
     plain=by_blocks,
     run=_run,
     fake=_fake,
-    derivatives=_Derivatives,
+    derivatives=LossDerivatives,
     autocast=torch.float32,
 )
-
-
-class _BackwardDerivatives(Derivatives):
-    @staticmethod
-    def setup_context(ctx, arguments, output):
-        *tensors, intra_view_negatives, precision = arguments
-        ctx.settings = intra_view_negatives, precision
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx, needs, *grads):
-        if all(grad is None for grad in grads):
-            return {}
-        arguments = InfoNCEGradientArguments(*ctx.saved_tensors, *ctx.settings)
-        directions = dict(zip(_INPUTS, grads, strict=True))
-        return second_order(arguments.definition(), arguments.inputs, arguments.row_grad, directions)
-
-    @staticmethod
-    def jvp(ctx, saved, tangents):
-        arguments = InfoNCEGradientArguments(*saved, *ctx.settings)
-        directions = {name: getattr(tangents, name) for name in _INPUTS}
-        found = second_order(arguments.definition(), arguments.inputs, arguments.row_grad, directions)
-        found = tuple(found[name] for name in _INPUTS)
-        if tangents.row_grad is not None:
-            linear = torch.ops.hellm.info_nce_backward(*arguments._replace(row_grad=tangents.row_grad))
-            found = tuple(f + g for f, g in zip(found, linear, strict=True))
-        return found
 
 
 _BACKWARD = Operator(
@@ -367,7 +302,7 @@ _BACKWARD = Operator(
     run=lambda method, arguments: method(arguments)[1:],
     fake=lambda a: (a.anchor.new_empty(a.anchor.shape), a.positive.new_empty(a.positive.shape),
                     a.temperature.new_empty(())),
-    derivatives=_BackwardDerivatives,
+    derivatives=GradientDerivatives,
     autocast=torch.float32,
 )  # fmt: skip
 

@@ -5,7 +5,7 @@ N = rows, I = items, D = columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, NamedTuple
 
 import torch
@@ -15,16 +15,14 @@ from torch import Tensor
 from hellm._arrays import as_tensor
 from hellm.ops._checks import check_device, check_in_range, check_reduction, check_same, checked_rows
 from hellm.ops._dtypes import accumulation_dtype, autocast_enabled, wide
-from hellm.ops._operator import Derivatives, Operator
+from hellm.ops._operator import Operator
 from hellm.ops._row_losses import (
-    change,
+    GradientDerivatives,
+    LossDerivatives,
     gradients_with_loss,
     reduced,
     reduced_fake,
-    row_grad_of,
     row_grad_of_one,
-    second_order,
-    times,
 )
 
 
@@ -114,9 +112,26 @@ class CrossEntropyArguments(NamedTuple):
     hidden_grad: bool
     items_grad: bool
 
-    def with_row_grad(self, row_grad: Tensor | None) -> CrossEntropyGradientArguments:
+    INPUTS = ("hidden", "item_embedding", "bias")
+
+    @property
+    def num_rows(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def wanted(self) -> dict[str, bool]:
+        return {"hidden": self.hidden_grad, "item_embedding": self.items_grad, "bias": self.items_grad}
+
+    @property
+    def precomputed(self) -> bool:
+        return (self.hidden_grad or self.items_grad) and gradients_with_loss(self.hidden, self.reduction)
+
+    def without_gradients(self) -> CrossEntropyArguments:
+        return self._replace(hidden_grad=False, items_grad=False)
+
+    def with_row_grad(self, row_grad: Tensor | None, wanted: Mapping[str, bool]) -> CrossEntropyGradientArguments:
         tensors = (self.hidden, self.item_embedding, self.target, self.bias, row_grad)
-        return CrossEntropyGradientArguments(*tensors, self.hidden_grad, self.items_grad)
+        return CrossEntropyGradientArguments(*tensors, wanted["hidden"], wanted["item_embedding"] or wanted["bias"])
 
 
 class CrossEntropyGradientArguments(NamedTuple):
@@ -133,22 +148,18 @@ class CrossEntropyGradientArguments(NamedTuple):
     hidden_grad: bool
     items_grad: bool
 
-    @property
-    def inputs(self) -> dict[str, Tensor | None]:
-        """What the row losses can be differentiated in."""
-        return {name: getattr(self, name) for name in _INPUTS}
-
-    def definition(self) -> Callable[..., Tensor]:
-        """The row losses as a function of `inputs`, those that are not None."""
-        return lambda hidden, items, bias=None: definition(hidden, items, self.target, bias)
+    INPUTS = CrossEntropyArguments.INPUTS
 
     @property
     def wanted(self) -> dict[str, bool]:
         with_bias = self.items_grad and self.bias is not None
         return {"hidden": self.hidden_grad, "item_embedding": self.items_grad, "bias": with_bias}
 
+    def definition(self) -> Callable[..., Tensor]:
+        return lambda hidden, items, bias=None: definition(hidden, items, self.target, bias)
 
-_INPUTS = ("hidden", "item_embedding", "bias")
+    def gradients(self) -> tuple[Tensor, ...]:
+        return torch.ops.hellm.item_cross_entropy_backward(*self)
 
 
 def definition(hidden: Tensor, item_embedding: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -206,17 +217,16 @@ def _run(method: Callable, arguments: CrossEntropyArguments) -> tuple[Tensor, ..
     """Loss and, for a scalar reduction, the wanted gradients in the same sweep, but see `gradients_with_loss`."""
     hidden, reduction = arguments.hidden, arguments.reduction
     check_in_range("target", arguments.target, arguments.item_embedding.shape[0])
-    wanted = (arguments.hidden_grad or arguments.items_grad) and gradients_with_loss(hidden, reduction)
-    row_grad = row_grad_of_one(hidden.shape[0], hidden, reduction) if wanted else None
-    row_loss, *grads = method(arguments.with_row_grad(row_grad))
+    row_grad = row_grad_of_one(hidden.shape[0], hidden, reduction) if arguments.precomputed else None
+    row_loss, *grads = method(arguments.with_row_grad(row_grad, arguments.wanted))
     return reduced(row_loss, reduction), *grads
 
 
 def _fake(arguments: CrossEntropyArguments) -> tuple[Tensor, ...]:
     hidden, reduction = arguments.hidden, arguments.reduction
-    if not gradients_with_loss(hidden, reduction):
-        arguments = _Derivatives.without_precomputed(arguments)
-    return reduced_fake(hidden.shape[0], hidden, reduction), *_fake_gradients(arguments.with_row_grad(None))
+    arguments = arguments if arguments.precomputed else arguments.without_gradients()
+    gradients = _fake_gradients(arguments.with_row_grad(None, arguments.wanted))
+    return reduced_fake(hidden.shape[0], hidden, reduction), *gradients
 
 
 def _fake_gradients(arguments: CrossEntropyGradientArguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,53 +239,6 @@ def _fake_gradients(arguments: CrossEntropyGradientArguments) -> tuple[Tensor, T
     return hidden.new_empty(hidden.shape if arguments.hidden_grad else 0), grad_items, grad_bias
 
 
-class _Derivatives(Derivatives):
-    @staticmethod
-    def without_precomputed(arguments):
-        return arguments._replace(hidden_grad=False, items_grad=False)
-
-    @staticmethod
-    def setup_context(ctx, arguments, output):
-        _, *computed = output
-        tensors = (arguments.hidden, arguments.item_embedding, arguments.target, arguments.bias)
-        wanted, ctx.reduction = arguments.hidden_grad or arguments.items_grad, arguments.reduction
-        ctx.computed = wanted and gradients_with_loss(arguments.hidden, arguments.reduction)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*computed)
-        ctx.save_for_backward(*tensors, *computed)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx, needs, grad, *_):
-        if grad is None:
-            return {}
-        hidden, item_embedding, target, bias, *computed = ctx.saved_tensors
-        if ctx.computed and not torch.is_grad_enabled():
-            grads = [times(g, grad) for g in computed]
-        else:
-            row_grad = row_grad_of(grad, hidden.shape[0], ctx.reduction)
-            grads = torch.ops.hellm.item_cross_entropy_backward(
-                hidden, item_embedding, target, bias, row_grad, needs.hidden, needs.item_embedding or needs.bias
-            )
-        return {name: g for name, g in zip(_INPUTS, grads, strict=True) if getattr(needs, name)}
-
-    @staticmethod
-    def jvp(ctx, saved, tangents):
-        hidden, item_embedding, target, bias = saved
-        row_grad = row_grad_of_one(hidden.shape[0], hidden, ctx.reduction)
-        directions = {name: getattr(tangents, name) for name in _INPUTS}
-        items_grad = tangents.item_embedding is not None or tangents.bias is not None
-        arguments = CrossEntropyGradientArguments(
-            hidden, item_embedding, target, bias, row_grad, tangents.hidden is not None, items_grad
-        )
-        if ctx.reduction == "none":
-            found = second_order(arguments.definition(), arguments.inputs, row_grad, directions)["row_grad"]
-        else:
-            grads = torch.ops.hellm.item_cross_entropy_backward(*arguments)
-            found = change(grads, list(directions.values()), row_grad.dtype)
-        return found, None, None, None
-
-
 _LOSS = Operator(
     name="item_cross_entropy",
     arguments=CrossEntropyArguments,
@@ -284,40 +247,8 @@ _LOSS = Operator(
     plain=by_blocks,
     run=_run,
     fake=_fake,
-    derivatives=_Derivatives,
+    derivatives=LossDerivatives,
 )
-
-
-class _BackwardDerivatives(Derivatives):
-    @staticmethod
-    def setup_context(ctx, arguments, output):
-        *tensors, hidden_grad, items_grad = arguments
-        ctx.needs = hidden_grad, items_grad
-        ctx.set_materialize_grads(False)
-        wanted = arguments.wanted.values()
-        ctx.mark_non_differentiable(*(t for t, want in zip(output, wanted, strict=True) if not want))
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx, needs, *grads):
-        if all(grad is None for grad in grads):
-            return {}
-        arguments = CrossEntropyGradientArguments(*ctx.saved_tensors, *ctx.needs)
-        directions = {name: g for (name, want), g in zip(arguments.wanted.items(), grads, strict=True) if want}
-        return second_order(arguments.definition(), arguments.inputs, arguments.row_grad, directions)
-
-    @staticmethod
-    def jvp(ctx, saved, tangents):
-        arguments = CrossEntropyGradientArguments(*saved, *ctx.needs)
-        directions = {name: getattr(tangents, name) for name in _INPUTS}
-        found = second_order(arguments.definition(), arguments.inputs, arguments.row_grad, directions)
-        if tangents.row_grad is not None:
-            linear = torch.ops.hellm.item_cross_entropy_backward(*arguments._replace(row_grad=tangents.row_grad))
-            for name, more in zip(_INPUTS, linear, strict=True):
-                of_input = found.get(name)
-                found[name] = of_input + more if of_input is not None and more.shape == of_input.shape else more
-        return tuple(found.get(name) if want else None for name, want in arguments.wanted.items())
 
 
 _BACKWARD = Operator(
@@ -328,7 +259,7 @@ _BACKWARD = Operator(
     plain=by_blocks,
     run=lambda method, arguments: method(arguments)[1:],
     fake=_fake_gradients,
-    derivatives=_BackwardDerivatives,
+    derivatives=GradientDerivatives,
 )
 
 OPERATORS = (_LOSS, _BACKWARD)
