@@ -30,7 +30,7 @@ from hellm.models.llm.recommender import RecommenderLLM
 from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, HistorySampler
 from hellm.training.item_inputs import ItemInputs, load_item_inputs, resolve_item_inputs
-from hellm.training.loop import Progress, fit
+from hellm.training.loop import Progress
 from hellm.training.processes import Processes, launched_processes
 from hellm.training.stage import (
     MAY_CHANGE,
@@ -38,14 +38,15 @@ from hellm.training.stage import (
     OnPlan,
     OpenedRun,
     common_result,
+    fit_stage,
     open_run,
     readable_memory_errors,
     resolve_common,
     seconds_of_step,
-    tensorboard,
     write_curves,
     write_tables,
 )
+from hellm.training.step import EagerStep
 from hellm.training.trained_items import TrainedItems, next_item_loss
 
 __all__ = [
@@ -351,7 +352,7 @@ def _fit(
     trained = None if config.model.compat == "official" else TrainedItems.of(dataset, model.device)
     candidates = {} if trained is None else {"trained": trained}
 
-    def step_losses(epoch: int, step: int) -> Mapping[str, Tensor]:
+    def losses(epoch: int, step: int) -> Mapping[str, Tensor]:
         batch = sampler.sample(epoch, step)
         share = batch.share(processes.index, processes.count)
         if not len(share.targets):
@@ -364,26 +365,17 @@ def _fit(
     def validate(model: RecommenderLLM) -> Mapping[str, float]:
         return _evaluate(model, config, dataset, "valid").metrics
 
-    with tensorboard(config.tensorboard and processes.index == 0, run, on_epoch) as on_record:
-        return fit(
-            model,
-            build_optimizer(config, model),
-            step_losses,
-            sampler.num_steps,
-            run,
-            learning_rate=rate_schedule(config, sampler.num_steps),
-            max_epochs=config.max_epochs,
-            accumulate=config.accumulate,
-            max_grad_norm=config.max_grad_norm,
-            validate=validate if (dataset.split == 1).any() else None,
-            validate_every=config.validate_every,
-            validate_steps=config.validate_steps,
-            patience=config.patience,
-            monitor=config.monitor,
-            checkpoint_every=config.checkpoint_every,
-            on_epoch=on_record,
-            processes=processes,
-        )
+    step = EagerStep(
+        model,
+        build_optimizer(config, model),
+        losses,
+        sampler.num_steps,
+        learning_rate=rate_schedule(config, sampler.num_steps),
+        accumulate=config.accumulate,
+        max_grad_norm=config.max_grad_norm,
+        processes=processes,
+    )
+    return fit_stage(step, config, dataset, run, validate, on_epoch, validate_steps=config.validate_steps)
 
 
 def _evaluate(model, config: FinetuneConfig, dataset: Dataset, split: str):

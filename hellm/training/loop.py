@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hellm.artifact.run_directory import RunDirectory
-from hellm.training.captured_step import CapturedStep
+from hellm.config.loop import LoopConfig
 from hellm.training.checkpoint import load_training_state, model_weights, save_checkpoint, save_training_state
-from hellm.training.processes import Processes
+from hellm.training.step import Step
 
-__all__ = ["Interrupted", "Progress", "fit"]
+__all__ = ["Interrupted", "Progress", "Schedule", "fit"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,78 +75,77 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class _Schedule:
-    """When training pauses: at the end of every epoch, and for validation; see `fit`."""
+class Schedule:
+    """When training pauses, validates, saves and ends.
 
-    num_steps: int
+    It pauses at the end of every epoch, and for validation, always after a whole update.
+
+    Attributes:
+        max_epochs: it ends here at the latest.
+        validate_every: epochs between validations; the last epoch has one in any case.
+        validate_steps: steps between validations, in place of `validate_every`; None goes by epochs.
+        patience: it ends where more validations than this in a row bring no gain.
+        monitor: metrics; a validation that beats the best value so far of any of them is a gain.
+        checkpoint_every: epochs between checkpoints; every validation writes one as well.
+    """
+
     max_epochs: int
-    accumulate: int
-    validate_every: int
-    validate_steps: int | None
+    validate_every: int = 5
+    validate_steps: int | None = None
+    patience: int = 5
+    monitor: Sequence[str] = ("recall@20", "ndcg@20")
+    checkpoint_every: int = 5
 
-    def next_pause(self, epoch: int, step: int) -> int:
-        """Steps of the epoch that are done at the next pause after `step`; always a whole update."""
+    @classmethod
+    def of(cls, config: LoopConfig, *, validate_steps: int | None = None) -> Schedule:
+        return cls(
+            config.max_epochs,
+            config.validate_every,
+            validate_steps,
+            config.patience,
+            config.monitor,
+            config.checkpoint_every,
+        )
+
+    def next_pause(self, step: Step, epoch: int, done: int) -> int:
+        """Steps of the epoch that are done at the next pause, when `done` are; always a whole update."""
         if self.validate_steps is None:
-            return self.num_steps
-        before = epoch * self.num_steps
-        due = ((before + step) // self.validate_steps + 1) * self.validate_steps - before
-        return min(self.num_steps, -(-due // self.accumulate) * self.accumulate)
+            return step.num_steps
+        before = epoch * step.num_steps
+        due = ((before + done) // self.validate_steps + 1) * self.validate_steps - before
+        return min(step.num_steps, -(-due // step.accumulate) * step.accumulate)
 
-    def validates(self, epoch: int, start: int, stop: int) -> bool:
+    def validates(self, step: Step, epoch: int, start: int, stop: int) -> bool:
         """Whether the pause at `stop`, after steps from `start` on, is one for validation."""
-        if stop == self.num_steps and epoch + 1 == self.max_epochs:
+        if stop == step.num_steps and epoch + 1 == self.max_epochs:
             return True
         if self.validate_steps is None:
             return (epoch + 1) % self.validate_every == 0
-        before = epoch * self.num_steps
+        before = epoch * step.num_steps
         return (before + stop) // self.validate_steps > (before + start) // self.validate_steps
 
 
 def fit(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step_losses: Callable[[int, int], Mapping[str, Tensor]] | CapturedStep,
-    num_steps: int,
+    step: Step,
     run: RunDirectory,
+    schedule: Schedule,
     *,
-    learning_rate: Callable[[int, int], float],
-    max_epochs: int,
-    accumulate: int = 1,
-    max_grad_norm: float | None = None,
     validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
-    validate_every: int = 5,
-    validate_steps: int | None = None,
-    patience: int = 5,
-    monitor: Sequence[str] = ("recall@20", "ndcg@20"),
-    checkpoint_every: int = 5,
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
-    processes: Processes | None = None,
 ) -> Progress:
-    """Train until `max_epochs` or until more than `patience` validations in a row bring no gain.
+    """Train until the schedule ends it.
 
-    Validation runs after every `validate_every`-th epoch, or after every `validate_steps` steps (rounded up to a whole
-    update), and after the last. One that beats the best value so far of any monitored metric is a gain, and its weights
-    become `run.best`; without `validate` the final weights do. A checkpoint in `run.last` is gone on from: the same
-    numbers follow as without the break. SIGTERM, SIGINT and SIGHUP let the running update end, save, and raise
-    `Interrupted`.
+    The weights of the best validation become `run.best`; without `validate` the final weights do. From a checkpoint in
+    `run.last` training continues: the same numbers follow as without the break. SIGTERM, SIGINT and SIGHUP let the
+    running update end, save, and raise `Interrupted`; in several processes a signal to any of them stops all.
 
     Args:
-        model: trained in place; holds the final weights afterwards, not the best.
-        optimizer: over the model's parameters.
-        step_losses: (epoch, step) -> named weighted loss terms, whose sum is minimised. It must depend on nothing but
-            its arguments, the model and torch's generators. In several processes it gives the share of each term that
-            this process has; their sum over the processes is what one process would give. A `CapturedStep` does the
-            backward pass and the update as well; `accumulate`, `max_grad_norm` and `learning_rate` are then not used.
-        num_steps: steps per epoch.
+        step: what is repeated. Its model holds the final weights afterwards, not the best.
         run: where metrics and checkpoints go.
-        learning_rate: (epoch, step) -> step size.
-        accumulate: steps whose mean gradient makes one update; the last update of an epoch may have fewer.
-        max_grad_norm: gradients longer than this are scaled down to it; None leaves them.
+        schedule: when to pause, validate, save and end; without `validate` it pauses by epochs.
         validate: model -> metrics, on validation data only.
         on_epoch: called with each record of metrics.jsonl once it is written; what it raises ends the training, which
             can be resumed from the checkpoint before.
-        processes: those that train together; None is this one alone. The first does all but the steps. A signal to any
-            of them stops all.
     Returns: the final progress.
 
     Raises:
@@ -155,26 +153,13 @@ def fit(
             that is saved.
         Interrupted: see above.
     """
-    processes = processes or Processes()
-    schedule = _Schedule(
-        num_steps, max_epochs, accumulate, validate_every, None if validate is None else validate_steps
-    )
-    progress = _read_progress(model, optimizer, run, processes)
-
-    def update(epoch: int, step: int) -> None:
-        if isinstance(step_losses, CapturedStep):
-            return
-        processes.sum_gradients(model.parameters())
-        if max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch, step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    model, processes = step.model, step.processes
+    schedule = schedule if validate is not None else replace(schedule, validate_steps=None)
+    progress = _read_progress(step, run)
 
     def save() -> None:
-        state = dataclasses.asdict(progress)
-        processes.on_first(lambda: save_training_state(run.last, model, optimizer, state))
+        state = asdict(progress)
+        processes.on_first(lambda: save_training_state(run.last, model, step.optimizer, state))
 
     def write(record: Mapping[str, Any]) -> None:
         run.append_metrics(record)
@@ -182,23 +167,23 @@ def fit(
             on_epoch(record)
 
     with _caught_signals(repeated=processes.count > 1) as caught:
-        while progress.epoch < max_epochs and progress.checks_without_gain <= patience:
+        while progress.epoch < schedule.max_epochs and progress.checks_without_gain <= schedule.patience:
             epoch, start = progress.epoch, progress.step
-            stop = schedule.next_pause(epoch, start)
-            names = _train_epoch(model, step_losses, stop, schedule, update, progress, caught, processes)
+            stop = schedule.next_pause(step, epoch, start)
+            names = _train_epoch(step, stop, progress, caught)
             _check_weights(model, progress)
             if progress.step < stop:
                 save()
                 raise Interrupted(caught[0], f"stopped in epoch {epoch} after step {progress.step}; saved {run.last}")
-            ended = stop == num_steps
-            record = _epoch_record(progress, names) if ended else _pause_record(progress, num_steps)
-            due = schedule.validates(epoch, start, stop)
+            ended = stop == step.num_steps
+            record = _epoch_record(progress, names) if ended else _pause_record(progress, step.num_steps)
+            due = schedule.validates(step, epoch, start, stop)
             if validate is not None and due:
-                _validate(model, validate, monitor, progress, run, record, processes)
+                _validate(step, validate, schedule.monitor, progress, run, record)
             processes.on_first(lambda record=record: write(record))
             if ended:
                 progress.epoch, progress.step, progress.losses, progress.seconds = epoch + 1, 0, [], 0.0
-            if processes.agree(caught) or due or (epoch + 1) % checkpoint_every == 0:
+            if processes.agree(caught) or due or (epoch + 1) % schedule.checkpoint_every == 0:
                 save()
                 if processes.agree(caught):
                     where = f"after epoch {epoch}" if ended else f"in epoch {epoch} after step {stop}"
@@ -209,48 +194,36 @@ def fit(
     return progress
 
 
-def _read_progress(model, optimizer, run: RunDirectory, processes: Processes) -> Progress:
+def _read_progress(step: Step, run: RunDirectory) -> Progress:
     """Restore the last checkpoint, where there is one, and forget the records after it."""
     progress = Progress()
     if run.last.is_file():
-        progress = Progress(**load_training_state(run.last, model, optimizer))
-        if processes.index == 0:
+        progress = Progress(**load_training_state(run.last, step.model, step.optimizer))
+        if step.processes.index == 0:
             logger.info("resuming at epoch %d, step %d", progress.epoch, progress.step)
-    processes.on_first(lambda: run.truncate_metrics(progress.epoch, progress.step))
+    step.processes.on_first(lambda: run.truncate_metrics(progress.epoch, progress.step))
     return progress
 
 
-def _train_epoch(
-    model, step_losses, stop: int, schedule: _Schedule, update, progress: Progress, caught: list[int], processes
-) -> list[str]:
+def _train_epoch(step: Step, stop: int, progress: Progress, caught: list[int]) -> list[str]:
     """Run steps of the epoch up to `stop`, or to the first update after a signal; returns the names of the terms."""
     from tqdm import tqdm
 
-    model.train()
+    step.model.train()
     started, names, values = time.perf_counter(), [], []
-    num_steps, accumulate = schedule.num_steps, schedule.accumulate
-    shown = {"desc": f"epoch {progress.epoch}", "leave": False, "disable": True if processes.index else None}
-    for step in tqdm(range(progress.step, stop), initial=progress.step, total=num_steps, **shown):
-        processes.seed_step(progress.epoch, step)
-        terms = step_losses(progress.epoch, step)
-        if not isinstance(step_losses, CapturedStep):  # which has trained already
-            first = step - step % accumulate
-            loss = sum(terms.values()) / (min(first + accumulate, num_steps) - first)
-            # A step with fewer histories than there are processes leaves some without a share.
-            if processes.count == 1 or loss.requires_grad:
-                loss.backward()
+    shown = {"desc": f"epoch {progress.epoch}", "leave": False, "disable": True if step.processes.index else None}
+    for number in tqdm(range(progress.step, stop), initial=progress.step, total=step.num_steps, **shown):
+        terms = step.run(progress.epoch, number)
         names = list(terms)
-        values.append(torch.stack([term.detach() for term in terms.values()]))
-        if (step + 1) % accumulate == 0 or step + 1 == num_steps:
-            update(progress.epoch, step)
-            if processes.agree(caught):
-                break
+        values.append(torch.stack(list(terms.values())))
+        if step.updates(number) and step.processes.agree(caught):
+            break
     # Read once: reading every step would make a GPU wait.
-    losses = processes.sum(torch.stack(values)).tolist()
-    for step, row in enumerate(losses, start=progress.step):
+    losses = step.processes.sum(torch.stack(values)).tolist()
+    for number, row in enumerate(losses, start=progress.step):
         for name, value in zip(names, row, strict=True):
             if not math.isfinite(value):
-                raise FloatingPointError(f"{name} became {value} in epoch {progress.epoch}, step {step}; {_ADVICE}")
+                raise FloatingPointError(f"{name} became {value} in epoch {progress.epoch}, step {number}; {_ADVICE}")
     progress.losses += losses
     progress.step += len(losses)
     progress.seconds += time.perf_counter() - started
@@ -282,9 +255,14 @@ def _pause_record(progress: Progress, num_steps: int) -> dict[str, Any]:
 
 
 def _validate(
-    model, validate, monitor, progress: Progress, run: RunDirectory, record: dict[str, Any], processes: Processes
+    step: Step,
+    validate: Callable[[nn.Module], Mapping[str, float]],
+    monitor: Sequence[str],
+    progress: Progress,
+    run: RunDirectory,
+    record: dict[str, Any],
 ) -> None:
-    started = time.perf_counter()
+    started, model, processes = time.perf_counter(), step.model, step.processes
     model.eval()
     metrics = processes.on_first(lambda: validate(model))
     missing = [name for name in monitor if name not in metrics]

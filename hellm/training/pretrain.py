@@ -23,22 +23,23 @@ from hellm.losses import bpr_loss, l2_loss, synergistic_contrastive_loss
 from hellm.models import FoldIn, GraphEncoder
 from hellm.training.captured_step import CapturedStep
 from hellm.training.checkpoint import read_model
-from hellm.training.loop import Progress, fit
+from hellm.training.loop import Progress
 from hellm.training.samplers import DeviceTripleSampler, Triples, TripleSampler
 from hellm.training.stage import (
     OnEpoch,
     OnPlan,
     OpenedRun,
     common_result,
+    fit_stage,
     open_run,
     plan_of_steps,
     readable_memory_errors,
     resolve_common,
     seconds_of_step,
-    tensorboard,
     write_curves,
     write_tables,
 )
+from hellm.training.step import EagerStep
 from hellm.training.warm_start import started_from, warm_start
 
 __all__ = [
@@ -273,7 +274,8 @@ def build_captured_step(
         def losses(keys: Tensor) -> Mapping[str, Tensor]:
             return losses_of(*on_device.draw(keys))
 
-    return CapturedStep(optimizer, inputs, losses, learning_rate=_learning_rate(config), capture=bool(config.capture))
+    rate, capture = _learning_rate(config), bool(config.capture)
+    return CapturedStep(model, optimizer, inputs, losses, sampler.num_steps, learning_rate=rate, capture=capture)
 
 
 def _fit(
@@ -282,33 +284,22 @@ def _fit(
     sampler, optimizer = build_sampler(config, dataset), build_optimizer(config, model)
     choices = _contrastive_choices(config, model)
 
-    def step_losses(epoch: int, step: int) -> Mapping[str, Tensor]:
+    def losses(epoch: int, step: int) -> Mapping[str, Tensor]:
         rows = _contrastive_rows(config, choices, epoch, step)
         return _losses(model, config, sampler.sample(epoch, step), rows)
 
     if on_plan is not None:
-        seconds = seconds_of_step(model, lambda: sum(step_losses(0, 0).values()))
+        seconds = seconds_of_step(model, lambda: sum(losses(0, 0).values()))
         on_plan(plan_of_steps(seconds, sampler.num_steps, config.max_epochs))
 
     def validate(scorer: GraphEncoder) -> Mapping[str, float]:
         return _evaluate(scorer, config, dataset, "valid").metrics
 
-    with tensorboard(config.tensorboard, run, on_epoch) as on_record:
-        return fit(
-            model,
-            optimizer,
-            build_captured_step(model, config, sampler, optimizer) if model.device.type == "cuda" else step_losses,
-            sampler.num_steps,
-            run,
-            learning_rate=_learning_rate(config),
-            max_epochs=config.max_epochs,
-            validate=validate if (dataset.split == 1).any() else None,
-            validate_every=config.validate_every,
-            patience=config.patience,
-            monitor=config.monitor,
-            checkpoint_every=config.checkpoint_every,
-            on_epoch=on_record,
-        )
+    if model.device.type == "cuda":
+        step = build_captured_step(model, config, sampler, optimizer)
+    else:
+        step = EagerStep(model, optimizer, losses, sampler.num_steps, learning_rate=_learning_rate(config))
+    return fit_stage(step, config, dataset, run, validate, on_epoch)
 
 
 def _losses(model: GraphEncoder, config: PretrainConfig, triples: Triples, rows: Mapping[str, Tensor]):

@@ -19,21 +19,22 @@ from hellm.models.histories import pad_histories
 from hellm.models.sequence import WhitenedContent
 from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, SequenceSampler
-from hellm.training.loop import Progress, fit
+from hellm.training.loop import Progress
 from hellm.training.stage import (
     OnEpoch,
     OnPlan,
     OpenedRun,
     common_result,
+    fit_stage,
     open_run,
     plan_of_steps,
     readable_memory_errors,
     resolve_common,
     seconds_of_step,
-    tensorboard,
     write_curves,
     write_tables,
 )
+from hellm.training.step import EagerStep
 from hellm.training.trained_items import TrainedItems, next_item_loss
 from hellm.training.warm_start import started_from, warm_start
 
@@ -209,32 +210,20 @@ def sasrec_losses(
 def _fit(model, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler, run, on_plan, on_epoch) -> Progress:
     trained = TrainedItems.of(dataset, model.device)
 
-    def step_losses(epoch: int, step: int) -> Mapping[str, Tensor]:
+    def losses(epoch: int, step: int) -> Mapping[str, Tensor]:
         return sasrec_losses(model, sampler.sample(epoch, step), config.loss, trained)
 
     if on_plan is not None:
-        seconds = seconds_of_step(model, lambda: sum(step_losses(0, 0).values()))
+        seconds = seconds_of_step(model, lambda: sum(losses(0, 0).values()))
         on_plan(plan_of_steps(seconds, sampler.num_steps, config.max_epochs))
 
     def validate(model: SASRec) -> Mapping[str, float]:
         return _evaluate(model, config, dataset, "valid").metrics
 
-    with tensorboard(config.tensorboard, run, on_epoch) as on_record:
-        return fit(
-            model,
-            torch.optim.Adam(model.parameters(), lr=config.learning_rate),
-            step_losses,
-            sampler.num_steps,
-            run,
-            learning_rate=lambda epoch, step: config.learning_rate,
-            max_epochs=config.max_epochs,
-            validate=validate if (dataset.split == 1).any() else None,
-            validate_every=config.validate_every,
-            patience=config.patience,
-            monitor=config.monitor,
-            checkpoint_every=config.checkpoint_every,
-            on_epoch=on_record,
-        )
+    rate = config.learning_rate
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    step = EagerStep(model, optimizer, losses, sampler.num_steps, learning_rate=lambda epoch, step: rate)
+    return fit_stage(step, config, dataset, run, validate, on_epoch)
 
 
 def _evaluate(model: SASRec, config: SASRecConfig, dataset: Dataset, split: str) -> RankingResult | None:

@@ -21,24 +21,26 @@ from hellm.artifact.evaluation_log import TRAINING, log_test_evaluation
 from hellm.artifact.files import CONTENT
 from hellm.artifact.run_directory import RunDirectory, check_run, environment, peak_memory_bytes
 from hellm.artifact.test_users import write_test_users
+from hellm.config.loop import LoopConfig
 from hellm.data import Dataset, load_dataset
 from hellm.evaluate import RankingResult
 from hellm.models import ItemContent
-from hellm.training.loop import Progress
+from hellm.training.loop import Progress, Schedule, fit
 from hellm.training.plots import plot_curves
 from hellm.training.processes import Processes
+from hellm.training.step import Step
 
 __all__ = [
     "OnEpoch",
     "OnPlan",
     "OpenedRun",
     "common_result",
+    "fit_stage",
     "open_run",
     "plan_of_steps",
     "readable_memory_errors",
     "resolve_common",
     "seconds_of_step",
-    "tensorboard",
     "tested",
     "write_curves",
     "write_tables",
@@ -249,6 +251,23 @@ def tensorboard(enabled: bool, run: RunDirectory, on_epoch: OnEpoch | None = Non
     finally:
         with writing(name):
             writer.close()
+
+
+def fit_stage(
+    step: Step,
+    config: LoopConfig,
+    dataset: Dataset,
+    run: RunDirectory,
+    validate: Callable[[Any], Mapping[str, float]],
+    on_epoch: OnEpoch | None,
+    *,
+    validate_steps: int | None = None,
+) -> Progress:
+    """`hellm.training.loop.fit` as a stage's settings have it: validated where there are validation events."""
+    schedule = Schedule.of(config, validate_steps=validate_steps)
+    has_validation = (dataset.split == 1).any()
+    with tensorboard(config.tensorboard and step.processes.index == 0, run, on_epoch) as on_record:
+        return fit(step, run, schedule, validate=validate if has_validation else None, on_epoch=on_record)
 
 
 def common_result(

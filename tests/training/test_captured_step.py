@@ -17,7 +17,7 @@ from hellm.config import ModelConfig, PretrainConfig
 from hellm.training import captured_step as module
 from hellm.training.captured_step import CapturedStep
 from hellm.training.checkpoint import load_training_state, save_training_state
-from hellm.training.loop import Interrupted, fit
+from hellm.training.loop import Interrupted, Schedule, fit
 from hellm.training.pretrain import (
     _losses,
     build_captured_step,
@@ -28,6 +28,7 @@ from hellm.training.pretrain import (
     resolve_config,
 )
 from hellm.training.samplers import DeviceTripleSampler
+from hellm.training.step import EagerStep
 
 CONFIG = PretrainConfig(
     model=ModelConfig(embedding_dim=8, knn_k=4, backbone="ngcf"),
@@ -52,7 +53,7 @@ def emulated_graph(monkeypatch):
 
     def record(body, stream):
         step = body.func.__self__
-        parameters, state = step._parameters, step._optimizer.state
+        parameters, state = step._parameters, step.optimizer.state
         before = [p.detach().clone() for p in parameters]
         kept = [{name: value.clone() for name, value in state[p].items()} for p in parameters]
         generator = torch.get_rng_state()
@@ -92,8 +93,9 @@ def train(folder, config, dataset, kind, *, stop_at=None):
         def losses(epoch, number):
             return step._losses(*step._inputs(epoch, number))
 
+        repeated = EagerStep(model, optimizer, losses, sampler.num_steps, learning_rate=step._learning_rate)
     else:
-        losses = step
+        repeated = step
     inputs = step._inputs
 
     def counted(epoch, number):
@@ -109,18 +111,7 @@ def train(folder, config, dataset, kind, *, stop_at=None):
         seen.append(scorer.embeddings().item.clone())
         return {"recall@5": float(seen[-1].abs().sum())}
 
-    fit(
-        model,
-        optimizer,
-        losses,
-        sampler.num_steps,
-        run,
-        learning_rate=step._learning_rate,
-        max_epochs=config.max_epochs,
-        validate=validate,
-        validate_every=1,
-        monitor=config.monitor,
-    )
+    fit(repeated, run, Schedule.of(config), validate=validate)
     records = [{k: v for k, v in r.items() if "seconds" not in k} for r in run.read_metrics()]
     return records, [p.detach().clone() for p in model.parameters()], seen
 
@@ -177,15 +168,17 @@ def test_step_of_another_shape_runs_without_the_graph(emulated_graph):
         return {"loss": model(x).sum()}
 
     step = CapturedStep(
+        model,
         optimizer,
         lambda epoch, number: [torch.ones(2 if number % 3 == 2 else 4, 1)],
         losses,
+        9,
         learning_rate=lambda epoch, number: 1.0,
         capture=True,
     )
     start = model.weight.item()
     for number in range(9):
-        step(0, number)
+        step.run(0, number)
     # Six steps of four rows (the fourth of them is recorded as well) and three of two.
     assert sizes.count(2) == 3 and sizes.count(4) == 7 and len(emulated_graph) == 1
     assert model.weight.item() == pytest.approx(start - 6 * 4 - 3 * 2)
@@ -209,15 +202,17 @@ def test_warm_up_and_capture_share_a_stream(monkeypatch):
     monkeypatch.setattr(module, "_record", lambda body, stream: (lambda: streams.append(stream), body()))
     model = nn.Linear(1, 1)
     step = CapturedStep(
+        model,
         torch.optim.SGD(model.parameters(), lr=1.0),
         lambda epoch, number: [torch.ones(2, 1)],
         lambda x: {"loss": model(x).sum()},
+        5,
         learning_rate=lambda epoch, number: 1.0,
         capture=True,
     )
     step._stream = object()
     for number in range(5):
-        step(0, number)
+        step.run(0, number)
     assert streams == [step._stream] * 5
 
 
@@ -232,12 +227,17 @@ def test_loop_adds_nothing_to_a_captured_step(tmp_path):
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     step = CapturedStep(
-        optimizer, lambda *_: [torch.ones(2, 1)], lambda x: {"loss": model(x).sum()}, learning_rate=lambda *_: 1.0,
+        model,
+        optimizer,
+        lambda *_: [torch.ones(2, 1)],
+        lambda x: {"loss": model(x).sum()},
+        2,
+        learning_rate=lambda *_: 1.0,
         capture=False,
-    )  # fmt: skip
-    run = step._run
-    step._run = lambda inputs: {name: term.as_subclass(Untouchable) for name, term in run(inputs).items()}
-    fit(model, optimizer, step, 2, RunDirectory(tmp_path, resume=True), learning_rate=lambda *_: 1.0, max_epochs=1)
+    )
+    train = step._train
+    step._train = lambda inputs: {name: term.as_subclass(Untouchable) for name, term in train(inputs).items()}
+    fit(step, RunDirectory(tmp_path, resume=True), Schedule(max_epochs=1))
     assert added == []
 
 
@@ -321,10 +321,10 @@ def test_replays_do_not_wait_for_the_device(small_dataset):
     model = build_encoder(config, small_dataset, "cuda").train()
     step = build_captured_step(model, config, build_sampler(config, small_dataset), build_optimizer(config, model))
     for number in range(5):
-        step(0, number)
+        step.run(0, number)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number in range(5, 12):
-            step(0, number)
+            step.run(0, number)
     finally:
         torch.cuda.set_sync_debug_mode("default")

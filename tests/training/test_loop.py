@@ -11,7 +11,8 @@ from torch import nn
 
 from hellm.artifact.run_directory import RunDirectory
 from hellm.training.checkpoint import load_checkpoint, read_model
-from hellm.training.loop import Interrupted, Progress, fit
+from hellm.training.loop import Interrupted, Progress, Schedule, fit
+from hellm.training.step import EagerStep
 
 NUM_STEPS = 3
 
@@ -25,8 +26,8 @@ class Task:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1.0)
         self.run = RunDirectory(folder, resume=True)
         self.script, self.act, self.steps, self.checked = list(script), act, [], []
-        defaults = {"max_epochs": 4, "learning_rate": lambda epoch, step: 0.1 * 0.5**epoch, "validate_every": 2}
-        self.settings = defaults | {"validate": self.validate if self.script else None} | settings
+        self.accumulate, self.on_epoch = settings.pop("accumulate", 1), settings.pop("on_epoch", None)
+        self.schedule = Schedule(**{"max_epochs": 4, "validate_every": 2} | settings)
 
     def losses(self, epoch, step):
         self.steps.append((epoch, step))
@@ -41,7 +42,16 @@ class Task:
         return self.script[len(self.checked) - 1]
 
     def fit(self):
-        return fit(self.model, self.optimizer, self.losses, NUM_STEPS, self.run, **self.settings)
+        step = EagerStep(
+            self.model,
+            self.optimizer,
+            self.losses,
+            NUM_STEPS,
+            learning_rate=lambda epoch, step: 0.1 * 0.5**epoch,
+            accumulate=self.accumulate,
+        )
+        validate = self.validate if self.script else None
+        return fit(step, self.run, self.schedule, validate=validate, on_epoch=self.on_epoch)
 
     def records(self):
         return [{k: v for k, v in r.items() if "seconds" not in k} for r in self.run.read_metrics()]
@@ -65,14 +75,14 @@ def fit_line(folder, slopes, **settings):
     """Minimise the sum of slope_s * w over the steps by plain gradient descent from w = 1; returns w."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.ones_(model.weight)
-    fit(
+    step = EagerStep(
         model,
         torch.optim.SGD(model.parameters(), lr=1.0),
         lambda epoch, step: {"slope_loss": slopes[step] * model.weight.squeeze()},
         len(slopes),
-        RunDirectory(folder),
-        **{"learning_rate": lambda epoch, step: 0.1, "max_epochs": 1} | settings,
+        **{"learning_rate": lambda epoch, step: 0.1} | settings,
     )
+    fit(step, RunDirectory(folder), Schedule(max_epochs=1))
     return model.weight.item()
 
 

@@ -1,0 +1,92 @@
+"""What the training loop repeats: a step of losses, their backward pass, and the update where one is due."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hellm.training.processes import Processes
+
+__all__ = ["EagerStep", "Step"]
+
+
+class Step:
+    """One training step; `hellm.training.loop.fit` repeats it.
+
+    Attributes:
+        model: what is trained.
+        optimizer: over its parameters.
+        num_steps: steps of an epoch.
+        accumulate: steps that make one update; the last update of an epoch may have fewer.
+        processes: those that train together. The first does all but the steps.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    num_steps: int
+    accumulate: int = 1
+    processes: Processes
+
+    def run(self, epoch: int, step: int) -> Mapping[str, Tensor]:
+        """Train one step. Returns: its loss terms, without a graph, valid until the next call."""
+        raise NotImplementedError
+
+    def updates(self, step: int) -> bool:
+        """Whether weights change at the end of this step of an epoch."""
+        return (step + 1) % self.accumulate == 0 or step + 1 == self.num_steps
+
+
+class EagerStep(Step):
+    """A step that runs as it is written.
+
+    Args:
+        model: trained in place.
+        optimizer: over the model's parameters.
+        losses: (epoch, step) -> named weighted loss terms, whose sum is minimised. It must depend on nothing but its
+            arguments, the model and torch's generators. In several processes it gives the share of each term that this
+            process has; their sum over the processes is what one process would give.
+        num_steps: steps of an epoch.
+        learning_rate: (epoch, step) -> step size.
+        accumulate: steps whose mean gradient makes one update.
+        max_grad_norm: gradients longer than this are scaled down to it; None leaves them.
+        processes: those that train together; None is this one alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        losses: Callable[[int, int], Mapping[str, Tensor]],
+        num_steps: int,
+        *,
+        learning_rate: Callable[[int, int], float],
+        accumulate: int = 1,
+        max_grad_norm: float | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.num_steps, self.accumulate = model, optimizer, num_steps, accumulate
+        self.processes = processes or Processes()
+        self._losses, self._learning_rate, self._max_grad_norm = losses, learning_rate, max_grad_norm
+
+    def run(self, epoch: int, step: int) -> Mapping[str, Tensor]:
+        self.processes.seed_step(epoch, step)
+        terms = self._losses(epoch, step)
+        first = step - step % self.accumulate
+        loss = sum(terms.values()) / (min(first + self.accumulate, self.num_steps) - first)
+        # A step with fewer histories than there are processes leaves some without a share.
+        if self.processes.count == 1 or loss.requires_grad:
+            loss.backward()
+        if self.updates(step):
+            self._update(self._learning_rate(epoch, step))
+        return {name: term.detach() for name, term in terms.items()}
+
+    def _update(self, rate: float) -> None:
+        self.processes.sum_gradients(self.model.parameters())
+        if self._max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
