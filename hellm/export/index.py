@@ -50,7 +50,10 @@ class ItemIndex:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> tuple[ItemIndex, list[str]]:
-        """What `hellm export --to usearch` wrote, read from disk as it is needed, and the ids of the items by row."""
+        """What `hellm export --to usearch` wrote, read from disk as it is needed, and the ids of the items by row.
+
+        Only for folders of your own: usearch does not check an index that it is given.
+        """
         folder = Path(folder)
         index = _usearch().Index.restore(os.fspath(folder / _INDEX), view=True)
         index.expansion_search = read_json(folder / _SETTINGS)["expansion_search"]
