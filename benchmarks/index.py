@@ -1,7 +1,7 @@
 """From how many items an index pays: python -m benchmarks.index [--items N ...] [--out FILE].
 
-Keys and queries are made up: items in groups, and of different popularity, which is the length of a key. Exact and
-approximate search are timed one query at a time, on one thread.
+Keys and queries are made up: items in groups and of different popularity, which is the length of a key, and queries
+that are the mean of some items of a group. Exact and approximate search are timed one query at a time, on one thread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SIZES = (10_000, 30_000, 100_000, 300_000, 1_000_000)
-WIDTH, GROUPS, QUERIES = 64, 200, 500
+WIDTH, GROUPS, QUERIES, HISTORY = 64, 200, 500, 4
 
 
 def vectors(num_items: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -28,13 +28,16 @@ def vectors(num_items: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     import torch
 
     draw = np.random.default_rng(seed)
-    centre = draw.normal(size=(GROUPS, WIDTH))
-    keys, queries = (
-        centre[draw.integers(0, GROUPS, count)] + 0.7 * draw.normal(size=(count, WIDTH))
-        for count in (num_items, QUERIES)
+    groups = draw.integers(0, GROUPS, num_items)
+    keys = draw.normal(size=(GROUPS, WIDTH))[groups] + draw.normal(size=(num_items, WIDTH))
+    keys *= np.clip(np.exp(0.4 * draw.normal(size=(num_items, 1))), 0.3, 2.0)
+    order = np.argsort(groups, kind="stable")
+    starts = np.searchsorted(groups[order], np.arange(GROUPS))
+    asked = draw.integers(0, GROUPS, QUERIES)
+    members = np.stack(
+        [order[np.minimum(starts[asked] + draw.integers(0, 20, QUERIES), num_items - 1)] for _ in range(HISTORY)]
     )
-    keys *= np.exp(0.3 * draw.normal(size=(num_items, 1)))
-    return torch.from_numpy(keys.astype(np.float32)), torch.from_numpy(queries.astype(np.float32))
+    return torch.from_numpy(keys.astype(np.float32)), torch.from_numpy(keys[members].mean(0).astype(np.float32))
 
 
 def measure(num_items: int, threads: int) -> dict[str, Any]:

@@ -140,6 +140,8 @@ class TestStages:
         still = replace(STAGES["sasrec"][1], learning_rate=1e-12, max_epochs=1)
         train_sasrec(still, grown.grown, tmp_path / "warm", start=runs["sasrec"])
         train_sasrec(still, grown.grown, tmp_path / "cold")
+        with pytest.raises(ValueError, match="a resumed run must keep its input runs"):
+            train_sasrec(still, grown.grown, tmp_path / "warm", start=tmp_path / "cold", resume=True)
         served, warm, cold = (
             SASRec.load(one).item_keys() for one in (runs["sasrec"], tmp_path / "warm", tmp_path / "cold")
         )
@@ -234,3 +236,5 @@ class TestPipeline:
         assert "the served run" in out or "than" in out
         code, _, err = call("refit", tmp_path / "all", "--data", grown.grown, "--out", tmp_path / "next")
         assert code == 2 and "--resume goes on with it" in err
+        code, *_ = call("refit", tmp_path / "all", "--data", grown.grown, "--out", tmp_path / "next", "--overwrite")
+        assert code in (0, 1) and (tmp_path / "next" / "refit.json").is_file()

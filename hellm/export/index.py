@@ -29,23 +29,20 @@ TARGET = 0.99
 """Share of the 100 best items that must be found."""
 _INDEX, _SETTINGS = "items.usearch", "index.json"
 _KS = (10, 100)
-_CONNECTIVITY, _EXPANSION_ADD, _FIRST_EXPANSION = 32, 128, 128
+# Dense graphs: with dot products, thinner ones lose items for good.
+_CONNECTIVITY, _EXPANSION_ADD, _FIRST_EXPANSION = 64, 256, 128
 # Queries that are timed, one at a time.
 _TIMED = 200
 
 
 class ItemIndex:
-    """The nearest keys by dot product, through `usearch`.
+    """The keys with the largest dot products, through `usearch`.
 
-    The graph that is walked needs a distance, and a dot product is none. With M the largest |key|,
-
-        |[q, 0] - [key, sqrt(M^2 - |key|^2)]|^2 = |q|^2 + M^2 - 2 <q, key>
-
-    so that the nearest by Euclidean distance are the best by score (Bachrach et al. 2014, "Speeding up the Xbox
-    recommender system using a Euclidean transformation for inner-product spaces"). What is found is scored exactly.
+    The graph that is walked goes by dot products themselves (Morozov and Babenko 2018, "Non-metric similarity graphs
+    for maximum inner product search"), so a query is what the model gives, and other programs search with it as well.
 
     Args:
-        index: `usearch.index.Index` over [I, D + 1].
+        index: `usearch.index.Index` over [I, D], metric "ip".
     """
 
     def __init__(self, index: Any) -> None:
@@ -53,39 +50,37 @@ class ItemIndex:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> tuple[ItemIndex, list[str]]:
-        """What `hellm export --to usearch` wrote, read from disk as it is needed, and the ids of the items by row."""
-        usearch = _usearch()
-        index = usearch.Index.restore(os.fspath(Path(folder) / _INDEX), view=True)
-        index.expansion_search = read_json(Path(folder) / _SETTINGS)["expansion_search"]
-        return cls(index), json.loads((Path(folder) / ITEM_IDS).read_text(encoding="utf-8"))
+        """What `hellm export --to usearch` wrote, read from disk as it is needed, and the ids of the items by row.
+
+        Only for folders of your own: usearch does not check an index that it is given.
+        """
+        folder = Path(folder)
+        index = _usearch().Index.restore(os.fspath(folder / _INDEX), view=True)
+        index.expansion_search = read_json(folder / _SETTINGS)["expansion_search"]
+        ids = json.loads((folder / ITEM_IDS).read_text(encoding="utf-8"))
+        return cls(index), ids
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Rows [Q, k] int64 of items, best first, and their scores [Q, k] float32, for queries [Q, D]."""
-        queries = queries.float()
-        padded = torch.cat([queries, queries.new_zeros(len(queries), 1)], dim=1)
-        matches = self.index.search(padded.numpy(), k, threads=1)
-        rows = np.atleast_2d(matches.keys).astype(np.int64)
-        found = torch.from_numpy(np.asarray(self.index.get(rows.ravel().astype(np.uint64)))).view(*rows.shape, -1)
-        scores = torch.einsum("qd,qkd->qk", queries, found[:, :, :-1])
-        order = scores.argsort(dim=1, descending=True, stable=True)
-        return torch.from_numpy(rows).gather(1, order), scores.gather(1, order)
+        matches = self.index.search(queries.float().numpy(), k, threads=1)
+        rows = np.asarray(matches.keys).reshape(len(queries), -1).astype(np.int64)
+        # The distance of usearch is 1 - <query, key>.
+        scores = 1 - np.asarray(matches.distances, dtype=np.float32).reshape(rows.shape)
+        return torch.from_numpy(rows), torch.from_numpy(scores)
 
 
 def build_index(keys: Tensor, *, threads: int = 1) -> ItemIndex:
     """An index over keys [I, D]."""
     usearch = _usearch()
-    norms = keys.double().square().sum(1)
-    rest = (norms.max() - norms).clamp(min=0).sqrt().float() if len(keys) else norms.float()
-    vectors = torch.cat([keys.float(), rest.unsqueeze(1)], dim=1).numpy()
     index = usearch.Index(
-        ndim=vectors.shape[1],
-        metric="l2sq",
+        ndim=keys.shape[1],
+        metric="ip",
         dtype="f32",
         connectivity=_CONNECTIVITY,
         expansion_add=_EXPANSION_ADD,
         expansion_search=_FIRST_EXPANSION,
     )
-    index.add(np.arange(len(vectors), dtype=np.uint64), vectors, threads=threads)
+    index.add(np.arange(len(keys), dtype=np.uint64), keys.float().numpy(), threads=threads)
     return ItemIndex(index)
 
 
@@ -130,7 +125,7 @@ def index_report(index: ItemIndex, keys: Tensor, queries: Tensor) -> dict[str, A
 
 
 def export_usearch(recommender: Recommender, folder: Path, *, num_queries: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Write items.usearch, items.json (ids by row) and index.json (how it is to be searched); see `ItemIndex.load`.
+    """Write items.usearch, items.json (ids by row) and index.json (how far to search); see `ItemIndex.load`.
 
     Args:
         recommender: Of any run with queries and keys.

@@ -40,7 +40,7 @@ from hellm.training.stage import (
     write_tables,
 )
 from hellm.training.step import EagerStep
-from hellm.training.warm_start import started_from, warm_start
+from hellm.training.warm_start import fingerprint_of, started_from, warm_start
 
 __all__ = [
     "build_captured_step",
@@ -83,7 +83,8 @@ def pretrain(
         MemoryError: a step needs more memory than there is; says how much it asked for and what to lower.
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
-    with open_run(config, data, out, resolve_config, resume=resume, overwrite=overwrite) as opened:
+    of_start = {"fingerprint": fingerprint_of(start), "read": [start]}
+    with open_run(config, data, out, resolve_config, resume=resume, overwrite=overwrite, **of_start) as opened:
         return _train(opened, start, on_plan, on_epoch) if opened.finished is None else opened.finished
 
 

@@ -36,7 +36,7 @@ from hellm.training.stage import (
 )
 from hellm.training.step import EagerStep
 from hellm.training.trained_items import TrainedItems, next_item_loss
-from hellm.training.warm_start import started_from, warm_start
+from hellm.training.warm_start import fingerprint_of, started_from, warm_start
 
 __all__ = [
     "build_sasrec",
@@ -82,9 +82,9 @@ def train_sasrec(
         MemoryError: a step needs more memory than there is; says what to lower.
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
-    prepare = build_sequence_sampler
+    prepare, of_start = build_sequence_sampler, {"fingerprint": fingerprint_of(start), "read": [start]}
     with open_run(
-        config, data, out, resolve_sasrec_config, prepare=prepare, resume=resume, overwrite=overwrite
+        config, data, out, resolve_sasrec_config, prepare=prepare, resume=resume, overwrite=overwrite, **of_start
     ) as opened:
         return _train(opened, start, on_plan, on_epoch) if opened.finished is None else opened.finished
 

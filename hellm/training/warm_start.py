@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hellm.artifact.tables import read_ids, side_of
 from hellm.data import Dataset
 from hellm.training.checkpoint import load_checkpoint
 
-__all__ = ["check_continues", "started_from", "warm_start"]
+__all__ = ["check_continues", "fingerprint_of", "started_from", "warm_start"]
 
 
 def warm_start(model: nn.Module, run: str | os.PathLike[str]) -> list[str]:
@@ -45,6 +46,11 @@ def warm_start(model: nn.Module, run: str | os.PathLike[str]) -> list[str]:
 def _continues(old: torch.Size, new: torch.Size) -> bool:
     """Whether a tensor is the other, or a table with its rows and more of the same width."""
     return old == new or (len(old) == len(new) > 1 and old[1:] == new[1:] and old[0] <= new[0])
+
+
+def fingerprint_of(run: str | os.PathLike[str] | None) -> Callable[[Any], str] | None:
+    """For `open_run`: a resumed run must begin with the run that it began with."""
+    return None if run is None else lambda inputs: run_hash(run)
 
 
 def started_from(run: str | os.PathLike[str] | None, fresh: list[str]) -> dict[str, Any]:
