@@ -125,6 +125,7 @@ def read_model(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any]
 
 def _load_model(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    weights = model.renamed_state_dict(weights) if hasattr(model, "renamed_state_dict") else weights
     expected = {name: tuple(value.shape) for name, value in model_weights(model).items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if expected != found:

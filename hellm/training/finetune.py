@@ -221,7 +221,7 @@ def build_recommender_llm(config: FinetuneConfig, dataset: Dataset, inputs: Item
 def build_history_sampler(config: FinetuneConfig, dataset: Dataset, model: RecommenderLLM) -> HistorySampler:
     """The sampler of `config` over the training events of `dataset`; its `num_steps` are the steps per epoch."""
     official = config.model.compat == "official"
-    per_target = config.model.graph_context == "prefix"
+    per_target = not model.context.every_position
     return HistorySampler(
         *_as_read(config, dataset).pairs("train"),
         dataset.num_users,
@@ -229,7 +229,7 @@ def build_history_sampler(config: FinetuneConfig, dataset: Dataset, model: Recom
         max_length=config.model.max_length,
         batch_tokens=config.batch_tokens,
         batch_size=config.batch_size,
-        tokens_around=len(model.instruction) + len(model.response) if per_target else 0,
+        tokens_around=model.context.tokens_around(model.prompted),
         tokens_per_item=model.items.max_tokens_per_item,
         sort=not official,
         max_steps=config.steps_per_epoch,
@@ -258,7 +258,7 @@ def finetune_loss(model: RecommenderLLM, batch: HistoryBatch, trained: TrainedIt
     if model.device.type == "cuda":
         pinned = (one.pin_memory() for one in (padded, mask, place, targets))
         padded, mask, place, targets = (one.to(model.device, non_blocking=True) for one in pinned)
-    if len(targets) == len(items) and model.graph_context != "prefix":
+    if len(targets) == len(items) and model.context.every_position:
         query = model.all_queries(padded, mask).flatten(0, 1)[place]
     else:
         query = model.queries(padded, mask)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import typing
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from tiny_llm import NUM_ITEMS, SIZES, Bigram, CharTokenizer, flat, recommender,
 from hellm.config import OFFICIAL_LLM, LLMConfig
 from hellm.models import RecommenderLLM
 from hellm.models.histories import pad_histories
+from hellm.models.llm.context import CONTEXTS
+from hellm.models.llm.head import HEADS
 from hellm.models.llm.language_model import prefix_key_values, run_decoder
 from hellm.models.llm.prompt import build_prompt, title_tokens
-from hellm.models.llm.settings import SETTINGS
 
 pytest.importorskip("transformers", reason='needs the extra: pip install "hellm[smollm2]"')
 pytest.importorskip("peft", reason='needs the extra: pip install "hellm[smollm2]"')
@@ -88,7 +90,8 @@ def test_shared_instruction_equals_an_instruction_per_row():
     (first * cotangent).sum().backward()
 
     part = per_row.prompted
-    tokens, _, _ = per_row.items(items, mask, part.embed_text)
+    graph = per_row.context.of_items(per_row.items, items)
+    tokens, _, _ = per_row.items(items, mask, part.embed_text, graph)
     instruction = part.embed_text(part.instruction).expand(2, -1, -1)
     past = prefix_key_values(part._attentions[0], *part.prefix())
     past = [tuple(x.expand(2, -1, -1, -1) for x in pair) for pair in past]
@@ -194,7 +197,7 @@ def test_sequence_residual_starts_as_the_sequence_model():
     torch.testing.assert_close(scores(model, HISTORIES), expected, rtol=1e-5, atol=1e-6)
     assert not sequence.table.requires_grad and not model.train().sequence_model.training
     with torch.no_grad():
-        model.residual_gate.fill_(1.0)
+        model.residual.gate.fill_(1.0)
     own = recommender(disturb=False)
     torch.testing.assert_close(scores(model.eval(), HISTORIES), expected + scores(own, HISTORIES), rtol=1e-4, atol=1e-4)
 
@@ -203,12 +206,12 @@ def test_titles_stand_after_their_items():
     model = recommender(titles=True, max_title_tokens=3)
     items, mask = pad_histories(*flat([[2, 3, 5], [1, 0, 0]]))
     mask[1, 1:] = False
-    tokens, used, last = model.items(items, mask, model.prompted.embed_text)
+    graph = model.context.of_items(model.items, items)
+    tokens, used, last = model.items(items, mask, model.prompted.embed_text, graph)
     # Item 2 has " ti" of "ti", item 3 no title, item 5 the first three letters of " title".
     letters = CharTokenizer().encode(" ti")
     embed = model.prompted.base.get_input_embeddings().weight
     own = model.items.keys()
-    graph = model.items.running_graph(model.items.graph(items))
     scale = model.items.token_scale
     expected = [
         (own[2] + graph[0, 0]) * scale,
@@ -421,14 +424,27 @@ def test_state_of_other_settings_is_refused():
     state = {name: tensor + 1 for name, tensor in model.trainable_state_dict().items()}
     model.load_trainable_state_dict(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.trainable_state_dict().items())
+    headless = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     with pytest.raises(
         ValueError, match=r"the state lacks head\.log_scale, head\.projector\.bias, head\.projector\.weight"
     ):
-        model.load_trainable_state_dict({})
+        model.load_trainable_state_dict(headless)
     with pytest.raises(ValueError, match="the state has unknown other"):
         model.load_trainable_state_dict(state | {"other": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"the state must have head.log_scale \[\], got \[2\]"):
         model.load_trainable_state_dict(state | {"head.log_scale": torch.zeros(2)})
+
+
+def test_state_with_the_names_of_before_loads():
+    model = recommender(sequence_residual=True)
+    state = {name: tensor.clone() for name, tensor in model.trainable_state_dict().items()}
+    now = {"residual.gate": "residual_gate", "head.log_scale": "log_scale"}
+    for part, before in (("context.running_graph", "items.running_graph"), ("head.projector", "query_projector")):
+        now |= {name: name.replace(part, before) for name in state if name.startswith(part)}
+    assert len(now) == 2 + 4 + 2
+    other = recommender(sequence_residual=True, seed=7)
+    other.load_trainable_state_dict({now.get(name, name): tensor for name, tensor in state.items()})
+    assert all(torch.equal(tensor, state[name]) for name, tensor in other.trainable_state_dict().items())
 
 
 # ---- the published model
@@ -511,7 +527,9 @@ def test_number_of_trained_parameters_is_the_published_one():
 
 def test_settings_are_those_of_the_config():
     fields = {field.name: field.default for field in dataclasses.fields(LLMConfig)}
-    assert set(SETTINGS) == set(fields)
+    types = typing.get_type_hints(LLMConfig)
+    assert typing.get_args(types["head"]) == tuple(HEADS)
+    assert typing.get_args(types["graph_context"]) == tuple(CONTEXTS)
     model = recommender(disturb=False)
     assert model.settings == fields | {"lora_targets": list(fields["lora_targets"])}
     assert LLMConfig(**OFFICIAL).compat == "official"
@@ -528,7 +546,7 @@ def test_settings_are_those_of_the_config():
         ({"num_prefix_tokens": 0}, "num_prefix_tokens must be >= 1, got 0"),
         ({"max_length": 0}, "max_length must be >= 1, got 0"),
         ({"prefix_dropout": 1.0}, r"prefix_dropout must be in \[0, 1\), got 1.0"),
-        ({"gram_rank": 0}, "gram_rank must be None or >= 1, got 0"),
+        ({"gram_rank": 0}, "gram_rank must be null or >= 1, got 0"),
         ({"lora_rank": -1}, "lora_rank must be >= 0, got -1"),
         ({"titles": True, "item_titles": None}, "item_titles must be given for all 12 items, got none"),
         ({"titles": True, "item_titles": ["a"]}, "item_titles must be given for all 12 items, got 1"),

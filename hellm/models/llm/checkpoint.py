@@ -32,14 +32,20 @@ __all__ = [
     "load_saved",
     "load_trained",
     "open_saved",
+    "renamed",
     "save_trained",
     "trained_tensors",
 ]
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _LORA = "adapter_model.safetensors"
-# Parts whose names version 0.1 had otherwise.
-_BEFORE = {"query_projector": "head.projector", "log_scale": "head.log_scale"}
+# What the names of parts that were named otherwise before began with -> what they begin with.
+_BEFORE = {
+    "query_projector.": "head.projector.",
+    "log_scale": "head.log_scale",
+    "residual_gate": "residual.gate",
+    "items.running_graph.": "context.running_graph.",
+}
 # Parameters of the language model are under this name.
 _LANGUAGE_MODEL = "prompted.language_model."
 
@@ -55,7 +61,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     """Copy `tensors` into `trained_tensors(model)`. Raises: ValueError, other names or shapes; `what` has them."""
-    own, tensors = trained_tensors(model), {_renamed(name): value for name, value in tensors.items()}
+    own, tensors = trained_tensors(model), renamed(tensors)
     for kind, names in (("lacks", own.keys() - tensors.keys()), ("has unknown", tensors.keys() - own.keys())):
         if names:
             raise ValueError(f"{what} {kind} {', '.join(sorted(names)[:3])}: it is of a model with other settings")
@@ -67,10 +73,16 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
             parameter.copy_(tensors[name])
 
 
+def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names that they have now, of those that they were saved by."""
+    return {_renamed(name): value for name, value in tensors.items()}
+
+
 def _renamed(name: str) -> str:
-    """The name of a tensor that version 0.1 saved."""
-    first, dot, rest = name.partition(".")
-    return _BEFORE.get(first, first) + dot + rest
+    for before, now in _BEFORE.items():
+        if name.startswith(before):
+            return now + name.removeprefix(before)
+    return name
 
 
 def base_identity(model: nn.Module) -> dict[str, Any]:

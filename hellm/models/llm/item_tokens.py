@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from hellm.models.dropout import Dropout
-from hellm.models.llm.graph_prefix import RunningGraph
 
 __all__ = ["ItemTokens", "check_item_embeddings", "last_hidden", "right_align", "shallow_copy"]
 
@@ -31,7 +30,6 @@ class ItemTokens(nn.Module):
         tables: named float tables [I, d]; frozen, and not part of the state.
         width: W.
         token_scale: root mean square of item tokens at the start, where `normalise` is set.
-        running_graph: what is added to the token of each item of a history, or None.
         titles: ids [I, M] and lengths [I] of title tokens that follow an item, or None.
         normalise: divide each table by its root mean square, and start with keys of unit root mean square; else raw
             tables and torch's initialisation.
@@ -45,7 +43,6 @@ class ItemTokens(nn.Module):
         width: int,
         *,
         token_scale: float = 1.0,
-        running_graph: RunningGraph | None = None,
         titles: tuple[Tensor, Tensor] | None = None,
         normalise: bool = True,
         id_dim: int = 0,
@@ -53,7 +50,7 @@ class ItemTokens(nn.Module):
     ) -> None:
         super().__init__()
         self.widths = {name: table.shape[1] for name, table in tables.items()}
-        self.width, self.token_scale, self.running_graph = width, token_scale, running_graph
+        self.width, self.token_scale = width, token_scale
         self.table_scales = {name: _rms(table) if normalise else 1.0 for name, table in tables.items()}
         self.tables = dict(tables)
         self.register_buffer("features", self._join(tables), persistent=False)
@@ -131,7 +128,7 @@ class ItemTokens(nn.Module):
         return other
 
     def forward(
-        self, items: Tensor, mask: Tensor, embed_text: Callable[[Tensor], Tensor]
+        self, items: Tensor, mask: Tensor, embed_text: Callable[[Tensor], Tensor], context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The tokens of left-aligned histories.
 
@@ -139,12 +136,13 @@ class ItemTokens(nn.Module):
             items: [B, T] int64.
             mask: [B, T] bool, True at items.
             embed_text: token ids to token embeddings [..., W].
+            context: [B, T, W], added to the projected items; None is nothing.
         Returns: tokens [B, S, W], left-aligned; which of them are used [B, S]; and the place [B, T] of the last token
             of each item, None where it is the item's own place.
         """
         token = self._project(items)
-        if self.running_graph is not None:
-            token = token + self.running_graph(self.graph(items))
+        if context is not None:
+            token = token + context
         token = token * self.token_scale
         if self.max_tokens_per_item == 1:
             return token, mask, None

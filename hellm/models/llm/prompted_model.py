@@ -7,12 +7,12 @@ the graph embeddings.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hellm.config import LLMConfig
 from hellm.models.llm.decoder_check import choose_way, probe_decoder
 from hellm.models.llm.graph_prefix import GraphPrefix
 from hellm.models.llm.item_tokens import right_align
@@ -57,17 +57,9 @@ class PromptedModel(nn.Module):
     Args:
         language_model: causal language model of transformers; frozen, and LoRA layers put into it.
         tokenizer: its tokenizer.
-        num_prefix_tokens: P; positions 0 to P - 1 are theirs.
+        config: settings of prefix and LoRA updates; with compat="official" the published prompt, and Gram matrices that
+            are sums.
         graph_width: d of the graph prefix, or None for none; with it the prompt has a response part after the items.
-        learned_prefix: use a learned prefix.
-        prefix_gate: give the prefix a gate per layer and head that starts at 0.
-        prefix_dropout: of the MLPs of the graph prefix.
-        gram_rank: see `GraphPrefix`.
-        lora_rank: of the LoRA updates; 0 trains none.
-        lora_alpha: their scale times `lora_rank`.
-        lora_dropout: of their input.
-        lora_targets: names of the matrices that get one.
-        official: the published prompt, and Gram matrices that are sums.
     Raises: ValueError, a model that cannot rank items (see `hellm.models.llm.decoder_check`), that another recommender
         has, or without the projections, attention or matrices that this needs.
     """
@@ -76,22 +68,13 @@ class PromptedModel(nn.Module):
         self,
         language_model: nn.Module,
         tokenizer: Any,
+        config: LLMConfig,
         *,
-        num_prefix_tokens: int,
         graph_width: int | None,
-        learned_prefix: bool,
-        prefix_gate: bool,
-        prefix_dropout: float,
-        gram_rank: int | None,
-        lora_rank: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        lora_targets: Sequence[str],
-        official: bool,
     ) -> None:
         super().__init__()
         _take_over(language_model, self)
-        config = language_model.config.get_text_config()
+        sizes, official = language_model.config.get_text_config(), config.compat == "official"
         prompt = build_prompt(tokenizer, official=official)
         self.register_buffer("instruction", prompt.instruction, persistent=False)
         self.register_buffer("response", prompt.response, persistent=False)
@@ -104,27 +87,31 @@ class PromptedModel(nn.Module):
         self.has_response = graph_width is not None
         self.prefix = self.prefix_gate = None
         self.prefix_length = 0
-        if learned_prefix or graph_width is not None:
+        if config.learned_prefix or graph_width is not None:
             # A list keeps the language model's own layers from being registered twice.
             self._attentions = [check_projections(language_model)]
-            self.prefix_length = num_prefix_tokens
+            self.prefix_length = config.num_prefix_tokens
             self.prefix = GraphPrefix(
-                config.num_hidden_layers,
-                config.hidden_size,
-                num_prefix_tokens,
+                sizes.num_hidden_layers,
+                sizes.hidden_size,
+                config.num_prefix_tokens,
                 graph_width=graph_width,
-                learned=learned_prefix,
-                rank=gram_rank,
-                dropout=prefix_dropout,
-                eps=getattr(config, "rms_norm_eps", 1e-5),
+                learned=config.learned_prefix,
+                rank=config.gram_rank,
+                dropout=config.prefix_dropout,
+                eps=getattr(sizes, "rms_norm_eps", 1e-5),
                 mean=not official,
             )
-            if prefix_gate:
-                self.prefix_gate = nn.Parameter(torch.zeros(config.num_hidden_layers, config.num_attention_heads, 1, 1))
+            if config.prefix_gate:
+                self.prefix_gate = nn.Parameter(torch.zeros(sizes.num_hidden_layers, sizes.num_attention_heads, 1, 1))
         if not official:
             use_prefix_attention(language_model, needed=self.prefix_gate is not None)
         self.language_model = add_lora(
-            language_model, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets
+            language_model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            targets=config.lora_targets,
         )
         if probe is not None:
             self.way = choose_way(self, probe)
