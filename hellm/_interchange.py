@@ -11,15 +11,19 @@ import math
 import numbers
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hellm._arrays import as_count, as_tensor
 from hellm._files import atomic_path, read_json
+from hellm.ops.incidence import Incidence
 
-__all__ = ["Labels", "hif_arguments", "hif_document", "pyg_arguments", "scipy_arguments", "scipy_matrix", "write_hif"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Interchange", "Labels"]
 
 # What each kind of record may hold beside its ids, by the schema of HIF.
 _FIELDS = {"nodes": ("weight", "attrs"), "edges": ("weight", "attrs"), "incidences": ("weight", "direction", "attrs")}
@@ -48,7 +52,7 @@ class Labels(NamedTuple):
     metadata: dict[str, Any]
 
 
-def hif_arguments(source: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[dict[str, Any], Labels]:
+def _hif_arguments(source: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[dict[str, Any], Labels]:
     """Arguments of `Hypergraph` and labels from a HIF file or its content. Raises: see `Hypergraph.from_hif`."""
     if isinstance(source, (str, os.PathLike)):
         document, name = read_json(source), os.fspath(source)
@@ -164,7 +168,7 @@ def _finite(number: Any) -> bool:
         return False
 
 
-def hif_document(
+def _hif_document(
     hyperedge_index: Tensor,
     hyperedge_weight: Tensor | None,
     incidence_weight: Tensor | None,
@@ -196,13 +200,13 @@ def hif_document(
     return {**document, "metadata": labels.metadata} if labels.metadata else document
 
 
-def write_hif(path: str | os.PathLike[str], document: dict[str, Any]) -> None:
+def _write_hif(path: str | os.PathLike[str], document: dict[str, Any]) -> None:
     """Write a HIF document, whole or not at all. Raises: WriteError."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(document, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def pyg_arguments(data: Any) -> dict[str, Any]:
+def _pyg_arguments(data: Any) -> dict[str, Any]:
     """Arguments of `Hypergraph` from what PyTorch Geometric has. Raises: see `Hypergraph.from_pyg`."""
     if not isinstance(data, Mapping) and (isinstance(data, Tensor) or hasattr(data, "__dlpack__")):
         return {"hyperedge_index": as_tensor("data", data)}
@@ -233,7 +237,7 @@ def _size(name: str, size: Any) -> int | None:
     return None if size is None else as_count(name, size)
 
 
-def scipy_arguments(matrix: Any) -> dict[str, Any]:
+def _scipy_arguments(matrix: Any) -> dict[str, Any]:
     """Arguments of `Hypergraph` from a sparse incidence matrix. Raises: see `Hypergraph.from_scipy`."""
     if not hasattr(matrix, "tocoo"):
         raise ValueError(f"matrix must be a sparse matrix or array of SciPy, got {type(matrix).__name__}")
@@ -250,7 +254,7 @@ def scipy_arguments(matrix: Any) -> dict[str, Any]:
     return {"hyperedge_index": index, "incidence_weight": value, **sizes}
 
 
-def scipy_matrix(indptr: Tensor, columns: Tensor, values: Tensor | None, num_columns: int) -> Any:
+def _scipy_matrix(indptr: Tensor, columns: Tensor, values: Tensor | None, num_columns: int) -> Any:
     """A `scipy.sparse.csr_array` with copies of a CSR matrix. Raises: ImportError without SciPy."""
     try:
         from scipy.sparse import csr_array
@@ -259,3 +263,109 @@ def scipy_matrix(indptr: Tensor, columns: Tensor, values: Tensor | None, num_col
     values = torch.ones(columns.shape) if values is None else values.detach()
     arrays = [tensor.cpu().numpy().copy() for tensor in (values, columns, indptr)]
     return csr_array(tuple(arrays), shape=(indptr.numel() - 1, num_columns))
+
+
+class Interchange(Incidence):
+    """What a `hellm.Hypergraph` is read from and written to."""
+
+    labels: Labels | None = None
+
+    @property
+    def hyperedge_index(self) -> Tensor:
+        raise NotImplementedError
+
+    @classmethod
+    def from_hif(cls, source: Mapping[str, Any] | str | os.PathLike[str]) -> Self:
+        """Read the Hypergraph Interchange Format, JSON that XGI, HyperNetX and others write.
+
+        Vertices and hyperedges stand in the order of "nodes" and "edges"; those that only incidences name follow as
+        they come. Their ids, attributes and the metadata are in `labels`, and `to_hif` writes them again. Weights of
+        incidences and hyperedges are float64; where all are 1 there is none.
+
+        Args:
+            source: path of a file, or its content.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: what is not HIF, naming the file and the field; a directed hypergraph or a simplicial complex.
+        """
+        arguments, labels = _hif_arguments(source)
+        hypergraph = cls(**arguments)
+        hypergraph.labels = labels
+        return hypergraph
+
+    def to_hif(self, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+        """The hypergraph in the Hypergraph Interchange Format; ids are 0, 1, 2, ... without `labels`.
+
+        Args:
+            path: a file to write it to as well; replaced whole if it is there.
+
+        Returns:
+            The JSON object as a dict. Gradients of learned weights do not travel.
+
+        Raises:
+            WriteError: the file cannot be written.
+            ValueError: a weight that is not finite.
+        """
+        labels = self.labels
+        if labels is None:
+            labels = Labels(list(range(self.num_vertices)), list(range(self.num_hyperedges)), {}, {}, {}, {})
+        weights = self.hyperedge_weight, self.vertex_values
+        document = _hif_document(self.hyperedge_index, *weights, labels)
+        if path is not None:
+            _write_hif(path, document)
+        return document
+
+    @classmethod
+    def from_pyg(cls, data: Any) -> Self:
+        """From PyTorch Geometric, which need not be installed.
+
+        Args:
+            data: a hyperedge_index [2, nnz]; a `HyperGraphData`; or a `Data` or mapping with `hyperedge_index` and
+                optionally `num_nodes`, `num_hyperedges` and `hyperedge_weight` [M].
+
+        Raises:
+            ValueError: data without a hyperedge_index; as the constructor does.
+        """
+        return cls(**_pyg_arguments(data))
+
+    def to_pyg(self) -> dict[str, Any]:
+        """What the layer of PyTorch Geometric is called with: `conv(x, **hypergraph.to_pyg())`.
+
+        Returns:
+            `hyperedge_index` [2, nnz] int64 in order of vertex, then hyperedge; `hyperedge_weight` [M] or None;
+            `num_edges` M.
+
+        Raises:
+            ValueError: the incidence has weights, which PyTorch Geometric has no place for.
+        """
+        if self.vertex_values is not None:
+            raise ValueError("incidence_weight must be None for PyTorch Geometric, whose incidences have no weights")
+        weight = self.hyperedge_weight
+        return {
+            "hyperedge_index": self.hyperedge_index,
+            "hyperedge_weight": weight,
+            "num_edges": self.num_hyperedges,
+        }
+
+    @classmethod
+    def from_scipy(cls, matrix: Any, hyperedge_weight: Tensor | None = None) -> Self:
+        """From an incidence matrix of SciPy, whose entries are the weights of the incidences; all ones are none.
+
+        Args:
+            matrix: [V, M] sparse matrix or array of any format; booleans, integers or floats. Copied.
+            hyperedge_weight: [M], as for the constructor.
+
+        Raises:
+            ValueError: not sparse, not two-dimensional, or another dtype.
+        """
+        arguments = _scipy_arguments(matrix) | {"hyperedge_weight": hyperedge_weight}
+        return cls(**arguments)
+
+    def to_scipy(self) -> Any:
+        """The incidence matrix as a `scipy.sparse.csr_array` [V, M], a copy; weights of hyperedges are not in it.
+
+        Raises:
+            ImportError: SciPy is not installed.
+        """
+        return _scipy_matrix(*self.vertex_csr, self.num_hyperedges)

@@ -6,18 +6,17 @@ V = vertices, M = hyperedges, nnz = incidences. Nothing of size V x V, V x M or 
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from hellm import _interchange
 from hellm._arrays import as_count, as_tensor, check_flag
-from hellm._interchange import Labels
-from hellm.ops.incidence import Incidence, RowSchedule, Scales
+from hellm._degrees import any_repeated, csr, inverse, inverse_root, pair_sum, rows
+from hellm._interchange import Interchange, Labels
+from hellm.ops.incidence import RowSchedule, Scales
 
 NORMALIZATIONS = ("symmetric", "row", "none")
 # Indices are stored as int32.
@@ -26,7 +25,7 @@ MOST_ROWS = 2**31 - 1
 MANY_ROWS, MOST_UNUSED = 10_000_000, 100
 
 
-class Hypergraph(Incidence):
+class Hypergraph(Interchange):
     """Sparse incidence matrix H [V, M], stored in both directions.
 
     An incidence that is listed several times counts as the sum of its values (as many ones without
@@ -61,8 +60,6 @@ class Hypergraph(Incidence):
             a wrong shape, dtype, size or device.
     """
 
-    labels: Labels | None = None
-
     @torch.inference_mode(False)  # a tensor made in inference mode could never be used in training afterwards
     def __init__(
         self,
@@ -78,9 +75,9 @@ class Hypergraph(Incidence):
         self.num_hyperedges = checked_size("num_hyperedges", num_hyperedges, edge, row=1)
         self._hyperedge_weight = _checked_weight("hyperedge_weight", hyperedge_weight, self.num_hyperedges, vertex)
         value = _checked_weight("incidence_weight", incidence_weight, vertex.numel(), vertex)
-        self.edge_indptr, self.edge_vertices, edge_order = _csr(edge, vertex, self.num_hyperedges, self.num_vertices)
-        self.vertex_indptr, self.vertex_edges, vertex_order = _csr(vertex, edge, self.num_vertices, self.num_hyperedges)
-        self._repeated = _any_repeated(self.vertex_indptr, self.vertex_edges)
+        self.edge_indptr, self.edge_vertices, edge_order = csr(edge, vertex, self.num_hyperedges, self.num_vertices)
+        self.vertex_indptr, self.vertex_edges, vertex_order = csr(vertex, edge, self.num_vertices, self.num_hyperedges)
+        self._repeated = any_repeated(self.vertex_indptr, self.vertex_edges)
         self.vertex_schedule, self.edge_schedule = map(RowSchedule.of, (self.vertex_indptr, self.edge_indptr))
         # Values in both orders, or the learned ones as given and where both orders find them.
         self._values = self._learned_values = self._value_orders = None
@@ -128,7 +125,7 @@ class Hypergraph(Incidence):
     @property
     def hyperedge_index(self) -> Tensor:
         """[2, nnz] int64 in order of vertex, then hyperedge."""
-        return torch.stack([_rows(self.vertex_indptr, self.num_incidences), self.vertex_edges.long()])
+        return torch.stack([rows(self.vertex_indptr, self.num_incidences), self.vertex_edges.long()])
 
     @property
     def hyperedge_degree(self) -> Tensor:
@@ -200,101 +197,6 @@ class Hypergraph(Incidence):
         self.__init__(**state)
         self.labels = labels
 
-    @classmethod
-    def from_hif(cls, source: Mapping[str, Any] | str | os.PathLike[str]) -> Hypergraph:
-        """Read the Hypergraph Interchange Format, JSON that XGI, HyperNetX and others write.
-
-        Vertices and hyperedges stand in the order of "nodes" and "edges"; those that only incidences name follow as
-        they come. Their ids, attributes and the metadata are in `labels`, and `to_hif` writes them again. Weights of
-        incidences and hyperedges are float64; where all are 1 there is none.
-
-        Args:
-            source: path of a file, or its content.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: what is not HIF, naming the file and the field; a directed hypergraph or a simplicial complex.
-        """
-        arguments, labels = _interchange.hif_arguments(source)
-        hypergraph = cls(**arguments)
-        hypergraph.labels = labels
-        return hypergraph
-
-    def to_hif(self, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-        """The hypergraph in the Hypergraph Interchange Format; ids are 0, 1, 2, ... without `labels`.
-
-        Args:
-            path: a file to write it to as well; replaced whole if it is there.
-
-        Returns:
-            The JSON object as a dict. Gradients of learned weights do not travel.
-
-        Raises:
-            WriteError: the file cannot be written.
-            ValueError: a weight that is not finite.
-        """
-        labels = self.labels
-        if labels is None:
-            labels = Labels(list(range(self.num_vertices)), list(range(self.num_hyperedges)), {}, {}, {}, {})
-        weights = self.hyperedge_weight, self.vertex_values
-        document = _interchange.hif_document(self.hyperedge_index, *weights, labels)
-        if path is not None:
-            _interchange.write_hif(path, document)
-        return document
-
-    @classmethod
-    def from_pyg(cls, data: Any) -> Hypergraph:
-        """From PyTorch Geometric, which need not be installed.
-
-        Args:
-            data: a hyperedge_index [2, nnz]; a `HyperGraphData`; or a `Data` or mapping with `hyperedge_index` and
-                optionally `num_nodes`, `num_hyperedges` and `hyperedge_weight` [M].
-
-        Raises:
-            ValueError: data without a hyperedge_index; as the constructor does.
-        """
-        return cls(**_interchange.pyg_arguments(data))
-
-    def to_pyg(self) -> dict[str, Any]:
-        """What the layer of PyTorch Geometric is called with: `conv(x, **hypergraph.to_pyg())`.
-
-        Returns:
-            `hyperedge_index` [2, nnz] int64 in order of vertex, then hyperedge; `hyperedge_weight` [M] or None;
-            `num_edges` M.
-
-        Raises:
-            ValueError: the incidence has weights, which PyTorch Geometric has no place for.
-        """
-        if self._valued:
-            raise ValueError("incidence_weight must be None for PyTorch Geometric, whose incidences have no weights")
-        weight = self.hyperedge_weight
-        return {
-            "hyperedge_index": self.hyperedge_index,
-            "hyperedge_weight": weight,
-            "num_edges": self.num_hyperedges,
-        }
-
-    @classmethod
-    def from_scipy(cls, matrix: Any, hyperedge_weight: Tensor | None = None) -> Hypergraph:
-        """From an incidence matrix of SciPy, whose entries are the weights of the incidences; all ones are none.
-
-        Args:
-            matrix: [V, M] sparse matrix or array of any format; booleans, integers or floats. Copied.
-            hyperedge_weight: [M], as for the constructor.
-
-        Raises:
-            ValueError: not sparse, not two-dimensional, or another dtype.
-        """
-        return cls(**_interchange.scipy_arguments(matrix), hyperedge_weight=hyperedge_weight)
-
-    def to_scipy(self) -> Any:
-        """The incidence matrix as a `scipy.sparse.csr_array` [V, M], a copy; weights of hyperedges are not in it.
-
-        Raises:
-            ImportError: SciPy is not installed.
-        """
-        return _interchange.scipy_matrix(*self.vertex_csr, self.num_hyperedges)
-
     def scales(
         self,
         normalization: str = "symmetric",
@@ -331,7 +233,7 @@ class Hypergraph(Incidence):
         _check_floating(dtype)
 
         def compute() -> tuple[Tensor, Tensor]:
-            user, item = (_inverse_root(degree).to(dtype) for degree in (self.vertex_degree, self.hyperedge_degree))
+            user, item = (inverse_root(degree).to(dtype) for degree in (self.vertex_degree, self.hyperedge_degree))
             return user, item
 
         return compute() if self._learned_values is not None else self._kept(("bipartite", dtype), compute)
@@ -361,17 +263,17 @@ class Hypergraph(Incidence):
         size = self.hyperedge_degree
         weight = torch.ones_like(size) if self.hyperedge_weight is None else self.hyperedge_weight.double()
         if divide:
-            weight = weight * _inverse(size)
+            weight = weight * inverse(size)
         edge_scale = None if self.hyperedge_weight is None and not divide else weight
         if self_loops:
             degree, diagonal = self._incidence_sum(weight * size), None
         else:
             degree, diagonal = self._without_self_loops(weight, size)
         if normalization == "symmetric":
-            root = _inverse_root(degree)
+            root = inverse_root(degree)
             scales = (root, edge_scale, root, diagonal)
         elif normalization == "row":
-            scales = (None, edge_scale, _inverse(degree), diagonal)
+            scales = (None, edge_scale, inverse(degree), diagonal)
         else:
             scales = (None, edge_scale, None, diagonal)
         # One conversion where one tensor stands twice.
@@ -388,7 +290,7 @@ class Hypergraph(Incidence):
             return self._incidence_sum(weight * (size - 1)), self._incidence_sum(weight)
         edge, value = self.vertex_edges.long(), self.vertex_values
         value = torch.ones_like(edge, dtype=torch.float64) if value is None else value.double()
-        incidence = _pair_sum(_rows(self.vertex_indptr, self.num_incidences), edge, value, self.num_hyperedges)
+        incidence = pair_sum(rows(self.vertex_indptr, self.num_incidences), edge, value, self.num_hyperedges)
         weighted = weight[edge] * value
         everywhere = torch.ones_like(self.edge_indptr[1:], dtype=torch.float64)
         return (
@@ -463,21 +365,6 @@ def _check_floating(dtype: torch.dtype) -> None:
         raise ValueError(f"dtype must be a floating torch.dtype, got {dtype!r}")
 
 
-def _csr(row: Tensor, column: Tensor, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """CSR with columns ascending within a row, [num_rows + 1] int64 and [nnz] int32, and the order of its entries."""
-    order = torch.argsort(row.long() * max(num_columns, 1) + column, stable=True)
-    indptr = row.new_zeros(num_rows + 1, dtype=torch.int64)
-    torch.cumsum(torch.bincount(row, minlength=num_rows), 0, out=indptr[1:])
-    return indptr, column[order].to(torch.int32), order
-
-
-def _any_repeated(indptr: Tensor, columns: Tensor) -> bool:
-    """Whether a row of a CSR matrix with ascending columns has a column twice."""
-    equal = columns[1:] == columns[:-1]
-    begin = indptr[(indptr > 0) & (indptr < columns.numel())]
-    return bool(equal.index_fill(0, begin - 1, False).any())
-
-
 def _as_values(value: Tensor) -> Tensor:
     return value if value.dtype == torch.float64 else value.float()
 
@@ -493,35 +380,6 @@ def _eager() -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
-
-
-def _rows(indptr: Tensor, nnz: int) -> Tensor:
-    """Row of each stored entry, [nnz] int64; nothing here has a shape that depends on values."""
-    rows = torch.arange(indptr.numel() - 1, device=indptr.device)
-    return torch.repeat_interleave(rows, indptr.diff(), output_size=nnz)
-
-
-def _pair_sum(vertex: Tensor, edge: Tensor, value: Tensor, num_hyperedges: int) -> Tensor:
-    """For each entry, the sum of the values of all entries of its (vertex, hyperedge) pair; entries are sorted.
-
-    A few float32 numbers summed in float64: exact, in whatever order a GPU adds them.
-    """
-    key = vertex * max(num_hyperedges, 1) + edge
-    starts = torch.cat([torch.zeros_like(key[:1]), (key[1:] != key[:-1]).long()])
-    pair = starts.cumsum(0)
-    return value.new_zeros(value.numel()).index_add(0, pair, value)[pair]
-
-
-def _inverse(degree: Tensor) -> Tensor:
-    """1 / degree, 0 for 0; safe to differentiate."""
-    zero = degree == 0
-    return torch.where(zero, 0.0, 1.0 / torch.where(zero, 1.0, degree))
-
-
-def _inverse_root(degree: Tensor) -> Tensor:
-    """|degree|^-1/2, 0 for 0; safe to differentiate."""
-    zero = degree == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, degree.abs()) ** -0.5)
 
 
 # Its state is tensors and numbers, and is checked like arguments.
