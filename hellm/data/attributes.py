@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +19,17 @@ __all__ = ["NOT_ATTRIBUTES", "AttributeSet", "indicators", "split_values"]
 NOT_ATTRIBUTES = frozenset({"title", "description", "image", "image_url"})
 
 
+_BAR = re.compile(r"\|")
+# Of equally frequent ones the first.
+_OTHERS = (re.compile(";"), re.compile(", "), re.compile(r"(?<!\d),(?=\S)|,(?=[^\s\d])"))
+
+
 def split_values(texts: Sequence[str], *, single: bool = False) -> list[tuple[str, ...]]:
     """The distinct values in each text of a column, in their order.
 
-    A text is a JSON list, or values with one separator, the same for the whole column: "|" where it occurs, else ";",
-    else a comma followed by a blank, else none.
+    A text is a JSON list, or values with one separator, the same for the whole column: "|" where it occurs, else the one
+    that most texts have of ";", a comma before a blank, and a comma before anything else. So a path such as "Sensors,Test,
+    Measure & Inspect" keeps the comma inside its last value. Commas between digits are decimal.
 
     Args:
         texts: [num_items]; blank = no values.
@@ -31,14 +38,17 @@ def split_values(texts: Sequence[str], *, single: bool = False) -> list[tuple[st
     if single:
         return [(text.strip(),) if text.strip() else () for text in texts]
     plain = [text for text in texts if not text.lstrip().startswith("[")]
-    separator = next((mark for mark in ("|", ";", ", ") if any(mark in text for text in plain)), None)
+    if any("|" in text for text in plain):
+        separator = _BAR
+    else:
+        separator = max(_OTHERS, key=lambda mark: sum(mark.search(text) is not None for text in plain))
     return [_values(text, separator) for text in texts]
 
 
-def _values(text: str, separator: str | None) -> tuple[str, ...]:
+def _values(text: str, separator: re.Pattern[str]) -> tuple[str, ...]:
     parts = _json_list(text)
     if parts is None:
-        parts = text.split(separator) if separator else [text]
+        parts = separator.split(text)
     return tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
 
 

@@ -11,6 +11,7 @@ import pytest
 from builders import make_dataset, triples, write
 
 from hellm.data import DataError, IdMap, check_dataset, form_names, load_dataset, save_dataset
+from hellm.data.attributes import split_values
 
 
 def said(dataset, words: str) -> bool:
@@ -289,3 +290,22 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "x" / "features" / "image.npy").write_bytes(header.ljust(127) + b"\n")
     with pytest.raises(DataError, match=r"image.npy: not a plain .npy array"):
         load_dataset(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        pytest.param(
+            ["A & B,Test, Measure & Inspect,Sensors", "A & B,C", "x"],
+            [("A & B", "Test, Measure & Inspect", "Sensors"), ("A & B", "C"), ("x",)],
+            id="a path whose values hold commas",
+        ),
+        pytest.param(["red, blue", "green, red", "a,b"], [("red", "blue"), ("green", "red"), ("a,b",)], id="blanks"),
+        pytest.param(["a|b, c", "b, c", "d, e"], [("a", "b, c"), ("b, c",), ("d, e",)], id="bars before all"),
+        pytest.param(["a,b", "b,c", "x &amp; y,c"], [("a", "b"), ("b", "c"), ("x &amp; y", "c")], id="an entity"),
+        pytest.param(["a;b", "b;c", "c, d"], [("a", "b"), ("b", "c"), ("c, d",)], id="semicolons"),
+        pytest.param(["1,5 l", "0,75 l"], [("1,5 l",), ("0,75 l",)], id="decimal commas"),
+    ],
+)
+def test_values_of_an_attribute_are_told_apart_by_what_most_texts_have(texts, expected):
+    assert split_values(texts) == expected
