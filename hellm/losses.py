@@ -1,4 +1,4 @@
-"""Training losses of stage 1: BPR, the L2 penalty on fused rows, and the synergistic contrastive loss."""
+"""Training losses of stage 1: BPR, softmax over all items, L2 of fused rows, and the synergistic contrastive loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from hellm import ops
 
-__all__ = ["bpr_loss", "l2_loss", "synergistic_contrastive_loss"]
+__all__ = ["bpr_loss", "l2_loss", "softmax_loss", "synergistic_contrastive_loss"]
 
 
 def bpr_loss(user: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
@@ -26,6 +26,31 @@ def bpr_loss(user: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor)
     _check_rows(user=user, positive=positive, negative=negative)
     difference = (user * positive).sum(dim=1) - (user * negative).sum(dim=1)
     return F.softplus(-difference).mean()
+
+
+def softmax_loss(
+    user: torch.Tensor,
+    item: torch.Tensor,
+    positive: torch.Tensor,
+    temperature: float = 0.2,
+    *,
+    candidates: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of each positive among all items: mean_b -log softmax_i(cos(u_b, i) / temperature) at p_b.
+
+    Args:
+        user: [B, D] floating point.
+        item: [I, D] of unit length.
+        positive: [B] int64 rows of items the user has.
+        temperature: > 0.
+        candidates: [I] bool, the items that the softmax is over; None is all. Positives must be among them.
+    Returns: scalar.
+    Raises: ValueError, a temperature that is not > 0, and as `hellm.ops.item_cross_entropy`.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    bias = None if candidates is None else torch.where(candidates, 0.0, -torch.inf)
+    return ops.item_cross_entropy(F.normalize(user, dim=1) / temperature, item, positive, bias=bias)
 
 
 def l2_loss(*rows: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from hellm.losses import bpr_loss, l2_loss, synergistic_contrastive_loss
+from hellm.losses import bpr_loss, l2_loss, softmax_loss, synergistic_contrastive_loss
 
 
 def rows(*shape, seed=0):
@@ -35,6 +36,20 @@ def test_bpr_loss_stays_finite_and_keeps_its_gradient_for_large_differences():
     loss.backward()
     assert loss.item() == pytest.approx(400.0)
     assert positive.grad.item() == pytest.approx(-1.0)
+
+
+def test_softmax_loss_is_the_cross_entropy_of_cosines_over_the_candidates():
+    user, item, positive = rows(6, 4), F.normalize(rows(5, 4, seed=1), dim=1), torch.tensor([0, 3, 3, 1, 0, 4])
+    candidates = torch.tensor([True, True, False, True, True])
+    cosine = F.cosine_similarity(user[:, None], item[None], dim=2) / 0.3
+    for given, logits in ((None, cosine), (candidates, cosine.masked_fill(~candidates, -torch.inf))):
+        value = softmax_loss(user, item, positive, 0.3, candidates=given)
+        torch.testing.assert_close(value, F.cross_entropy(logits, positive), rtol=1e-6, atol=0.0)
+
+
+def test_softmax_needs_a_temperature():
+    with pytest.raises(ValueError, match="temperature must be > 0, got 0"):
+        softmax_loss(rows(1, 2), rows(3, 2), torch.tensor([0]), 0)
 
 
 def test_l2_loss_by_hand():

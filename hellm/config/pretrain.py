@@ -63,6 +63,9 @@ class PretrainConfig(LoopConfig):
         learning_rate_decay: factor per `learning_rate_decay_epochs` epochs, applied smoothly every epoch.
         learning_rate_decay_epochs: epochs after which `learning_rate_decay` has been applied once.
         batch_size: users (or interactions) per step; fewer where the data has fewer.
+        loss: "bpr" with one negative per interaction (the paper), or "softmax": cross-entropy of the cosines with all
+            items that have training events, which learns more of each interaction where items are many.
+        softmax_temperature: of "softmax"; smaller is sharper.
         l2_weight: weight of the L2 penalty on the fused embedding rows of a batch.
         user_contrastive_weight: weight of the contrast between fused and hypergraph user embeddings; 0 skips it.
         item_contrastive_weight: the same for items.
@@ -84,6 +87,8 @@ class PretrainConfig(LoopConfig):
     learning_rate_decay: float = 0.96
     learning_rate_decay_epochs: float = 50.0
     batch_size: int = 1024
+    loss: Literal["bpr", "softmax"] = "bpr"
+    softmax_temperature: float = 0.2
     l2_weight: float = 1e-3
     user_contrastive_weight: float = 0.03
     item_contrastive_weight: float = 0.07
@@ -101,10 +106,17 @@ class PretrainConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("learning_rate", "learning_rate_decay", "learning_rate_decay_epochs", "temperature"):
+        for name in (
+            "learning_rate",
+            "learning_rate_decay",
+            "learning_rate_decay_epochs",
+            "temperature",
+            "softmax_temperature",
+        ):
             require(isfinite(getattr(self, name)) and getattr(self, name) > 0, name, "> 0", getattr(self, name))
         for name in ("l2_weight", "user_contrastive_weight", "item_contrastive_weight"):
             require(isfinite(getattr(self, name)) and getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
         require(self.batch_size >= 1, "batch_size", ">= 1", self.batch_size)
+        require(self.compat is None or self.loss == "bpr", "loss", "bpr with compat", self.loss)
         rows = self.contrastive_rows
         require(rows is None or rows >= 1, "contrastive_rows", "null or >= 1", rows)

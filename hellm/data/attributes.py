@@ -27,9 +27,9 @@ _OTHERS = (re.compile(";"), re.compile(", "), re.compile(r"(?<!\d),(?=\S)|,(?=[^
 def split_values(texts: Sequence[str], *, single: bool = False) -> list[tuple[str, ...]]:
     """The distinct values in each text of a column, in their order.
 
-    A text is a JSON list, or values with one separator, the same for the whole column: "|" where it occurs, else the one
-    that most texts have of ";", a comma before a blank, and a comma before anything else. So a path such as "Sensors,Test,
-    Measure & Inspect" keeps the comma inside its last value. Commas between digits are decimal.
+    A text is a JSON list, or values with one separator, the same for the whole column: "|" where it occurs, else the
+    one that most texts have of ";", a comma before a blank, and a comma before anything else. So a path such as
+    "Sensors,Test, Measure & Inspect" keeps the comma inside its last value. Commas between digits are decimal.
 
     Args:
         texts: [num_items]; blank = no values.

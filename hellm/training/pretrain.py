@@ -19,7 +19,7 @@ from hellm.config import PretrainConfig
 from hellm.data import Dataset
 from hellm.evaluate import HistoryScorer, evaluate_dataset
 from hellm.graphs import item_hypergraph, nearest_items, user_hypergraph
-from hellm.losses import bpr_loss, l2_loss, synergistic_contrastive_loss
+from hellm.losses import bpr_loss, l2_loss, softmax_loss, synergistic_contrastive_loss
 from hellm.models import FoldIn, GraphEncoder
 from hellm.training.captured_step import CapturedStep
 from hellm.training.checkpoint import read_model
@@ -187,6 +187,7 @@ def build_encoder(config: PretrainConfig, dataset: Dataset, device: torch.device
         num_item_layers=settings.num_item_layers,
         use_user_branch=use_user,
         dropout=settings.dropout,
+        unit_items=config.loss == "softmax",
     ).to(device)
 
 
@@ -211,20 +212,29 @@ def pretrain_losses(
     user_contrastive_weight: float,
     item_contrastive_weight: float,
     temperature: float,
+    softmax_temperature: float | None = None,
     precision: str | None = None,
     user_rows: Tensor | None = None,
     item_rows: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Weighted loss terms of one step, whose sum stage 1 minimises: "bpr_loss", "l2_loss", "contrastive_loss".
 
-    A contrastive term of weight 0, or of a hypergraph the model does not use, is not computed. `user_rows` and
+    With a `softmax_temperature`, "softmax_loss" stands in place of "bpr_loss", and negatives are not used. A
+    contrastive term of weight 0, or of a hypergraph the model does not use, is not computed. `user_rows` and
     `item_rows` [M] int64 are the contrastive anchors; None is all.
     """
     output = model()
     users, positives, negatives = (torch.as_tensor(ids).to(model.device) for ids in triples)
     # F.embedding sums repeated rows of the gradient in a fixed order, plain indexing does not on CUDA.
-    user = F.embedding(users, output.user)
-    positive, negative = F.embedding(positives, output.item), F.embedding(negatives, output.item)
+    user, positive = F.embedding(users, output.user), F.embedding(positives, output.item)
+    if softmax_temperature is None:
+        rows = (user, positive, F.embedding(negatives, output.item))
+        ranking = {"bpr_loss": bpr_loss(*rows)}
+    else:
+        # An item without events would only be pushed away from everybody.
+        trained = model.user_hypergraph.edge_indptr.diff() > 0
+        rows = (user, positive)
+        ranking = {"softmax_loss": softmax_loss(user, output.item, positives, softmax_temperature, candidates=trained)}
     contrastive = user.new_zeros(())
     for weight, fused, view, chosen in (
         (user_contrastive_weight, output.user, output.user_view, user_rows),
@@ -234,8 +244,8 @@ def pretrain_losses(
             loss = synergistic_contrastive_loss(fused, view, temperature, precision=precision, rows=chosen)
             contrastive = contrastive + weight * loss
     return {
-        "bpr_loss": bpr_loss(user, positive, negative),
-        "l2_loss": l2_weight * l2_loss(user, positive, negative),
+        **ranking,
+        "l2_loss": l2_weight * l2_loss(*rows),
         "contrastive_loss": contrastive,
     }
 
@@ -311,6 +321,7 @@ def _losses(model: GraphEncoder, config: PretrainConfig, triples: Triples, rows:
         user_contrastive_weight=config.user_contrastive_weight,
         item_contrastive_weight=config.item_contrastive_weight,
         temperature=config.temperature,
+        softmax_temperature=config.softmax_temperature if config.loss == "softmax" else None,
         precision=config.precision,
         **rows,
     )

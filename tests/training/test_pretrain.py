@@ -74,6 +74,40 @@ def test_pretraining_learns_the_blocks(finished):
     assert finished[1]["test"]["metrics"]["recall@5"] > 0.5
 
 
+class TestSoftmax:
+    def test_learns_the_blocks_by_cosine(self, small_dataset, tmp_path):
+        result = run(changed("max_epochs=20", "loss=softmax"), small_dataset, tmp_path / "run")
+        assert result["test"]["metrics"]["recall@5"] > 0.5
+        items = load_file(tmp_path / "run" / "embeddings.safetensors")["item"]
+        torch.testing.assert_close(items.norm(dim=1), torch.ones(len(items)))
+        assert "softmax_loss" in records(tmp_path / "run")[0] and "bpr_loss" not in records(tmp_path / "run")[0]
+
+    def test_items_without_events_are_no_negatives(self, small_dataset):
+        cold = int(small_dataset.pairs("train")[1][0])
+        kept = (small_dataset.items != cold) | (small_dataset.split != 0)
+        dataset = small_dataset.of_events(kept)
+        config, _ = resolve_config(changed("loss=softmax", "model.item_hypergraph=false"), dataset)
+        encoder = build_encoder(config, dataset)
+        row = dataset.pairs("train")
+        triples = Triples(*(torch.from_numpy(one[:8]) for one in (*row, row[1])))
+        losses = pretrain_losses(
+            encoder,
+            triples,
+            l2_weight=0.0,
+            user_contrastive_weight=0.0,
+            item_contrastive_weight=0.0,
+            temperature=0.5,
+            softmax_temperature=0.2,
+        )
+        losses["softmax_loss"].backward()
+        gradient = encoder.item_table.weight.grad
+        assert not gradient[cold].any() and gradient[dataset.pairs("train")[1]].any()
+
+    def test_is_not_the_published_loss(self):
+        with pytest.raises(ValueError, match="loss must be bpr with compat, got 'softmax'"):
+            changed("loss=softmax", "compat=official")
+
+
 def test_run_directory_is_complete(finished):
     folder, result, _ = finished
     assert {path.name for path in folder.iterdir()} == {

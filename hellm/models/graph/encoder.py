@@ -27,7 +27,7 @@ class EncoderOutput(NamedTuple):
 
     Attributes:
         user: [U, D] fused: backbone + normalised hypergraph view. A user scores an item by their dot product.
-        item: [I, D] fused.
+        item: [I, D] fused; of unit length where the encoder says so.
         user_view: [U, D] output of the user hypergraph branch, None without one.
         item_view: [I, D] output of the item hypergraph branch, None without one.
     """
@@ -61,6 +61,7 @@ class GraphEncoder(nn.Module):
         num_item_layers: layers of the item branch.
         use_user_branch: False leaves the user branch out.
         dropout: NGCF message dropout probability.
+        unit_items: fused items have unit length, so that a user ranks items by cosine.
 
     Raises:
         ValueError: an unknown backbone, a layer count < 1, or a hypergraph of another size.
@@ -80,6 +81,7 @@ class GraphEncoder(nn.Module):
         num_item_layers: int = 2,
         use_user_branch: bool = True,
         dropout: float = 0.1,
+        unit_items: bool = False,
     ) -> None:
         super().__init__()
         layers = {"num_layers": num_layers, "num_user_layers": num_user_layers, "num_item_layers": num_item_layers}
@@ -87,6 +89,7 @@ class GraphEncoder(nn.Module):
         self.num_users, self.num_items, self.embedding_dim = num_users, num_items, embedding_dim
         self.backbone, self.num_layers = backbone, num_layers
         self.num_user_layers, self.num_item_layers = num_user_layers, num_item_layers
+        self.unit_items = unit_items
         self.user_hypergraph, self.item_hypergraph = user_hypergraph, item_hypergraph
         user, item, user_branch, item_branch = (
             _table(count, embedding_dim) for count in (num_users, num_items, num_users, num_items)
@@ -121,6 +124,8 @@ class GraphEncoder(nn.Module):
         if self.item_branch_table is not None:
             item_view = self._item_view(self.num_item_layers)
             item = item + F.normalize(item_view, dim=1)
+        if self.unit_items:
+            item = F.normalize(item, dim=1)
         return EncoderOutput(user, item, user_view, item_view)
 
     def _user_view(self, num_layers: int) -> Tensor | None:
