@@ -85,7 +85,7 @@ def test_each_control_trains_what_it_changes_and_nothing_else(ran, fused, towers
     assert [row["name"] for row in report["rows"]] == ["full", *CONTROLS, *(f"without-{name}" for name in left)]
     best = max(
         ("ids", "content"),
-        key=lambda name: json.loads((towers[name] / "result.json").read_text())["valid"]["metrics"]["ndcg@10"],
+        key=lambda name: json.loads((towers[name] / "result.json").read_text())["valid"]["metrics"]["ndcg@20"],
     )
     assert said == [
         f"two-seeds, {best}-seed2025 (1 of 1)",
@@ -161,7 +161,7 @@ def test_command_line(ran, fused, shop, capsys):
     text = capsys.readouterr().out
     assert re.search(r"\n  full +0\.\d{4} +0\.\d{4} +0\.\d{4} +0\.\d{4} to 0\.\d{4} +full +\d", text)
     assert re.search(r"\n  two-seeds .* [+-]0\.\d{4} \[[+-]0\.\d{4}, [+-]0\.\d{4}\]", text)
-    assert "The validation split chose each tower's epoch, the towers and their weights (by ndcg@10)" in text
+    assert "The validation split chose each tower's epoch, the towers and their weights (by ndcg@20)" in text
     assert main([*argv, "--json"]) == 0
     found = last_json(capsys.readouterr().out)
     assert found == json.loads((ran[0] / "ablation.json").read_text())

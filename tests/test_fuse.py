@@ -55,8 +55,8 @@ def fused(runs, dataset, tmp_path_factory):
 
 def test_fused_model_is_not_worse_than_its_best_tower_on_validation(fused):
     _, result = fused
-    best = max(tower["valid"]["ndcg@10"] for tower in result["towers"].values())
-    assert result["cross_fitted"]["ndcg@10"] >= best - 1e-6
+    best = max(tower["valid"]["ndcg@20"] for tower in result["towers"].values())
+    assert result["cross_fitted"]["ndcg@20"] >= best - 1e-6
     assert len(result["weights"]) > 1 and all(weight > 0 for weight in result["weights"].values())
     assert {name for name, tower in result["towers"].items() if tower["kept"]} == set(result["weights"])
     assert set(result["leave_one_out"]) == set(result["weights"])

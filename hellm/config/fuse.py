@@ -15,12 +15,14 @@ class FuseConfig(StageConfig):
     """Which towers a fused model has, and with what weights: by validation alone.
 
     Args:
-        monitor: the one validation metric, ndcg@k or recall@k, that a tower must improve to be kept.
+        monitor: the one validation metric, ndcg@k or recall@k, that a tower must improve to be kept; a longer list than
+            is shown hears of more users' events, so that a gain is shown by fewer of them.
         level: coverage of the interval of that improvement, which must lie above 0.
         max_scores: validation scores held at once over all towers, 4 bytes each; bounds the users that are looked at.
         seed: of the halves of the validation users and the bootstrap.
     """
 
+    monitor: tuple[str, ...] = ("ndcg@20",)
     level: float = 0.9
     max_scores: int = 2**29
 

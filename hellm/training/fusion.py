@@ -73,12 +73,12 @@ class Selection:
     gains: list[Gain]
 
 
-def select_towers(given: TowerScores, monitor: str = "ndcg@10", *, level: float = 0.9, seed: int = 0) -> Selection:
-    """Start from the best tower, and add the one that helps most as long as its help is shown.
+def select_towers(given: TowerScores, monitor: str = "ndcg@20", *, level: float = 0.9, seed: int = 0) -> Selection:
+    """Start from the best tower, and add the one whose help is surest as long as it is shown.
 
     Users are cut into halves: weights that are fitted on one half are judged on the other, and the other way round, so
     that every user judges once and no user judges weights that it made. A tower is kept if the bootstrap interval of
-    the gain in the monitored metric lies above 0. The weights of the chosen towers come from all events.
+    the gain in the monitored metric lies above 0; of several, the one of the largest lower end is added. The weights of the chosen towers come from all events.
 
     Args:
         given: Scores of all towers.
@@ -100,8 +100,10 @@ def select_towers(given: TowerScores, monitor: str = "ndcg@10", *, level: float 
     # One user alone cannot judge weights that another made.
     while len(chosen) < len(names) and 0 < half.sum() < len(half):
         tried = {name: _cross_fitted(given, [*chosen, name], half, metric) for name in names if name not in chosen}
-        name = max(tried, key=lambda one: metric.mean(tried[one]))
-        gain, low, high = paired_gain(tried[name], best, level=level, seed=seed)
+        shown = {name: paired_gain(values, best, level=level, seed=seed) for name, values in tried.items()}
+        # Whose gain is surest: the largest mean may be of few users, and then nothing else would be tried.
+        name = max(shown, key=lambda one: shown[one][1])
+        gain, low, high = shown[name]
         longer = _fitted(given, [*chosen, name], every, metric) if low > 0 else []
         gains.append(Gain(name, gain, low, high, kept=low > 0 and longer[-1] > 0))
         if not gains[-1].kept:
