@@ -78,7 +78,8 @@ def select_towers(given: TowerScores, monitor: str = "ndcg@20", *, level: float 
 
     Users are cut into halves: weights that are fitted on one half are judged on the other, and the other way round, so
     that every user judges once and no user judges weights that it made. A tower is kept if the bootstrap interval of
-    the gain in the monitored metric lies above 0; of several, the one of the largest lower end is added. The weights of the chosen towers come from all events.
+    the gain in the monitored metric lies above 0; of several, the one of the largest lower end is added. The weights of
+    the chosen towers come from all events.
 
     Args:
         given: Scores of all towers.
