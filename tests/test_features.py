@@ -302,7 +302,7 @@ class TestImages:
         assert told == broken
 
     def test_equal_files_are_encoded_once(self, image_encoder, pictures, monkeypatch):
-        calls = counted(monkeypatch, image_module._ImageModel)
+        calls = counted(monkeypatch, image_module.ImageEncoder)
         values = encode_images(pictures, encoder=image_encoder).values
         assert calls == [1, 2]
         np.testing.assert_array_equal(values[0], values[2])
@@ -412,7 +412,7 @@ class TestCache:
         from PIL import Image
 
         before = encode_images(pictures, encoder=image_encoder, cache=tmp_path / "cache")
-        calls = counted(monkeypatch, image_module._ImageModel)
+        calls = counted(monkeypatch, image_module.ImageEncoder)
         Image.new("RGB", (20, 20), "red").save(pictures[1])
         after = encode_images(pictures, encoder=image_encoder, cache=tmp_path / "cache")
         assert calls == [1, 1]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hellm"
 # Left to right: a module imports its own layer and the layers before it.
 LAYERS = [
-    {"_C", "_arrays", "_devices", "_files", "_folders", "_pretrained", "config", "kernels"},
+    {"_C", "_arrays", "_devices", "_files", "_folders", "_pretrained", "_rows", "config", "kernels"},
     {"data"},
     {"artifact"},
     {"ops"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"graphs", "nn", "losses", "models", "selftest"},
     {"training", "evaluate", "baselines", "features"},
     {"recommend", "info"},
-    {"pipeline", "export"},
+    {"pipeline", "export", "serve"},
     {"upkeep"},
     {"cli", "__main__"},
 ]

@@ -118,7 +118,7 @@ class ServedContract(RecommenderContract):
         expected = scorer.scorer("test").scores(users)
         moved = scorer.model.scorer_on("cpu")
         if scorer.model.user is None:
-            moved = HistoryScorer(moved, *scorer._histories).scores
+            moved = HistoryScorer(moved, *scorer._current.events.histories).scores
         torch.testing.assert_close(moved(users), expected)
 
     @pytest.mark.gpu

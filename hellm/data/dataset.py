@@ -151,6 +151,8 @@ class Dataset:
             taken as attributes): field -> [num_items] strings, "" where unknown.
         notes: What the reader had to assume or met on the way, in words.
         columns: What was read of a table of events: role ("user", "item", "time", ...) -> column.
+        encoders: Modality -> what made its features, as plain values: "encoder" and what else it was told
+            (`hellm.features`). With it, an item that comes later can be described alike.
     """
 
     name: str
@@ -169,6 +171,7 @@ class Dataset:
     item_fields: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     columns: dict[str, str] = field(default_factory=dict)
+    encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.user_ids) != self.num_users or len(self.item_ids) != self.num_items:

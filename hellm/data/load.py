@@ -191,17 +191,20 @@ def _add_simple_features(source: Source) -> None:
     texts = simple_features.item_texts(source.item_titles, source.item_fields)
     if "text" not in source.item_features and texts is not None:
         source.item_features["text"] = simple_features.text_features(texts)
+        source.encoders["text"] = {"encoder": "hashed"}
     images = source.item_fields.get("image")
     if "image" not in source.item_features and images is not None:
         unreadable: list[str] = []
         source.item_features["image"] = simple_features.image_features(
             images, on_unreadable=lambda path, error: unreadable.append(f"{path} ({error})")
         )
+        source.encoders["image"] = {"encoder": "colours"}
         if unreadable:
             some = "; ".join(unreadable[:3]) + ("; ..." if len(unreadable) > 3 else "")
             source.notes.append(f"{len(unreadable)} images cannot be read and count as missing: {some}")
     # A modality that no item has would only make empty hyperedges.
     source.item_features = {name: one for name, one in source.item_features.items() if one.mask.any()}
+    source.encoders = {name: one for name, one in source.encoders.items() if name in source.item_features}
 
 
 def _build(source: Source, kind: Form, name: str, split, seed, ratios, cold_share) -> Dataset:
@@ -247,6 +250,7 @@ def _build(source: Source, kind: Form, name: str, split, seed, ratios, cold_shar
         item_fields=source.item_fields,
         notes=source.notes,
         columns=source.columns,
+        encoders=source.encoders,
     )
 
 

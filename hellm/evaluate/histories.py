@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hellm._rows import dot_products
 from hellm.data import Histories
 
 from .datasets import KNOWN_SPLITS, evaluate_dataset
@@ -81,7 +82,7 @@ def history_scores(model: HistoryModel, keys: Tensor, indptr: Tensor, items: Ten
     """Scores [B, I] of all items after histories in time order, given as CSR; `keys` are those of the model."""
     if hasattr(model, "history_scores"):
         return model.history_scores(indptr, items)
-    return model.embed(indptr, items) @ keys.T
+    return dot_products(model.embed(indptr, items), keys)
 
 
 def evaluate_histories(model: HistoryModel, dataset: Dataset, split: str = "test", **options) -> RankingResult:

@@ -88,7 +88,7 @@ def add_features(
 
     chosen = choose_encoders(dataset, text=text, image=image, text_fields=text_fields)
     content, names = _content(dataset, text_fields), {"text": text_name, "image": "image"}
-    features, unreadable = dict(dataset.item_features), []
+    features, encoders, unreadable = dict(dataset.item_features), dict(dataset.encoders), []
     # An encoder names its earlier work anew.
     made = {modality: f"{names[modality]}{_MADE}" for modality in chosen}
     notes = [note for note in dataset.notes if not note.startswith(tuple(made.values()))]
@@ -103,10 +103,12 @@ def add_features(
                 **options,
             )
         notes.append(f"{made[modality]}{encoder!r}")
+        about = {"text_fields": list(text_fields)} | text_options if modality == "text" else {}
+        encoders[names[modality]] = {"encoder": encoder} | about
     if unreadable:
         notes.append(f"{len(unreadable)} pictures cannot be read and count as missing: {'; '.join(unreadable)}")
         logger.warning(notes[-1])
-    return dataclasses.replace(dataset, item_features=features, notes=notes)
+    return dataclasses.replace(dataset, item_features=features, notes=notes, encoders=encoders)
 
 
 def encode_like(dataset: Dataset, new: Dataset, *, cache: str | Path | None = None) -> dict[str, ItemFeatures]:

@@ -29,7 +29,7 @@ from hellm.features._encode import (
 )
 from hellm.features.cache import FeatureCache, encoder_key, file_key
 
-__all__ = ["Preprocessing", "encode_images"]
+__all__ = ["ImageEncoder", "Preprocessing", "encode_images", "load_image_encoder"]
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BICUBIC = 3
@@ -69,36 +69,20 @@ def encode_images(
         OSError: No such folder, or the hub does not have the encoder or cannot be reached.
     """
     check_batch_size(batch_size)
+    model = load_image_encoder(encoder, revision=revision, device=device)
+    return model.features(paths, batch_size=batch_size, cache=cache, on_unreadable=on_unreadable)
+
+
+def load_image_encoder(
+    encoder: str = "efficientnet", *, revision: str | None = None, device: str = "auto"
+) -> ImageEncoder:
+    """The encoder of `encode_images`, to be used more than once.
+
+    Args: As `encode_images`.
+    Raises: As `encode_images`.
+    """
     device = resolve_device(device)
-    model = _EfficientNet(device) if encoder == "efficientnet" else _VisionModel(encoder, revision, device)
-    errors: dict[str, Exception] = {}
-    paths = [str(path) for path in paths]
-    with ThreadPoolExecutor(_DECODERS) as pool:
-
-        def encode(rows: list[int]) -> np.ndarray:
-            pictures = list(pool.map(lambda row: _read(paths[row], model.preprocessing, errors), rows))
-            readable = np.array([picture is not None for picture in pictures])
-            values = np.full((len(rows), model.dim), np.nan, np.float32)
-            if readable.any():
-                values[readable] = model.encode(np.stack([picture for picture in pictures if picture is not None]))
-            return values
-
-        keys = list(pool.map(lambda path: _file_key(path, errors), paths))
-        features = encode_rows(
-            keys,
-            [0] * len(paths),
-            encode,
-            dim=model.dim,
-            batch_size=batch_size,
-            cache=None if cache is None else FeatureCache(cache, model.key),
-            name="pictures",
-        )
-    error_of = {key: errors[path] for path, key in zip(paths, keys, strict=True) if key and path in errors}
-    for path, key in zip(paths, keys, strict=True):
-        error = errors.get(path) or error_of.get(key)
-        if error is not None and on_unreadable is not None:
-            on_unreadable(path, error)
-    return features
+    return _EfficientNet(device) if encoder == "efficientnet" else _VisionModel(encoder, revision, device)
 
 
 @dataclass(frozen=True)
@@ -183,7 +167,7 @@ def _read(path: str, preprocessing: Preprocessing, errors: dict[str, Exception])
         return None
 
 
-class _ImageModel:
+class ImageEncoder:
     """An encoder with its preprocessing.
 
     Attributes:
@@ -198,6 +182,44 @@ class _ImageModel:
         settings = {"kind": "image", "pooling": "mean", "decoding": 2} | asdict(preprocessing)
         self.key = encoder_key(model.state_dict(), settings)
 
+    def features(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        batch_size: int = 32,
+        cache: str | Path | None = None,
+        on_unreadable: Callable[[str, Exception], None] | None = None,
+    ) -> ItemFeatures:
+        """What `encode_images` returns."""
+        errors: dict[str, Exception] = {}
+        paths = [str(path) for path in paths]
+        with ThreadPoolExecutor(_DECODERS) as pool:
+
+            def encode(rows: list[int]) -> np.ndarray:
+                pictures = list(pool.map(lambda row: _read(paths[row], self.preprocessing, errors), rows))
+                readable = np.array([picture is not None for picture in pictures])
+                values = np.full((len(rows), self.dim), np.nan, np.float32)
+                if readable.any():
+                    values[readable] = self.encode(np.stack([picture for picture in pictures if picture is not None]))
+                return values
+
+            keys = list(pool.map(lambda path: _file_key(path, errors), paths))
+            features = encode_rows(
+                keys,
+                [0] * len(paths),
+                encode,
+                dim=self.dim,
+                batch_size=batch_size,
+                cache=None if cache is None else FeatureCache(cache, self.key),
+                name="pictures",
+            )
+        error_of = {key: errors[path] for path, key in zip(paths, keys, strict=True) if key and path in errors}
+        for path, key in zip(paths, keys, strict=True):
+            error = errors.get(path) or error_of.get(key)
+            if error is not None and on_unreadable is not None:
+                on_unreadable(path, error)
+        return features
+
     def encode(self, pictures: np.ndarray) -> np.ndarray:
         """[B, 3, height, width] float32 -> [B, D] float32."""
         import torch
@@ -209,7 +231,7 @@ class _ImageModel:
         raise NotImplementedError
 
 
-class _EfficientNet(_ImageModel):
+class _EfficientNet(ImageEncoder):
     def __init__(self, device: str) -> None:
         import torch
 
@@ -223,7 +245,7 @@ class _EfficientNet(_ImageModel):
         return self.model.extract_features(pixels).mean(dim=(2, 3))
 
 
-class _VisionModel(_ImageModel):
+class _VisionModel(ImageEncoder):
     def __init__(self, name: str, revision: str | None, device: str) -> None:
         transformers = require("image", name, "transformers", load_transformers)
 

@@ -25,7 +25,7 @@ from hellm.features._encode import (
 from hellm.features.cache import FeatureCache, content_key, encoder_key
 from hellm.features.packaged import packaged_folder
 
-__all__ = ["encode_text"]
+__all__ = ["TextEncoder", "encode_text", "load_text_encoder"]
 
 LANGUAGE_MODEL = "smollm2-135m"
 # By validation on Scientific (benchmarks/results): as good as all 30 before any training, for an eighth of the work.
@@ -72,27 +72,43 @@ def encode_text(
         OSError: No such folder, or the hub does not have the encoder or cannot be reached.
     """
     check_batch_size(batch_size)
+    model = load_text_encoder(
+        encoder,
+        revision=revision,
+        language_model=language_model,
+        num_layers=num_layers,
+        max_length=max_length,
+        bfloat16=bfloat16,
+        device=device,
+    )
+    return model.features(texts, batch_size=batch_size, cache=cache)
+
+
+def load_text_encoder(
+    encoder: str = "minilm",
+    *,
+    revision: str | None = None,
+    language_model: str = LANGUAGE_MODEL,
+    num_layers: int = LANGUAGE_MODEL_LAYERS,
+    max_length: int = 256,
+    bfloat16: bool = False,
+    device: str = "auto",
+) -> TextEncoder:
+    """The encoder of `encode_text`, to be used more than once.
+
+    Args: As `encode_text`.
+    Raises: As `encode_text`.
+    """
     for name, value in (("max_length", max_length), ("num_layers", num_layers)):
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
     device = resolve_device(device)
     if encoder == "llm":
-        model = _LanguageModelStates(language_model, num_layers, max_length, device, bfloat16)
-    else:
-        model = _TextModel(encoder, revision, max_length, device, bfloat16)
-    tokens = model.tokens([" ".join(text.split()) for text in texts])
-    return encode_rows(
-        [content_key(np.asarray(row, np.int64).tobytes()) if row else None for row in tokens],
-        [len(row) for row in tokens],
-        lambda rows: model.encode([tokens[row] for row in rows]),
-        dim=model.dim,
-        batch_size=batch_size,
-        cache=None if cache is None else FeatureCache(cache, model.key),
-        name="texts",
-    )
+        return _LanguageModelStates(language_model, num_layers, max_length, device, bfloat16)
+    return _TextModel(encoder, revision, max_length, device, bfloat16)
 
 
-class _TokenModel:
+class TextEncoder:
     """What a tokenizer and a model make of texts. A subclass sets the attributes, and reads tokens in `_hidden`.
 
     Attributes:
@@ -110,6 +126,19 @@ class _TokenModel:
     bfloat16: bool
     dim: int
     key: str
+
+    def features(self, texts: Sequence[str], *, batch_size: int = 32, cache: str | Path | None = None) -> ItemFeatures:
+        """What `encode_text` returns."""
+        tokens = self.tokens([" ".join(text.split()) for text in texts])
+        return encode_rows(
+            [content_key(np.asarray(row, np.int64).tobytes()) if row else None for row in tokens],
+            [len(row) for row in tokens],
+            lambda rows: self.encode([tokens[row] for row in rows]),
+            dim=self.dim,
+            batch_size=batch_size,
+            cache=None if cache is None else FeatureCache(cache, self.key),
+            name="texts",
+        )
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special ones included; [] for a blank one."""
@@ -139,7 +168,7 @@ class _TokenModel:
         raise NotImplementedError
 
 
-class _TextModel(_TokenModel):
+class _TextModel(TextEncoder):
     """An encoder: the mean of its last hidden states, or the text embedding of a model of texts and pictures."""
 
     def __init__(self, name: str, revision: str | None, max_length: int, device: str, bfloat16: bool = False) -> None:
@@ -173,7 +202,7 @@ class _TextModel(_TokenModel):
         return (hidden * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True)
 
 
-class _LanguageModelStates(_TokenModel):
+class _LanguageModelStates(TextEncoder):
     """A causal language model: the mean over the tokens of a text of the hidden states after some of its layers.
 
     A token stands before each text and is left out of the mean: what a language model reads first takes up attention

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hellm._rows import dot_products
+
 __all__ = ["FusedModel", "fit_weights"]
 
 # Newton's method on a convex function of a few variables; it needs about ten.
@@ -69,7 +71,7 @@ class FusedModel:
         """Scores [B, I] of all items after histories; `keys` are `item_keys()`, where they are there already."""
         parts, embedding = [], self._embedding()
         if embedding:
-            parts.append(self.embed(indptr, items) @ (self.item_keys() if keys is None else keys).T)
+            parts.append(dot_products(self.embed(indptr, items), self.item_keys() if keys is None else keys))
         # In the order of the towers, as a sum has the same bits in one order only.
         for name, tower in self.towers.items():
             if name not in embedding:

@@ -5,11 +5,9 @@ U = users, I = items, D = embedding width, B = users asked for at once.
 
 from __future__ import annotations
 
-import logging
 import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,51 +21,22 @@ from hellm._pretrained import LOADING
 from hellm.artifact.files import CONTENT, EMBEDDINGS, HISTORIES, IDS
 from hellm.artifact.tables import read_histories, read_ids, side_of
 from hellm.data import DataError, Histories, IdMap, ItemFeatures
-from hellm.evaluate import HistoryScorer, history_scores, top_items
+from hellm.evaluate import top_items
 from hellm.models.graph.content import ItemContent
 from hellm.recommend import explain
 from hellm.recommend.card import training_facts, write_card
 from hellm.recommend.catalogue import history_lists, id_list, rows_of
+from hellm.recommend.events import KNOWN, Events
 from hellm.recommend.results import Reason, Recommendations, RecommendedItem
-from hellm.recommend.served import NewItems, ServedFused, ServedModel, load_served
+from hellm.recommend.served import ServedFused, ServedModel, load_served
+from hellm.recommend.state import State
 
 if TYPE_CHECKING:
     import polars as pl
 
 __all__ = ["Recommender"]
 
-logger = logging.getLogger(__name__)
-
 _BATCH = 1024
-# Label of events that are only history: their users are not trained on.
-_HISTORY = 3
-# Splits whose events a user is known by, when an event of the key is to be found.
-_KNOWN = {"valid": (0, _HISTORY), "test": (0, 1, _HISTORY)}
-
-
-@dataclass(frozen=True)
-class _Items:
-    """All that `Recommender.add_items` replaces, in one piece and never changed: a reader sees the old or the new.
-
-    Attributes:
-        model: What gives queries and keys.
-        content: What the items look and read like, or None.
-        table: ids.parquet, of users and items.
-        ids: Of the items.
-        titles: [I].
-        keys: [I, D] float32.
-        popularity: [I] float32 training events.
-        scorers: (split, device) -> scorer, as they are asked for.
-    """
-
-    model: ServedModel
-    content: ItemContent | None
-    table: pl.DataFrame
-    ids: IdMap
-    titles: list[str | None]
-    keys: Tensor
-    popularity: Tensor
-    scorers: dict[tuple[str, str], Any] = field(default_factory=dict)
 
 
 class Recommender:
@@ -76,8 +45,9 @@ class Recommender:
     `Recommender.load(run_directory)` makes one, whatever the run is of. What an item scores for a user is the dot
     product of the user's query and the item's key.
 
-    Many threads may use one at the same time: an answer is of the items before or after a call of `add_items`, never of
-    a part of them, and several such calls follow one another.
+    Many threads may use one at the same time: an answer is of what was known before or after a call of `add_items` or
+    `add_events`, never of a part of it, and several such calls follow one another. `copy.copy` gives one that goes its
+    own way from there and shares what both know.
 
     Args:
         model: What gives queries and keys, see `hellm.recommend.served`.
@@ -94,21 +64,20 @@ class Recommender:
     def __init__(
         self, model: ServedModel, ids: pl.DataFrame, histories: pl.DataFrame, content: ItemContent | None = None
     ) -> None:
-        self.user_ids, _ = side_of(ids, "user")
+        user_ids, _ = side_of(ids, "user")
         item_ids, titles = side_of(ids, "item")
         keys = model.item_keys()
-        tables = {"user": (model.user, self.num_users), "item": (keys, len(item_ids))}
-        for name, (rows, count) in tables.items():
+        events = Events.of_table(histories, len(user_ids))
+        num_users = len(user_ids)
+        if model.user is not None and events.has_arrived[len(model.user) :].all():
+            # Who came after training has events and no row.
+            num_users = min(num_users, len(model.user))
+        for name, rows, count in (("user", model.user, num_users), ("item", keys, len(item_ids))):
             if rows is not None and len(rows) != count:
                 raise ValueError(f"ids must name the {len(rows)} {name}s of the model, got {count}")
-        self._events = histories
-        # Copies: torch does not take the read-only arrays that a table lends.
-        self._users, self._items, self._split = (np.array(histories[name]) for name in ("user", "item", "split"))
-        self._histories = Histories.of_events(self._users, self._items, self.num_users)
-        self._is_trained = np.bincount(self._users[self._split == 0], minlength=self.num_users) > 0
-        trained = self._items[self._split == 0]
+        trained = events.items[events.split == 0]
         popularity = torch.from_numpy(np.bincount(trained, minlength=len(item_ids))).float()
-        self._current = _Items(model, content, ids, item_ids, titles, keys, popularity)
+        self._current = State(model, content, ids, user_ids, item_ids, titles, keys, popularity, events)
         self._adding = threading.Lock()
         self.training: dict[str, Any] = {}
 
@@ -126,6 +95,10 @@ class Recommender:
     @property
     def content(self) -> ItemContent | None:
         return self._current.content
+
+    @property
+    def user_ids(self) -> IdMap:
+        return self._current.user_ids
 
     @property
     def item_ids(self) -> IdMap:
@@ -148,17 +121,17 @@ class Recommender:
     @property
     def histories(self) -> Histories:
         """Item rows of all events of every user."""
-        return self._histories
+        return self._current.events.histories
 
     @property
     def events(self) -> pl.DataFrame:
         """Of every event user and item (rows) and split: 0 train, 1 validation, 2 test, 3 history only."""
-        return self._events
+        return self._current.events.table()
 
     @property
     def is_trained(self) -> np.ndarray:
         """[U] bool: users with training events."""
-        return self._is_trained
+        return self._current.events.is_trained
 
     @property
     def num_users(self) -> int:
@@ -215,7 +188,7 @@ class Recommender:
         with new_folder(path, kind="recommender", overwrite=overwrite) as new:
             items.model.save(new)
             items.table.write_parquet(new / IDS)
-            self._events.write_parquet(new / HISTORIES)
+            items.events.table().write_parquet(new / HISTORIES)
             if items.content is not None:
                 items.content.save(new / CONTENT)
             write_card(new, self)
@@ -229,31 +202,26 @@ class Recommender:
 
         Raises: ValueError, another split.
         """
-        if split not in _KNOWN:
+        if split not in KNOWN:
             raise ValueError(f"split must be 'valid' or 'test', got {split!r}")
-        return self._scorer(self._current, split, device)
-
-    def _scorer(self, items: _Items, split: str, device: str = "cpu") -> Any:
-        on_cpu = torch.device(device).type == "cpu"
-        cold_users = bool((self._split == _HISTORY).any())
-        if items.model.user is not None and not cold_users:
-            return self if on_cpu else items.model.scorer_on(device)
-        key = (split, device)
-        if key not in items.scorers:
-            known = np.isin(self._split, _KNOWN[split])
-            histories = Histories.of_events(self._users[known], self._items[known], self.num_users)
-            model = items.model if on_cpu or items.model.user is not None else items.model.scorer_on(device)
-            items.scorers[key] = HistoryScorer(model, *histories)
-        return items.scorers[key]
+        return self._current.scorer(split, device) or self
 
     def scores(self, users: Tensor) -> Tensor:
-        """[B] int64 rows of the users -> [B, I] float32, by what the model knows of them from training events."""
-        return self._scores(self._current, users)
+        """[B] int64 rows of the users -> [B, I] float32, by what the model knows of them from training events.
 
-    def _scores(self, items: _Items, users: Tensor) -> Tensor:
-        if items.model.user is not None:
-            return items.model.user[users] @ items.keys.T
-        return self._scorer(items, "valid").scores(users)
+        Users with events that came after training are scored by all of their events.
+        """
+        return self._scores(self._current, users.numpy())
+
+    def _scores(self, state: State, rows: np.ndarray) -> Tensor:
+        read, histories = state.events.has_arrived[rows], state.events.histories.take(rows)
+        if state.model.user is not None or read.all():
+            return state.scores(rows, histories, read)
+        scores = state.scorer("valid").scores(torch.from_numpy(rows))
+        if read.any():
+            places = np.flatnonzero(read)
+            scores[torch.from_numpy(places)] = state.history_scores(histories.take(places))
+        return scores
 
     def recommend(
         self,
@@ -262,14 +230,17 @@ class Recommender:
         k: int = 10,
         *,
         exclude_seen: bool = True,
+        exclude: Iterable[str] = (),
         candidates: Iterable[str] | None = None,
+        attributes: Mapping[str, Iterable[str]] | None = None,
         filter: Callable[[str], bool] | None = None,
     ) -> list[Recommendations]:
         """The k best items of each user, or of each bare history.
 
-        Stage 1 knows its users by trained embeddings; other models read all of a user's events. Users without events to
-        go by (for stage 1: training events) and empty histories get the most popular items, and `basis` says so. A bare
-        history may be of somebody the run has never seen.
+        Stage 1 knows its users by trained embeddings; other models read all of a user's events, and so does stage 1 for
+        users with events that came after training. Users without events to go by (for stage 1: training events) and
+        empty histories get the most popular items, and `basis` says so. A bare history may be of somebody the run has
+        never seen.
 
         Args:
             users: Ids of known users.
@@ -277,41 +248,38 @@ class Recommender:
                 empty history, [[]].
             k: List length, 1 <= k <= I. Lists are shorter where fewer items are left.
             exclude_seen: Leave out all items of the history: for known users, of all their events.
+            exclude: Item ids that are left out of every list.
             candidates: Item ids to choose from, e.g. what is in stock; None is all.
+            attributes: Attribute -> values, e.g. {"brand": ["acme"]}: an item must have one of them, of each attribute.
             filter: Item id -> whether it may be recommended; asked once for each candidate.
         Returns: One list per user or history, in their order, none for none; equal scores by item row.
-        Raises: ValueError, both or neither of `users` and `histories`, k out of range, or no candidates. DataError, an
-            unknown id (naming the nearest ones).
+        Raises: ValueError, both or neither of `users` and `histories`, k out of range, no candidates, or an attribute
+            or value that the run does not know. DataError, an unknown id (naming the nearest ones).
         """
         if (users is None) == (histories is None):
             raise ValueError(f"give either users or histories, got {'neither' if users is None else 'both'}")
         current = self._current
         k = _length(k, len(current.ids), "the number of items")
-        allowed = _allowed(current, candidates, filter)
-        rows, basis = None, "history"
+        allowed = _allowed(current, candidates, id_list(exclude, "exclude"), attributes or {}, filter)
         if users is not None:
             names = [users] if isinstance(users, str) else id_list(users, "users")
-            rows = rows_of(self.user_ids, names, "user")
-            asked = self._histories.take(rows)
+            rows = rows_of(current.user_ids, names, "user")
+            asked = current.events.histories.take(rows)
+            personal, read = current.known(rows)
         else:
             lists = history_lists(histories)
-            names = [None] * len(lists)
-            rows_by_list = [rows_of(current.ids, history, "item") for history in lists]
-            asked = Histories.of_lists(rows_by_list)
-        personal = asked.lengths > 0
-        if rows is not None and current.model.user is not None:
-            personal, basis = self._is_trained[rows], "user"
+            names, rows = [None] * len(lists), np.zeros(len(lists), np.int64)
+            asked = Histories.of_lists([rows_of(current.ids, history, "item") for history in lists])
+            personal, read = asked.lengths > 0, np.ones(len(lists), bool)
         answers = []
         for start in range(0, len(names), _BATCH):
             part = np.arange(start, min(start + _BATCH, len(names)))
             own = asked.take(part)
-            if basis == "user":
-                scores = current.model.user[torch.from_numpy(rows[part])] @ current.keys.T
-            else:
-                scores = history_scores(current.model, current.keys, *(torch.from_numpy(one) for one in own))
+            scores = current.scores(rows[part], own, read[part])
             best = _best(current, scores, personal[part], own if exclude_seen else None, allowed, k)
             for place, found in zip(part.tolist(), best, strict=True):
-                answers.append(Recommendations(names[place], basis if personal[place] else "popularity", found))
+                basis = "popularity" if not personal[place] else "history" if read[place] else "user"
+                answers.append(Recommendations(names[place], basis, found))
         return answers
 
     def similar_items(self, item: str, k: int = 10) -> list[RecommendedItem]:
@@ -346,7 +314,7 @@ class Recommender:
         rows = np.unique(rows[rows != row])
         if not len(rows):
             return []
-        shared = explain.shared_users(self._users, self._items, row, rows)
+        shared = explain.shared_users(current.events.users, current.events.items, row, rows)
         links = explain.content_links(current.content, row, rows)
         keys, view = (explain.cosines(table, row, rows) for table in (current.keys, current.model.graph_view))
         return [
@@ -387,15 +355,17 @@ class Recommender:
         found = [dict(zip(lifts, values, strict=True)) for values in zip(*lifts.values(), strict=True)]
         return [dict(sorted(one.items(), key=lambda pair: -pair[1])) for one in found]
 
-    def _rows_of_history(self, current: _Items, user: str | None, history: Sequence[str] | None) -> np.ndarray:
+    def _rows_of_history(self, current: State, user: str | None, history: Sequence[str] | None) -> np.ndarray:
         """The events that a user is known by, or those of a history, in time order."""
         if (user is None) == (history is None):
             raise ValueError(f"give either user or history, got {'neither' if user is None else 'both'}")
         if user is None:
             return rows_of(current.ids, id_list(history, "history"), "item")
-        events = slice(*self._histories.indptr[rows_of(self.user_ids, [str(user)], "user")[0] :][:2])
-        rows = self._items[events]
-        return rows if current.model.user is None else rows[self._split[events] == 0]
+        row = rows_of(current.user_ids, [str(user)], "user")[0]
+        _, read = current.known(np.array([row]))
+        events = slice(*current.events.histories.indptr[row:][:2])
+        rows = current.events.items[events]
+        return rows if read[0] else rows[current.events.split[events] == 0]
 
     def add_items(
         self,
@@ -423,25 +393,44 @@ class Recommender:
             take items. Nothing has changed then.
         """
         with self._adding:
-            self._current = _with_items(self._current, features, ids, titles, attributes or {})
+            self._current = self._current.with_items(features, ids, titles, attributes or {})
+
+    def add_events(self, users: Iterable[str], items: Iterable[str]) -> None:
+        """Take up events that came after training; they count from the next answer on, and nothing is trained.
+
+        They are the last events of their users in the order given. A user that the run does not know is taken up. Who
+        has such events is known by the history: sequence and language models read it, stage 1 folds it in
+        (`hellm.models.FoldIn`). Answers of other users stay as they are, as does popularity, which counts training
+        events. Evaluations do not read such events.
+
+        Args:
+            users: n ids, one of each event.
+            items: n ids of known items.
+        Raises: ValueError, counts that differ. DataError, an unknown item (naming the nearest ones). Nothing has
+            changed then.
+        """
+        with self._adding:
+            self._current = self._current.with_events(users, items)
 
     def history(self, user: str) -> list[RecommendedItem]:
         """All events of a user in time order; the score is the user's score of the item.
 
         Raises: DataError, an unknown id.
         """
-        row = int(rows_of(self.user_ids, [str(user)], "user")[0])
-        current, items = self._current, torch.from_numpy(self._histories.take(np.array([row])).items)
-        return _named(current, items, self._scores(current, torch.tensor([row]))[0])
+        current = self._current
+        row = rows_of(current.user_ids, [str(user)], "user")
+        items = torch.from_numpy(current.events.histories.take(row).items)
+        return _named(current, items, self._scores(current, row)[0])
 
     def has_training_events(self, users: np.ndarray, items: np.ndarray) -> bool:
         """Whether the run was trained on exactly these events, given as rows and grouped by user."""
-        train = self._split == 0
-        return np.array_equal(self._users[train], users) and np.array_equal(self._items[train], items)
+        events = self._current.events
+        train = events.split == 0
+        return np.array_equal(events.users[train], users) and np.array_equal(events.items[train], items)
 
 
 def _best(
-    items: _Items, scores: Tensor, personal: np.ndarray, seen: Histories | None, allowed: Tensor | None, k: int
+    items: State, scores: Tensor, personal: np.ndarray, seen: Histories | None, allowed: Tensor | None, k: int
 ) -> list:
     scores[torch.from_numpy(~personal)] = items.popularity
     if seen is not None:
@@ -451,24 +440,35 @@ def _best(
     return [_named(items, best, own) for best, own in zip(top_items(scores, k), scores, strict=True)]
 
 
-def _named(items: _Items, rows: Tensor, scores: Tensor) -> list[RecommendedItem]:
+def _named(items: State, rows: Tensor, scores: Tensor) -> list[RecommendedItem]:
     rows = rows[rows >= 0]
     pairs = zip(rows.tolist(), scores[rows].tolist(), strict=True)
     return [RecommendedItem(items.ids.ids[row], items.titles[row], score) for row, score in pairs]
 
 
-def _allowed(items: _Items, candidates: Iterable[str] | None, filter: Callable[[str], bool] | None) -> Tensor | None:
-    if candidates is None and filter is None:
+def _allowed(
+    items: State,
+    candidates: Iterable[str] | None,
+    exclude: list[str],
+    attributes: Mapping[str, Iterable[str]],
+    filter: Callable[[str], bool] | None,
+) -> Tensor | None:
+    """[I] bool; None is all."""
+    if candidates is None and filter is None and not exclude and not attributes:
         return None
-    rows = np.arange(len(items.ids))
+    mask = torch.full((len(items.ids),), candidates is None)
     if candidates is not None:
         rows = rows_of(items.ids, id_list(candidates, "candidates"), "item")
         if not len(rows):
             raise ValueError("candidates must hold at least one item, got none")
-    if filter is not None:
-        rows = np.array([row for row in np.unique(rows).tolist() if filter(items.ids.ids[row])], dtype=np.int64)
-    mask = torch.zeros(len(items.ids), dtype=torch.bool)
-    mask[torch.from_numpy(rows)] = True
+        mask[torch.from_numpy(rows)] = True
+    if attributes and items.content is None:
+        raise ValueError(f"attributes need item content, and the run holds no {CONTENT}")
+    for name, values in attributes.items():
+        mask &= items.content.has_value(name, id_list(values, f"attributes[{name!r}]"))
+    mask[torch.from_numpy(rows_of(items.ids, exclude, "item"))] = False
+    for row in mask.nonzero().squeeze(1).tolist() if filter is not None else ():
+        mask[row] = bool(filter(items.ids.ids[row]))
     return mask
 
 
@@ -480,70 +480,3 @@ def _length(k: int, most: int, what: str) -> int:
     if not 1 <= length <= most:
         raise ValueError(f"k must be in [1, {most}] ({what}), got {k!r}")
     return length
-
-
-def _with_items(
-    items: _Items,
-    features: Mapping[str, ItemFeatures | np.ndarray | Tensor],
-    ids: Iterable[str],
-    titles: Sequence[str | None] | None,
-    attributes: Mapping[str, Sequence[Sequence[str]]],
-) -> _Items:
-    """See `Recommender.add_items`."""
-    import polars as pl
-
-    content = items.content
-    if content is None:
-        raise ValueError(f"new items need item content, and the run holds no {CONTENT}: its data had no features")
-    tensors = {name: _as_tensor(one) for name, one in features.items()} | content.indicators(attributes)
-    known = items.ids.copy()
-    names = _new_ids(ids, known, items.ids)
-    titles = [None] * len(names) if titles is None else [one or None for one in id_list(titles, "titles", missing=True)]
-    counts = {"titles": len(titles)} | {f"features[{key!r}]": len(x) for key, x in tensors.items()}
-    for name, count in counts.items():
-        if count != len(names):
-            raise ValueError(f"{name} must be of the {len(names)} new items, got {count}")
-    if not names:
-        return items
-    nearest = content.nearest(tensors)
-    placed = torch.stack([x.any(dim=1) for x in tensors.values()]).any(dim=0)
-    if not placed.all():
-        lost = names[int((~placed).nonzero()[0])]
-        raise ValueError(f"features must place every item, but item {lost!r} has none in {', '.join(tensors)}")
-    weights = content.weights(nearest, items.popularity[: content.num_placing] > 0)
-    alone = np.setdiff1d(np.arange(len(names)), weights.indices()[0].numpy())
-    if len(alone):
-        logger.warning(
-            "%d new items, %s first, are like no item with training events: they rank by content alone",
-            len(alone),
-            names[int(alone[0])],
-        )
-    model = items.model.extended(NewItems(tensors, titles, content, nearest, weights))
-    rows = {"side": ["item"] * len(names), "index": [*range(len(items.ids), len(known))], "id": names, "title": titles}
-    return replace(
-        items,
-        model=model,
-        content=content.extended(tensors, nearest),
-        table=pl.concat([items.table, pl.DataFrame(rows, schema=items.table.schema)]),
-        ids=known,
-        titles=items.titles + titles,
-        keys=model.item_keys(),
-        popularity=torch.cat([items.popularity, torch.zeros(len(names))]),
-        scorers={},
-    )
-
-
-def _new_ids(ids: Iterable[str], known: IdMap, before: IdMap) -> list[str]:
-    """The ids, added to `known`."""
-    names = [ids] if isinstance(ids, str) else id_list(ids, "ids")
-    for name in names:
-        if name in known:
-            raise ValueError(f"ids must be new and distinct, got {name!r} {'again' if name in before else 'twice'}")
-        known.add([name])
-    return names
-
-
-def _as_tensor(features: ItemFeatures | np.ndarray | Tensor) -> Tensor:
-    if isinstance(features, ItemFeatures):
-        features = np.where(features.mask[:, None], features.values, np.float32(0))
-    return torch.as_tensor(features).float()

@@ -65,10 +65,12 @@ class ServedModel(Protocol):
     Many threads read one at the same time: but for `to` and `scorer_on`, nothing changes it.
 
     Attributes:
+        kind: One of `hellm.artifact.KINDS`.
         user: [U, D] trained queries of known users; None for a model that knows histories only.
         graph_view: [I, D] what the item hypergraph made of the items; None for a model without.
     """
 
+    kind: str
     user: Tensor | None
     graph_view: Tensor | None
 
@@ -113,6 +115,8 @@ class ServedGraph:
         modalities: What the item hypergraph was built from; None is all that there is.
     """
 
+    kind = "graph"
+
     def __init__(
         self, tensors: Mapping[str, Tensor], fold_in_exponent: float, modalities: Sequence[str] | None = None
     ) -> None:
@@ -151,7 +155,7 @@ class ServedGraph:
         metadata = {"fold_in_exponent": str(self.exponent)}
         if self.modalities is not None:
             metadata["modalities"] = json.dumps(self.modalities)
-        write_embeddings(folder, "graph", self.tensors, metadata)
+        write_embeddings(folder, self.kind, self.tensors, metadata)
 
     def to(self, device: str) -> None:
         """Nothing to do: the queries of users are stored, and folding in a history is a few additions."""
@@ -164,6 +168,7 @@ class ServedGraph:
 class ServedSASRec:
     """A sequence model. A new item is known by its content, and by the mean of its neighbours' trained embeddings."""
 
+    kind = "sequence"
     user = graph_view = None
 
     def __init__(self, model: SASRec) -> None:
@@ -201,6 +206,7 @@ class ServedLLM:
         whitening: Name -> (mean [C], matrix [C, d]) of the tables that are whitened features.
     """
 
+    kind = "llm"
     user = graph_view = None
 
     def __init__(
@@ -237,7 +243,7 @@ class ServedLLM:
         tensors = dict(self.tables)
         for name, (mean, matrix) in self.whitening.items():
             tensors |= {f"{name}.mean": mean, f"{name}.matrix": matrix}
-        write_embeddings(folder, "llm", tensors, {"order": ",".join(self.tables)})
+        write_embeddings(folder, self.kind, tensors, {"order": ",".join(self.tables)})
         if self.model.sequence_model is not None:
             (folder / SEQUENCE_MODEL).mkdir()
             self.model.sequence_model.save(folder / SEQUENCE_MODEL)
@@ -253,6 +259,7 @@ class ServedLLM:
 class ServedTransitions:
     """What follows what. A new item follows what the items nearest to it by content follow."""
 
+    kind = "transitions"
     user = graph_view = None
 
     def __init__(self, model: TransitionModel) -> None:
@@ -285,6 +292,7 @@ class ServedFused:
         weights: Name -> weight >= 0.
     """
 
+    kind = "fused"
     user = None
 
     def __init__(self, towers: Mapping[str, ServedModel], weights: Mapping[str, float]) -> None:
@@ -324,7 +332,7 @@ class ServedFused:
         for name, tower in self.towers.items():
             (folder / TOWERS / name).mkdir(parents=True, exist_ok=True)
             tower.save(folder / TOWERS / name)
-        write_embeddings(folder, "fused", {"item_keys": self.keys}, {"fusion": json.dumps(self.weights)})
+        write_embeddings(folder, self.kind, {"item_keys": self.keys}, {"fusion": json.dumps(self.weights)})
 
     def to(self, device: str) -> None:
         for tower in self.towers.values():

@@ -344,4 +344,6 @@ def write_tables(
         for there in (dataset.item_features, dataset.attribute_sets)
     )
     if features or attributes:
-        ItemContent.of(features, k, device, attributes=attributes).save(run.path / CONTENT)
+        encoders = {name: one for name, one in dataset.encoders.items() if name in features}
+        content = ItemContent.of(features, k, device, attributes=attributes, encoders=encoders)
+        content.save(run.path / CONTENT)

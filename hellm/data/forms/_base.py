@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class Source:
         split_name: What made `labels`.
         item_titles, item_fields, item_features, notes: As in `Dataset`.
         name: Overrides the name taken from the path.
-        columns: As in `Dataset`.
+        columns, encoders: As in `Dataset`.
         files: Names of the files and folders beside the main one that were read or looked into.
     """
 
@@ -45,6 +46,7 @@ class Source:
     notes: list[str] = field(default_factory=list)
     name: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: set[str] = field(default_factory=set)
 
 

@@ -61,6 +61,9 @@ def _read(path: Path) -> Source:
         raise DataError(f"{path}: columns must be an object of text")
     if any("/" in one or one.startswith(".") for one in modalities):
         raise DataError(f"{path}: modalities must be plain names, got {', '.join(modalities)}")
+    encoders = about.get("encoders", {})
+    if not isinstance(encoders, dict) or not all(isinstance(one, dict) for one in encoders.values()):
+        raise DataError(f"{path}: encoders must be an object of objects")
     if not all(isinstance(about.get(key, ""), str) for key in ("name", "split")):
         raise DataError(f"{path}: name and split must be text")
     return Source(
@@ -77,6 +80,7 @@ def _read(path: Path) -> Source:
         notes=list(notes),
         name=about.get("name"),
         columns=columns,
+        encoders={name: one for name, one in encoders.items() if name in modalities},
         files={"users.parquet", "items.parquet", "events.parquet", "features"},
     )
 
@@ -144,6 +148,7 @@ def _write(dataset: Dataset, folder: Path) -> None:
         "split_counts": dataset.split_counts(),
         "modalities": list(dataset.item_features),
         "columns": dataset.columns,
+        "encoders": dataset.encoders,
         "notes": dataset.notes,
         "fingerprint": dataset.fingerprint,
     }

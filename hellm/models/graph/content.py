@@ -5,9 +5,11 @@ I = items, n = new items, K = neighbours per item and modality, itself included.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,7 @@ class ItemContent:
         num_placing: The first so many items place new ones; None is all. Items added later never do, so that it does
             not matter in how many goes items are added.
         attributes: The modalities that are attributes -> the values of their columns.
+        encoders: Modality -> what made its features, see `hellm.data.Dataset`.
     """
 
     def __init__(
@@ -45,7 +48,9 @@ class ItemContent:
         neighbours: Mapping[str, Tensor],
         num_placing: int | None = None,
         attributes: Mapping[str, Sequence[str]] | None = None,
+        encoders: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
+        self.encoders = dict(encoders or {})
         self.features, self.neighbours = dict(features), dict(neighbours)
         self.attributes = {name: tuple(values) for name, values in (attributes or {}).items()}
         self.num_placing = self.num_items if num_placing is None else num_placing
@@ -58,6 +63,7 @@ class ItemContent:
         device: torch.device | str = "cpu",
         *,
         attributes: Mapping[str, AttributeSet] | None = None,
+        encoders: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> ItemContent:
         """From the features and attributes of a data set, kept on the CPU; `k` is cut to the number of items.
 
@@ -71,7 +77,8 @@ class ItemContent:
             neighbours[modality] = torch.where(similarity > 0, rows.long(), -1)
             # Half precision keeps a cosine to 1e-3 and the file small.
             normalised[modality] = F.normalize(x, dim=1).half()
-        return cls(normalised, neighbours, attributes={name: one.values for name, one in attributes.items()})
+        values = {name: one.values for name, one in attributes.items()}
+        return cls(normalised, neighbours, attributes=values, encoders=encoders)
 
     @property
     def modalities(self) -> list[str]:
@@ -84,6 +91,22 @@ class ItemContent:
     def has(self, modality: str) -> Tensor:
         """[I] bool: items that have the modality."""
         return self.features[modality].any(dim=1)
+
+    def has_value(self, attribute: str, values: Sequence[str]) -> Tensor:
+        """[I] bool: items that have one of the values of an attribute.
+
+        Raises: ValueError, an unknown attribute or value.
+        """
+        if attribute not in self.attributes:
+            known = ", ".join(self.attributes) or "none"
+            raise ValueError(f"attributes must be among those of the run ({known}), got {attribute!r}")
+        column = {value: place for place, value in enumerate(self.attributes[attribute])}
+        for value in values:
+            if value not in column:
+                nearest = difflib.get_close_matches(value, column, n=3, cutoff=0.5)
+                hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
+                raise ValueError(f"unknown value {value!r} among the {len(column)} of attribute {attribute!r}{hint}")
+        return (self.features[attribute][:, [column[value] for value in values]] > 0).any(dim=1)
 
     def similarities(self, modality: str, row: int, rows: Tensor) -> Tensor:
         """Cosines [len(rows)] float32 of item `row` with others; 0 where either lacks the modality."""
@@ -212,7 +235,7 @@ class ItemContent:
                 width = min(rows.shape[1], kept.shape[1])
                 rows[:, :width] = kept[:, :width]
             tables[modality], neighbours[modality] = torch.cat([table, new]), torch.cat([listed, rows])
-        return ItemContent(tables, neighbours, self.num_placing, self.attributes)
+        return ItemContent(tables, neighbours, self.num_placing, self.attributes, self.encoders)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file."""
@@ -222,7 +245,7 @@ class ItemContent:
         tensors |= {f"neighbours.{name}": value.int().contiguous() for name, value in self.neighbours.items()}
         with atomic_path(path) as temporary:
             metadata = {"modalities": "\n".join(self.features), "num_placing": str(self.num_placing)}
-            metadata["attributes"] = json.dumps(self.attributes)
+            metadata |= {"attributes": json.dumps(self.attributes), "encoders": json.dumps(self.encoders)}
             save_file(tensors, temporary, metadata=metadata)
 
     @classmethod
@@ -234,12 +257,12 @@ class ItemContent:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 modalities, num_placing = metadata["modalities"].split("\n"), int(metadata["num_placing"])
-                attributes = json.loads(metadata.get("attributes", "{}"))
+                attributes, encoders = (json.loads(metadata.get(name, "{}")) for name in ("attributes", "encoders"))
                 features = {name: file.get_tensor(f"features.{name}") for name in modalities}
                 neighbours = {name: file.get_tensor(f"neighbours.{name}").long() for name in modalities}
         except (SafetensorError, KeyError) as error:
             raise DataError(f"{path}: damaged or no item content: {error}") from None
-        return cls(features, neighbours, num_placing, attributes)
+        return cls(features, neighbours, num_placing, attributes, encoders)
 
     def _check(self, features: Mapping[str, Tensor]) -> None:
         if not features:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hellm._rows import full_tiles
 from hellm.artifact import read_embeddings, write_embeddings
 from hellm.artifact.files import EMBEDDINGS
 from hellm.models.dropout import Dropout
@@ -141,14 +142,17 @@ class SASRec(nn.Module):
         length, order = mask.sum(1).sort(stable=True)
         row, column = mask[order].nonzero(as_tuple=True)
         row = order[row]
-        groups = _groups(length)
+        groups = _groups(length, fixed=not self.training)
         place = torch.cat([group.place for group in groups])
         table = self.items() if table is None else table
         x = F.embedding(items[row, column], table) + self.position_embedding(place)
         x = self.dropout(self.norm(x))
+        if not self.training:
+            # With fixed widths of attention as well, a history has the same bits whatever others are beside it.
+            x = full_tiles(x)
         for block in self.blocks:
             x = block(x, groups)
-        x = self.last_norm(x)
+        x = self.last_norm(x)[: len(row)]
         hidden = x.new_zeros(*items.shape, x.shape[1])
         hidden[row, column] = x
         return hidden
@@ -255,10 +259,11 @@ class _Group(NamedTuple):
     shape: tuple[int, int]
 
 
-def _groups(length: Tensor) -> list[_Group]:
+def _groups(length: Tensor, *, fixed: bool = False) -> list[_Group]:
     """Histories of ascending length [B] as groups up to 8, 16, 32, ... long, so that few short ones pad to a long one.
 
-    Every history starts in column 0, so that causality alone keeps padding out of attention.
+    Every history starts in column 0, so that causality alone keeps padding out of attention. A group is as wide as its
+    longest history, or with `fixed` as its kind may be.
     """
     lengths, groups, start, width = length.tolist(), [], 0, _SHORTEST
     while start < len(lengths) or not groups:
@@ -266,7 +271,8 @@ def _groups(length: Tensor) -> list[_Group]:
         if stop > start or stop == len(lengths):
             place = torch.arange(lengths[stop - 1] if stop else 0, device=length.device)
             row, place = (place < length[start:stop, None]).nonzero(as_tuple=True)
-            groups.append(_Group(row, place, (stop - start, lengths[stop - 1] if stop else 0)))
+            longest = lengths[stop - 1] if stop else 0
+            groups.append(_Group(row, place, (stop - start, width if fixed and longest else longest)))
         start, width = stop, 2 * width
     return groups
 
@@ -292,8 +298,10 @@ class _Block(nn.Module):
         return self.feedforward_norm(x + self.dropout(self.feedforward(x)))
 
     def _attention(self, x: Tensor, groups: list[_Group]) -> Tensor:
-        query_key_value = self.query_key_value(x).split([len(group.row) for group in groups])
-        mixed = [self._attention_of_group(*pair) for pair in zip(query_key_value, groups, strict=True)]
+        query_key_value, sizes = self.query_key_value(x), [len(group.row) for group in groups]
+        parts = query_key_value[: sum(sizes)].split(sizes)
+        mixed = [self._attention_of_group(*pair) for pair in zip(parts, groups, strict=True)]
+        mixed.append(x.new_zeros(len(x) - sum(sizes), x.shape[1]))
         return self.output(torch.cat(mixed))
 
     def _attention_of_group(self, query_key_value: Tensor, group: _Group) -> Tensor:

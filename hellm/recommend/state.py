@@ -1,0 +1,193 @@
+"""All that a recommender answers from, in one piece that never changes, and what takes its place when something comes.
+
+U = users, I = items, n = new items, D = embedding width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hellm._rows import dot_products
+from hellm.artifact.files import CONTENT
+from hellm.data import Histories, IdMap, ItemFeatures
+from hellm.evaluate import HistoryScorer, history_scores
+from hellm.models.graph.content import ItemContent
+from hellm.recommend.catalogue import id_list, rows_of
+from hellm.recommend.events import HISTORY, KNOWN, Events
+from hellm.recommend.served import NewItems, ServedModel
+
+if TYPE_CHECKING:
+    import polars as pl
+
+__all__ = ["State"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class State:
+    """What `Recommender.add_items` and `add_events` replace: a reader sees the old or the new.
+
+    Attributes:
+        model: What gives queries and keys.
+        content: What the items look and read like, or None.
+        table: ids.parquet, of users and items.
+        user_ids: Of the users.
+        ids: Of the items.
+        titles: [I].
+        keys: [I, D] float32.
+        popularity: [I] float32 training events.
+        events: What is known of the users.
+        scorers: (split, device) -> scorer, as they are asked for.
+    """
+
+    model: ServedModel
+    content: ItemContent | None
+    table: pl.DataFrame
+    user_ids: IdMap
+    ids: IdMap
+    titles: list[str | None]
+    keys: Tensor
+    popularity: Tensor
+    events: Events
+    scorers: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    def scorer(self, split: str, device: str = "cpu") -> Any:
+        """See `Recommender.scorer`; None where the trained embeddings of the users are the scorer."""
+        on_cpu = torch.device(device).type == "cpu"
+        if self.model.user is not None and not (self.events.split == HISTORY).any():
+            return None if on_cpu and not self.events.has_arrived.any() else self.model.scorer_on(device)
+        key = (split, device)
+        if key not in self.scorers:
+            model = self.model if on_cpu or self.model.user is not None else self.model.scorer_on(device)
+            self.scorers[key] = HistoryScorer(model, *self.events.of_splits(KNOWN[split]))
+        return self.scorers[key]
+
+    def known(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of users [B]: whom there is anything to go by, and who is known by the history, both [B] bool."""
+        arrived = self.events.has_arrived[rows]
+        if self.model.user is None:
+            return self.events.histories.lengths[rows] > 0, np.ones(len(rows), bool)
+        return self.events.is_trained[rows] | arrived, arrived
+
+    def scores(self, rows: np.ndarray, histories: Histories, read: np.ndarray) -> Tensor:
+        """Scores [B, I] of all items for users.
+
+        Args:
+            rows: [B] of the users; of those who are known by the history, anything.
+            histories: Of the users.
+            read: [B] bool: who is known by the history; others by the trained embedding.
+        """
+        if read.all():
+            return self.history_scores(histories)
+        by_row = torch.from_numpy(rows[~read])
+        if not read.any():
+            return dot_products(self.model.user[by_row], self.keys)
+        scores = torch.empty(len(rows), len(self.ids))
+        scores[torch.from_numpy(~read)] = dot_products(self.model.user[by_row], self.keys)
+        scores[torch.from_numpy(read)] = self.history_scores(histories.take(np.flatnonzero(read)))
+        return scores
+
+    def history_scores(self, histories: Histories) -> Tensor:
+        """Scores [B, I] of all items after histories."""
+        return history_scores(self.model, self.keys, *(torch.from_numpy(part) for part in histories))
+
+    def with_events(self, users: Iterable[str], items: Iterable[str]) -> State:
+        """See `Recommender.add_events`."""
+        import polars as pl
+
+        users, rows = id_list(users, "users"), rows_of(self.ids, id_list(items, "items"), "item")
+        if len(users) != len(rows):
+            raise ValueError(f"users and items must be of the same events, got {len(users)} and {len(rows)}")
+        if not users:
+            return self
+        new = list(dict.fromkeys(user for user in users if user not in self.user_ids))
+        known, table = self.user_ids, self.table
+        if new:
+            known = known.copy()
+            known.add(new)
+            values = {"side": ["user"] * len(new), "index": [*range(len(self.user_ids), len(known))], "id": new}
+            added = pl.DataFrame(values | {"title": [None] * len(new)}, schema=table.schema)
+            table = pl.concat([table, added])
+        events = self.events.extended(known.indices(users), rows, len(known))
+        return replace(self, table=table, user_ids=known, events=events, scorers={})
+
+    def with_items(
+        self,
+        features: Mapping[str, ItemFeatures | np.ndarray | Tensor],
+        ids: Iterable[str],
+        titles: Sequence[str | None] | None,
+        attributes: Mapping[str, Sequence[Sequence[str]]],
+    ) -> State:
+        """See `Recommender.add_items`."""
+        import polars as pl
+
+        content = self.content
+        if content is None:
+            raise ValueError(f"new items need item content, and the run holds no {CONTENT}: its data had no features")
+        tensors = {name: _as_tensor(one) for name, one in features.items()} | content.indicators(attributes)
+        known = self.ids.copy()
+        names = _new_ids(ids, known, self.ids)
+        titles = (
+            [None] * len(names) if titles is None else [one or None for one in id_list(titles, "titles", missing=True)]
+        )
+        counts = {"titles": len(titles)} | {f"features[{key!r}]": len(x) for key, x in tensors.items()}
+        for name, count in counts.items():
+            if count != len(names):
+                raise ValueError(f"{name} must be of the {len(names)} new items, got {count}")
+        if not names:
+            return self
+        nearest = content.nearest(tensors)
+        placed = torch.stack([x.any(dim=1) for x in tensors.values()]).any(dim=0)
+        if not placed.all():
+            lost = names[int((~placed).nonzero()[0])]
+            raise ValueError(f"features must place every item, but item {lost!r} has none in {', '.join(tensors)}")
+        weights = content.weights(nearest, self.popularity[: content.num_placing] > 0)
+        alone = np.setdiff1d(np.arange(len(names)), weights.indices()[0].numpy())
+        if len(alone):
+            logger.warning(
+                "%d new items, %s first, are like no item with training events: they rank by content alone",
+                len(alone),
+                names[int(alone[0])],
+            )
+        model = self.model.extended(NewItems(tensors, titles, content, nearest, weights))
+        rows = {
+            "side": ["item"] * len(names),
+            "index": [*range(len(self.ids), len(known))],
+            "id": names,
+            "title": titles,
+        }
+        return replace(
+            self,
+            model=model,
+            content=content.extended(tensors, nearest),
+            table=pl.concat([self.table, pl.DataFrame(rows, schema=self.table.schema)]),
+            ids=known,
+            titles=self.titles + titles,
+            keys=model.item_keys(),
+            popularity=torch.cat([self.popularity, torch.zeros(len(names))]),
+            scorers={},
+        )
+
+
+def _new_ids(ids: Iterable[str], known: IdMap, before: IdMap) -> list[str]:
+    """The ids, added to `known`."""
+    names = [ids] if isinstance(ids, str) else id_list(ids, "ids")
+    for name in names:
+        if name in known:
+            raise ValueError(f"ids must be new and distinct, got {name!r} {'again' if name in before else 'twice'}")
+        known.add([name])
+    return names
+
+
+def _as_tensor(features: ItemFeatures | np.ndarray | Tensor) -> Tensor:
+    if isinstance(features, ItemFeatures):
+        features = np.where(features.mask[:, None], features.values, np.float32(0))
+    return torch.as_tensor(features).float()

@@ -1,0 +1,212 @@
+"""The only way to what is served: questions of readers, and what writers change, each through a queue of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from hellm.serve.batcher import Batcher
+from hellm.serve.encoding import Encoders
+from hellm.serve.errors import RequestError
+from hellm.serve.metrics import Metrics
+from hellm.serve.readiness import is_row_exact
+from hellm.serve.schema import ItemRequest
+from hellm.serve.settings import Settings
+from hellm.serve.state import Snapshot, load_snapshot
+from hellm.serve.store import Entry, Store
+from hellm.serve.writer import Stored, Takeover, replayed, write
+
+__all__ = ["Service", "Source"]
+
+logger = logging.getLogger(__name__)
+
+Question = Callable[[Snapshot, Sequence[Any]], Sequence[Any]]
+# Items that wait to be encoded, and writes that share a transaction.
+_MAX_ENCODED, _MAX_WRITES = 64, 256
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where runs are read from; nothing of it ever comes from a request.
+
+    Attributes:
+        run: The run directory, or a link to it.
+        reload_from: What `/admin/reload` reads; None is `run`.
+        device, language_model: As in `hellm.recommend.Recommender.load`.
+        encoders: Modality -> encoder of new items, in place of what the run names.
+    """
+
+    run: str | os.PathLike[str]
+    reload_from: str | os.PathLike[str] | None = None
+    device: str = "cpu"
+    language_model: str | os.PathLike[str] | None = None
+    encoders: dict[str, str] = field(default_factory=dict)
+
+    def load(self, *, again: bool = False) -> Snapshot:
+        """The run as it is now. Raises: As `load_snapshot`."""
+        path = self.reload_from if again and self.reload_from is not None else self.run
+        return load_snapshot(path, device=self.device, language_model=self.language_model)
+
+
+class Service:
+    """What is served.
+
+    Args:
+        source: Where the run is.
+        store: What has come to it; without one, nothing is taken.
+        settings: Limits.
+        metrics: Where it is counted.
+
+    Raises: As `load_snapshot` and `Store`.
+    """
+
+    def __init__(self, source: Source, store: Store | None, settings: Settings, metrics: Metrics) -> None:
+        self._source, self._store, self._metrics = source, store, metrics
+        self._snapshot, self.skipped = self._replayed(source.load())
+        self._told()
+        limits = {"max_queue": settings.max_queue, "timeout": settings.timeout}
+        self._readers = Batcher(
+            self._answer,
+            name="model",
+            max_batch=settings.max_batch,
+            max_wait=settings.max_wait,
+            on_batch=metrics.batch_size.observe,
+            **limits,
+        )
+        self._writers = Batcher(self._write, name="writer", max_batch=_MAX_WRITES, **limits)
+        limits |= {"max_queue": _MAX_ENCODED, "timeout": settings.encode_timeout}
+        self._encoders = Batcher(self._encode, name="encoder", max_batch=1, **limits)
+        self._encode_item = Encoders(source.encoders)
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="reload")
+        self._reloading = False
+        metrics.waiting.set_function(lambda: len(self._readers))
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What is served at this moment. Who needs several values of it takes it once."""
+        return self._snapshot
+
+    @property
+    def store(self) -> Store | None:
+        return self._store
+
+    async def open(self) -> None:
+        """Start the threads, on the running event loop."""
+        for one in (self._readers, self._writers, self._encoders):
+            one.start()
+
+    async def close(self) -> None:
+        """Answer what is waiting, then stop."""
+        for one in (self._encoders, self._writers, self._readers):
+            await one.close()
+        self._loader.shutdown(cancel_futures=True)
+
+    def warm_up(self) -> None:
+        """Answer for the first time, and see whether requests may share a call."""
+        self._snapshot = _warmed_up(self._snapshot)
+
+    async def read(self, question: Question, request: Any) -> Any:
+        """Put a request to a question of `hellm.serve.answers`, together with others that are waiting.
+
+        Raises: RequestError; Overloaded.
+        """
+        return await self._readers.submit((question, request))
+
+    async def add(self, entries: Sequence[Entry]) -> Stored:
+        """Put entries on disk and take them up, all or none; those that are there already count as duplicates.
+
+        Raises: RequestError, an entry that does not fit, or another of its key; Overloaded.
+        """
+        if self._store is None:
+            raise RequestError(409, "this server keeps nothing: it was started without a store")
+        return await self._writers.submit(list(entries))
+
+    async def encode(self, item: ItemRequest, picture: bytes | None) -> dict[str, np.ndarray]:
+        """The features of a new item, see `Encoders`. Raises: RequestError; Overloaded."""
+        return await self._encoders.submit((item, picture))
+
+    async def reload(self, learned: int | None = None) -> Stored:
+        """Read the run again, or the one that was named for it, and serve it with all that is stored.
+
+        Args:
+            learned: Number of the last stored entry that the run was trained with; what is up to it is not replayed.
+        Raises: RequestError, another reload goes on, or the run cannot be served; the one before stays.
+        """
+        if self._reloading:
+            raise RequestError(409, "a reload is going on already")
+        self._reloading = True
+        try:
+            loop = asyncio.get_running_loop()
+            try:
+                job = await loop.run_in_executor(self._loader, self._load, learned)
+            except (OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
+                raise RequestError(409, f"the run cannot take over, the one before stays: {error}") from None
+            stored = await self._writers.submit(job)
+        except BaseException:
+            self._metrics.reloads.labels("failed").inc()
+            raise
+        finally:
+            self._reloading = False
+        self._metrics.reloads.labels("done").inc()
+        logger.info("run %s takes over", stored.snapshot.model_version)
+        return stored
+
+    def _load(self, learned: int | None) -> Takeover:
+        snapshot = _warmed_up(self._source.load(again=True))
+        return Takeover(*self._replayed(snapshot, learned), learned)
+
+    def _replayed(self, snapshot: Snapshot, learned: int | None = None) -> tuple[Snapshot, int]:
+        """With what is stored and was not learned."""
+        if self._store is None:
+            return snapshot, 0
+        after = self._store.learned(snapshot.run_hash) if learned is None else learned
+        return replayed(replace(snapshot, revision=after), self._store.entries(after))
+
+    def _answer(self, jobs: Sequence[tuple[Question, Any]]) -> list[Any]:
+        """One snapshot for a batch."""
+        snapshot, answers = self._snapshot, [None] * len(jobs)
+        places: dict[Question, list[int]] = {}
+        for place, (question, _) in enumerate(jobs):
+            places.setdefault(question, []).append(place)
+        for question, own in places.items():
+            try:
+                found = question(snapshot, [jobs[place][1] for place in own])
+            except Exception as error:
+                found = [error] * len(own)
+            for place, answer in zip(own, found, strict=True):
+                answers[place] = _refused(answer)
+        return answers
+
+    def _write(self, jobs: Sequence[Any]) -> list[Any]:
+        snapshot, results = write(self._snapshot, self._store, jobs)
+        self._snapshot = snapshot
+        self._told()
+        return results
+
+    def _encode(self, jobs: Sequence[tuple[ItemRequest, bytes | None]]) -> list[Any]:
+        content = self._snapshot.recommender.content
+        return [self._encode_item(content, item, picture) for item, picture in jobs]
+
+    def _told(self) -> None:
+        snapshot, metrics = self._snapshot, self._metrics
+        metrics.users.set(snapshot.recommender.num_users)
+        metrics.items.set(snapshot.recommender.num_items)
+        metrics.revision.set(snapshot.revision)
+        metrics.run.clear()
+        metrics.run.labels(snapshot.model_version).set(1)
+
+
+def _warmed_up(snapshot: Snapshot) -> Snapshot:
+    return replace(snapshot, is_row_exact=is_row_exact(snapshot.recommender))
+
+
+def _refused(answer: Any) -> Any:
+    """What a model refuses is a mistake of the request that no check before it has seen."""
+    return RequestError(422, str(answer)) if isinstance(answer, ValueError) else answer

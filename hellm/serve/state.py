@@ -1,0 +1,89 @@
+"""What is served at a moment, and how it is read from a run directory."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hellm._files import read_json
+from hellm.artifact.run_hash import run_hash
+from hellm.artifact.files import CHECKPOINT, RESULT
+from hellm.data import DataError
+from hellm.recommend import Recommender
+from hellm.serve.nearest import Nearest
+
+__all__ = ["Snapshot", "load_snapshot"]
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A recommender and whose it is. Nothing of it ever changes; `with_...` give another.
+
+    Attributes:
+        recommender: Not to be written to.
+        run_hash: Of the run directory, see `hellm.artifact.run_hash`.
+        model_version: Kind of the model and the beginning of the hash.
+        data_fingerprint: Of the data that the run was trained on; None where the folder does not say.
+        revision: Number of the last entry of the store that is taken up; 0 is the run as it was trained.
+        nearest_users, nearest_items: What unknown ids look like, of those in the run.
+        is_row_exact: Whether an answer has the same bits whoever else is asked for in the same call.
+    """
+
+    recommender: Recommender
+    run_hash: str
+    model_version: str
+    data_fingerprint: str | None
+    revision: int
+    nearest_users: Nearest
+    nearest_items: Nearest
+    is_row_exact: bool = False
+
+    def receipt(self) -> dict[str, Any]:
+        """What every answer says of its origin."""
+        return {
+            "model_version": self.model_version,
+            "run_hash": self.run_hash,
+            "data_fingerprint": self.data_fingerprint,
+            "revision": self.revision,
+        }
+
+    def changed(self, change: Callable[[Recommender], None]) -> Snapshot:
+        """With a recommender that `change` has written to. Raises: What that raises."""
+        recommender = copy.copy(self.recommender)
+        change(recommender)
+        return replace(self, recommender=recommender)
+
+
+def load_snapshot(
+    run: str | os.PathLike[str], *, device: str = "cpu", language_model: str | os.PathLike[str] | None = None
+) -> Snapshot:
+    """What a finished run, or a folder that `Recommender.save` wrote, gives to serve.
+
+    Raises: As `Recommender.load`; DataError, a folder that changes meanwhile.
+    """
+    # A link that is given another target must not mix two runs.
+    folder = Path(os.path.realpath(run))
+    before = run_hash(folder)
+    recommender = Recommender.load(folder, device=device, language_model=language_model)
+    if run_hash(folder) != before:
+        raise DataError(f"{run} has changed while it was read; try again when nobody writes there")
+    return Snapshot(
+        recommender,
+        before,
+        f"{recommender.model.kind}-{before[:12]}",
+        _data_fingerprint(folder),
+        0,
+        Nearest(recommender.user_ids.ids),
+        Nearest(recommender.item_ids.ids),
+    )
+
+
+def _data_fingerprint(folder: Path) -> str | None:
+    for file in (folder / CHECKPOINT / "data.json", folder / RESULT):
+        if file.is_file() and isinstance(found := read_json(file).get("fingerprint"), str):
+            return found
+    return None

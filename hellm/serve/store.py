@@ -1,0 +1,189 @@
+"""What came while the server ran, on disk: an append-only log in SQLite.
+
+An entry is an event or an item, with a number that rises and a key that the sender chose, under which it is there once.
+The log is in WAL mode with `synchronous=FULL`: when `append` returns, its entries survive a kill and a power failure,
+and one that was cut off is there as a whole or not at all. Other processes may read meanwhile, for example
+
+    sqlite3 RUN.sqlite "SELECT body FROM entries WHERE kind = 'event' ORDER BY number"
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hellm._files import DataError, WriteError, writing
+from hellm._folders import hold
+
+__all__ = ["Entry", "Store"]
+
+_FORMAT = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS entries (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind TEXT NOT NULL,
+    key TEXT NOT NULL,
+    body TEXT NOT NULL,
+    features BLOB,
+    picture BLOB,
+    received REAL NOT NULL,
+    UNIQUE (kind, key)
+);
+CREATE TABLE IF NOT EXISTS learned (
+    run_hash TEXT PRIMARY KEY,
+    number INTEGER NOT NULL
+);
+"""
+# SQLite takes at most 999 values in one statement on older builds.
+_AT_ONCE = 900
+
+
+class Entry(NamedTuple):
+    """An event or an item.
+
+    Attributes:
+        kind: "event" or "item".
+        key: Under which it is there once: the id of the event or of the item.
+        body: Plain values: of an event "user" and "item", of an item "title" and "attributes".
+        features: Of an item: modality -> [dim] float32.
+        picture: The image file of an item, as it came.
+        number: In the log; 0 for one that is not there yet.
+    """
+
+    kind: str
+    key: str
+    body: dict[str, Any]
+    features: Mapping[str, np.ndarray] = MappingProxyType({})
+    picture: bytes | None = None
+    number: int = 0
+
+    def same_as(self, other: Entry) -> bool:
+        """Whether the sender said the same, whatever an encoder made of it."""
+        return (self.body, self.picture) == (other.body, other.picture)
+
+
+class Store:
+    """The log of one server. While it is open, no other can open it for writing.
+
+    Args:
+        path: The file; it is made if absent, with `-wal` and `-shm` beside it.
+
+    Raises (all methods):
+        DataError: The file is no such log, or damaged, or of a later version.
+        WriteError: It cannot be written.
+        FolderInUseError: Another process has it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._closing = contextlib.ExitStack()
+        self._closing.enter_context(hold(self.path, beside=True))
+        try:
+            with self._told():
+                # Of the thread that writes, and of the one that opens and closes; never of two at once.
+                self._database = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
+                self._closing.callback(self._database.close)
+                self._database.execute("PRAGMA journal_mode=WAL")
+                self._database.execute("PRAGMA synchronous=FULL")
+                (version,) = self._database.execute("PRAGMA user_version").fetchone()
+                if version > _FORMAT:
+                    raise DataError(f"{self.path}: format {version} is of a later version; known are 1..{_FORMAT}")
+                self._database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_FORMAT}; COMMIT;")
+        except BaseException:
+            self._closing.close()
+            raise
+
+    def close(self) -> None:
+        """Free it for others."""
+        self._closing.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            with writing(self.path):
+                yield
+        except sqlite3.OperationalError as error:
+            raise WriteError(self.path, str(error), disk_is_full="full" in str(error)) from error
+        except sqlite3.DatabaseError as error:
+            raise DataError(f"{self.path}: not a log of hellm serve, or damaged ({error})") from None
+
+    @property
+    def last(self) -> int:
+        """Number of the newest entry; 0 where there is none."""
+        with self._told():
+            return self._database.execute("SELECT coalesce(max(number), 0) FROM entries").fetchone()[0]
+
+    def entries(self, after: int = 0, *, pictures: bool = False) -> list[Entry]:
+        """Those with a higher number, in their order; without pictures unless asked for."""
+        picture = "picture" if pictures else "NULL"
+        query = f"SELECT kind, key, body, features, {picture}, number FROM entries WHERE number > ? ORDER BY number"
+        # Another connection, which does not see what is being written.
+        with self._told(), contextlib.closing(sqlite3.connect(self.path, timeout=30)) as database:
+            return [_entry(row) for row in database.execute(query, [after])]
+
+    def find(self, kind: str, keys: Sequence[str]) -> dict[str, Entry]:
+        """Those that are there, by key."""
+        found = {}
+        with self._told():
+            for start in range(0, len(keys), _AT_ONCE):
+                part = list(keys[start : start + _AT_ONCE])
+                query = (
+                    "SELECT kind, key, body, NULL, picture, number FROM entries "
+                    f"WHERE kind = ? AND key IN ({','.join('?' * len(part))})"
+                )
+                found |= {row[1]: _entry(row) for row in self._database.execute(query, [kind, *part])}
+        return found
+
+    def append(self, entries: Sequence[Entry]) -> int:
+        """Put entries on disk, all or none.
+
+        Returns: The number of the last.
+        """
+        now = time.time()
+        rows = [(one.kind, one.key, json.dumps(one.body), _packed(one.features), one.picture, now) for one in entries]
+        with self._told():
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                columns = "(kind, key, body, features, picture, received) VALUES (?, ?, ?, ?, ?, ?)"
+                self._database.executemany(f"INSERT INTO entries {columns}", rows)
+                self._database.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self._database.execute("ROLLBACK")
+                raise
+        return self.last
+
+    def learned(self, run_hash: str) -> int:
+        """Number of the last entry that a run was trained with; 0 where nobody said so."""
+        with self._told(), contextlib.closing(sqlite3.connect(self.path, timeout=30)) as database:
+            row = database.execute("SELECT number FROM learned WHERE run_hash = ?", [run_hash]).fetchone()
+        return row[0] if row else 0
+
+    def set_learned(self, run_hash: str, number: int) -> None:
+        """Note that a run was trained with the entries up to a number, so that they are not taken up again."""
+        with self._told():
+            self._database.execute("INSERT OR REPLACE INTO learned VALUES (?, ?)", [run_hash, number])
+
+
+def _packed(features: Mapping[str, np.ndarray]) -> bytes | None:
+    from safetensors.numpy import save
+
+    if not features:
+        return None
+    return save({name: np.ascontiguousarray(values, np.float32) for name, values in features.items()})
+
+
+def _entry(row: tuple) -> Entry:
+    from safetensors.numpy import load
+
+    kind, key, body, features, picture, number = row
+    return Entry(kind, key, json.loads(body), {} if features is None else load(features), picture, number)

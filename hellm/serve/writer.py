@@ -1,0 +1,178 @@
+"""Events, items and runs that take over: one after another, on disk before they are answered."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from hellm._files import WriteError
+from hellm.serve.answers import known_ids
+from hellm.serve.errors import Overloaded, RequestError
+from hellm.serve.state import Snapshot
+from hellm.serve.store import Entry, Store
+
+__all__ = ["Stored", "Takeover", "replayed", "write"]
+
+logger = logging.getLogger(__name__)
+
+
+class Takeover(NamedTuple):
+    """A run that is to be served from now on.
+
+    Attributes:
+        snapshot: With the stored entries up to its revision.
+        skipped: Those that did not fit it.
+        learned: Number of the last entry that the run was trained with, if somebody says so.
+    """
+
+    snapshot: Snapshot
+    skipped: int = 0
+    learned: int | None = None
+
+
+class Stored(NamedTuple):
+    """What came of a job.
+
+    Attributes:
+        stored: Entries that are new.
+        duplicates: Entries that had been there.
+        skipped: Of a run that took over: entries that do not fit it.
+        snapshot: What is served since.
+    """
+
+    stored: int
+    duplicates: int
+    skipped: int
+    snapshot: Snapshot
+
+
+def write(
+    snapshot: Snapshot, store: Store | None, jobs: Sequence[Takeover | Sequence[Entry]]
+) -> tuple[Snapshot, list[Any]]:
+    """Do all jobs in their order, put what is new on disk in one transaction, and only then let it count.
+
+    Returns: What is to be served now, and for each job a `Stored` or an exception.
+    """
+    known = {}
+    for kind in ("event", "item") if store is not None else ():
+        found = store.find(kind, [one.key for one in _entries(jobs) if one.kind == kind])
+        known |= {(kind, key): entry for key, entry in found.items()}
+    change = _Change(snapshot)
+    results: list[Any] = []
+    for job in jobs:
+        try:
+            results.append(_taken_over(change, store, job) if isinstance(job, Takeover) else _added(change, known, job))
+        except Exception as error:
+            results.append(error)
+    new = change.applied()
+    if change.entries:
+        try:
+            new = replace(new, revision=store.append(change.entries))
+        except WriteError as error:
+            logger.error("nothing can be stored: %s", error)
+            failure = Overloaded("nothing can be stored at the moment", retry_after=10)
+            return snapshot, [one if isinstance(one, Exception) else failure for one in results]
+    done = [Stored(*one, new) if isinstance(one, tuple) else one for one in results]
+    return new, done
+
+
+def replayed(snapshot: Snapshot, entries: Iterable[Entry]) -> tuple[Snapshot, int]:
+    """Take up entries of a store again.
+
+    Returns: The snapshot with them, and how many do not fit its run: events of items that it lacks, items that it
+        cannot take. Items that the run has by now are none of them.
+    """
+    change, skipped, number = _Change(snapshot), 0, snapshot.revision
+    for entry in entries:
+        number = entry.number
+        try:
+            change.add(entry)
+        except (RequestError, ValueError):
+            skipped += 1
+    return replace(change.applied(), revision=number), skipped
+
+
+class _Change:
+    """Entries on the way into a snapshot. Events that follow one another are taken up in one go."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot, self.entries = snapshot, []
+        self._users: list[str] = []
+        self._items: list[str] = []
+
+    def applied(self) -> Snapshot:
+        """The snapshot with all that was added."""
+        if self._users:
+            users, items, self._users, self._items = self._users, self._items, [], []
+            self.snapshot = self.snapshot.changed(lambda recommender: recommender.add_events(users, items))
+        return self.snapshot
+
+    def add(self, entry: Entry) -> None:
+        """Raises: RequestError, an unknown item. ValueError, an item that the model cannot take."""
+        if entry.kind == "event":
+            known = self.snapshot.recommender.item_ids
+            known_ids([entry.body["item"]], known, self.snapshot.nearest_items, "item")
+            self._users.append(entry.body["user"])
+            self._items.append(entry.body["item"])
+            return
+        before = self.applied()
+        if entry.key in before.recommender.item_ids:
+            return
+        features = {name: values[None] for name, values in entry.features.items()}
+        content = before.recommender.content
+        known = content.attributes if content is not None else {}
+        attributes = {name: [values] for name, values in entry.body["attributes"].items() if name in known}
+        self.snapshot = before.changed(
+            lambda recommender: recommender.add_items(
+                features, [entry.key], [entry.body["title"]], attributes=attributes
+            )
+        )
+
+
+def _entries(jobs: Sequence[Any]) -> list[Entry]:
+    return [entry for job in jobs if not isinstance(job, Takeover) for entry in job]
+
+
+def _added(change: _Change, known: dict[tuple[str, str], Entry], job: Sequence[Entry]) -> tuple[int, int, int]:
+    """All of a job or nothing of it."""
+    new: dict[tuple[str, str], Entry] = {}
+    for place, entry in enumerate(job):
+        key = (entry.kind, entry.key)
+        field = f"events[{place}]" if entry.kind == "event" else None
+        there = known.get(key) or new.get(key)
+        if there is None:
+            if entry.kind == "event":
+                _check_item(change.snapshot, entry, place)
+            elif entry.key in change.applied().recommender.item_ids:
+                raise RequestError(409, f"item {entry.key!r} is there already", field="id")
+            new[key] = entry
+        elif not there.same_as(entry):
+            raise RequestError(409, f"{entry.kind} {entry.key!r} is there already, and is another", field=field or "id")
+    try:
+        for entry in new.values():
+            change.add(entry)
+    except ValueError as error:
+        raise RequestError(422, str(error)) from None
+    change.entries += new.values()
+    known |= new
+    return len(new), len(job) - len(new), 0
+
+
+def _check_item(snapshot: Snapshot, entry: Entry, place: int) -> None:
+    known_ids([entry.body["item"]], snapshot.recommender.item_ids, snapshot.nearest_items, f"events[{place}].item")
+
+
+def _taken_over(change: _Change, store: Store | None, job: Takeover) -> tuple[int, int, int]:
+    """A run in place of the one before, with what was stored while it was read."""
+    change.applied()
+    snapshot, skipped = job.snapshot, 0
+    if store is not None:
+        snapshot, skipped = replayed(snapshot, store.entries(snapshot.revision))
+    # Those of jobs before in this batch, which are not on disk yet.
+    snapshot, also = replayed(snapshot, [one._replace(number=snapshot.revision) for one in change.entries])
+    if store is not None and job.learned is not None:
+        store.set_learned(snapshot.run_hash, job.learned)
+    change.snapshot = snapshot
+    return 0, 0, job.skipped + skipped + also
