@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
@@ -18,6 +19,7 @@ from hellm.serve import health, routes
 from hellm.serve.errors import Overloaded, RequestError
 from hellm.serve.guard import Guard
 from hellm.serve.metrics import Metrics
+from hellm.serve.schema import ItemRequest
 from hellm.serve.service import Service, Source
 from hellm.serve.settings import Settings
 from hellm.serve.store import Store
@@ -68,8 +70,20 @@ def create_app(source: Source, store: Store | None = None, settings: Settings | 
     app.include_router(health.router)
     app.include_router(routes.router)
     _add_error_handlers(app)
+    app.openapi = lambda: _description(app)
     app.add_middleware(Guard, settings=settings, metrics=metrics, readiness=app.state.readiness)
     return app
+
+
+def _description(app: FastAPI) -> dict[str, Any]:
+    """OpenAPI, with what a route reads by itself, as it comes in two forms."""
+    if app.openapi_schema is None:
+        app.openapi_schema = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
+        schemas = app.openapi_schema["components"]["schemas"]
+        schemas["ItemRequest"] = ItemRequest.model_json_schema()
+    return app.openapi_schema
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -92,7 +106,10 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _told(error: dict[str, Any]) -> dict[str, Any]:
-    """What pydantic finds wrong, as `RequestError.body` says it; what was given may be long, so it is not repeated."""
-    place = [part for part in error["loc"] if part not in ("body", "query", "path")]
+    """What pydantic finds wrong, as `RequestError.body` says it; what was given may be long, so it is not repeated.
+
+    The first part of a place says whether it is in the body, the path or the query.
+    """
+    place = error["loc"][1:]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     return {"field": field or None, "message": str(error["msg"]).removeprefix("Value error, "), "nearest": []}

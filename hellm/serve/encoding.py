@@ -73,7 +73,8 @@ class Encoders:
                 known = ", ".join(plain) or "none"
                 raise RequestError(422, f"must be among the features of the run ({known})", field=f"features.{name}")
             width = content.features[name].shape[1]
-            found[name] = np.array(values, np.float32)
+            with np.errstate(over="ignore"):
+                found[name] = np.array(values, np.float32)
             if len(values) != width or not np.isfinite(found[name]).all():
                 message = f"must be {width} finite numbers, got {len(values)} values"
                 raise RequestError(422, message, field=f"features.{name}")

@@ -171,7 +171,8 @@ async def _item_of(request: Request) -> tuple[ItemRequest, bytes | None]:
     try:
         item = ItemRequest.model_validate_json(content)
     except ValidationError as error:
-        raise RequestValidationError(error.errors(include_url=False, include_input=False)) from None
+        errors = error.errors(include_url=False, include_input=False)
+        raise RequestValidationError([one | {"loc": ("body", *one["loc"])} for one in errors]) from None
     if item.picture is None:
         return item, upload
     if upload is not None:
