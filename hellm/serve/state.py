@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hellm._files import read_json
-from hellm.artifact.run_hash import run_hash
 from hellm.artifact.files import CHECKPOINT, RESULT
+from hellm.artifact.run_hash import run_hash
 from hellm.data import DataError
 from hellm.recommend import Recommender
 from hellm.serve.nearest import Nearest
