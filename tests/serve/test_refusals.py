@@ -125,7 +125,7 @@ def test_bodies_that_are_no_json(client):
     head = {"content-type": "application/json"}
     for body in (b"", b"{", b'{"users": ["\\ud800"]}', b"nul", b'{"users": NaN}', b"1e999"):
         refused(client.http.post("/recommend", content=body, headers=head), 422)
-    refused(client.http.post("/recommend", content=b"\xff\xfe", headers=head), 400)
+    refused(client.http.post("/recommend", content=b'{"\xff": 1}', headers=head), 400)
     # How deep the parser gets depends on the stack.
     deep = client.http.post("/recommend", content=b"[" * 50_000, headers=head)
     refused(deep, 400 if deep.status_code == 400 else 422)
