@@ -158,7 +158,7 @@ class TestOnnx:
             *base, tables, item_titles=[None] * DATA.num_items, titles=False, max_length=8, graph_context="none"
         )
         known = make_recommender("graph")
-        run = Recommender(ServedLLM(model, tables), known._current.table, known._events).save(tmp_path / "run")
+        run = Recommender(ServedLLM(model, tables), known._current.table, known.events).save(tmp_path / "run")
         fails(
             "export", run, "--to", "onnx", "--out", tmp_path / "out", match="a language model is not exported to ONNX"
         )

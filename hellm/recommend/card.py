@@ -42,7 +42,7 @@ _WORDS = {
     "language model": "a language model that ranks the catalogue",
     "sum": "a weighted sum of models",
 }
-_SPLITS = {0: "train", 1: "valid", 2: "test", 3: "history"}
+_SPLITS = {0: "train", 1: "valid", 2: "test", 3: "history", 4: "arrived"}
 
 
 def training_facts(folder: str | os.PathLike[str]) -> dict[str, Any]:
