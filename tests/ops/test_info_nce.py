@@ -54,13 +54,19 @@ def fused(reduction="mean", chosen=None, intra=True, temperature=0.2, precision=
     return function
 
 
-def compare(inputs, *, factor=4.0, baseline=None, **settings):
+def compare(inputs, *more, factor=4.0, baseline=None, **settings):
+    """The operator within the budget of the definition; with more inputs of the same shapes, in one budget."""
     precision = settings.pop("precision", "highest")
-    wide = [x.double() for x in inputs]
+
+    def values(function, dtype=None):
+        draws = ([x.to(dtype or x.dtype) for x in draw] for draw in (inputs, *more))
+        found = [outputs_and_gradients(function, draw) for draw in draws]
+        return [torch.stack(one) for one in zip(*found, strict=True)]
+
     assert_within_budget(
-        outputs_and_gradients(plain(**settings), wide),
-        outputs_and_gradients(baseline or plain(**settings), inputs),
-        outputs_and_gradients(fused(**settings, precision=precision), inputs),
+        values(plain(**settings), torch.float64),
+        values(baseline or plain(**settings)),
+        values(fused(**settings, precision=precision)),
         factor=factor,
     )
 
@@ -88,8 +94,8 @@ def test_info_nce_of_chosen_rows_matches_reference(intra, reduction, kernel):
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_info_nce_temperature_learns(reduction, temperature, kernel):
-    inputs = [*views((63, 16)), torch.tensor(temperature)]
-    compare(inputs, reduction=reduction)
+    # The error of one sum may be small by chance, so that of the definition is taken over four.
+    compare(*([*views((63, 16), seed=seed), torch.tensor(temperature)] for seed in range(0, 8, 2)), reduction=reduction)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
