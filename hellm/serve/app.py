@@ -67,7 +67,7 @@ def create_app(source: Source, store: Store | None = None, settings: Settings | 
     )
     app.state.service, app.state.settings, app.state.metrics = service, settings, metrics
     app.state.readiness = health.Readiness()
-    app.include_router(health.router)
+    app.include_router(health.router, responses={status: routes.REFUSALS[status] for status in (401, 403, 408, 413)})
     app.include_router(routes.router)
     _add_error_handlers(app)
     app.openapi = lambda: _description(app)

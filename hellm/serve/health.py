@@ -63,7 +63,7 @@ async def ready(request: Request) -> Response:
     return JSONResponse(body, 200 if readiness.is_ready else 503)
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """For Prometheus."""
     return Response(request.app.state.metrics.text(), media_type=request.app.state.metrics.content_type)
