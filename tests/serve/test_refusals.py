@@ -398,6 +398,8 @@ def test_the_openapi_description_names_what_there_is(client):
         *("/items/{id}/similar", "/users/{id}/history", "/health/live", "/health/ready", "/metrics"),
     }
     assert {"RecommendRequest", "ItemRequest", "Errors"} <= set(found["components"]["schemas"])
+    told = found["paths"]["/metrics"]["get"]["responses"]["200"]["content"]
+    assert list(told) == ["text/plain"] == [client.get("/metrics").headers["content-type"].partition(";")[0]]
 
 
 def test_metrics_count(run, tmp_path):
