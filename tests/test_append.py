@@ -106,17 +106,22 @@ def test_features_of_another_encoder_are_made_by_it_or_missing(old, new, tmp_pat
     assert report["without_features"] == {"text": 0} and (grown.item_features["text"].values[3:] == 1).all()
 
 
-def test_encoders_are_known_from_the_notes(old, monkeypatch):
+def test_new_items_are_encoded_as_the_old_ones_were(old, monkeypatch):
     import hellm.features.text
 
+    asked = []
+
     def encode_text(texts, *, encoder, **options):
+        asked.append((list(texts), encoder, options["max_length"]))
         return ItemFeatures.from_values(np.full((len(texts), 2), float(len(encoder))))
 
     monkeypatch.setattr(hellm.features.text, "encode_text", encode_text)
-    known = dataclasses.replace(old, notes=["text features are by encoder 'minilm'"])
-    assert encode_like(known, old)["text"].values.tolist() == [[6, 6]] * 3
-    for note in ("text features are by encoder 'llm'", "image features are by encoder 'efficientnet'", "other"):
-        assert encode_like(dataclasses.replace(old, notes=[note]), old) == {}
+    about = {"encoder": "minilm", "text_fields": ["title"], "max_length": 9}
+    known = dataclasses.replace(old, encoders={"words": about})
+    assert {name: one.values.tolist() for name, one in encode_like(known, old).items()} == {"words": [[6, 6]] * 3}
+    assert asked == [(old.item_titles, "minilm", 9)]
+    for about in ({"text": {"encoder": "hashed"}}, {"image": {"encoder": "efficientnet"}}, {}):
+        assert encode_like(dataclasses.replace(old, encoders=about), old) == {}
 
 
 def test_training_events_stay_training_events(tmp_path):

@@ -16,8 +16,7 @@ __all__ = ["add_features", "choose_encoders", "encode_like"]
 logger = logging.getLogger(__name__)
 
 _DEFAULTS = {"text": "minilm", "image": "efficientnet"}
-# How notes name the encoder of features.
-_MADE = " features are by encoder "
+_BUILT_IN = ("hashed", "colours")
 _WANTED = {"text": "titles, brands, categories or descriptions", "image": "picture files"}
 
 
@@ -90,7 +89,7 @@ def add_features(
     content, names = _content(dataset, text_fields), {"text": text_name, "image": "image"}
     features, encoders, unreadable = dict(dataset.item_features), dict(dataset.encoders), []
     # An encoder names its earlier work anew.
-    made = {modality: f"{names[modality]}{_MADE}" for modality in chosen}
+    made = {modality: f"{names[modality]} features are by encoder " for modality in chosen}
     notes = [note for note in dataset.notes if not note.startswith(tuple(made.values()))]
     for modality, encoder in chosen.items():
         options = {"encoder": encoder, "batch_size": batch_size, "device": device, "cache": cache}
@@ -112,27 +111,29 @@ def add_features(
 
 
 def encode_like(dataset: Dataset, new: Dataset, *, cache: str | Path | None = None) -> dict[str, ItemFeatures]:
-    """Features of other items by the encoders of a data set, as far as its notes name them.
+    """Features of other items by the encoders of a data set (`Dataset.encoders`), with the options they had there.
 
-    What is made of hidden states of a language model or of chosen text fields is left out: notes do not say of which.
+    Built-in features ("hashed", "colours") are left to who knows the items of the data set.
 
     Args:
         dataset: Whose encoders are used.
         new: The items that are to be encoded, without events.
         cache: As in `encode_text`.
-    Returns: Modality -> features [items of `new`].
+    Returns: Modality -> features [items of `new`], of what the items have.
+    Raises: As `add_features`.
     """
     from hellm.features.cache import default_cache
 
     found = {}
-    for note in dataset.notes:
-        name, made, encoder = note.partition(_MADE)
-        encoder = encoder.strip("'\"")
-        if not made or encoder == "llm" or name not in ("text", "image") or name not in _content(new, TEXT_FIELDS):
+    for name, about in dataset.encoders.items():
+        options = {key: value for key, value in about.items() if key != "encoder"}
+        modality = "image" if name == "image" else "text"
+        built_in = about.get("encoder") in (None, *_BUILT_IN)
+        if built_in or modality not in _content(new, options.get("text_fields", TEXT_FIELDS)):
             continue
-        chosen = {"text": None, "image": None} | {name: encoder}
-        encoded = add_features(new, **chosen, cache=default_cache() if cache is None else cache)
-        found[name] = encoded.item_features[name]
+        chosen = {"text": None, "image": None} | {modality: about["encoder"]}
+        options["cache"] = default_cache() if cache is None else cache
+        found[name] = add_features(new, text_name=name, **chosen, **options).item_features[name]
     return found
 
 
