@@ -31,7 +31,10 @@ class SASRecConfig(LoopConfig):
         dropout: probability at the input, in attention and after each part of a block.
         norm_first: normalise what each part of a block reads, instead of what it leaves.
         loss: "cross_entropy" over the whole catalogue, or "bce" with one uniform negative per position (the paper).
-        learning_rate: Adam step size.
+        learning_rate: Adam step size, the largest of a schedule.
+        schedule: of the step size: "constant", or "cosine", which ends near 0 at `max_epochs` and so wants those set to
+            the epochs that are meant.
+        warmup_epochs: epochs of linear growth from 0, with "cosine".
         batch_size: positions per step, at least `max_length`; fewer where the data has fewer.
         protocol: evaluation protocol, see `hellm.evaluate`; sequence models are usually scored with nothing masked.
         seed: of initialisation, order and sampling.
@@ -51,6 +54,8 @@ class SASRecConfig(LoopConfig):
     norm_first: bool = False
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     learning_rate: float = 1e-3
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_epochs: float = 1.0
     batch_size: int = 2048
     validate_every: int = 2
 
@@ -71,6 +76,7 @@ class SASRecConfig(LoopConfig):
         require(components is None or components >= 1, "content_components", ">= 1 or null", components)
         require(self.item_id or self.content != (), "content", "not empty where item_id is false", self.content)
         require(isfinite(self.learning_rate) and self.learning_rate > 0, "learning_rate", "> 0", self.learning_rate)
+        require(isfinite(self.warmup_epochs) and self.warmup_epochs >= 0, "warmup_epochs", ">= 0", self.warmup_epochs)
         require(self.batch_size >= self.max_length, "batch_size", f">= max_length {self.max_length}", self.batch_size)
 
 

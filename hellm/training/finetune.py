@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +31,7 @@ from hellm.training.history_sampler import HistoryBatch, HistorySampler
 from hellm.training.item_inputs import ItemInputs, load_item_inputs, resolve_item_inputs
 from hellm.training.loop import Progress
 from hellm.training.processes import Processes, launched_processes
+from hellm.training.schedule import cosine_schedule
 from hellm.training.stage import (
     MAY_CHANGE,
     OnEpoch,
@@ -286,18 +286,14 @@ def rate_schedule(config: FinetuneConfig, num_steps: int) -> Callable[[int, int]
 
     The first step is one warm-up step above 0; the published one, kept with compat, is 0 itself.
     """
-    first = 0.0 if config.model.compat == "official" else 1.0
-    warmup, total = config.warmup_epochs * num_steps, config.max_epochs * num_steps
-
-    def rate(epoch: int, step: int) -> float:
-        done = epoch * num_steps + step
-        if done < warmup:
-            return config.learning_rate * min(1.0, (done + first) / warmup)
-        share = (done - warmup) / max(1.0, total - warmup)
-        low, high = min(config.min_learning_rate, config.learning_rate), config.learning_rate
-        return low + (high - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-    return rate
+    return cosine_schedule(
+        config.learning_rate,
+        num_steps=num_steps,
+        num_epochs=config.max_epochs,
+        warmup_epochs=config.warmup_epochs,
+        low=config.min_learning_rate,
+        first=0.0 if config.model.compat == "official" else 1.0,
+    )
 
 
 def plan_finetuning(

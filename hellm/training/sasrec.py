@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,9 @@ from hellm.models.sequence import WhitenedContent
 from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, SequenceSampler
 from hellm.training.loop import Progress
+from hellm.training.schedule import constant_schedule, cosine_schedule
 from hellm.training.stage import (
+    MAY_CHANGE,
     OnEpoch,
     OnPlan,
     OpenedRun,
@@ -82,9 +84,17 @@ def train_sasrec(
         MemoryError: a step needs more memory than there is; says what to lower.
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
-    prepare, of_start = build_sequence_sampler, {"fingerprint": fingerprint_of(start), "read": [start]}
     with open_run(
-        config, data, out, resolve_sasrec_config, prepare=prepare, resume=resume, overwrite=overwrite, **of_start
+        config,
+        data,
+        out,
+        resolve_sasrec_config,
+        prepare=build_sequence_sampler,
+        fingerprint=fingerprint_of(start),
+        read=[start],
+        may_change=MAY_CHANGE - ({"max_epochs"} if config.schedule == "cosine" else set()),
+        resume=resume,
+        overwrite=overwrite,
     ) as opened:
         return _train(opened, start, on_plan, on_epoch) if opened.finished is None else opened.finished
 
@@ -220,10 +230,20 @@ def _fit(model, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler
     def validate(model: SASRec) -> Mapping[str, float]:
         return _evaluate(model, config, dataset, "valid").metrics
 
-    rate = config.learning_rate
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    step = EagerStep(model, optimizer, losses, sampler.num_steps, learning_rate=lambda epoch, step: rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    step = EagerStep(model, optimizer, losses, sampler.num_steps, learning_rate=_schedule(config, sampler.num_steps))
     return fit_stage(step, config, dataset, run, validate, on_epoch)
+
+
+def _schedule(config: SASRecConfig, num_steps: int) -> Callable[[int, int], float]:
+    if config.schedule == "constant":
+        return constant_schedule(config.learning_rate)
+    return cosine_schedule(
+        config.learning_rate,
+        num_steps=num_steps,
+        num_epochs=config.max_epochs,
+        warmup_epochs=config.warmup_epochs,
+    )
 
 
 def _evaluate(model: SASRec, config: SASRecConfig, dataset: Dataset, split: str) -> RankingResult | None:

@@ -21,6 +21,7 @@ from hellm.training import sasrec as module
 from hellm.training.history_sampler import HistoryBatch, SequenceSampler
 from hellm.training.loop import Interrupted
 from hellm.training.sasrec import build_sasrec, sasrec_losses, train_sasrec
+from hellm.training.step import EagerStep
 from hellm.training.trained_items import TrainedItems
 
 NUM_USERS, NUM_ITEMS = 48, 12
@@ -312,6 +313,23 @@ def test_training_stops_when_validation_no_longer_improves(walks, tmp_path):
     assert result["num_epochs"] < 60 and result["num_epochs"] == result["best_epoch"] + 3
 
 
+def test_step_size_grows_and_ends_near_zero_by_cosine(walks, tmp_path, monkeypatch):
+    rates = []
+    update = EagerStep._update
+    monkeypatch.setattr(EagerStep, "_update", lambda step, rate: (rates.append(rate), update(step, rate)))
+    config = changed("schedule=cosine", "warmup_epochs=2", "max_epochs=6", "patience=9")
+    run(config, walks, tmp_path / "run")
+    steps = len(rates) // 6
+    assert rates[: 2 * steps] == pytest.approx([0.02 * (1 + step) / (2 * steps) for step in range(2 * steps)])
+    assert (
+        rates[4 * steps] == pytest.approx(0.01)
+        and 0 < rates[-1] < 0.001
+        and rates[2 * steps :] == sorted(rates[2 * steps :], reverse=True)
+    )
+    with pytest.raises(ValueError, match=r"must keep its settings; max_epochs was 6, got 8"):
+        run(replace(config, max_epochs=8), walks, tmp_path / "run", resume=True)
+
+
 def test_run_of_other_settings_or_data_is_not_resumed(finished, walks):
     folder = finished[0]
     with pytest.raises(ValueError, match=r"must keep its settings; dropout was 0.1, got 0.3"):
@@ -370,6 +388,8 @@ def test_unknown_order_in_time_is_noted(walks):
         ({"num_layers": 0}, r"num_layers must be >= 1, got 0"),
         ({"dropout": 1}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"learning_rate": 0}, r"learning_rate must be > 0, got 0.0"),
+        ({"schedule": "linear"}, r"schedule must be one of 'constant', 'cosine', got 'linear'"),
+        ({"warmup_epochs": -1}, r"warmup_epochs must be >= 0, got -1"),
         ({"batch_size": 20}, r"batch_size must be >= max_length 50, got 20"),
         ({"loss": "hinge"}, r"loss must be one of 'cross_entropy', 'bce', got 'hinge'"),
         ({"monitor": ["ndcg@0"]}, r"monitor must be metric@k with k >= 1, got 'ndcg@0'"),
