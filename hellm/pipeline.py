@@ -248,7 +248,8 @@ class Pipeline:
         return Step(
             "compare",
             "Compare all models on events that none of them has seen.",
-            f"hellm evaluate {' '.join(models)} --data {self.path('data')} --protocol {self.config.protocol} --ks {ks}",
+            f"hellm evaluate {' '.join(models)} --data {self.path('data')} --protocol {self.config.protocol} "
+            f"--ks {ks} --slices",
             lambda: self._compare(models),
         )
 
@@ -365,7 +366,9 @@ class Pipeline:
     def _compare(self, models: Sequence[str]) -> dict[str, Any]:
         from hellm.recommend.compare import compare
 
-        comparison = compare(models, self.dataset, protocol=self.config.protocol, ks=self.ks, by="hellm run")
+        comparison = compare(
+            models, self.dataset, protocol=self.config.protocol, ks=self.ks, slices=True, by="hellm run"
+        )
         self._write("comparison.json", comparison)
         return comparison
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hellm.cli._output import count, difference, print_json, table
@@ -87,8 +87,8 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def print_comparison(comparison: Mapping[str, Any]) -> None:
-    """The tables for people."""
+def print_comparison(comparison: Mapping[str, Any], slices: Collection[str] | None = None) -> None:
+    """The tables for people; of the slices there are, all or those of these kinds."""
     reports = [comparison, *comparison["other_protocols"]]
     users, items = count(comparison["num_users"]), count(comparison["num_items"])
     ranked = f"all {items} items ranked" if all(one["candidates"] is None for one in reports) else f"{items} items"
@@ -101,6 +101,8 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
     over_runs = " (of several runs: their t-interval)" if several else ""
     print(f"± is half the 95% bootstrap interval over users{over_runs}; differences to the best are paired by user.")
     for kind, labels in comparison["slices"].items():
+        if slices is not None and kind not in slices:
+            continue
         for report in reports:
             _print_slices(kind, labels, report, len(reports) > 1)
     counts = ", ".join(f"{run} {number}" for run, number in comparison.get("test_evaluations", {}).items() if number)

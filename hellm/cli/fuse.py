@@ -83,6 +83,8 @@ def print_fusion(result: dict[str, Any], out: str) -> None:
     print(table(["model", *header, f"adds, test {shown[-1]}", "s/1,000 users"], rows))
     for gain in result["gains"]:
         kept = "kept" if gain["kept"] else "left out: not shown to help"
+        if gain.get("for_new_items"):
+            kept = "kept for items without events" if gain["kept"] else "left out, also for items without events"
         print(
             f"  {gain['tower']} on validation: {gain['gain']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}] in "
             f"{next(iter(result['cross_fitted']))}, {kept}"

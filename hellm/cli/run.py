@@ -102,8 +102,9 @@ class PrintedSteps:
 
     def _comparison(self, step: Step, comparison: dict[str, Any]) -> None:
         from hellm.cli.evaluate import print_comparison
+        from hellm.evaluate.slices import ITEM_POPULARITY
 
-        print_comparison(comparison)
+        print_comparison(comparison, slices=[ITEM_POPULARITY])
 
     def _lists(self, step: Step, answers: list[dict[str, Any]]) -> None:
         for answer in answers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,7 @@ _SERIES = ("Arlo", "Bergen", "Calla", "Dune", "Elba", "Fjord", "Gale", "Hygge", 
 _PIXELS = 64
 _START = 1_700_000_000
 _DAYS = 180
+_NEW_DAYS = 7
 
 
 def write_sample_shop(
@@ -47,9 +49,11 @@ def write_sample_shop(
     """Write `events.csv`, `items.csv` and `images/` of a made-up shop.
 
     Planted: item i belongs to group i % num_groups, a kind of product in a style, which shows in title, category and
-    picture. A user buys 5 to 16 different items, about 9 in 10 of them from the one or two groups that the user likes;
-    half of the purchases are the item that follows the one before in its group, so that order tells something too.
-    1 in 40 items has no picture, 1 in 40 no title, and every second of the latter no category either.
+    picture. A user buys 5 to 16 different items, about 9 in 10 of them from the one or two groups that the user likes,
+    and there mostly from the one or two brands that the user likes; 4 in 10 purchases are the item that follows the one
+    before in its group, so that order tells something too. The last 1 in 20 items are new: they are sold in the last
+    week only, where they are 1 in 3 purchases. 1 in 40 items has no picture, 1 in 40 no title, and every second of the
+    latter no category either.
 
     Args:
         path: Folder to make.
@@ -95,11 +99,12 @@ def _write_items(folder: Path, num_items: int, num_groups: int, rng: np.random.G
     without_image, without_title = set(lacking[:few].tolist()), lacking[few : 2 * few].tolist()
     with (folder / "items.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["item", "title", "category", "image"])
+        writer.writerow(["item", "title", "brand", "category", "image"])
         for item in range(num_items):
             kind, style = group_style(item % num_groups)
             number = item // num_groups
-            title = f"{_STYLES[style][0]} {_KINDS[kind][0]} {_SERIES[number % len(_SERIES)]} {number + 1}"
+            brand = _SERIES[number % len(_SERIES)]
+            title = f"{_STYLES[style][0]} {_KINDS[kind][0]} {brand} {number + 1}"
             category, image = _KINDS[kind][1], f"images/{item_id(item)}.png"
             if item in without_title:
                 title, category = "", "" if without_title.index(item) % 2 else category
@@ -107,7 +112,7 @@ def _write_items(folder: Path, num_items: int, num_groups: int, rng: np.random.G
                 image = ""
             else:
                 _draw(kind, style, rng).save(folder / image)
-            writer.writerow([item_id(item), title, category, image])
+            writer.writerow([item_id(item), title, brand, category, image])
 
 
 def _draw(kind: int, style: int, rng: np.random.Generator):
@@ -136,13 +141,18 @@ def _draw(kind: int, style: int, rng: np.random.Generator):
 
 
 def _write_events(folder: Path, num_users: int, num_items: int, num_groups: int, rng: np.random.Generator) -> None:
-    per_group = [np.arange(group, num_items, num_groups) for group in range(num_groups)]
+    shop = _Shelves(num_items, num_groups)
     rows = []
     for user in range(num_users):
-        liked = rng.choice(num_groups, size=min(num_groups, 1 + int(rng.random() < 0.5)), replace=False)
-        bought = _history(per_group, liked, int(rng.integers(5, 17)), rng)
-        times = np.sort(rng.choice(_DAYS * 24 * 60, size=len(bought), replace=False)) * 60 + _START
-        rows += [(int(time), f"u{user + 1:05d}", item_id(item)) for time, item in zip(times, bought, strict=True)]
+        taste = _Taste(
+            groups=rng.choice(num_groups, size=min(num_groups, 1 + int(rng.random() < 0.5)), replace=False),
+            brands=rng.choice(len(_SERIES), size=2, replace=False),
+        )
+        length = int(rng.integers(5, 17))
+        times = np.sort(rng.choice(_DAYS * 24 * 60, size=length, replace=False)) * 60
+        bought = _history(shop, taste, times >= (_DAYS - _NEW_DAYS) * 24 * 3600, rng)
+        named = zip((times + _START).tolist(), bought, strict=True)
+        rows += [(time, f"u{user + 1:05d}", item_id(item)) for time, item in named]
     rows.sort()
     with (folder / "events.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -150,23 +160,52 @@ def _write_events(folder: Path, num_users: int, num_items: int, num_groups: int,
         writer.writerows((user, item, time) for time, user, item in rows)
 
 
-def _history(per_group: list[np.ndarray], liked: np.ndarray, length: int, rng: np.random.Generator) -> list[int]:
-    """Different items in order of purchase."""
+class _Taste(NamedTuple):
+    """What a user likes."""
+
+    groups: np.ndarray
+    brands: np.ndarray
+
+
+class _Shelves:
+    """The items of each group, older ones and new ones."""
+
+    def __init__(self, num_items: int, num_groups: int) -> None:
+        self.num_groups = num_groups
+        self.num_old = num_items - max(num_groups, num_items // 20)
+        self.old = [np.arange(group, self.num_old, num_groups) for group in range(num_groups)]
+        new = np.arange(self.num_old, num_items)
+        self.new = [new[new % num_groups == group] for group in range(num_groups)]
+
+    def following(self, item: int) -> int:
+        """The next item of the group; after the last and after a new one its first."""
+        following = item + self.num_groups
+        return following if following < self.num_old else item % self.num_groups
+
+    def of_brands(self, group: int, brands: np.ndarray) -> np.ndarray:
+        """The older items of a group that are of these brands; all of it where none is."""
+        items = self.old[group]
+        chosen = items[np.isin(items // self.num_groups % len(_SERIES), brands)]
+        return chosen if len(chosen) else items
+
+
+def _history(shop: _Shelves, taste: _Taste, in_last_days: np.ndarray, rng: np.random.Generator) -> list[int]:
+    """Different items in order of purchase, one for each of `in_last_days`."""
     bought: list[int] = []
-    num_groups, num_items = len(per_group), sum(map(len, per_group))
-    while len(bought) < length:
-        draw = rng.random()
-        if bought and draw < 0.5:
-            following = bought[-1] + num_groups
-            item = following if following < num_items else bought[-1] % num_groups
+    while len(bought) < len(in_last_days):
+        group, draw = int(rng.choice(taste.groups)), rng.random()
+        if in_last_days[len(bought)] and rng.random() < 1 / 3:
+            item = int(rng.choice(shop.new[group]))
+        elif bought and draw < 0.4:
+            item = shop.following(bought[-1])
         elif draw < 0.9:
-            group = per_group[int(rng.choice(liked))]
+            items = shop.of_brands(group, taste.brands) if rng.random() < 0.6 else shop.old[group]
             # The square favours the first items of a group: popularity is uneven, as in a real shop.
-            item = int(group[int(rng.random() ** 2 * len(group))])
+            item = int(items[int(rng.random() ** 2 * len(items))])
         else:
-            item = int(rng.integers(num_items))
+            item = int(rng.integers(shop.num_old))
         if item in bought:
-            item = int(rng.choice(per_group[int(rng.choice(liked))]))
+            item = int(rng.choice(shop.old[group]))
         if item not in bought:
             bought.append(item)
     return bought

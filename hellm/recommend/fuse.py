@@ -151,7 +151,8 @@ def _fuse(
         on_plan(plan_fusion(models, dataset, config))
     started = time.perf_counter()
     scores = _tower_scores(models, dataset, config)
-    selection = select_towers(scores, *config.monitor, level=config.level, seed=config.seed)
+    new = [name for name, model in models.items() if model.reads_content]
+    selection = select_towers(scores, *config.monitor, level=config.level, seed=config.seed, rank_new_items=new)
     fused = ServedFused({name: models[name] for name in selection.weights}, selection.weights)
     result, test = _result(models, fused, selection, towers, dataset, config)
     seconds = time.perf_counter() - started

@@ -68,9 +68,12 @@ class ServedModel(Protocol):
         kind: One of `hellm.artifact.KINDS`.
         user: [U, D] trained queries of known users; None for a model that knows histories only.
         graph_view: [I, D] what the item hypergraph made of the items; None for a model without.
+        reads_content: Whether it ranks an item without training events by its features and attributes, in no more time
+            than others.
     """
 
     kind: str
+    reads_content: bool
     user: Tensor | None
     graph_view: Tensor | None
 
@@ -116,6 +119,7 @@ class ServedGraph:
     """
 
     kind = "graph"
+    reads_content = False
 
     def __init__(
         self, tensors: Mapping[str, Tensor], fold_in_exponent: float, modalities: Sequence[str] | None = None
@@ -173,6 +177,7 @@ class ServedSASRec:
 
     def __init__(self, model: SASRec) -> None:
         self.model, self.keys = model, model.item_keys()
+        self.reads_content = bool(model.items.modalities)
 
     def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
         return self.model.embed(indptr, items, self.keys).cpu()
@@ -207,6 +212,8 @@ class ServedLLM:
     """
 
     kind = "llm"
+    # It may read texts, but at a cost that validation has to justify.
+    reads_content = False
     user = graph_view = None
 
     def __init__(
@@ -260,6 +267,7 @@ class ServedTransitions:
     """What follows what. A new item follows what the items nearest to it by content follow."""
 
     kind = "transitions"
+    reads_content = False
     user = graph_view = None
 
     def __init__(self, model: TransitionModel) -> None:
@@ -306,6 +314,10 @@ class ServedFused:
     @property
     def weights(self) -> dict[str, float]:
         return self.model.weights
+
+    @property
+    def reads_content(self) -> bool:
+        return any(tower.reads_content for tower in self.towers.values())
 
     @property
     def graph_view(self) -> Tensor | None:

@@ -5,7 +5,7 @@ T = towers, E = validation events looked at, I = items.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +46,9 @@ class Gain:
         tower: Its name.
         gain: Mean difference of the monitored metric per user.
         low, high: Bootstrap interval over users.
-        kept: Whether the interval lies above 0, and all users together give the tower a weight.
+        kept: Whether the interval lies above 0 (the gain itself, where it is kept `for_new_items`), and all users
+            together give the tower a weight.
+        for_new_items: Whether it was tried because no other tower knows items without training events.
     """
 
     tower: str
@@ -54,6 +56,7 @@ class Gain:
     low: float
     high: float
     kept: bool
+    for_new_items: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,14 @@ class Selection:
     gains: list[Gain]
 
 
-def select_towers(given: TowerScores, monitor: str = "ndcg@20", *, level: float = 0.9, seed: int = 0) -> Selection:
+def select_towers(
+    given: TowerScores,
+    monitor: str = "ndcg@20",
+    *,
+    level: float = 0.9,
+    seed: int = 0,
+    rank_new_items: Collection[str] = (),
+) -> Selection:
     """Start from the best tower, and add the one whose help is surest as long as it is shown.
 
     Users are cut into halves: weights that are fitted on one half are judged on the other, and the other way round, so
@@ -81,11 +91,15 @@ def select_towers(given: TowerScores, monitor: str = "ndcg@20", *, level: float 
     the gain in the monitored metric lies above 0; of several, the one of the largest lower end is added. The weights of
     the chosen towers come from all events.
 
+    Validation asks for few items that training knows nothing of, or for none, and so cannot show what it is worth to
+    know them. If none of the chosen towers does, the surest of those that do is added unless it costs something.
+
     Args:
         given: Scores of all towers.
         monitor: "ndcg@k" or "recall@k".
         level: Coverage of the interval, in (0, 1).
         seed: Of the halves and the bootstrap.
+        rank_new_items: Names of towers that rank an item without training events by what it is.
     Raises: ValueError, no event.
     """
     names = list(given.scores)
@@ -96,20 +110,33 @@ def select_towers(given: TowerScores, monitor: str = "ndcg@20", *, level: float 
     alone = {name: metric.mean(metric.per_user(given.scores[name])) for name in names}
     chosen = [max(names, key=alone.__getitem__)]
     best = metric.per_user(given.scores[chosen[0]])
-    every, weights = np.ones(len(half), dtype=bool), [1.0]
+    weights = [1.0]
     gains: list[Gain] = []
-    # One user alone cannot judge weights that another made.
-    while len(chosen) < len(names) and 0 < half.sum() < len(half):
-        tried = {name: _cross_fitted(given, [*chosen, name], half, metric) for name in names if name not in chosen}
+
+    def added(candidates: Collection[str], *, for_new_items: bool) -> bool:
+        """Whether the surest of the candidates is kept."""
+        nonlocal best, weights
+        tried = {name: _cross_fitted(given, [*chosen, name], half, metric) for name in candidates}
         shown = {name: paired_gain(values, best, level=level, seed=seed) for name, values in tried.items()}
         # Whose gain is surest: the largest mean may be of few users, and then nothing else would be tried.
         name = max(shown, key=lambda one: shown[one][1])
         gain, low, high = shown[name]
-        longer = _fitted(given, [*chosen, name], every, metric) if low > 0 else []
-        gains.append(Gain(name, gain, low, high, kept=low > 0 and longer[-1] > 0))
-        if not gains[-1].kept:
-            break
-        chosen, best, weights = [*chosen, name], tried[name], longer
+        wanted = gain >= 0 if for_new_items else low > 0
+        longer = _fitted(given, [*chosen, name], np.ones(len(half), dtype=bool), metric) if wanted else [0.0]
+        gains.append(Gain(name, gain, low, high, kept=longer[-1] > 0, for_new_items=for_new_items))
+        if gains[-1].kept:
+            chosen.append(name)
+            best, weights = tried[name], longer
+        return gains[-1].kept
+
+    # One user alone cannot judge weights that another made.
+    if 0 < half.sum() < len(half):
+        while rest := [name for name in names if name not in chosen]:
+            if not added(rest, for_new_items=False):
+                break
+        rest = [name for name in names if name in rank_new_items]
+        if rest and not set(rest) & set(chosen):
+            added(rest, for_new_items=True)
     kept = {name: weight for name, weight in zip(chosen, weights, strict=True) if weight > 0}
     return Selection(kept, alone, metric.mean(best), gains)
 
