@@ -31,7 +31,8 @@ def defined_scores(decay: float, exponent: float, content_weight: float, max_lag
             for lag in range(1, min(max_lag, len(history) - 1 - place) + 1):
                 counts[item, history[place + lag]] += decay ** (lag - 1)
     normalised = counts * (counts.sum(1, keepdim=True) + 1) ** -exponent
-    spread = torch.eye(NUM_ITEMS) + content_weight * dense(SIMILAR)
+    alone = (counts.sum(0) == 0) & (counts.sum(1) == 0)
+    spread = torch.eye(NUM_ITEMS) + torch.where(alone, 1.0, content_weight)[:, None] * dense(SIMILAR)
     query = torch.zeros(len(LISTS), NUM_ITEMS)
     for row, history in enumerate(LISTS):
         for age, item in enumerate(reversed(history)):
@@ -64,12 +65,23 @@ def test_new_items_follow_what_their_nearest_follow():
     scores, before = longer.history_scores(*HISTORIES), model.history_scores(*HISTORIES)
     assert torch.equal(scores[:, :NUM_ITEMS], before)
     plain = TransitionModel(NUM_ITEMS, model.transitions, SIMILAR, content_weight=0.4)
-    unspread = plain.history_scores(*HISTORIES) @ torch.linalg.inv(torch.eye(NUM_ITEMS) + 0.4 * dense(SIMILAR)).T
-    torch.testing.assert_close(scores[:, NUM_ITEMS:], 0.4 * unspread @ shares.to_dense().T, rtol=1e-4, atol=1e-5)
+    weight = torch.tensor([0.4, 0.4, 0.4, 0.4, 0.4, 1.0])[:, None]
+    unspread = plain.history_scores(*HISTORIES) @ torch.linalg.inv(torch.eye(NUM_ITEMS) + weight * dense(SIMILAR)).T
+    torch.testing.assert_close(scores[:, NUM_ITEMS:], unspread @ shares.to_dense().T, rtol=1e-4, atol=1e-5)
     # In a history, the second new item counts as the item that is nearest to it.
     of_new, of_nearest = (longer.history_scores(*Histories.of_lists([[item]])) for item in (NUM_ITEMS + 1, 4))
-    torch.testing.assert_close(of_new, 0.4 * of_nearest)
+    torch.testing.assert_close(of_new, of_nearest)
     assert of_new.any()
+
+
+@pytest.mark.parametrize("content_weight", [0.0, 0.4])
+def test_an_item_without_transitions_ranks_as_one_that_came_later(content_weight):
+    there = TransitionModel.fit(HISTORIES, NUM_ITEMS, similar=SIMILAR, content_weight=content_weight)
+    known = ItemPairs(*(part[SIMILAR.source < 5] for part in SIMILAR))
+    before = TransitionModel.fit(HISTORIES, NUM_ITEMS - 1, similar=known, content_weight=content_weight)
+    later = before.extended(torch.tensor([[0.0, 1.0, 0, 0, 0]]).to_sparse())
+    torch.testing.assert_close(later.history_scores(*HISTORIES), there.history_scores(*HISTORIES))
+    assert there.history_scores(*HISTORIES)[:, 5].any()
 
 
 def test_a_saved_model_is_the_same(tmp_path):

@@ -51,11 +51,13 @@ class TransitionModel:
         scores(h) = d(h) A N A^T
         d(h)_i = decay^age of item i in the history, age 0 being its last item
         N_ij = (sum_l T_il + 1)^-exponent T_ij,   T_ij = sum of decay^(lag - 1) where j came lag <= max_lag after i
-        A = I + content_weight S,   S = shares of the items that are nearest by content
+        A = I + diag(w) S,   S = shares of the items that are nearest by content
+        w_i = content_weight, and 1 for an item that nothing followed and that followed nothing
 
     A hyperedge holds what has followed an item, so N is the incidence of a directed hypergraph of items, and A is a
     step of convolution over the item hypergraph on either side of it: what followed an item follows others like it, and
-    items like the one that followed as well. Counts of this form are the sequential rules of Ludewig and Jannach (2018,
+    items like the one that followed as well. An item without transitions, a new one, is read as its average neighbour.
+    Counts of this form are the sequential rules of Ludewig and Jannach (2018,
     "Evaluation of session-based recommendation algorithms"), who find them hard to beat.
 
     Args:
@@ -86,7 +88,8 @@ class TransitionModel:
         scaled = transitions.weight * (followed + 1)[transitions.source] ** -exponent
         self.following = transitions._replace(weight=scaled)
         self._next = self.following.hypergraph(num_items)
-        self._alike = similar.hypergraph(num_items) if similar is not None and content_weight else None
+        alike = None if similar is None else self._weighed(similar)
+        self._alike = alike.hypergraph(num_items) if alike is not None and len(alike.weight) else None
 
     @classmethod
     def fit(
@@ -144,7 +147,7 @@ class TransitionModel:
         return self._spread(torch.cat([before, after], dim=1), transpose=True)
 
     def extended(self, similar: Tensor) -> TransitionModel:
-        """A model with n more items, which follow what their nearest items follow, by the share of `content_weight`.
+        """A model with n more items, which follow what their nearest items follow.
 
         Args:
             similar: [n, I] sparse shares of the items that are nearest by content.
@@ -185,7 +188,15 @@ class TransitionModel:
         """A^T x, or A x with `transpose`, of [I, B]: weight that goes to the nearest items, or is read from them."""
         if self._alike is None:
             return x
-        return x + self.content_weight * ops.incidence_product(x, self._alike, transpose=transpose)
+        return x + ops.incidence_product(x, self._alike, transpose=transpose)
+
+    def _weighed(self, similar: ItemPairs) -> ItemPairs:
+        """diag(w) S, without zeros."""
+        counted = torch.zeros(self.num_items, dtype=torch.bool)
+        counted[torch.cat([self.transitions.source, self.transitions.target])] = True
+        weight = similar.weight * torch.where(counted, self.content_weight, 1.0)[similar.source]
+        kept = weight > 0
+        return ItemPairs(similar.source[kept], similar.target[kept], weight[kept])
 
 
 _SETTINGS = ("content_weight", "decay", "exponent")
