@@ -81,7 +81,9 @@ PRESETS[RunConfig] = {
     "demo": RunConfig(
         pretrain=PRESETS[PretrainConfig]["demo"],
         sasrec=PRESETS[SASRecConfig]["demo"],
-        content=replace(CONTENT_TOWER, batch_size=256, max_epochs=30, patience=2),
+        content=replace(
+            CONTENT_TOWER, learning_rate=1e-3, schedule="constant", batch_size=256, max_epochs=30, patience=2
+        ),
         finetune=PRESETS[FinetuneConfig]["demo"],
     ),
 }

@@ -87,6 +87,10 @@ CONTENT_TOWER = SASRecConfig(
     embedding_dim=128,
     feedforward_dim=512,
     dropout=0.2,
-    patience=10,
+    learning_rate=2e-3,
+    schedule="cosine",
+    max_epochs=24,
+    # A cosine gains most at its end.
+    patience=12,
 )
 """A sequence model that knows items by their content alone, and so ranks new ones like any other."""

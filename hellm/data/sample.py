@@ -30,7 +30,7 @@ _STYLES = (
     ("Violet Striped", (120, 50, 150), (220, 195, 240), "stripes"),
     ("Charcoal Dotted", (60, 60, 65), (200, 200, 205), "dots"),
 )
-_SERIES = ("Arlo", "Bergen", "Calla", "Dune", "Elba", "Fjord", "Gale", "Hygge", "Isla", "Juno", "Kite", "Luma")
+_BRANDS = ("Arlo", "Bergen", "Calla", "Dune", "Elba", "Fjord", "Gale", "Hygge", "Isla", "Juno", "Kite", "Luma")
 _PIXELS = 64
 _START = 1_700_000_000
 _DAYS = 180
@@ -50,7 +50,7 @@ def write_sample_shop(
 
     Planted: item i belongs to group i % num_groups, a kind of product in a style, which shows in title, category and
     picture. A user buys 5 to 16 different items, about 9 in 10 of them from the one or two groups that the user likes,
-    and there mostly from the one or two brands that the user likes; 4 in 10 purchases are the item that follows the one
+    and there mostly from two brands that the user likes; 1 in 3 purchases is the item that follows the one
     before in its group, so that order tells something too. The last 1 in 20 items are new: they are sold in the last
     week only, where they are 1 in 3 purchases. 1 in 40 items has no picture, 1 in 40 no title, and every second of the
     latter no category either.
@@ -92,6 +92,11 @@ def group_style(group: int) -> tuple[int, int]:
     return group % len(_KINDS), (group + group // len(_KINDS)) % len(_STYLES)
 
 
+def _brand(item: int | np.ndarray, num_groups: int) -> int | np.ndarray:
+    """Number of the brand: four items of a group that follow each other are of one."""
+    return item // num_groups // 4 % len(_BRANDS)
+
+
 def _write_items(folder: Path, num_items: int, num_groups: int, rng: np.random.Generator) -> None:
     (folder / "images").mkdir()
     lacking = rng.permutation(num_items)
@@ -103,7 +108,7 @@ def _write_items(folder: Path, num_items: int, num_groups: int, rng: np.random.G
         for item in range(num_items):
             kind, style = group_style(item % num_groups)
             number = item // num_groups
-            brand = _SERIES[number % len(_SERIES)]
+            brand = _BRANDS[_brand(item, num_groups)]
             title = f"{_STYLES[style][0]} {_KINDS[kind][0]} {brand} {number + 1}"
             category, image = _KINDS[kind][1], f"images/{item_id(item)}.png"
             if item in without_title:
@@ -146,7 +151,7 @@ def _write_events(folder: Path, num_users: int, num_items: int, num_groups: int,
     for user in range(num_users):
         taste = _Taste(
             groups=rng.choice(num_groups, size=min(num_groups, 1 + int(rng.random() < 0.5)), replace=False),
-            brands=rng.choice(len(_SERIES), size=2, replace=False),
+            brands=rng.choice(shop.brands, size=2, replace=False),
         )
         length = int(rng.integers(5, 17))
         times = np.sort(rng.choice(_DAYS * 24 * 60, size=length, replace=False)) * 60
@@ -174,6 +179,7 @@ class _Shelves:
         self.num_groups = num_groups
         self.num_old = num_items - max(num_groups, num_items // 20)
         self.old = [np.arange(group, self.num_old, num_groups) for group in range(num_groups)]
+        self.brands = np.unique(_brand(np.arange(self.num_old), num_groups))
         new = np.arange(self.num_old, num_items)
         self.new = [new[new % num_groups == group] for group in range(num_groups)]
 
@@ -185,7 +191,7 @@ class _Shelves:
     def of_brands(self, group: int, brands: np.ndarray) -> np.ndarray:
         """The older items of a group that are of these brands; all of it where none is."""
         items = self.old[group]
-        chosen = items[np.isin(items // self.num_groups % len(_SERIES), brands)]
+        chosen = items[np.isin(_brand(items, self.num_groups), brands)]
         return chosen if len(chosen) else items
 
 
@@ -196,10 +202,10 @@ def _history(shop: _Shelves, taste: _Taste, in_last_days: np.ndarray, rng: np.ra
         group, draw = int(rng.choice(taste.groups)), rng.random()
         if in_last_days[len(bought)] and rng.random() < 1 / 3:
             item = int(rng.choice(shop.new[group]))
-        elif bought and draw < 0.4:
+        elif bought and draw < 0.35:
             item = shop.following(bought[-1])
         elif draw < 0.9:
-            items = shop.of_brands(group, taste.brands) if rng.random() < 0.6 else shop.old[group]
+            items = shop.of_brands(group, taste.brands) if rng.random() < 0.8 else shop.old[group]
             # The square favours the first items of a group: popularity is uneven, as in a real shop.
             item = int(items[int(rng.random() ** 2 * len(items))])
         else:

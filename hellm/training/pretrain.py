@@ -188,6 +188,7 @@ def build_encoder(config: PretrainConfig, dataset: Dataset, device: torch.device
         use_user_branch=use_user,
         dropout=settings.dropout,
         unit_items=config.loss == "softmax",
+        place_untrained=not official,
     ).to(device)
 
 

@@ -30,8 +30,9 @@ def test_files_and_counts(shop, dataset):
     assert sum(not row["title"] for row in rows) == 4
     assert len(list((shop / "images").iterdir())) == 156
     assert dataset.item_features["image"].mask.sum() == 156
-    # Two of the four items without a title still have a category.
-    assert dataset.item_features["text"].mask.sum() == 158
+    # Items without a title still have a brand.
+    assert dataset.item_features["text"].mask.sum() == 160
+    assert set(dataset.attribute_sets) == {"brand", "category"}
     assert dataset.notes == []
 
 
@@ -49,6 +50,24 @@ def test_users_keep_to_few_groups(dataset):
 def test_order_of_purchases_is_informative(dataset):
     same_user = np.diff(dataset.users) == 0
     assert ((np.diff(dataset.items) == 8) & same_user).sum() / same_user.sum() > 0.25
+
+
+def test_users_keep_to_few_brands(dataset):
+    brand = dataset.items // 8 // 4
+    counts = np.zeros((200, 5))
+    np.add.at(counts, (dataset.users, brand), 1)
+    in_two_best = np.sort(counts, axis=1)[:, -2:].sum() / counts.sum()
+    shuffled = np.zeros((200, 5))
+    np.add.at(shuffled, (dataset.users, np.random.default_rng(0).permutation(brand)), 1)
+    # Two of only five brands are soon bought empty.
+    assert in_two_best > 1.03 * np.sort(shuffled, axis=1)[:, -2:].sum() / counts.sum()
+
+
+def test_new_items_are_sold_in_the_last_week_only(dataset):
+    new = dataset.items >= 152
+    last_week = dataset.timestamps >= 1_700_000_000 + 173 * 24 * 3600
+    assert not (new & ~last_week).any() and 0.1 < new[last_week].mean() < 0.5
+    assert (dataset.split[new] == 2).mean() > 0.5
 
 
 def test_same_seed_same_files(tmp_path, shop):

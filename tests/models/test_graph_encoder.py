@@ -161,12 +161,13 @@ def test_left_out_branch_changes_nothing_else(make):
     assert without_users().user_view is None and without_items().item_view is None
 
 
-def test_scores_are_products_and_follow_the_parameters(make):
+def test_scores_are_products_and_follow_the_parameters(make, interactions):
     model = make(dtype=torch.float32)
     users = torch.tensor([4, 4, 0])
     before = model.scores(users)
     output = model()
-    torch.testing.assert_close(before, output.user[users] @ output.item.T)
+    trained = interactions.any(0)
+    torch.testing.assert_close(before[:, trained], (output.user[users] @ output.item.T)[:, trained])
     assert model.embeddings() is model.embeddings()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     bpr_loss(output.user[:2], output.item[:2], output.item[2:4]).backward()
@@ -174,6 +175,33 @@ def test_scores_are_products_and_follow_the_parameters(make):
     assert not torch.equal(model.scores(users), before)
     model.load_state_dict(make(dtype=torch.float32).state_dict())
     assert torch.equal(model.scores(users), before)
+
+
+@pytest.mark.parametrize("unit_items", [False, True])
+def test_an_item_without_events_is_placed_by_those_in_its_hyperedges(make, interactions, features, unit_items):
+    values = torch.zeros(2, NUM_ITEMS, dtype=torch.long)
+    values[0] = torch.arange(NUM_ITEMS)
+    values[1, ::2] = 1
+    by_content = item_hypergraph(features, K, attributes={"colour": values})
+    model = make(unit_items=unit_items)
+    model.item_hypergraph = by_content
+    output, placed = model(), model.embeddings()
+    others = interactions.any(0)
+    torch.testing.assert_close(placed.item[others], output.item[others])
+    torch.testing.assert_close(placed.user, output.user)
+    # Item 3 shares hyperedges with the others as often as H diag(w) H^T says.
+    vertices, edges = by_content.hyperedge_index
+    incidence = torch.zeros(NUM_ITEMS, by_content.num_hyperedges, dtype=torch.float64)
+    incidence[vertices, edges] = 1
+    shared = ((incidence * by_content.hyperedge_weight) @ incidence.T)[3] * others
+    view = F.normalize(output.item_view, dim=1)
+    expected = shared @ (output.item - view) / shared.sum() + view[3]
+    expected = F.normalize(expected, dim=0) if unit_items else expected
+    torch.testing.assert_close(placed.item[3], expected)
+    source = model.fold_in_tables().source
+    assert source[3].any() and not torch.equal(source[3], make(place_untrained=False).fold_in_tables().source[3])
+    as_trained = make(unit_items=unit_items, place_untrained=False)
+    assert torch.equal(as_trained.embeddings().item, as_trained().item)
 
 
 # Folding in a user: the encoder of a data set that has this user as well, with own embeddings of zero.

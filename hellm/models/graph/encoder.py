@@ -62,6 +62,8 @@ class GraphEncoder(nn.Module):
         use_user_branch: False leaves the user branch out.
         dropout: NGCF message dropout probability.
         unit_items: fused items have unit length, so that a user ranks items by cosine.
+        place_untrained: what `embeddings` and `fold_in_tables` give for an item without training events is made from
+            those that share its hyperedges in the item hypergraph, as its own tables were hardly trained.
 
     Raises:
         ValueError: an unknown backbone, a layer count < 1, or a hypergraph of another size.
@@ -82,6 +84,7 @@ class GraphEncoder(nn.Module):
         use_user_branch: bool = True,
         dropout: float = 0.1,
         unit_items: bool = False,
+        place_untrained: bool = True,
     ) -> None:
         super().__init__()
         layers = {"num_layers": num_layers, "num_user_layers": num_user_layers, "num_item_layers": num_item_layers}
@@ -89,7 +92,7 @@ class GraphEncoder(nn.Module):
         self.num_users, self.num_items, self.embedding_dim = num_users, num_items, embedding_dim
         self.backbone, self.num_layers = backbone, num_layers
         self.num_user_layers, self.num_item_layers = num_user_layers, num_item_layers
-        self.unit_items = unit_items
+        self.unit_items, self.place_untrained = unit_items, place_untrained
         self.user_hypergraph, self.item_hypergraph = user_hypergraph, item_hypergraph
         user, item, user_branch, item_branch = (
             _table(count, embedding_dim) for count in (num_users, num_items, num_users, num_items)
@@ -189,7 +192,7 @@ class GraphEncoder(nn.Module):
             was_training = self.training
             self.eval()
             try:
-                self._cached = (key, self())
+                self._cached = (key, self._with_untrained_placed(self()))
             finally:
                 self.train(was_training)
         return self._cached[1]
@@ -229,8 +232,8 @@ class GraphEncoder(nn.Module):
         if self.user_branch_table is not None:
             # The sum over users points the same way as their mean, and only its direction is used.
             neighbours = self._user_view(self.num_user_layers - 1)
-            view = ops.incidence_product(neighbours, self.user_hypergraph, transpose=True)
-        return FoldIn(source.detach(), view, exponent)
+            view = self._placed(ops.incidence_product(neighbours, self.user_hypergraph, transpose=True))
+        return FoldIn(self._placed(source.detach()), view, exponent)
 
     @torch.no_grad()
     def item_view_source(self) -> Tensor | None:
@@ -255,6 +258,40 @@ class GraphEncoder(nn.Module):
         """[D] embedding of one user with this bare history of item rows; see `fold_in`."""
         items = torch.as_tensor(history).long().reshape(-1)
         return self.fold_in(torch.tensor([0, items.numel()]), items)[0]
+
+    def _with_untrained_placed(self, output: EncoderOutput) -> EncoderOutput:
+        """An item without training events gets the collaborative part of an average neighbour, and its own view."""
+        if output.item_view is None or not self._untrained.any():
+            return output
+        view = F.normalize(output.item_view, dim=1)
+        item = self._placed(output.item - view) + view
+        if self.unit_items:
+            item = F.normalize(item, dim=1)
+        return output._replace(item=torch.where(self._untrained.unsqueeze(1), item, output.item))
+
+    @property
+    def _untrained(self) -> Tensor:
+        """[I] bool: items whose rows are made from those of others."""
+        without_events = self.user_hypergraph.edge_indptr.diff() == 0
+        return without_events & (self.place_untrained and self.item_hypergraph is not None)
+
+    def _placed(self, x: Tensor) -> Tensor:
+        """[I, D] with the rows of untrained items replaced by the mean over trained items that share hyperedges.
+
+        An item counts as often as it shares one, by the weight of the hyperedge. Who shares none stays as it is.
+        """
+        untrained = self._untrained.unsqueeze(1)
+        if not untrained.any():
+            return x
+        hypergraph = self.item_hypergraph
+        sums = ops.incidence_product(
+            torch.cat([x, torch.ones_like(x[:, :1])], 1) * ~untrained, hypergraph, transpose=True
+        )
+        if hypergraph.hyperedge_weight is not None:
+            sums = sums * hypergraph.hyperedge_weight.unsqueeze(1)
+        sums = ops.incidence_product(sums, hypergraph)
+        counts = sums[:, -1:]
+        return torch.where(untrained & (counts > 0), sums[:, :-1] / counts.clamp(min=torch.finfo(x.dtype).tiny), x)
 
     def _backbone_items(self) -> Tensor:
         was_training = self.training
