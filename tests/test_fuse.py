@@ -41,7 +41,7 @@ def runs(dataset, tmp_path_factory):
     sequence = SASRecConfig(max_epochs=20, batch_size=128, embedding_dim=16, feedforward_dim=32, content=(), **FAST)
     train_sasrec(sequence, dataset, top / "sequence")
     small = {"batch_size": 128, "embedding_dim": 16, "feedforward_dim": 32, "content_hidden_dim": 16}
-    content = replace(CONTENT_TOWER, max_epochs=20, **small, **FAST)
+    content = replace(CONTENT_TOWER, max_epochs=8, **small, **FAST)
     train_sasrec(content, dataset, top / "content")
     return {name: top / name for name in ("graph", "sequence", "content")}
 
