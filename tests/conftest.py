@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("support")
+
 
 def pytest_configure() -> None:
     """Signals act as usual, in children too: whoever started the tests, as nohup does, may have them ignored."""
@@ -28,6 +30,24 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the public research data in ../shared/data, which is not there")
     return folder
+
+
+@pytest.fixture(scope="session")
+def text_encoder(tmp_path_factory) -> str:
+    """Folder of a tiny random text encoder."""
+    pytest.importorskip("transformers", reason='needs pip install "hellm[encoders]"')
+    from support.encoders import save_text_encoder
+
+    return save_text_encoder(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def image_encoder(tmp_path_factory) -> str:
+    """Folder of a tiny random encoder of pictures."""
+    pytest.importorskip("transformers", reason='needs pip install "hellm[encoders]"')
+    from support.encoders import save_image_encoder
+
+    return save_image_encoder(tmp_path_factory.mktemp("vit"))
 
 
 @pytest.fixture(scope="module")

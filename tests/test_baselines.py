@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from recommender_contract import PlantedBlocks, RecommenderContract, planted_blocks
+from support.recommender_contract import PlantedBlocks, RecommenderContract, planted_blocks
 
 from hellm.baselines import ALS, BASELINES, BPR, Baseline, ItemKNN, Popularity, fit_baseline
 

@@ -21,9 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from builders import make_dataset
 
 from hellm.data import DataError, load_dataset, save_dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from support.datasets import make_dataset
 
 WRITTEN = ("hellm", "recbole", "mmrec", "lattice", "json", "sasrec", "shop")
 READERS = (*WRITTEN, "shop tables", "shop parquet", "amazon", "amazon gz")

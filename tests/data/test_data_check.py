@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from builders import make_dataset
+from support.datasets import make_dataset
 
 from hellm.data import DataError, Dataset, IdMap, check_dataset, save_dataset
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import polars as pl
 import pytest
-from builders import make_dataset
+from support.datasets import make_dataset
 
 from hellm.data import DataError, load_dataset, save_dataset
 

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import polars as pl
 import pytest
-from builders import ITEMS, make_dataset, triples
+from support.datasets import ITEMS, make_dataset, triples
 
 from hellm.data import IdMap, convert, form_names, load_dataset, save_dataset
 

@@ -13,9 +13,9 @@ import fuzz_readers
 import numpy as np
 import polars as pl
 import pytest
-from builders import make_dataset, triples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.datasets import make_dataset, triples
 
 from hellm.data import DataError, IdMap, form_names, load_dataset, save_dataset
 

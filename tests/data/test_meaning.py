@@ -8,7 +8,7 @@ import resource
 import numpy as np
 import polars as pl
 import pytest
-from builders import make_dataset, triples, write
+from support.datasets import make_dataset, triples, write
 
 from hellm.data import DataError, IdMap, check_dataset, form_names, load_dataset, save_dataset
 from hellm.data.attributes import split_values

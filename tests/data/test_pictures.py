@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from builders import write
 from PIL import Image
+from support.datasets import write
 
 from hellm.data import load_dataset
 from hellm.data import pictures as pictures_module

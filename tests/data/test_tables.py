@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 import pytest
-from builders import triples, write
+from support.datasets import triples, write
 
 from hellm.data import DataError, load_dataset, save_dataset
 from hellm.data.forms._tables import Table

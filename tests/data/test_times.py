@@ -7,9 +7,9 @@ from datetime import datetime, timezone
 import numpy as np
 import polars as pl
 import pytest
-from builders import write
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.datasets import write
 
 from hellm.data import DataError, load_dataset
 from hellm.data.forms import _times

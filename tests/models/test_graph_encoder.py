@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from recommender_contract import RecommenderContract
+from support.recommender_contract import RecommenderContract
 
 from hellm.graphs import item_hypergraph, user_hypergraph
 from hellm.losses import bpr_loss
@@ -292,8 +292,8 @@ class TestRecommender(RecommenderContract):
         return GraphEncoder(data.num_users, data.num_items, user_hypergraph=graph, embedding_dim=8)
 
     def reload(self, scorer, folder):
-        from recommender_contract import planted_blocks
         from safetensors.torch import load_file, save_file
+        from support.recommender_contract import planted_blocks
 
         save_file(scorer.state_dict(), folder / "model.safetensors")
         model = self.new(planted_blocks(), seed=1)

@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import polars as pl
 import torch
-from recommender_contract import planted_blocks
+from support.recommender_contract import planted_blocks
 
 from hellm.data import ItemFeatures
 from hellm.data.attributes import AttributeSet
