@@ -40,6 +40,29 @@ def test_noise_and_copies_are_left_out():
     assert [gain.kept for gain in selection.gains] == [False]
 
 
+def test_a_tower_that_knows_new_items_is_kept_where_no_other_does_and_it_costs_nothing():
+    # The second hardly sees the target: it helps too little to be shown.
+    given = candidates(a=1.0, b=9.0)
+    without = select_towers(given, level=0.999)
+    assert list(without.weights) == ["a"] and without.gains[-1].gain > 0
+    selection = select_towers(given, level=0.999, rank_new_items=["b"])
+    assert list(selection.weights) == ["a", "b"]
+    assert [(gain.tower, gain.kept, gain.for_new_items) for gain in selection.gains] == [
+        ("b", False, False),
+        ("b", True, True),
+    ]
+    assert selection.fused >= selection.alone["a"]
+    # Nothing is wanting where one that is there knows them.
+    assert list(select_towers(given, level=0.999, rank_new_items=["a", "b"]).weights) == ["a"]
+
+
+def test_a_tower_that_knows_new_items_and_costs_something_is_left_out():
+    given = candidates(a=1.0)
+    given.scores["b"] = torch.randn(E, I, generator=torch.Generator().manual_seed(1))
+    selection = select_towers(given, rank_new_items=["b"])
+    assert list(selection.weights) == ["a"] and not selection.gains[-1].kept and selection.gains[-1].for_new_items
+
+
 @pytest.mark.parametrize("monitor", ["ndcg@10", "recall@5"])
 def test_monitored_metric_is_that_of_the_evaluator(monitor):
     given = candidates(a=1.5)
