@@ -157,3 +157,27 @@ __global__ void __launch_bounds__(kGatherThreads) pack_kernel(const PackParamete
 }
 
 }  // namespace hellm
+
+#if defined(HELLM_KERNELS)
+// The gathers for every storage type, with accesses of 16 bytes and of one value.
+HELLM_KERNELS(HELLM_KERNEL(gather_kernel<float, float, 4>),
+              HELLM_KERNEL(gather_kernel<float, float, 1>),
+              HELLM_KERNEL(gather_kernel<float, BFloat16, 8>),
+              HELLM_KERNEL(gather_kernel<float, BFloat16, 1>),
+              HELLM_KERNEL(gather_kernel<float, Half, 8>),
+              HELLM_KERNEL(gather_kernel<float, Half, 1>),
+              HELLM_KERNEL(gather_kernel<double, double, 2>),
+              HELLM_KERNEL(gather_kernel<double, double, 1>),
+              HELLM_KERNEL(pack_kernel<float, 4>),
+              HELLM_KERNEL(pack_kernel<float, 1>),
+              HELLM_KERNEL(pack_kernel<BFloat16, 8>),
+              HELLM_KERNEL(pack_kernel<BFloat16, 1>),
+              HELLM_KERNEL(pack_kernel<Half, 8>),
+              HELLM_KERNEL(pack_kernel<Half, 1>),
+              HELLM_KERNEL(pack_kernel<double, 2>),
+              HELLM_KERNEL(pack_kernel<double, 1>),
+              HELLM_KERNEL(hub_store_kernel<float, 4>),
+              HELLM_KERNEL(hub_store_kernel<float, 1>),
+              HELLM_KERNEL(hub_store_kernel<double, 2>),
+              HELLM_KERNEL(hub_store_kernel<double, 1>))
+#endif

@@ -144,3 +144,33 @@ __global__ void __launch_bounds__(kRowThreads, 8) item_gradient_kernel(const Ite
 }
 
 }  // namespace hellm
+
+#if defined(HELLM_KERNELS)
+// item_cross_entropy for each width of the operands; kParts 2 is float32 accuracy.
+HELLM_KERNELS(HELLM_KERNEL(table_maximum_kernel),
+              HELLM_KERNEL(table_size_kernel),
+              HELLM_KERNEL(table_halves_kernel<64>),
+              HELLM_KERNEL(table_halves_kernel<128>),
+              HELLM_KERNEL(table_halves_kernel<256>),
+              HELLM_KERNEL(attention_kernel<64, 1, kRunningBiased, false>),
+              HELLM_KERNEL(attention_kernel<64, 1, kRunningBiased, true>),
+              HELLM_KERNEL(attention_kernel<64, 1, kByKeyBiased, true>),
+              HELLM_KERNEL(attention_kernel<64, 2, kRunningBiased, false>),
+              HELLM_KERNEL(attention_kernel<64, 2, kRunningBiased, true>),
+              HELLM_KERNEL(attention_kernel<64, 2, kByKeyBiased, true>),
+              HELLM_KERNEL(attention_kernel<128, 1, kRunningBiased, false>),
+              HELLM_KERNEL(attention_kernel<128, 1, kRunningBiased, true>),
+              HELLM_KERNEL(attention_kernel<128, 1, kByKeyBiased, true>),
+              HELLM_KERNEL(attention_kernel<128, 2, kRunningBiased, false>),
+              HELLM_KERNEL(attention_kernel<128, 2, kRunningBiased, true>),
+              HELLM_KERNEL(attention_kernel<128, 2, kByKeyBiased, true>),
+              HELLM_KERNEL(attention_kernel<256, 1, kRunningBiased, false>),
+              HELLM_KERNEL(attention_kernel<256, 1, kRunningBiased, true>),
+              HELLM_KERNEL(attention_kernel<256, 1, kByKeyBiased, true>),
+              HELLM_KERNEL(item_row_kernel<64>),
+              HELLM_KERNEL(item_row_kernel<128>),
+              HELLM_KERNEL(item_row_kernel<256>),
+              HELLM_KERNEL(item_gradient_kernel<64>),
+              HELLM_KERNEL(item_gradient_kernel<128>),
+              HELLM_KERNEL(item_gradient_kernel<256>))
+#endif

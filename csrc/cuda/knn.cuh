@@ -52,3 +52,14 @@ __global__ void __launch_bounds__(kKnnThreads) knn_select_kernel(const KnnParame
 }
 
 }  // namespace hellm
+
+#if defined(HELLM_KERNELS)
+// Nearest neighbours: from panels whose matrix product is torch's, or of narrow rows by tiles.
+HELLM_KERNELS(HELLM_KERNEL(knn_unit_kernel),
+              HELLM_KERNEL(knn_select_kernel),
+              HELLM_KERNEL(knn_crowded_kernel),
+              HELLM_KERNEL(knn_scan_kernel<64>),
+              HELLM_KERNEL(knn_scan_kernel<128>),
+              HELLM_KERNEL(knn_scan_kernel<256>),
+              HELLM_KERNEL(knn_rank_kernel))
+#endif

@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 CUDA = CSRC / "cuda"
 ARCHITECTURES = ("80", "90a", "120")
-SOURCES = ("hypergraph_conv.cu", "info_nce.cu", "item_cross_entropy.cu", "knn.cu", "launch.cu")
+SOURCES = ("hypergraph_conv.cuh", "info_nce.cuh", "item_cross_entropy.cuh", "knn.cuh", "launch.cu")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
@@ -47,10 +47,14 @@ def _cached(name: str, suffix: str, text: list[Path], command: list[str]) -> tup
 
 
 def compile_cuda(source: str) -> tuple[Path, str]:
-    """Object of one .cu for all architectures, warnings being errors, and the report of the assembler."""
+    """Object of one .cu, or of the kernels of one .cuh, for all architectures, and the report of the assembler.
+
+    Warnings are errors.
+    """
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
     command = [NVCC, "-std=c++17", "-O3", "--threads", "3", "-Werror", "all-warnings", "-Xptxas", "-v", *targets]
-    command += ['-DHELLM_CUDA_ARCHITECTURES="tests"', "-c", str(CUDA / source)]
+    unit = "kernels.cu" if source.endswith(".cuh") else source
+    command += ['-DHELLM_CUDA_ARCHITECTURES="tests"', f'-DHELLM_DEVICE_CODE="{source}"', "-c", str(CUDA / unit)]
     text = [*sorted(CUDA.glob("*.cu*")), *sorted(CUDA.glob("*.h")), *sorted(CSRC.glob("*.h"))]
     return _cached(Path(source).stem, ".o", text, command)
 

@@ -1,8 +1,10 @@
 // The kernels of csrc/cuda on the CPU: g++ -include emulated_gpu.h; `launch` takes what a launch plan says.
-#include "../../csrc/cuda/hypergraph_conv.cu"
-#include "../../csrc/cuda/info_nce.cu"
-#include "../../csrc/cuda/item_cross_entropy.cu"
-#include "../../csrc/cuda/knn.cu"
+#include "../../csrc/cuda/kernels.h"
+
+#include "../../csrc/cuda/hypergraph_conv.cuh"
+#include "../../csrc/cuda/info_nce.cuh"
+#include "../../csrc/cuda/item_cross_entropy.cuh"
+#include "../../csrc/cuda/knn.cuh"
 
 #include <algorithm>
 #include <map>
@@ -129,18 +131,15 @@ extern "C" int launch(const char* kernel, unsigned grid_x, unsigned grid_y, unsi
                       const void* parameters) {
   using namespace hellm::cuda;
   const std::string name(kernel);
-  for (const auto& table :
-       {hypergraph_conv_kernels(), info_nce_kernels(), item_cross_entropy_kernels(), knn_kernels()}) {
-    for (int i = 0; i < table.count; ++i) {
-      if (name != table.kernels[i].name) continue;
-      emulated::body = kCalls.at(name.substr(0, name.find('<')))(table.kernels[i].function, parameters);
-      gridDim = {grid_x, grid_y, 1};
-      for (const unsigned block : in_order(grid_x * grid_y)) {
-        blockIdx = {block % grid_x, block / grid_x, 0};
-        run_block(threads, shared_bytes);
-      }
-      return 0;
+  for (const Kernel& found : kernels()) {
+    if (name != found.name) continue;
+    emulated::body = kCalls.at(name.substr(0, name.find('<')))(found.function, parameters);
+    gridDim = {grid_x, grid_y, 1};
+    for (const unsigned block : in_order(grid_x * grid_y)) {
+      blockIdx = {block % grid_x, block / grid_x, 0};
+      run_block(threads, shared_bytes);
     }
+    return 0;
   }
   return 1;
 }
