@@ -7,7 +7,7 @@
 #include <array>
 #include <vector>
 
-#include "cuda/parameters.cuh"
+#include "cuda/hypergraph_conv.cuh"
 #include "cuda/plan.h"
 
 namespace hellm::cuda {

@@ -5,6 +5,7 @@
 #include "binding.h"
 
 #include "cuda/attention_plan.h"
+#include "cuda/item_cross_entropy.cuh"
 
 namespace hellm::cuda {
 namespace {

@@ -4,6 +4,7 @@
 #include "binding.h"
 
 #include "cuda/attention_plan.h"
+#include "cuda/knn.cuh"
 
 namespace hellm::cuda {
 namespace {

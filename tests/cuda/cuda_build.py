@@ -23,7 +23,9 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 CUDA = CSRC / "cuda"
 ARCHITECTURES = ("80", "90a", "120")
-SOURCES = ("hypergraph_conv.cuh", "info_nce.cuh", "item_cross_entropy.cuh", "knn.cuh", "launch.cu")
+# Of each operator's kernels, as nvcc and NVRTC take them.
+DEVICE_CODE = sorted(f"{path.stem}.cuh" for path in CSRC.glob("*.cpp") if path.stem != "bindings")
+SOURCES = (*DEVICE_CODE, "launch.cu")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
@@ -154,8 +156,9 @@ def emulated_library() -> ctypes.CDLL:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler, found neither g++ nor c++")
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-include", "emulated_gpu.h", "emulated_gpu.cpp"]
-    text = [HERE / "emulated_gpu.h", HERE / "emulated_gpu.cpp", *sorted(CUDA.glob("*.cu*")), CUDA / "kernels.h"]
+    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-include", "emulated_gpu.h"]
+    command += [part for file in DEVICE_CODE for part in ("-include", str(CUDA / file))] + ["emulated_gpu.cpp"]
+    text = [HERE / "emulated_gpu.h", HERE / "emulated_gpu.cpp", *sorted(CUDA.glob("*.cuh"))]
     return ctypes.CDLL(str(_cached("emulated", ".so", text, command)[0]))
 
 

@@ -15,8 +15,6 @@ import torch
 from hellm.ops import backends, incidence
 from hellm.ops.backends import gpu, loaders, nvrtc
 
-# Of each operator's kernels, as nvcc and NVRTC take them.
-WITH_KERNELS = [source for source in cuda_build.SOURCES if source != "launch.cu"]
 needs_nvcc = pytest.mark.skipif(cuda_build.NVCC is None, reason="needs nvcc, which is not in PATH")
 HOT = re.compile(
     r"attention_kernel|gather_kernel|hub_store_kernel|pack_kernel|info_nce_\w+_kernel|normalize_kernel"
@@ -81,14 +79,14 @@ def test_device_code_needs_no_host_header(path: Path):
 def test_every_launch_plan_has_a_file_for_nvrtc():
     plans = [name.removeprefix("plan_") for name in dir(cuda_build.extension_with_plans()) if name.startswith("plan_")]
     device_code = cuda_build.extension_with_plans().device_code
-    assert {*plans} == {*device_code} and {*device_code.values()} == {*WITH_KERNELS}
+    assert {*plans} == {*device_code} and {*device_code.values()} == {*cuda_build.DEVICE_CODE}
 
 
-@pytest.mark.parametrize("file", WITH_KERNELS)
+@pytest.mark.parametrize("file", cuda_build.DEVICE_CODE)
 def test_the_source_for_nvrtc_is_whole(file):
     text = nvrtc.source(file)
     assert "#include" not in text and "#pragma once" not in text
-    for name in ("struct GatherParameters", "void multiply_16x8x16(", "A warp_sum("):
+    for name in ("struct AttentionParameters", "void multiply_16x8x16(", "A warp_sum("):
         assert text.count(name) == 1
 
 
@@ -96,7 +94,7 @@ def kernel_names() -> dict[str, list[str]]:
     """The kernels nvcc compiles, by file of device code."""
     return {
         file: re.findall(r"HELLM_KERNEL\(([^()]*)\)", (cuda_build.CUDA / file).read_text(encoding="utf-8"))
-        for file in WITH_KERNELS
+        for file in cuda_build.DEVICE_CODE
     }
 
 
@@ -105,7 +103,7 @@ needs_nvrtc = pytest.mark.skipif(cuda_build.nvrtc() is None, reason="needs the p
 
 # PTX, as machine code takes minutes; those of width 128 differ from the others in nothing but numbers.
 @needs_nvrtc
-@pytest.mark.parametrize("file", WITH_KERNELS)
+@pytest.mark.parametrize("file", cuda_build.DEVICE_CODE)
 def test_nvrtc_compiles_the_device_code(file):
     names = kernel_names()[file]
     chosen = [name for name in names if "<128" not in name]
@@ -116,14 +114,15 @@ def test_nvrtc_compiles_the_device_code(file):
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("HELLM_SLOW"), reason="takes minutes; set HELLM_SLOW=1")
 @needs_nvrtc
-@pytest.mark.parametrize("file", WITH_KERNELS)
+@pytest.mark.parametrize("file", cuda_build.DEVICE_CODE)
 def test_nvrtc_makes_machine_code_of_every_kernel(file):
     for name in kernel_names()[file]:
         cuda_build.compile_nvrtc(file, [name], "sm_90")
 
 
 def test_constants_of_the_adapter_are_those_of_the_kernels():
-    text = (cuda_build.CUDA / "parameters.cuh").read_text(encoding="utf-8")
+    files = ("parameters.cuh", "hypergraph_conv.cuh", "knn.cuh")
+    text = "".join((cuda_build.CUDA / file).read_text(encoding="utf-8") for file in files)
     constants = {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", text)}
     assert [constants[name] for name in ("kLongRow", "kHubEntries", "kHubChunk")] == [
         incidence.LONG_ROW,
@@ -153,7 +152,7 @@ GPU_ONLY = {
     "name", ["incidence_product", "hypergraph_conv", "bipartite_propagate", "info_nce", "item_cross_entropy"]
 )
 def test_plans_take_their_arguments_in_the_order_of_the_cpu_functions(name):
-    text = (cuda_build.CSRC / "bindings.cpp").read_text(encoding="utf-8")
+    text = "".join(path.read_text(encoding="utf-8") for path in cuda_build.CSRC.glob("*.cpp"))
     found = re.findall(rf"^[\w:]+ {name}\((Address[^)]*)\)", text, re.MULTILINE)
     cpu, gpu = ([part.split()[-1] for part in parameters.split(",")] for parameters in found)
     assert cpu[-2:] == ["dtype", "num_threads"] and gpu[-1] == "dtype"
