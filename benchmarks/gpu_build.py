@@ -36,21 +36,24 @@ def build(capability: tuple[int, int]) -> Path:
     # torch carries pybind11's headers.
     includes = [f"-I{sysconfig.get_paths()['include']}", f"-I{Path(torch.__file__).parent / 'include'}"]
     architecture = "{}{}".format(*capability)
+    operators = sorted(path.stem for path in _CSRC.glob("*.cpp") if path.stem != "bindings")
     with tempfile.TemporaryDirectory() as folder:
         jobs = []
         for name, flags in _INSTRUCTION_SETS.items():
-            for source in sorted((_CSRC / "cpu").glob("*.cpp")):
-                if source.name != "dispatch.cpp":
-                    jobs.append(["g++", *_HOST, "-ffp-contract=fast", "-fno-math-errno", *flags, f"-DHELLM_ISA={name}"])
-                    jobs[-1] += ["-c", str(source), "-o", f"{folder}/{name}-{source.stem}.o"]
-        for source in (_CSRC / "bindings.cpp", _CSRC / "cpu" / "dispatch.cpp", *sorted((_CSRC / "cuda").glob("*.cpp"))):
+            for operator in operators:
+                source = _CSRC / "cpu" / f"{operator}.cpp"
+                jobs.append(["g++", *_HOST, "-ffp-contract=fast", "-fno-math-errno", *flags, f"-DHELLM_ISA={name}"])
+                jobs[-1] += ["-c", str(source), "-o", f"{folder}/{name}-{operator}.o"]
+        shared = [_CSRC / "cpu" / f"{name}.cpp" for name in ("dispatch", "interruption")]
+        for source in (*sorted(_CSRC.glob("*.cpp")), *shared):
             jobs.append(["g++", *_HOST, "-DHELLM_X86", "-DHELLM_CUDA", *includes, "-c", str(source)])
             jobs[-1] += ["-o", f"{folder}/host-{source.stem}.o"]
-        for source in sorted((_CSRC / "cuda").glob("*.cu")):
+        for operator in (None, *operators):
+            source = _CSRC / "cuda" / ("launch.cu" if operator is None else "kernels.cu")
             target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
             jobs.append([nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", target])
-            jobs[-1] += [f'-DHELLM_CUDA_ARCHITECTURES="{architecture}"', "-c", str(source)]
-            jobs[-1] += ["-o", f"{folder}/cuda-{source.stem}.o"]
+            jobs[-1] += [f'-DHELLM_CUDA_ARCHITECTURES="{architecture}"', f'-DHELLM_DEVICE_CODE="{operator}.cuh"']
+            jobs[-1] += ["-c", str(source), "-o", f"{folder}/cuda-{operator or source.stem}.o"]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, jobs))
         made = Path(folder) / "_C.so"

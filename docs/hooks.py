@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
+EVERY = re.compile(r"^::: ([\w.]+)\.\*$", re.MULTILINE)
 LOADED = re.compile(r"""<(?:script|img|link|iframe|source)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//[^>]*>""")
 
 
@@ -33,6 +35,19 @@ def on_files(files: Files, config: Any) -> Files:
     for path in sorted((ROOT / "benchmarks" / "figures").glob("*.png")):
         files.append(File.generated(config, f"figures/{path.name}", abs_src_path=str(path)))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Write `::: PACKAGE.*` out: an entry for each name in its `__all__`, from the file of that name if any."""
+    return EVERY.sub(lambda match: "\n\n".join(f"::: {name}" for name in public_names(match[1])), markdown)
+
+
+def public_names(package: str) -> list[str]:
+    """Where each name in the `__all__` of a package is defined, as far as files tell; read from their text."""
+    folder = ROOT / package.replace(".", "/")
+    text = (folder / "__init__.py").read_text(encoding="utf-8")
+    names = ast.literal_eval(re.search(r"^__all__ = (\[.*?\])", text, re.MULTILINE | re.DOTALL)[1])
+    return [f"{package}.{name}.{name}" if (folder / f"{name}.py").is_file() else f"{package}.{name}" for name in names]
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:

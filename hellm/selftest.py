@@ -14,9 +14,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,30 +23,11 @@ from torch import Tensor
 
 from hellm import ops
 from hellm.hypergraph import Hypergraph
-from hellm.ops import backends, reference
+from hellm.ops import backends
+from hellm.ops._cases import DTYPES, Case, Function, Samples
 from hellm.ops.backends import loaders
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_TEMPERATURE = 0.2
-# What float32 may lose in sums of hundreds of terms and in logits of some tens.
-_LONG_SUMS = 2e-5
 _COMMAND = [sys.executable, "-m", "hellm.selftest"]
-
-Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """An operator on some float64 inputs, its definition, and the least error budget of float32 rows."""
-
-    op: str
-    name: str
-    inputs: list[Tensor]
-    function: Function
-    definition: Function
-    precision: str = "highest"
-    budget: float = 0.0
-    dtypes: tuple[torch.dtype, ...] = _DTYPES
 
 
 def selftest(*, seconds: float = 600.0) -> list[dict[str, Any]]:
@@ -126,7 +106,7 @@ def _check_all(device: str, size: str, operator: str | None = None) -> Iterator[
         if operator not in (None, op):
             continue
         cases = list(cases)
-        for dtype in _DTYPES:
+        for dtype in DTYPES:
             start = time.perf_counter()
             found = [_check(case, device, dtype) for case in cases if dtype in case.dtypes]
             worst = max(found, key=lambda one: one["worst_error"] / one["budget"])
@@ -151,121 +131,12 @@ def _check(case: Case, device: str, dtype: torch.dtype) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1)
 def _cases(size: str) -> list[Case]:
     """Those of one operator stand together. "large" adds many rows, hubs and the wide ones in every dtype."""
-    generator = torch.Generator().manual_seed(0)
-
-    def rows(count: int, dim: int) -> Tensor:
-        return torch.randn(count, dim, generator=generator, dtype=torch.float64)
-
-    def integers(high: int, count: int) -> Tensor:
-        return torch.randint(high, (count,), generator=generator)
-
-    large = size == "large"
-    cases = []
-    # Vertices, hyperedges, incidences besides those of a hub, its vertices, columns.
-    sparse = [(97, 31, 400, 0, 67), (97, 31, 4000, 0, 64)]
-    if large:
-        sparse += [(1500, 200, 20_000, 0, 200), (6000, 300, 9000, 5000, 64)]
-    for shape in sparse:
-        cases += _sparse_cases(*shape, rows, integers)
-    many = 1500 if large else 300
-    for num_rows, dim, precision in itertools.product((97, many), (64, 67, 200), ("highest", "high")):
-        if num_rows == 300 and dim != 64:
-            continue
-        # Every variant of the kernels in float32; 16-bit rows differ only in how they are loaded.
-        dtypes = _DTYPES if (num_rows, dim) == (97, 67) or (large and num_rows == 97) else (torch.float32,)
-        settings = {"precision": precision, "dtypes": dtypes}
-        cases += _loss_cases(num_rows, dim, rows, integers, settings)
-    # The similarities alone: which of two near neighbours comes first is up to rounding.
-    nearest = [(97, 67, 5), (97, 300, 5)] + ([(1500, 64, 10), (1500, 67, 40)] if large else [])
-    for num_rows, dim, k in nearest:
-        x = [rows(num_rows, dim)]
-        definition = functools.partial(lambda x, k: reference.knn(x, k)[1].detach(), k=k)
-        cases.append(Case("knn", f"N {num_rows}, D {dim}", x, functools.partial(_similarities, k=k), definition))
-    return sorted(cases, key=lambda case: case.op)
+    samples = Samples(_hypergraph, large=size == "large")
+    return [case for module in ops.MODULES for case in module.cases(samples)]
 
 
-def _similarities(x: Tensor, k: int) -> Tensor:
-    return ops.knn(x, k)[1]
-
-
-def _sparse_cases(num_vertices, num_hyperedges, count, hub, dim, rows, integers) -> list[Case]:
-    """The sparse products over a random hypergraph, one hyperedge of which may have many vertices.
-
-    Two layers over long rows leave little but rounding: all rows of the result are nearly the same.
-    """
-    num_layers = 2 if count < 1000 else 1
-    vertex = torch.cat([torch.arange(hub), integers(num_vertices, count)])
-    edge = torch.cat([torch.zeros(hub, dtype=torch.int64), integers(num_hyperedges, count)])
-    graph = Hypergraph(torch.stack([vertex, edge]), num_vertices=num_vertices, num_hyperedges=num_hyperedges)
-    there = functools.cache(graph.to)
-    scales = functools.cache(lambda device: there(device).scales(self_loops=False, dtype=torch.float64))
-    vertices, hyperedges = rows(num_vertices, dim), rows(num_hyperedges, dim)
-
-    def conv(x: Tensor) -> Tensor:
-        graph = there(x.device)
-        return reference.hypergraph_conv(x, *graph.vertex_csr, *graph.edge_csr, *scales(x.device), num_layers)
-
-    def propagate(user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
-        graph = there(user.device)
-        csr = (*graph.vertex_csr[:2], *graph.edge_csr[:2])
-        return reference.bipartite_propagate(user, item, *csr, *graph.bipartite_scales(torch.float64), 2)
-
-    name = f"{num_vertices} x {num_hyperedges}, D {dim}" + (f", hub of {hub}" if hub else "")
-    # Plain torch adds 16-bit numbers up in 16 bits.
-    settings = {"dtypes": (torch.float32, torch.float64) if hub else _DTYPES, "budget": _LONG_SUMS}
-    return [
-        Case(
-            "incidence_product", name, [hyperedges],
-            lambda x: ops.incidence_product(x, there(x.device)),
-            lambda x: reference.incidence_product(x, *there(x.device).vertex_csr), **settings,
-        ),
-        Case(
-            "incidence_product", f"{name}, transposed", [vertices],
-            lambda x: ops.incidence_product(x, there(x.device), transpose=True),
-            lambda x: reference.incidence_product(x, *there(x.device).edge_csr), **settings,
-        ),
-        Case(
-            "hypergraph_conv", name, [vertices],
-            lambda x: ops.hypergraph_conv(x, there(x.device), self_loops=False, num_layers=num_layers),
-            conv, **settings,
-        ),
-        Case(
-            "bipartite_propagate", name, [vertices, hyperedges],
-            lambda u, i: ops.bipartite_propagate(u, i, there(u.device)), propagate, **settings,
-        ),
-    ]  # fmt: skip
-
-
-def _loss_cases(num_rows: int, dim: int, rows, integers, settings: dict[str, Any]) -> list[Case]:
-    """InfoNCE of all rows and of some that repeat, and item cross-entropy over a third as many items."""
-    num_items, precision = num_rows // 3, settings["precision"]
-    name = f"N {num_rows}, D {dim}, {precision}"
-    views, chosen = [rows(num_rows, dim), rows(num_rows, dim)], integers(num_rows, num_rows // 2)
-    hidden, items, bias = rows(num_rows, dim), rows(num_items, dim), rows(num_items, 1)[:, 0]
-    target = integers(num_items, num_rows)
-
-    def nce(a: Tensor, p: Tensor, rows: Tensor | None = None) -> Tensor:
-        rows = None if rows is None else rows.to(a.device)
-        return ops.info_nce(a, p, _TEMPERATURE, rows=rows, precision=precision)
-
-    def defined(a: Tensor, p: Tensor, rows: Tensor | None = None) -> Tensor:
-        return reference.info_nce(a, p, _TEMPERATURE, None if rows is None else rows.to(a.device)).mean()
-
-    some = functools.partial
-    nce_budget, item_budget = (2**-9 / _TEMPERATURE, 2e-2) if precision == "high" else (_LONG_SUMS, _LONG_SUMS)
-    return [
-        Case("info_nce", name, views, nce, defined, budget=nce_budget, **settings),
-        Case(
-            "info_nce", f"{name}, some rows", views, some(nce, rows=chosen), some(defined, rows=chosen),
-            budget=nce_budget, **settings,
-        ),
-        Case(
-            "item_cross_entropy", name, [hidden, items, bias],
-            lambda h, e, b: ops.item_cross_entropy(h, e, target.to(h.device), bias=b),
-            lambda h, e, b: reference.item_cross_entropy(h, e, target.to(h.device), b).mean(),
-            budget=item_budget, **settings,
-        ),
-    ]  # fmt: skip
+def _hypergraph(incidence: Tensor, num_vertices: int, num_hyperedges: int) -> Hypergraph:
+    return Hypergraph(incidence, num_vertices=num_vertices, num_hyperedges=num_hyperedges)
 
 
 @contextlib.contextmanager

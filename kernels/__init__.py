@@ -9,12 +9,19 @@ and for 1. `dim` and strides are, which do not change so often: wide loads need 
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 import triton
 
-from . import hypergraph_conv, info_nce, item_cross_entropy
+from . import hypergraph_conv
 from .softmax_passes import WIDEST
 
-__all__ = ["INTERPRETED", "WIDEST", "hypergraph_conv", "info_nce", "item_cross_entropy"]
+__all__ = ["INTERPRETED", "WIDEST"]
+
+# Each operator is a module here.
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
 
 # Under TRITON_INTERPRET=1, set before Triton is imported, kernels run on the CPU: for tests.
 INTERPRETED = not isinstance(hypergraph_conv.short_kernel, triton.JITFunction)

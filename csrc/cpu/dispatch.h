@@ -1,33 +1,47 @@
-// The CPU kernels, one table for each instruction set they were compiled for, chosen at run time.
+// The CPU kernels were compiled once for each instruction set; one set is in use.
 #pragma once
 
-#include "../hypergraph_conv.h"
-#include "../info_nce.h"
-#include "../item_cross_entropy.h"
-#include "../knn.h"
 #include "interruption.h"
 
 namespace hellm::cpu {
 
-struct Kernels {
+struct InstructionSet {
   const char* name;
   bool (*supported)();
-  void (*incidence_product)(const IncidenceProductArguments&, Interruption&);
-  void (*hypergraph_conv)(const HypergraphConvArguments&, Interruption&);
-  void (*bipartite_propagate)(const BipartitePropagateArguments&, Interruption&);
-  void (*info_nce)(const InfoNceArguments&, Interruption&);
-  void (*item_cross_entropy)(const ItemCrossEntropyArguments&, Interruption&);
-  void (*knn)(const KnnArguments&, Interruption&);
 };
 
-// Widest first. Entries that this processor cannot run are included; ask supported().
-extern const Kernels* const kKernels;
-extern const int kNumKernels;
+// Widest first, as the kernels of HELLM_CPU_KERNEL. Those that this processor cannot run are included.
+extern const InstructionSet* const kInstructionSets;
+extern const int kNumInstructionSets;
 
-// The table in use: the widest supported one unless use_kernels chose another.
-const Kernels& kernels();
+// The place of the one in use: the widest supported one unless use_instruction_set chose another.
+int instruction_set();
 
-// False if there is no table of that name or the processor cannot run it.
-bool use_kernels(const char* name);
+// False if there is none of that name or the processor cannot run it.
+bool use_instruction_set(const char* name);
+
+template <typename Arguments>
+using Kernel = void (*)(const Arguments&, Interruption&);
+
+// Declares hellm::cpu::<kernel>, an operator's kernel for each instruction set.
+#define HELLM_CPU_KERNEL_OF(isa, kernel, Arguments) \
+  namespace isa {                                   \
+  void kernel(const Arguments&, Interruption&);     \
+  }
+#if defined(HELLM_X86)
+#define HELLM_CPU_KERNEL(kernel, Arguments)                                                          \
+  namespace hellm::cpu {                                                                             \
+  HELLM_CPU_KERNEL_OF(avx512, kernel, Arguments)                                                     \
+  HELLM_CPU_KERNEL_OF(avx2, kernel, Arguments)                                                       \
+  HELLM_CPU_KERNEL_OF(portable, kernel, Arguments)                                                   \
+  static constexpr Kernel<Arguments> kernel[] = {&avx512::kernel, &avx2::kernel, &portable::kernel}; \
+  }
+#else
+#define HELLM_CPU_KERNEL(kernel, Arguments)                          \
+  namespace hellm::cpu {                                             \
+  HELLM_CPU_KERNEL_OF(portable, kernel, Arguments)                   \
+  static constexpr Kernel<Arguments> kernel[] = {&portable::kernel}; \
+  }
+#endif
 
 }  // namespace hellm::cpu

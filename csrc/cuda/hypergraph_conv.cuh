@@ -1,6 +1,62 @@
 // Sparse row gathers: every row of the output is summed by one owner, in an order fixed by the matrix alone.
 #pragma once
 
+#include "parameters.cuh"
+
+namespace hellm {
+
+// out_r = factor * out_scale_r * sum_c value_rc in_scale_c x_c + own_r * self_r with
+// own_r = diagonal ? -diagonal_r diagonal_scale_r factor out_scale_r : self_factor.
+// Null factors are ones; without `self` there is no own term. A pitch is the number of values from row to row.
+struct Gather {
+  const void* x;               // X [columns, dim]
+  const int64* indptr;         // [rows + 1]
+  const int* indices;          // [nnz]
+  const int* row_order;        // [rows]: hubs, other long rows, short rows
+  const int* hub_chunk_begin;  // [num_hubs + 1]
+  const void* values;          // A [nnz] or null
+  const void* in_scale;        // A [columns] or null
+  const void* out_scale;       // A [rows] or null
+  const void* self;            // [rows, dim] or null
+  const void* diagonal;        // A [rows] or null
+  const void* diagonal_scale;  // A [rows] or null
+  void* out;                   // [rows, dim]
+  void* partial;               // A [num_hub_chunks, dim]
+  int64 rows, num_hubs, num_long, num_hub_chunks;
+  int64 x_pitch, self_pitch, out_pitch;
+  double factor, self_factor;
+  int self_storage, out_storage;
+};
+
+// One or two independent gathers of one width in one launch.
+struct GatherParameters {
+  Gather side[2];
+  int64 dim;
+  int first_blocks;      // that serve side 0; the others serve side 1
+  int shared_blocks[2];  // those of a side that come first and take long rows and chunks of hubs
+  int lanes;             // threads that share a row: a power of two <= kMostLanes
+};
+
+constexpr int kGatherThreads = 256;
+// Up to kLongRow entries of a row are added one after another; more are kLongGroups sums of every kLongGroups-th entry,
+// added one after another, and those of a hub likewise in each of its chunks, whose sums are then added in the same way.
+// Nothing of this depends on the columns of a thread: the same bits come out of every width, pitch and alignment.
+constexpr int kLongGroups = 16;
+constexpr int kMostLanes = kGatherThreads / kLongGroups;
+constexpr int kHubEntries = 1024;  // more entries: by chunks, over the whole grid
+constexpr int kHubChunk = 512;     // entries
+
+// Some columns of every row, packed.
+struct PackParameters {
+  const void* x;  // X [rows, x_pitch]
+  void* out;      // X [rows, dim]
+  int64 rows, dim, x_pitch;
+  int lanes;
+};
+
+}  // namespace hellm
+
+#if defined(__CUDACC__)
 #include "common.cuh"
 
 namespace hellm {
@@ -157,3 +213,28 @@ __global__ void __launch_bounds__(kGatherThreads) pack_kernel(const PackParamete
 }
 
 }  // namespace hellm
+#endif
+
+#if defined(HELLM_KERNELS)
+// The gathers for every storage type, with accesses of 16 bytes and of one value.
+HELLM_KERNELS(HELLM_KERNEL(gather_kernel<float, float, 4>),
+              HELLM_KERNEL(gather_kernel<float, float, 1>),
+              HELLM_KERNEL(gather_kernel<float, BFloat16, 8>),
+              HELLM_KERNEL(gather_kernel<float, BFloat16, 1>),
+              HELLM_KERNEL(gather_kernel<float, Half, 8>),
+              HELLM_KERNEL(gather_kernel<float, Half, 1>),
+              HELLM_KERNEL(gather_kernel<double, double, 2>),
+              HELLM_KERNEL(gather_kernel<double, double, 1>),
+              HELLM_KERNEL(pack_kernel<float, 4>),
+              HELLM_KERNEL(pack_kernel<float, 1>),
+              HELLM_KERNEL(pack_kernel<BFloat16, 8>),
+              HELLM_KERNEL(pack_kernel<BFloat16, 1>),
+              HELLM_KERNEL(pack_kernel<Half, 8>),
+              HELLM_KERNEL(pack_kernel<Half, 1>),
+              HELLM_KERNEL(pack_kernel<double, 2>),
+              HELLM_KERNEL(pack_kernel<double, 1>),
+              HELLM_KERNEL(hub_store_kernel<float, 4>),
+              HELLM_KERNEL(hub_store_kernel<float, 1>),
+              HELLM_KERNEL(hub_store_kernel<double, 2>),
+              HELLM_KERNEL(hub_store_kernel<double, 1>))
+#endif

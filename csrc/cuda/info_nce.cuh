@@ -1,6 +1,51 @@
 // InfoNCE around two passes of attention: rows to the unit sphere, losses after the first, gradients after the second.
 #pragma once
 
+#include "parameters.cuh"
+
+namespace hellm {
+
+// The rows of a view on the unit sphere, as 16-bit operands of the tensor cores.
+struct NormalizeParameters {
+  const void* x[2];          // [rows, dim]: anchor, positive
+  void* high;                // Half [2, rows, width], zero padded
+  void* low;                 // Half [2, rows, width] or null: what `high` rounds away
+  float* inverse_norm;       // [2, rows]; 0 for a row that is all zero
+  unsigned* weight_maximum;  // [1]; set to 0
+  int64 rows, dim;
+  int width, storage;
+};
+
+// One row of the loss, from what attention over its negatives left.
+struct RowParameters {
+  AttentionParameters attention;
+  const void *anchor, *positive;  // [num_keys, dim]
+  const float* inverse_norm;      // [2, num_keys]
+  const float* row_grad;          // [rows] or null: loss only
+  float *row_loss, *row_slope;    // [rows]
+  float* weight;                  // [rows]: row_grad sigmoid
+  float *key_scale, *key_bias;    // [rows]
+  unsigned* weight_maximum;
+  int64 num_keys, rows, dim;
+  int storage, blocks;  // blocks: of the attention kernel
+};
+
+struct GradientParameters {
+  AttentionParameters attention;  // of the second pass
+  const void* x[2];               // [num_keys, dim]: anchor, positive
+  void* grad[2];                  // [num_keys, dim]
+  const float* inverse_norm;      // [2, num_keys]
+  const float* row_out;           // [rows, width]: weight (mean key - positive)
+  const float* weight;            // [rows]
+  const int64* row_order;         // [rows] the rows of the loss by key, or null: row i belongs to key i
+  const int64* row_begin;         // [num_keys + 1] where those of a key begin
+  int64 num_keys, dim;
+  int storage, blocks, intra_view_negatives;
+};
+
+}  // namespace hellm
+
+#if defined(__CUDACC__)
 #include "attention_rows.cuh"
 
 namespace hellm {
@@ -120,3 +165,32 @@ __global__ void __launch_bounds__(kRowThreads) info_nce_gradient_kernel(const Gr
 }
 
 }  // namespace hellm
+#endif
+
+#if defined(HELLM_KERNELS)
+// InfoNCE for each width of the operands; kParts 2 is float32 accuracy.
+HELLM_KERNELS(HELLM_KERNEL(normalize_kernel<64>),
+              HELLM_KERNEL(normalize_kernel<128>),
+              HELLM_KERNEL(normalize_kernel<256>),
+              HELLM_KERNEL(attention_kernel<64, 1, kRunning, false>),
+              HELLM_KERNEL(attention_kernel<64, 1, kRunning, true>),
+              HELLM_KERNEL(attention_kernel<64, 1, kByKey, true>),
+              HELLM_KERNEL(attention_kernel<64, 2, kRunning, false>),
+              HELLM_KERNEL(attention_kernel<64, 2, kRunning, true>),
+              HELLM_KERNEL(attention_kernel<64, 2, kByKey, true>),
+              HELLM_KERNEL(attention_kernel<128, 1, kRunning, false>),
+              HELLM_KERNEL(attention_kernel<128, 1, kRunning, true>),
+              HELLM_KERNEL(attention_kernel<128, 1, kByKey, true>),
+              HELLM_KERNEL(attention_kernel<128, 2, kRunning, false>),
+              HELLM_KERNEL(attention_kernel<128, 2, kRunning, true>),
+              HELLM_KERNEL(attention_kernel<128, 2, kByKey, true>),
+              HELLM_KERNEL(attention_kernel<256, 1, kRunning, false>),
+              HELLM_KERNEL(attention_kernel<256, 1, kRunning, true>),
+              HELLM_KERNEL(attention_kernel<256, 1, kByKey, true>),
+              HELLM_KERNEL(info_nce_row_kernel<64>),
+              HELLM_KERNEL(info_nce_row_kernel<128>),
+              HELLM_KERNEL(info_nce_row_kernel<256>),
+              HELLM_KERNEL(info_nce_gradient_kernel<64>),
+              HELLM_KERNEL(info_nce_gradient_kernel<128>),
+              HELLM_KERNEL(info_nce_gradient_kernel<256>))
+#endif

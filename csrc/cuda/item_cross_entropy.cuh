@@ -2,6 +2,58 @@
 // losses and the side of hidden after the first, that of the items after the second.
 #pragma once
 
+#include "parameters.cuh"
+
+namespace hellm {
+
+// Two tables of rows as 16-bit operands of the tensor cores: each over a power of two of its own, which brings its
+// largest entry to the top of the range of halves, so that rows of a 2^18th of its size still have float32 accuracy.
+struct TableParameters {
+  const void* x[2];          // [rows, dim]: hidden, items
+  void *high[2], *low[2];    // Half [rows, width], zero padded; low or null: x = size (high + low)
+  float* warp_maximum;       // [2, kMaximumWarps] of the finite entries
+  float* size;               // [2]
+  double* temperature;       // [1]: what makes similarities of halves logits, 1 / (size_0 size_1)
+  unsigned* weight_maximum;  // [1]; set to 0
+  int64 rows[2], dim;
+  int storage;
+};
+
+constexpr int kMaximumWarps = 1024;  // of each table, to fill the processors
+
+// One row of the cross-entropy, from what attention over the other items left.
+struct ItemRowParameters {
+  AttentionParameters attention;
+  const void *hidden, *items;                 // [rows, dim], [num_items, dim]
+  const int64* target;                        // [rows]
+  const float* bias;                          // [num_items] or null
+  const float* row_grad;                      // [rows] or null: loss only
+  float* row_loss;                            // [rows]
+  void* grad_hidden;                          // [rows, dim] or null
+  float* weight;                              // [rows]: row_grad (1 - share of the target); null without a second pass
+  float *key_scale, *key_bias, *key_maximum;  // [rows]
+  const float* size;                          // [2]
+  unsigned* weight_maximum;
+  int64 rows, dim;
+  int storage, blocks;  // blocks: of the attention kernel
+};
+
+struct ItemGradientParameters {
+  AttentionParameters attention;  // of the second pass
+  const void* hidden;             // [rows, dim]
+  void* grad_items;               // [num_items, dim]
+  float* grad_bias;               // [num_items] or null
+  const float* weight;            // [rows]
+  const float* size;              // [2]
+  const int64* row_order;         // [rows] the rows by target
+  const int64* row_begin;         // [num_items + 1] where those of an item begin
+  int64 num_items, dim;
+  int storage, blocks;
+};
+
+}  // namespace hellm
+
+#if defined(__CUDACC__)
 #include "attention_rows.cuh"
 
 namespace hellm {
@@ -144,3 +196,34 @@ __global__ void __launch_bounds__(kRowThreads, 8) item_gradient_kernel(const Ite
 }
 
 }  // namespace hellm
+#endif
+
+#if defined(HELLM_KERNELS)
+// item_cross_entropy for each width of the operands; kParts 2 is float32 accuracy.
+HELLM_KERNELS(HELLM_KERNEL(table_maximum_kernel),
+              HELLM_KERNEL(table_size_kernel),
+              HELLM_KERNEL(table_halves_kernel<64>),
+              HELLM_KERNEL(table_halves_kernel<128>),
+              HELLM_KERNEL(table_halves_kernel<256>),
+              HELLM_KERNEL(attention_kernel<64, 1, kRunningBiased, false>),
+              HELLM_KERNEL(attention_kernel<64, 1, kRunningBiased, true>),
+              HELLM_KERNEL(attention_kernel<64, 1, kByKeyBiased, true>),
+              HELLM_KERNEL(attention_kernel<64, 2, kRunningBiased, false>),
+              HELLM_KERNEL(attention_kernel<64, 2, kRunningBiased, true>),
+              HELLM_KERNEL(attention_kernel<64, 2, kByKeyBiased, true>),
+              HELLM_KERNEL(attention_kernel<128, 1, kRunningBiased, false>),
+              HELLM_KERNEL(attention_kernel<128, 1, kRunningBiased, true>),
+              HELLM_KERNEL(attention_kernel<128, 1, kByKeyBiased, true>),
+              HELLM_KERNEL(attention_kernel<128, 2, kRunningBiased, false>),
+              HELLM_KERNEL(attention_kernel<128, 2, kRunningBiased, true>),
+              HELLM_KERNEL(attention_kernel<128, 2, kByKeyBiased, true>),
+              HELLM_KERNEL(attention_kernel<256, 1, kRunningBiased, false>),
+              HELLM_KERNEL(attention_kernel<256, 1, kRunningBiased, true>),
+              HELLM_KERNEL(attention_kernel<256, 1, kByKeyBiased, true>),
+              HELLM_KERNEL(item_row_kernel<64>),
+              HELLM_KERNEL(item_row_kernel<128>),
+              HELLM_KERNEL(item_row_kernel<256>),
+              HELLM_KERNEL(item_gradient_kernel<64>),
+              HELLM_KERNEL(item_gradient_kernel<128>),
+              HELLM_KERNEL(item_gradient_kernel<256>))
+#endif

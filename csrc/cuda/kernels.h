@@ -1,6 +1,9 @@
 // The kernels by name: how a launch plan, which is plain C++, finds what nvcc compiled.
 #pragma once
 
+#include <initializer_list>
+#include <vector>
+
 namespace hellm::cuda {
 
 struct Kernel {
@@ -8,16 +11,23 @@ struct Kernel {
   const void* function;
 };
 
-#define HELLM_KERNEL(...) {#__VA_ARGS__, reinterpret_cast<const void*>(&__VA_ARGS__)}
+// All that were compiled.
+inline std::vector<Kernel>& kernels() {
+  static std::vector<Kernel> all;
+  return all;
+}
 
-struct KernelTable {
-  const Kernel* kernels;
-  int count;
+struct AddKernels {
+  AddKernels(std::initializer_list<Kernel> more) { kernels().insert(kernels().end(), more); }
 };
 
-KernelTable hypergraph_conv_kernels();
-KernelTable info_nce_kernels();
-KernelTable item_cross_entropy_kernels();
-KernelTable knn_kernels();
+// At the end of a file of device code: HELLM_KERNELS(HELLM_KERNEL(...), ...), the instances that plans name.
+#define HELLM_KERNEL(...) {#__VA_ARGS__, reinterpret_cast<const void*>(&__VA_ARGS__)}
+#define HELLM_JOINED(left, right) left##right
+#define HELLM_NAMED(name, number) HELLM_JOINED(name, number)
+#define HELLM_KERNELS(...)                                               \
+  namespace hellm::cuda {                                                \
+  static const AddKernels HELLM_NAMED(kAdded, __COUNTER__){__VA_ARGS__}; \
+  }
 
 }  // namespace hellm::cuda

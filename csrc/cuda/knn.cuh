@@ -1,6 +1,40 @@
 // Nearest neighbours from panels of similarities; those of narrow rows come without, see knn_scan.cuh.
 #pragma once
 
+#include "parameters.cuh"
+
+namespace hellm {
+
+// Nearest neighbours: rows on the unit sphere as halves for the products, and what is chosen from panels of these or, of
+// narrow rows, from tile after tile.
+struct KnnParameters {
+  const void* x;         // [rows, dim]
+  void* unit;            // Half [padded_rows, padded_dim]: NaN for a row that is all zero or padding
+  double* inverse_norm;  // [rows]; 0 for a row that is all zero
+  const float* panel;    // [panel_rows, padded_rows]: similarities of halves
+  int64* index;          // [rows, k]
+  float* similarity;     // [rows, k]
+  int* crowded;          // [rows]: whether more candidates were near the k-th than there is room for
+  float* kept_value;     // [blocks, kQueries, kKnnKept + kKeys] of the tiles that are looked through
+  int* kept_index;
+  int* chosen;      // [rows, kKnnKept]
+  int* num_chosen;  // [rows]
+  int64 rows, dim, padded_rows, padded_dim, first_row;
+  float slack;  // similarities of halves of two rows are wrong by less than half of it
+  int k, storage;
+};
+
+constexpr int kKnnThreads = 256;
+constexpr int kMostNeighbours = 128;  // at most a neighbour for two threads
+constexpr int kMostCandidates = 1024;
+// Where tiles are looked through: candidates of a row that stay, neighbours at most, blocks as kAttentionBlocks.
+constexpr int kKnnKept = 64;
+constexpr int kMostScanned = 32;
+constexpr int kScanBlocks = 3;
+
+}  // namespace hellm
+
+#if defined(__CUDACC__)
 #include "knn_scan.cuh"
 
 namespace hellm {
@@ -52,3 +86,15 @@ __global__ void __launch_bounds__(kKnnThreads) knn_select_kernel(const KnnParame
 }
 
 }  // namespace hellm
+#endif
+
+#if defined(HELLM_KERNELS)
+// Nearest neighbours: from panels whose matrix product is torch's, or of narrow rows by tiles.
+HELLM_KERNELS(HELLM_KERNEL(knn_unit_kernel),
+              HELLM_KERNEL(knn_select_kernel),
+              HELLM_KERNEL(knn_crowded_kernel),
+              HELLM_KERNEL(knn_scan_kernel<64>),
+              HELLM_KERNEL(knn_scan_kernel<128>),
+              HELLM_KERNEL(knn_scan_kernel<256>),
+              HELLM_KERNEL(knn_rank_kernel))
+#endif

@@ -32,10 +32,7 @@ void check(cudaError_t status, const std::string& what) {
 const void* find(const std::string& name) {
   static const auto* const functions = [] {
     auto* const all = new std::unordered_map<std::string, const void*>;
-    for (const KernelTable& table :
-         {hypergraph_conv_kernels(), info_nce_kernels(), item_cross_entropy_kernels(), knn_kernels()}) {
-      for (int i = 0; i < table.count; ++i) (*all)[table.kernels[i].name] = table.kernels[i].function;
-    }
+    for (const Kernel& kernel : kernels()) (*all)[kernel.name] = kernel.function;
     return all;
   }();
   const auto found = functions->find(name);

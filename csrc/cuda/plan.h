@@ -3,14 +3,10 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <stdexcept>
 #include <string>
-
-#include "../hypergraph_conv.h"
-#include "../info_nce.h"
-#include "../item_cross_entropy.h"
-#include "../knn.h"
 
 namespace hellm::cuda {
 
@@ -60,25 +56,5 @@ class Workspace {
   char* begin_;
   int64_t used_ = 0;
 };
-
-void incidence_product(const IncidenceProductArguments&, const Queue&);
-void hypergraph_conv(const HypergraphConvArguments&, const Queue&);
-void bipartite_propagate(const BipartitePropagateArguments&, const Queue&);
-void info_nce(const InfoNceArguments&, const Queue&);
-void item_cross_entropy(const ItemCrossEntropyArguments&, const Queue&);
-
-// Narrow rows, in one go.
-void knn_scan(const KnnArguments&, const Queue&);
-// Before the panels of similarities, after each of them, and after the last.
-void knn_unit(const KnnArguments&, const Queue&);
-void knn_select(const KnnArguments&, const Queue&);
-void knn_crowded(const KnnArguments&, const Queue&);
-
-// Bytes of the workspace among the arguments.
-int64_t hypergraph_conv_workspace(const HypergraphConvArguments&);
-int64_t bipartite_propagate_workspace(const BipartitePropagateArguments&);
-int64_t info_nce_workspace(const InfoNceArguments&);
-int64_t item_cross_entropy_workspace(const ItemCrossEntropyArguments&);
-int64_t knn_scan_workspace(const KnnArguments&);
 
 }  // namespace hellm::cuda

@@ -1,173 +1,145 @@
-"""The metrics of top-k lists, collected batch by batch.
+"""The metrics of top-k lists, a function each. A new one is a function and a line in the dictionary of its kind.
 
-Shape letters: B users in a batch, I items, K the largest k, U evaluated users, D feature width.
+hit_i is 1 if the item at rank i of a list is a target, else 0; P is the number of targets of the user.
+Shape letters: B users in a batch, K the largest k, I items.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
-import torch.nn.functional as F
 
-from hellm.data import Histories
-
-OVERALL_METRICS = ("coverage", "gini")
-LIST_METRICS = ("novelty", "diversity", *OVERALL_METRICS)
-METRICS = ("recall", "ndcg", "precision", "hit_rate", "mrr", "map", *LIST_METRICS)
-"""Names before the "@k". `LIST_METRICS` go by the lists alone, whatever the targets; `OVERALL_METRICS` describe all
-lists together, the others are means over users."""
+if TYPE_CHECKING:
+    from .tables import Lists
 
 
-class AccuracyTable:
-    """Metrics per user of how well lists find the targets. See `ranking_metrics` for the formulas.
+class Hits:
+    """Which of a batch of lists found what.
 
     Args:
-        targets: Items of each user; a repeated target counts once.
-        num_items: I.
-        ks: Cut-offs, ascending.
+        is_hit: [B, K] bool, whether the item at each rank is a target.
+        num_targets: [B] P, distinct targets of each user.
         ideal: See `Protocol.ideal`.
-        among: [I] bool; targets outside count neither as hits nor as missed. None is all.
     """
 
-    def __init__(
-        self, targets: Histories, num_items: int, ks: tuple[int, ...], ideal: str, among: np.ndarray | None = None
-    ):
-        items, owner = targets.items, targets.owners
-        if among is not None:
-            owner, items = owner[among[items]], items[among[items]]
-        # One sorted key per distinct (user, target): membership of any top item is one binary search.
-        self.target_keys = np.unique(owner * num_items + items)
-        self.num_targets = np.bincount(self.target_keys // num_items, minlength=targets.num_users)
-        self.num_items, self.ks, self.ideal = num_items, ks, ideal
-        self.parts: list[dict[str, np.ndarray]] = []
+    def __init__(self, is_hit: np.ndarray, num_targets: np.ndarray, ideal: str) -> None:
+        self.is_hit, self.num_targets, self.ideal = is_hit, num_targets, ideal
+        self.ranks = np.arange(1, is_hit.shape[1] + 1)
+        self.count = is_hit.cumsum(axis=1)
+        """[B, K] hits up to each rank."""
 
-    def add(self, users: np.ndarray, top: np.ndarray) -> None:
-        """users: [B]; top: [B, K] item indices, -1 = none."""
-        hits = (top >= 0) & is_member(users[:, None] * self.num_items + top, self.target_keys)
-        positives = self.num_targets[users]
-        ranks = np.arange(1, top.shape[1] + 1)
-        count = hits.cumsum(axis=1)
-        dcg = (hits / np.log2(ranks + 1)).cumsum(axis=1)
-        # DCG of n hits at the top; n = 0 divides 0 by 1.
-        best_dcg = np.concatenate([[1.0], (1 / np.log2(ranks + 1)).cumsum()])
-        sum_precision = (hits * count / ranks).cumsum(axis=1)
-        first_rank = np.where(count[:, -1] > 0, hits.argmax(axis=1) + 1, np.inf)
-        part = {}
-        for k in self.ks:
-            best = np.minimum(positives if self.ideal == "all positives" else count[:, -1], k)
-            part[f"recall@{k}"] = count[:, k - 1] / np.maximum(positives, 1)
-            part[f"ndcg@{k}"] = dcg[:, k - 1] / best_dcg[best]
-            part[f"precision@{k}"] = count[:, k - 1] / k
-            part[f"hit_rate@{k}"] = (count[:, k - 1] > 0).astype(np.float64)
-            part[f"mrr@{k}"] = np.where(first_rank <= k, 1 / first_rank, 0.0)
-            part[f"map@{k}"] = sum_precision[:, k - 1] / np.clip(positives, 1, k)
-        self.parts.append(part)
+    @cached_property
+    def dcg(self) -> np.ndarray:
+        """[B, K] sum of hit_i / log2(i + 1) up to each rank."""
+        return (self.is_hit / np.log2(self.ranks + 1)).cumsum(axis=1)
 
-    def per_user(self) -> dict[str, np.ndarray]:
-        """Metric -> [U] float64."""
-        return _joined(self.parts)
+    @cached_property
+    def ideal_dcg(self) -> np.ndarray:
+        """[K + 1] DCG of 0..K hits at the top; that of none is 1, for 0 is divided by it."""
+        return np.concatenate([[1.0], (1 / np.log2(self.ranks + 1)).cumsum()])
+
+    @cached_property
+    def precision_sum(self) -> np.ndarray:
+        """[B, K] sum of hit_i precision@i up to each rank."""
+        return (self.is_hit * self.count / self.ranks).cumsum(axis=1)
+
+    @cached_property
+    def first_rank(self) -> np.ndarray:
+        """[B] rank of the first hit, infinite without one."""
+        return np.where(self.count[:, -1] > 0, self.is_hit.argmax(axis=1) + 1, np.inf)
 
 
-class ListTable:
-    """Metrics of the lists themselves, whatever the targets. See `ranking_metrics` for the formulas.
+def recall(hits: Hits, k: int) -> np.ndarray:
+    """sum_{i<=k} hit_i / P, the share of the targets that is in the list."""
+    return hits.count[:, k - 1] / np.maximum(hits.num_targets, 1)
 
-    Args:
-        num_items: I.
-        ks: Cut-offs, ascending.
-        item_counts: [I] train events, for novelty; None leaves it out.
-        item_vectors: [I, D] content features, for diversity; rows of zeros are items without. None leaves it out.
+
+def ndcg(hits: Hits, k: int) -> np.ndarray:
+    """sum_{i<=k} hit_i / log2(i + 1) over its ideal, see `Protocol.ideal`."""
+    best = hits.num_targets if hits.ideal == "all positives" else hits.count[:, -1]
+    return hits.dcg[:, k - 1] / hits.ideal_dcg[np.minimum(best, k)]
+
+
+def precision(hits: Hits, k: int) -> np.ndarray:
+    """sum_{i<=k} hit_i / k, the share of the list that is a target."""
+    return hits.count[:, k - 1] / k
+
+
+def hit_rate(hits: Hits, k: int) -> np.ndarray:
+    """1 if any hit_i, i <= k."""
+    return (hits.count[:, k - 1] > 0).astype(np.float64)
+
+
+def mrr(hits: Hits, k: int) -> np.ndarray:
+    """1 / (rank of the first hit), 0 if beyond k."""
+    return np.where(hits.first_rank <= k, 1 / hits.first_rank, 0.0)
+
+
+def average_precision(hits: Hits, k: int) -> np.ndarray:
+    """sum_{i<=k} hit_i precision@i / min(P, k); its mean over users is "map"."""
+    return hits.precision_sum[:, k - 1] / np.clip(hits.num_targets, 1, k)
+
+
+def novelty(lists: Lists, k: int) -> np.ndarray | None:
+    """Mean over the k items of -log2(count_i / sum of counts), unseen items counted once; bits.
+
+    Self-information, Zhou et al. 2010. None without `item_counts`.
     """
+    if lists.information is None:
+        return None
+    items = lists.top[:, :k]
+    valid = items >= 0
+    bits = np.where(valid, lists.information[np.maximum(items, 0)], 0.0)
+    return bits.sum(axis=1) / np.maximum(valid.sum(axis=1), 1)
 
-    def __init__(self, num_items: int, ks: tuple[int, ...], item_counts, item_vectors) -> None:
-        self.num_items, self.ks = num_items, ks
-        self.information = None if item_counts is None else self_information(item_counts, num_items)
-        self.vectors = None if item_vectors is None else _unit_rows(item_vectors, num_items)
-        self.recommended = np.zeros((len(ks), num_items), dtype=np.int64)
-        self.parts: list[dict[str, np.ndarray]] = []
 
-    def add(self, top: np.ndarray) -> None:
-        """top: [B, K] item indices, -1 = none."""
-        part = {}
-        for row, k in enumerate(self.ks):
-            if self.information is not None:
-                part[f"novelty@{k}"] = self._novelty(top[:, :k])
-            self.recommended[row] += np.bincount(top[:, :k][top[:, :k] >= 0], minlength=self.num_items)
-        self.parts.append(part | self._diversity(top))
+def diversity(lists: Lists, k: int) -> np.ndarray | None:
+    """Mean over the pairs of the k items of 1 - cosine of their vectors.
 
-    def _novelty(self, top: np.ndarray) -> np.ndarray:
-        valid = top >= 0
-        bits = np.where(valid, self.information[np.maximum(top, 0)], 0.0)
-        return bits.sum(axis=1) / np.maximum(valid.sum(axis=1), 1)
+    Intra-list distance, Zhang and Hurley 2008. Items without a vector are left out, a list with fewer than two others
+    counts 0. None without `item_vectors`.
+    """
+    if lists.vectors is None:
+        return None
+    # |sum of a list's unit vectors|^2 = n + the cosines of all ordered pairs.
+    total, n = lists.vector_sum(k)
+    cosines = total.double().square().sum(dim=1).numpy() - n
+    return np.where(n > 1, 1 - cosines / np.maximum(n * (n - 1), 1), 0.0)
 
-    def _diversity(self, top: np.ndarray) -> dict[str, np.ndarray]:
-        """From the length of the sum of a list's unit vectors: |sum|^2 = n + the cosines of all ordered pairs."""
-        if self.vectors is None:
-            return {}
-        table, has = self.vectors
-        # The last row of the table is zero: no item, or one without features.
-        index = np.where((top >= 0) & has[top], top, self.num_items)
-        number = (index < self.num_items).cumsum(axis=1)
-        part, total, done = {}, 0.0, 0
-        for k in self.ks:
-            total = total + F.embedding_bag(torch.from_numpy(index[:, done:k]), table, mode="sum")
-            done, n = k, number[:, k - 1]
-            cosines = total.double().square().sum(dim=1).numpy() - n
-            part[f"diversity@{k}"] = np.where(n > 1, 1 - cosines / np.maximum(n * (n - 1), 1), 0.0)
-        return part
 
-    def per_user(self) -> dict[str, np.ndarray]:
-        """Metric -> [U] float64."""
-        return _joined(self.parts)
-
-    def overall(self) -> dict[str, float]:
-        """The metrics that are not a mean over users."""
-        overall = {}
-        for k, counts in zip(self.ks, self.recommended, strict=True):
-            overall[f"coverage@{k}"] = float((counts > 0).mean())
-            overall[f"gini@{k}"] = gini(counts)
-        return overall
+def coverage(counts: np.ndarray) -> float:
+    """The share of the items that anybody gets."""
+    return float((counts > 0).mean())
 
 
 def gini(counts: np.ndarray) -> float:
-    """Gini index of non-negative counts [n]; 0 if all are 0."""
+    """Gini index of how often the items are recommended: 0 all equally often, or never; towards 1 one item only."""
     n, total = len(counts), counts.sum()
     weights = 2 * np.arange(1, n + 1) - n - 1
     return float((weights * np.sort(counts)).sum() / (n * total)) if total else 0.0
 
 
-def self_information(item_counts, num_items: int) -> np.ndarray:
-    """[I] -log2 of each item's share of the events, in bits; an item without events counts as one with one."""
-    counts = checked_counts(item_counts, num_items)
-    return -np.log2(np.maximum(counts, 1) / counts.sum())
+ACCURACY: dict[str, Callable[[Hits, int], np.ndarray]] = {
+    "recall": recall,
+    "ndcg": ndcg,
+    "precision": precision,
+    "hit_rate": hit_rate,
+    "mrr": mrr,
+    "map": average_precision,
+}
+"""Name -> (hits, k) -> [B], means over users of how well lists find the targets."""
 
+LISTS: dict[str, Callable[[Lists, int], np.ndarray | None]] = {"novelty": novelty, "diversity": diversity}
+"""Name -> (lists, k) -> [B], means over users that go by the lists alone; None where something to go by is missing."""
 
-def checked_counts(item_counts, num_items: int) -> np.ndarray:
-    """[I] float64. Raises: ValueError, another shape, a count that is negative or not finite, or all 0."""
-    counts = np.asarray(item_counts, dtype=np.float64)
-    if counts.shape != (num_items,):
-        raise ValueError(f"item_counts must have shape ({num_items},), got {counts.shape}")
-    if not (np.isfinite(counts).all() and (counts >= 0).all() and counts.sum() > 0):
-        raise ValueError("item_counts must be finite, >= 0 and not all 0")
-    return counts
+OVERALL: dict[str, Callable[[np.ndarray], float]] = {"coverage": coverage, "gini": gini}
+"""Name -> how often each item is in the lists of all users [I] -> value, of all lists together."""
 
-
-def _unit_rows(vectors, num_items: int) -> tuple[torch.Tensor, np.ndarray]:
-    """[I + 1, D] float32 rows of length 1, the last of zeros, and [I] whether an item has a vector."""
-    vectors = torch.as_tensor(vectors).detach().float().cpu()
-    if vectors.ndim != 2 or len(vectors) != num_items:
-        raise ValueError(f"item_vectors must have shape [{num_items}, D], got {list(vectors.shape)}")
-    if not vectors.isfinite().all():
-        raise ValueError("item_vectors must be finite")
-    return F.pad(F.normalize(vectors, dim=1), (0, 0, 0, 1)), vectors.any(dim=1).numpy()
-
-
-def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def is_member(keys: np.ndarray, sorted_keys: np.ndarray) -> np.ndarray:
-    """Bool of the shape of `keys`: which of them are among `sorted_keys`."""
-    if not len(sorted_keys):
-        return np.zeros(keys.shape, dtype=bool)
-    place = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
-    return sorted_keys[place] == keys
+OVERALL_METRICS = tuple(OVERALL)
+LIST_METRICS = (*LISTS, *OVERALL)
+METRICS = (*ACCURACY, *LIST_METRICS)
+"""Names before the "@k". `LIST_METRICS` go by the lists alone, whatever the targets; `OVERALL_METRICS` describe all
+lists together, the others are means over users."""

@@ -15,9 +15,9 @@ import torch
 from hellm.data import Histories
 
 from .candidates import draw_candidates
-from .metrics import AccuracyTable, ListTable, checked_counts, is_member
 from .protocols import Protocol, get_protocol
 from .result import RankingResult
+from .tables import AccuracyTable, ListTable, checked_counts, is_member
 
 # float32 scores, their masked copy, and the tie pass (a copy, an int32 running count, three boolean masks)
 _BYTES_PER_SCORE = 24
@@ -83,21 +83,9 @@ def ranking_metrics(
 ) -> RankingResult:
     """All ranking metrics at every k, in one pass over the users.
 
-    For a user with P targets, hit_i = 1 if the item at rank i is a target, else 0:
-
-        recall@k    sum_{i<=k} hit_i / P              precision@k  sum_{i<=k} hit_i / k
-        hit_rate@k  1 if any hit_i, i <= k            mrr@k        1 / (rank of the first hit), 0 if beyond k
-        map@k       sum_{i<=k} hit_i precision@i / min(P, k)
-        ndcg@k      sum_{i<=k} hit_i / log2(i + 1) over its ideal (see `Protocol.ideal`)
-        novelty@k   mean over the k items of -log2(count_i / sum of counts), unseen items counted once; bits
-                    (Zhou et al. 2010, self-information); only with `item_counts`
-        diversity@k mean over the pairs of the k items of 1 - cosine of their vectors (intra-list distance, Zhang and
-                    Hurley 2008); items without a vector are left out, a list with fewer than two others counts 0; only
-                    with `item_vectors`
-
-    and over all users coverage@k, the share of the items that anybody gets, and gini@k, the Gini index of how often
-    the items are recommended (0: all equally often, towards 1: one item only). Where the protocol draws candidates, the
-    lists say more about the draw than about the model, so there are no novelty, diversity, coverage and Gini index.
+    `hellm.evaluate.metrics` has the formula of each. Novelty needs `item_counts`, diversity `item_vectors`. Where the
+    protocol draws candidates, the lists say more about the draw than about the model, so there are no novelty,
+    diversity, coverage and Gini index.
 
     The order is deterministic: higher score first, equal scores by lower item index. An item with score -inf is never
     recommended, so a scorer can restrict the candidates.

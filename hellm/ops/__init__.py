@@ -6,19 +6,15 @@ elsewhere, and works under autograd in both modes, the transforms of `torch.func
 Where a tensor is wanted, an array of NumPy, CuPy or another library with `__dlpack__` will do: its memory is shared,
 nothing is copied, and tensors come back.
 
-An operator has a file: its public function, its argument tuple, its definition in plain torch and its derivatives.
-`backends` computes it; `selftest` checks what every backend computes on this machine.
+An operator has a file: its public function, its argument tuple, its definition in plain torch, its derivatives and the
+cases of its self-test. `backends` computes it; `hellm.selftest` checks what every backend computes on this machine.
 """
 
 from __future__ import annotations
 
+import importlib
+
 from hellm.ops import _registration
-from hellm.ops import bipartite_propagate as _bipartite_propagate
-from hellm.ops import hypergraph_conv as _hypergraph_conv
-from hellm.ops import incidence_product as _incidence_product
-from hellm.ops import info_nce as _info_nce
-from hellm.ops import item_cross_entropy as _item_cross_entropy
-from hellm.ops import knn as _knn
 from hellm.ops.backends import backend
 from hellm.ops.bipartite_propagate import bipartite_propagate
 from hellm.ops.hypergraph_conv import hypergraph_conv
@@ -37,12 +33,6 @@ __all__ = [
     "knn",
 ]
 
-# Under these names they are files; the public names below them are the functions.
-_registration.register(
-    *_incidence_product.OPERATORS,
-    *_hypergraph_conv.OPERATORS,
-    *_bipartite_propagate.OPERATORS,
-    *_info_nce.OPERATORS,
-    *_item_cross_entropy.OPERATORS,
-    *_knn.OPERATORS,
-)
+# The files of the operators, each of which bears the name of its public function.
+MODULES = [importlib.import_module(f"{__name__}.{name}") for name in __all__ if name != "backend"]
+_registration.register(*(operator for module in MODULES for operator in module.OPERATORS))

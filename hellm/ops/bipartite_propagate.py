@@ -5,12 +5,14 @@ V = users, M = items, D = columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hellm._arrays import as_count
+from hellm.ops._cases import Case, SampleGraph, Samples
 from hellm.ops._checks import check_device, check_hypergraph, check_same, checked_rows
 from hellm.ops._dtypes import accumulation_dtype, wide
 from hellm.ops._operator import Derivatives, Operator, one_by_one
@@ -131,6 +133,23 @@ class _Derivatives(Derivatives):
 
 def _sides(arguments: PropagateArguments) -> dict[str, Tensor]:
     return {"user_x": arguments.user_x, "item_x": arguments.item_x}
+
+
+def cases(samples: Samples) -> Iterator[Case]:
+    for graph in samples.graphs:
+
+        def propagate(user_x: Tensor, item_x: Tensor, graph: SampleGraph = graph) -> tuple[Tensor, Tensor]:
+            return bipartite_propagate(user_x, item_x, graph.at(user_x.device))
+
+        def defined(user_x: Tensor, item_x: Tensor, graph: SampleGraph = graph) -> tuple[Tensor, Tensor]:
+            there = graph.at(user_x.device)
+            csr = (*there.vertex_csr[:2], *there.edge_csr[:2])
+            schedules = (*there.vertex_schedule, *there.edge_schedule)
+            scales = there.bipartite_scales(user_x.dtype)
+            return definition(PropagateArguments(user_x, item_x, *csr, *scales, 2, *schedules))
+
+        rows = [graph.vertices, graph.hyperedges]
+        yield Case("bipartite_propagate", graph.name, rows, propagate, defined, **graph.settings)
 
 
 OPERATORS = (

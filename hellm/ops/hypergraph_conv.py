@@ -5,13 +5,14 @@ V = vertices, M = hyperedges, D = columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hellm._arrays import as_count
+from hellm.ops._cases import Case, SampleGraph, Samples
 from hellm.ops._checks import check_device, check_hypergraph, checked_rows
 from hellm.ops._dtypes import accumulation_dtype, wide
 from hellm.ops._operator import Derivatives, Operator, one_by_one
@@ -252,6 +253,22 @@ def _gradients(arguments: ConvArguments, needs: ConvArguments, grad: Tensor) -> 
         # Nothing depends on the factors of no layers.
         grads[name] = total(terms).to(factor.dtype) if terms else torch.zeros_like(factor)
     return grads
+
+
+def cases(samples: Samples) -> Iterator[Case]:
+    for graph in samples.graphs:
+
+        def conv(x: Tensor, graph: SampleGraph = graph) -> Tensor:
+            return hypergraph_conv(x, graph.at(x.device), self_loops=False, num_layers=graph.num_layers)
+
+        def defined(x: Tensor, graph: SampleGraph = graph) -> Tensor:
+            there = graph.at(x.device)
+            scales = there.scales(self_loops=False, dtype=x.dtype)
+            schedules = (*there.vertex_schedule, *there.edge_schedule)
+            csr = (*there.vertex_csr, *there.edge_csr)
+            return definition(ConvArguments(x, *csr, *scales, graph.num_layers, *schedules))
+
+        yield Case("hypergraph_conv", graph.name, [graph.vertices], conv, defined, **graph.settings)
 
 
 OPERATORS = (

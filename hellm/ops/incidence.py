@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Entries of a row, as in csrc/cuda/parameters.cuh and kernels/hypergraph_conv.py.
+# Entries of a row, as in csrc/cuda/hypergraph_conv.cuh and kernels/hypergraph_conv.py.
 MEDIUM_ROW, LONG_ROW, HUB_ENTRIES, HUB_CHUNK = 8, 64, 1024, 512
 
 

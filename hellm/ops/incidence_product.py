@@ -5,12 +5,14 @@ V = vertices, M = hyperedges, D = columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hellm._arrays import check_flag
+from hellm.ops._cases import Case, SampleGraph, Samples
 from hellm.ops._checks import check_device, check_hypergraph, checked_rows
 from hellm.ops._operator import Derivatives, Operator, one_by_one
 from hellm.ops._sparse import batch, csr_dot, csr_product, side_by_side, total
@@ -126,6 +128,23 @@ class _Derivatives(Derivatives):
             return one_by_one(operator, info, in_dims, arguments)
         out = operator(*arguments._replace(x=side_by_side(arguments.x, in_dims.x, info.batch_size)))
         return batch(out, info.batch_size), 1
+
+
+def cases(samples: Samples) -> Iterator[Case]:
+    for graph in samples.graphs:
+        for transpose, name, rows in (
+            (False, graph.name, graph.hyperedges),
+            (True, f"{graph.name}, transposed", graph.vertices),
+        ):
+
+            def product_of(x: Tensor, graph: SampleGraph = graph, transpose: bool = transpose) -> Tensor:
+                return incidence_product(x, graph.at(x.device), transpose=transpose)
+
+            def defined(x: Tensor, graph: SampleGraph = graph, transpose: bool = transpose) -> Tensor:
+                there = graph.at(x.device)
+                return csr_product(x, *(there.edge_csr if transpose else there.vertex_csr))
+
+            yield Case("incidence_product", name, [rows], product_of, defined, **graph.settings)
 
 
 OPERATORS = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numbers
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hellm._arrays import as_tensor, check_flag
+from hellm.ops._cases import LONG_SUMS, Case, Samples
 from hellm.ops._checks import check_device, check_in_range, check_reduction, check_same, checked_rows
 from hellm.ops._dtypes import accumulation_dtype, wide
 from hellm.ops._operator import Operator
@@ -278,6 +279,25 @@ def _fake(arguments: InfoNCEArguments) -> tuple[Tensor, ...]:
     if not arguments.precomputed:
         return loss, anchor.new_empty(0), anchor.new_empty(0), temperature.new_empty(0)
     return loss, anchor.new_empty(anchor.shape), positive.new_empty(positive.shape), temperature.new_empty(())
+
+
+def cases(samples: Samples) -> Iterator[Case]:
+    """Of all rows and of some that repeat."""
+    temperature = 0.2
+    for table in samples.tables():
+        views = [samples.rows(table.num_rows, table.dim) for _ in range(2)]
+        chosen = samples.integers(table.num_rows, table.num_rows // 2)
+        budget = 2**-9 / temperature if table.precision == "high" else LONG_SUMS
+        for name, rows in ((table.name, None), (f"{table.name}, some rows", chosen)):
+
+            def nce(a: Tensor, p: Tensor, rows: Tensor | None = rows, precision: str = table.precision) -> Tensor:
+                rows = None if rows is None else rows.to(a.device)
+                return info_nce(a, p, temperature, rows=rows, precision=precision)
+
+            def defined(a: Tensor, p: Tensor, rows: Tensor | None = rows) -> Tensor:
+                return definition(a, p, temperature, None if rows is None else rows.to(a.device)).mean()
+
+            yield Case("info_nce", name, views, nce, defined, budget=budget, **table.settings)
 
 
 _LOSS = Operator(

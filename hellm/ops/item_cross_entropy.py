@@ -5,7 +5,7 @@ N = rows, I = items, D = columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hellm._arrays import as_tensor
+from hellm.ops._cases import LONG_SUMS, Case, Samples
 from hellm.ops._checks import check_device, check_in_range, check_reduction, check_same, checked_rows
 from hellm.ops._dtypes import accumulation_dtype, autocast_enabled, wide
 from hellm.ops._operator import Operator
@@ -237,6 +238,24 @@ def _fake_gradients(arguments: CrossEntropyGradientArguments) -> tuple[Tensor, T
     else:
         grad_bias = bias.new_empty(bias.shape if items_grad else 0)
     return hidden.new_empty(hidden.shape if arguments.hidden_grad else 0), grad_items, grad_bias
+
+
+def cases(samples: Samples) -> Iterator[Case]:
+    """Over a third as many items as rows."""
+    for table in samples.tables():
+        num_items = table.num_rows // 3
+        inputs = [samples.rows(count, table.dim) for count in (table.num_rows, num_items)]
+        inputs.append(samples.rows(num_items, 1)[:, 0])
+        target = samples.integers(num_items, table.num_rows)
+
+        def loss(hidden: Tensor, items: Tensor, bias: Tensor, target: Tensor = target) -> Tensor:
+            return item_cross_entropy(hidden, items, target.to(hidden.device), bias=bias)
+
+        def defined(hidden: Tensor, items: Tensor, bias: Tensor, target: Tensor = target) -> Tensor:
+            return definition(hidden, items, target.to(hidden.device), bias).mean()
+
+        budget = 2e-2 if table.precision == "high" else LONG_SUMS
+        yield Case("item_cross_entropy", table.name, inputs, loss, defined, budget=budget, **table.settings)
 
 
 _LOSS = Operator(

@@ -6,13 +6,14 @@ N = rows, D = columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hellm._arrays import as_count
+from hellm.ops._cases import Case, Samples
 from hellm.ops._checks import checked_rows
 from hellm.ops._dtypes import accumulation_dtype, wide
 from hellm.ops._operator import Derivatives, Operator
@@ -129,6 +130,20 @@ class _Derivatives(Derivatives):
     @staticmethod
     def jvp(ctx, saved, tangents):
         return None, None
+
+
+def cases(samples: Samples) -> Iterator[Case]:
+    """The similarities alone: which of two near neighbours comes first is up to rounding."""
+    shapes = [(97, 67, 5), (97, 300, 5)] + ([(1500, 64, 10), (1500, 67, 40)] if samples.large else [])
+    for num_rows, dim, k in shapes:
+
+        def similarities(x: Tensor, k: int = k) -> Tensor:
+            return knn(x, k)[1]
+
+        def defined(x: Tensor, k: int = k) -> Tensor:
+            return definition(x, k)[1].detach()
+
+        yield Case("knn", f"N {num_rows}, D {dim}", [samples.rows(num_rows, dim)], similarities, defined)
 
 
 OPERATORS = (

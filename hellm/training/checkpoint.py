@@ -123,9 +123,14 @@ def read_model(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any]
     return state
 
 
-def _load_model(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+def saved_weights(tensors: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights among the tensors of a checkpoint, by the names that they have in `model`."""
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    weights = model.renamed_state_dict(weights) if hasattr(model, "renamed_state_dict") else weights
+    return model.renamed_state_dict(weights) if hasattr(model, "renamed_state_dict") else weights
+
+
+def _load_model(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    weights = saved_weights(tensors, model)
     expected = {name: tuple(value.shape) for name, value in model_weights(model).items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if expected != found:

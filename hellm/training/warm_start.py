@@ -14,7 +14,7 @@ from hellm.artifact.files import CHECKPOINT
 from hellm.artifact.run_hash import run_hash
 from hellm.artifact.tables import read_ids, side_of
 from hellm.data import Dataset
-from hellm.training.checkpoint import load_checkpoint
+from hellm.training.checkpoint import load_checkpoint, saved_weights
 
 __all__ = ["check_continues", "fingerprint_of", "started_from", "warm_start"]
 
@@ -32,10 +32,10 @@ def warm_start(model: nn.Module, run: str | os.PathLike[str]) -> list[str]:
     Raises: FileNotFoundError or ValueError, no readable checkpoint.
     """
     tensors, _ = load_checkpoint(Path(run) / CHECKPOINT / "best.safetensors")
-    fresh = []
+    weights, fresh = saved_weights(tensors, model), []
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            old = tensors.get(f"model.{name}")
+            old = weights.get(name)
             if old is not None and _continues(old.shape, parameter.shape):
                 parameter[: len(old)] = old.to(parameter)
             else:

@@ -23,7 +23,9 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 CUDA = CSRC / "cuda"
 ARCHITECTURES = ("80", "90a", "120")
-SOURCES = ("hypergraph_conv.cu", "info_nce.cu", "item_cross_entropy.cu", "knn.cu", "launch.cu")
+# Of each operator's kernels, as nvcc and NVRTC take them.
+DEVICE_CODE = sorted(f"{path.stem}.cuh" for path in CSRC.glob("*.cpp") if path.stem != "bindings")
+SOURCES = (*DEVICE_CODE, "launch.cu")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
@@ -47,10 +49,14 @@ def _cached(name: str, suffix: str, text: list[Path], command: list[str]) -> tup
 
 
 def compile_cuda(source: str) -> tuple[Path, str]:
-    """Object of one .cu for all architectures, warnings being errors, and the report of the assembler."""
+    """Object of one .cu, or of the kernels of one .cuh, for all architectures, and the report of the assembler.
+
+    Warnings are errors.
+    """
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
     command = [NVCC, "-std=c++17", "-O3", "--threads", "3", "-Werror", "all-warnings", "-Xptxas", "-v", *targets]
-    command += ['-DHELLM_CUDA_ARCHITECTURES="tests"', "-c", str(CUDA / source)]
+    unit = "kernels.cu" if source.endswith(".cuh") else source
+    command += ['-DHELLM_CUDA_ARCHITECTURES="tests"', f'-DHELLM_DEVICE_CODE="{source}"', "-c", str(CUDA / unit)]
     text = [*sorted(CUDA.glob("*.cu*")), *sorted(CUDA.glob("*.h")), *sorted(CSRC.glob("*.h"))]
     return _cached(Path(source).stem, ".o", text, command)
 
@@ -150,8 +156,9 @@ def emulated_library() -> ctypes.CDLL:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler, found neither g++ nor c++")
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-include", "emulated_gpu.h", "emulated_gpu.cpp"]
-    text = [HERE / "emulated_gpu.h", HERE / "emulated_gpu.cpp", *sorted(CUDA.glob("*.cu*")), CUDA / "kernels.h"]
+    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-include", "emulated_gpu.h"]
+    command += [part for file in DEVICE_CODE for part in ("-include", str(CUDA / file))] + ["emulated_gpu.cpp"]
+    text = [HERE / "emulated_gpu.h", HERE / "emulated_gpu.cpp", *sorted(CUDA.glob("*.cuh"))]
     return ctypes.CDLL(str(_cached("emulated", ".so", text, command)[0]))
 
 

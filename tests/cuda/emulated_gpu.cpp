@@ -1,11 +1,6 @@
-// The kernels of csrc/cuda on the CPU: g++ -include emulated_gpu.h; `launch` takes what a launch plan says.
-#include "../../csrc/cuda/hypergraph_conv.cu"
-#include "../../csrc/cuda/info_nce.cu"
-#include "../../csrc/cuda/item_cross_entropy.cu"
-#include "../../csrc/cuda/knn.cu"
-
+// The kernels of csrc/cuda on the CPU: g++ -include emulated_gpu.h -include OPERATOR.cuh...; `launch` takes what a launch
+// plan says.
 #include <algorithm>
-#include <map>
 #include <numeric>
 #include <random>
 #include <string>
@@ -85,35 +80,6 @@ void run_block(unsigned num_threads, unsigned shared_bytes) {
   }
 }
 
-using Call = std::function<void()>;
-
-template <typename Parameters>
-Call call(const void* function, const void* parameters) {
-  const auto kernel = reinterpret_cast<void (*)(const Parameters)>(const_cast<void*>(function));
-  return [=] { kernel(*static_cast<const Parameters*>(parameters)); };
-}
-
-// What the kernels of each family get.
-const std::map<std::string, Call (*)(const void*, const void*)> kCalls = {
-    {"gather_kernel", call<hellm::GatherParameters>},
-    {"hub_store_kernel", call<hellm::GatherParameters>},
-    {"pack_kernel", call<hellm::PackParameters>},
-    {"normalize_kernel", call<hellm::NormalizeParameters>},
-    {"attention_kernel", call<hellm::AttentionParameters>},
-    {"info_nce_row_kernel", call<hellm::RowParameters>},
-    {"info_nce_gradient_kernel", call<hellm::GradientParameters>},
-    {"table_maximum_kernel", call<hellm::TableParameters>},
-    {"table_size_kernel", call<hellm::TableParameters>},
-    {"table_halves_kernel", call<hellm::TableParameters>},
-    {"item_row_kernel", call<hellm::ItemRowParameters>},
-    {"item_gradient_kernel", call<hellm::ItemGradientParameters>},
-    {"knn_unit_kernel", call<hellm::KnnParameters>},
-    {"knn_select_kernel", call<hellm::KnnParameters>},
-    {"knn_crowded_kernel", call<hellm::KnnParameters>},
-    {"knn_scan_kernel", call<hellm::KnnParameters>},
-    {"knn_rank_kernel", call<hellm::KnnParameters>},
-};
-
 }  // namespace
 
 extern "C" void set_accumulator_bits(int bits) { hellm::ptx::accumulator_bits = bits; }
@@ -127,20 +93,13 @@ extern "C" void set_order(unsigned seed) {
 // 0, or 1 if there is no such kernel.
 extern "C" int launch(const char* kernel, unsigned grid_x, unsigned grid_y, unsigned threads, unsigned shared_bytes,
                       const void* parameters) {
-  using namespace hellm::cuda;
-  const std::string name(kernel);
-  for (const auto& table :
-       {hypergraph_conv_kernels(), info_nce_kernels(), item_cross_entropy_kernels(), knn_kernels()}) {
-    for (int i = 0; i < table.count; ++i) {
-      if (name != table.kernels[i].name) continue;
-      emulated::body = kCalls.at(name.substr(0, name.find('<')))(table.kernels[i].function, parameters);
-      gridDim = {grid_x, grid_y, 1};
-      for (const unsigned block : in_order(grid_x * grid_y)) {
-        blockIdx = {block % grid_x, block / grid_x, 0};
-        run_block(threads, shared_bytes);
-      }
-      return 0;
-    }
+  const auto found = emulated::kernels().find(kernel);
+  if (found == emulated::kernels().end()) return 1;
+  emulated::body = [=] { found->second(parameters); };
+  gridDim = {grid_x, grid_y, 1};
+  for (const unsigned block : in_order(grid_x * grid_y)) {
+    blockIdx = {block % grid_x, block / grid_x, 0};
+    run_block(threads, shared_bytes);
   }
-  return 1;
+  return 0;
 }

@@ -10,9 +10,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
+#define __CUDACC__
 #define HELLM_PTX_CUH
 #define __device__
 #define __global__
@@ -24,6 +28,32 @@ struct uint3_ { unsigned x, y, z; };
 extern uint3_ threadIdx, blockIdx, gridDim;
 
 namespace emulated {
+
+// A kernel, from its parameters.
+using Call = std::function<void(const void*)>;
+
+template <typename Parameters>
+Call call(void (*kernel)(Parameters)) {
+  return [=](const void* parameters) { kernel(*static_cast<const Parameters*>(parameters)); };
+}
+
+inline std::map<std::string, Call>& kernels() {
+  static std::map<std::string, Call> all;
+  return all;
+}
+
+struct AddKernels {
+  AddKernels(std::initializer_list<std::pair<const std::string, Call>> more) { kernels().insert(more); }
+};
+
+// As csrc/cuda/kernels.h has them for nvcc.
+#define HELLM_KERNEL(...) {#__VA_ARGS__, emulated::call(&__VA_ARGS__)}
+#define HELLM_JOINED(left, right) left##right
+#define HELLM_NAMED(name, number) HELLM_JOINED(name, number)
+#define HELLM_KERNELS(...)                                                         \
+  namespace hellm {                                                                \
+  static const emulated::AddKernels HELLM_NAMED(kAdded, __COUNTER__){__VA_ARGS__}; \
+  }
 
 constexpr int kStack = 256 * 1024;
 

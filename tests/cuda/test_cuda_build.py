@@ -15,8 +15,6 @@ import torch
 from hellm.ops import backends, incidence
 from hellm.ops.backends import gpu, loaders, nvrtc
 
-# Of each operator's kernels, as nvcc and NVRTC take them.
-WITH_KERNELS = [source.replace(".cu", ".cuh") for source in cuda_build.SOURCES if source != "launch.cu"]
 needs_nvcc = pytest.mark.skipif(cuda_build.NVCC is None, reason="needs nvcc, which is not in PATH")
 HOT = re.compile(
     r"attention_kernel|gather_kernel|hub_store_kernel|pack_kernel|info_nce_\w+_kernel|normalize_kernel"
@@ -39,7 +37,7 @@ def test_compiles_without_warnings_spills_or_stack(source):
 
 @needs_nvcc
 @pytest.mark.skipif(cuda_build.disassembler() is None, reason="needs cuobjdump, of the CUDA toolkit or of Triton")
-@pytest.mark.parametrize("source", ["info_nce.cu", "item_cross_entropy.cu", "knn.cu"])
+@pytest.mark.parametrize("source", ["info_nce.cuh", "item_cross_entropy.cuh", "knn.cuh"])
 def test_attention_uses_tensor_cores_and_wide_copies(source):
     attention = {
         key: text
@@ -57,13 +55,13 @@ def test_attention_uses_tensor_cores_and_wide_copies(source):
 @needs_nvcc
 @pytest.mark.skipif(cuda_build.disassembler() is None, reason="needs cuobjdump, of the CUDA toolkit or of Triton")
 def test_gathers_and_selection_use_wide_loads():
-    gathers = cuda_build.instructions(cuda_build.compile_cuda("hypergraph_conv.cu")[0])
+    gathers = cuda_build.instructions(cuda_build.compile_cuda("hypergraph_conv.cuh")[0])
     wide = {key: text for key, text in gathers.items() if re.search(r"13gather_kernel\w+Li[248]E", key[0])}
     assert len(wide) == 4 * len(cuda_build.ARCHITECTURES)
     for key, text in wide.items():
         # A batch of four rows is on its way at once.
         assert len(re.findall(r"LDG\.E\.(LTC\w+\.)?128", text)) >= 4, f"too few 16-byte loads in {key}"
-    selections = cuda_build.instructions(cuda_build.compile_cuda("knn.cu")[0])
+    selections = cuda_build.instructions(cuda_build.compile_cuda("knn.cuh")[0])
     for key, text in selections.items():
         if "knn_select_kernel" in key[0]:
             assert len(re.findall(r"LDG\.E\.(LTC\w+\.)?128", text)) >= 2, f"too few 16-byte loads in {key}"
@@ -80,24 +78,23 @@ def test_device_code_needs_no_host_header(path: Path):
 
 def test_every_launch_plan_has_a_file_for_nvrtc():
     plans = [name.removeprefix("plan_") for name in dir(cuda_build.extension_with_plans()) if name.startswith("plan_")]
-    assert {nvrtc.file_of(plan) for plan in plans} == {*WITH_KERNELS}
+    device_code = cuda_build.extension_with_plans().device_code
+    assert {*plans} == {*device_code} and {*device_code.values()} == {*cuda_build.DEVICE_CODE}
 
 
-@pytest.mark.parametrize("file", WITH_KERNELS)
+@pytest.mark.parametrize("file", cuda_build.DEVICE_CODE)
 def test_the_source_for_nvrtc_is_whole(file):
     text = nvrtc.source(file)
     assert "#include" not in text and "#pragma once" not in text
-    for name in ("struct GatherParameters", "void multiply_16x8x16(", "A warp_sum("):
+    for name in ("struct AttentionParameters", "void multiply_16x8x16(", "A warp_sum("):
         assert text.count(name) == 1
 
 
 def kernel_names() -> dict[str, list[str]]:
     """The kernels nvcc compiles, by file of device code."""
     return {
-        f"{stem}.cuh": re.findall(
-            r"HELLM_KERNEL\(([^()]*)\)", (cuda_build.CUDA / f"{stem}.cu").read_text(encoding="utf-8")
-        )
-        for stem in ("hypergraph_conv", "info_nce", "item_cross_entropy", "knn")
+        file: re.findall(r"HELLM_KERNEL\(([^()]*)\)", (cuda_build.CUDA / file).read_text(encoding="utf-8"))
+        for file in cuda_build.DEVICE_CODE
     }
 
 
@@ -106,7 +103,7 @@ needs_nvrtc = pytest.mark.skipif(cuda_build.nvrtc() is None, reason="needs the p
 
 # PTX, as machine code takes minutes; those of width 128 differ from the others in nothing but numbers.
 @needs_nvrtc
-@pytest.mark.parametrize("file", WITH_KERNELS)
+@pytest.mark.parametrize("file", cuda_build.DEVICE_CODE)
 def test_nvrtc_compiles_the_device_code(file):
     names = kernel_names()[file]
     chosen = [name for name in names if "<128" not in name]
@@ -117,14 +114,15 @@ def test_nvrtc_compiles_the_device_code(file):
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("HELLM_SLOW"), reason="takes minutes; set HELLM_SLOW=1")
 @needs_nvrtc
-@pytest.mark.parametrize("file", WITH_KERNELS)
+@pytest.mark.parametrize("file", cuda_build.DEVICE_CODE)
 def test_nvrtc_makes_machine_code_of_every_kernel(file):
     for name in kernel_names()[file]:
         cuda_build.compile_nvrtc(file, [name], "sm_90")
 
 
 def test_constants_of_the_adapter_are_those_of_the_kernels():
-    text = (cuda_build.CUDA / "parameters.cuh").read_text(encoding="utf-8")
+    files = ("parameters.cuh", "hypergraph_conv.cuh", "knn.cuh")
+    text = "".join((cuda_build.CUDA / file).read_text(encoding="utf-8") for file in files)
     constants = {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", text)}
     assert [constants[name] for name in ("kLongRow", "kHubEntries", "kHubChunk")] == [
         incidence.LONG_ROW,
@@ -154,7 +152,7 @@ GPU_ONLY = {
     "name", ["incidence_product", "hypergraph_conv", "bipartite_propagate", "info_nce", "item_cross_entropy"]
 )
 def test_plans_take_their_arguments_in_the_order_of_the_cpu_functions(name):
-    text = (cuda_build.CSRC / "bindings.cpp").read_text(encoding="utf-8")
+    text = "".join(path.read_text(encoding="utf-8") for path in cuda_build.CSRC.glob("*.cpp"))
     found = re.findall(rf"^[\w:]+ {name}\((Address[^)]*)\)", text, re.MULTILINE)
     cpu, gpu = ([part.split()[-1] for part in parameters.split(",")] for parameters in found)
     assert cpu[-2:] == ["dtype", "num_threads"] and gpu[-1] == "dtype"
@@ -251,12 +249,6 @@ CHECK = """
 #include "%s/launch.cu"
 #include <cstdio>
 #include <cstdlib>
-namespace hellm::cuda {
-KernelTable hypergraph_conv_kernels() { return {}; }
-KernelTable info_nce_kernels() { return {}; }
-KernelTable item_cross_entropy_kernels() { return {}; }
-KernelTable knn_kernels() { return {}; }
-}
 int main(int count, char** status) {
   for (int i = 1; i < count; ++i) {
     try { hellm::cuda::check(cudaError_t(std::atoi(status[i])), "a kernel"); }

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+from typing import Literal, get_type_hints
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support.recommender_contract import RecommenderContract
 
+from hellm import ops
+from hellm.config import ModelConfig
 from hellm.graphs import item_hypergraph, user_hypergraph
 from hellm.losses import bpr_loss
 from hellm.models import GraphEncoder
+from hellm.models.graph.backbone import BACKBONES, MF
 
 NUM_USERS, NUM_ITEMS, DIM, K = 13, 11, 6, 7
 
@@ -84,7 +89,7 @@ def dense_forward(model, interactions, features, keep_nonpositive=False):
     tables = model.user_table.weight, model.item_table.weight
     x = torch.cat(tables)
     graph, layers = dense_bipartite(interactions), []
-    for _ in range(model.num_layers + 1):
+    for _ in range(model.backbone.num_layers + 1):
         layers.append(x)
         x = graph @ x
     user, item = torch.stack(layers).mean(0).split([NUM_USERS, NUM_ITEMS])
@@ -128,7 +133,7 @@ def test_ngcf_is_the_dense_formula(make, interactions):
     model = make(backbone="ngcf", use_user_branch=False, content=False, num_layers=2).eval()
     x = torch.cat([model.user_table.weight, model.item_table.weight])
     layers = [x]
-    for aggregate, interact in zip(model.aggregate, model.interact, strict=True):
+    for aggregate, interact in zip(model.backbone.aggregate, model.backbone.interact, strict=True):
         side = dense_bipartite(interactions) @ x
         x = F.leaky_relu(aggregate(side)) + F.leaky_relu(interact(x * side))
         layers.append(x / x.norm(dim=1, keepdim=True))
@@ -202,6 +207,32 @@ def test_an_item_without_events_is_placed_by_those_in_its_hyperedges(make, inter
     assert source[3].any() and not torch.equal(source[3], make(place_untrained=False).fold_in_tables().source[3])
     as_trained = make(unit_items=unit_items, place_untrained=False)
     assert torch.equal(as_trained.embeddings().item, as_trained().item)
+
+
+def test_a_state_from_before_backbones_had_classes_is_loaded(make):
+    model = make(backbone="ngcf")
+    old = {name.replace("backbone.", ""): value for name, value in model.state_dict().items()}
+    assert "aggregate.1.weight" in old
+    state = model.renamed_state_dict(old)
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+
+
+def test_a_backbone_of_ones_own_is_a_class_in_one_place(make, monkeypatch):
+    class Neighbours(MF):
+        def forward(self, user, item, hypergraph):
+            return user + ops.incidence_product(item, hypergraph), item
+
+    monkeypatch.setitem(BACKBONES, "neighbours", Neighbours)
+    model = make(backbone="neighbours", use_user_branch=False, content=False)
+    item = model.item_table.weight
+    summed = model.user_table.weight + ops.incidence_product(item, model.user_hypergraph)
+    assert torch.equal(model().user, summed)
+    torch.testing.assert_close(model.user_embedding([1, 6]), item[[1, 6]].mean(0).detach())
+
+
+def test_settings_name_the_backbones_that_there_are():
+    assert get_type_hints(ModelConfig)["backbone"] == Literal[tuple(BACKBONES)]
 
 
 # Folding in a user: the encoder of a data set that has this user as well, with own embeddings of zero.

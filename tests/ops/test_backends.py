@@ -156,12 +156,13 @@ def test_selftest_covers_hubs_wide_rows_and_both_precisions():
 
 
 def test_selftest_sees_a_loss_that_is_wrong_at_one_precision(monkeypatch):
-    right = ops.info_nce
+    file = sys.modules["hellm.ops.info_nce"]
+    right = file.info_nce
 
     def wrong(*args, precision, **settings):
         return right(*args, precision=precision, **settings) * (1.02 if precision == "high" else 1.0)
 
-    monkeypatch.setattr(ops, "info_nce", wrong)
+    monkeypatch.setattr(file, "info_nce", wrong)
     with ops.backend("torch"):
         failed = [r for r in selftest._check_all("cpu", "small") if not r["ok"]]
     assert {(r["op"], r["dtype"]) for r in failed} >= {("info_nce", "float32"), ("info_nce", "float64")}
@@ -169,8 +170,9 @@ def test_selftest_sees_a_loss_that_is_wrong_at_one_precision(monkeypatch):
 
 
 def test_selftest_reports_a_wrong_result(monkeypatch):
-    right = ops.incidence_product
-    monkeypatch.setattr(ops, "incidence_product", lambda x, graph: right(x, graph) * 1.5)
+    file = sys.modules["hellm.ops.incidence_product"]
+    right = file.incidence_product
+    monkeypatch.setattr(file, "incidence_product", lambda x, graph, **settings: right(x, graph, **settings) * 1.5)
     assert {r["op"] for r in selftest.selftest() if not r["ok"]} == {"incidence_product"}
 
 
@@ -178,7 +180,7 @@ def test_selftest_reports_an_operator_that_raises(no_extension, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(ops, "knn", broken)
+    monkeypatch.setattr(sys.modules["hellm.ops.knn"], "knn", broken)
     records = [r for r in selftest.selftest() if r["op"] == "knn"]
     assert {r["failure"] for r in records} == {"RuntimeError: no such kernel"}
     assert all(not r["ok"] and r["worst_error"] == float("inf") for r in records)

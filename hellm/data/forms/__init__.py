@@ -1,22 +1,34 @@
 """The forms in which data sets come.
 
-To add a form: write a module here with `FORM = Form(...)` (see `_base.py`: a `find` that recognises the main file, a
-`read` that returns a `Source`, and a `write` if the form can be written), and put the module into `_MODULES` below.
-Detection goes through the list in order, so a form that could be mistaken for another stands before it.
+Each is a module here with `FORM = Form(...)` (see `_base.py`: a `find` that recognises the main file, a `read` that
+returns a `Source`, and a `write` if the form can be written); that is all there is to do for a new one. Where a data
+set could be taken for one of two forms, the first names the other in `before`.
 """
 
 from __future__ import annotations
 
+import graphlib
+import importlib
+import pkgutil
 from pathlib import Path
 
 from hellm.data.dataset import DataError
-from hellm.data.forms import amazon, built, json_pair, lattice, mmrec, recbole, sasrec, shop
 from hellm.data.forms._base import Form, Source
 
-_MODULES = (built, recbole, mmrec, json_pair, lattice, amazon, shop, sasrec)
-FORMS: dict[str, Form] = {module.FORM.name: module.FORM for module in _MODULES}
-
 __all__ = ["FORMS", "Form", "Source", "detect", "form_names", "get_form"]
+
+
+def _discovered() -> dict[str, Form]:
+    """The forms of all modules here by name, in the order in which they are looked for."""
+    names = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+    found = [importlib.import_module(f"{__name__}.{name}").FORM for name in names]
+    forms: dict[str, Form] = {form.name: form for form in found}
+    earlier = {name: [form.name for form in found if name in form.before] for name in forms}
+    return {name: forms[name] for name in graphlib.TopologicalSorter(earlier).static_order()}
+
+
+FORMS = _discovered()
+"""By name, in the order in which they are looked for."""
 
 
 def form_names(*, writable: bool = False) -> list[str]:

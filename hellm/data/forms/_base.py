@@ -61,6 +61,8 @@ class Form:
         read: (main file, **options) -> Source.
         write: (data set, existing empty folder) -> None; None where the form is read only.
         keeps_split: Whether the form stores a split; a form that does not can only imply leave-two-out.
+        before: Names of forms that are looked for after this one, as they would take its files, or files that may stand
+            beside them, for theirs.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Form:
     read: Callable[..., Source]
     write: Callable[[Dataset, Path], None] | None = None
     keeps_split: bool = True
+    before: tuple[str, ...] = ()
 
 
 def find_one(path: Path, *patterns: str, accept: Callable[[Path], bool] = lambda _: True) -> Path | None:

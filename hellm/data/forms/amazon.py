@@ -305,4 +305,5 @@ FORM = Form(
     "reviews_{Name}.json[.gz] or {Name}.json[l][.gz], and meta_{Name}.json[l][.gz] (2014, 2018, 2023)",
     _find,
     _read,
+    before=("shop",),
 )

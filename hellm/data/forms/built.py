@@ -161,4 +161,5 @@ FORM = Form(
     _find,
     _read,
     _write,
+    before=("recbole", "shop"),
 )

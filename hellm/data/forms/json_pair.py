@@ -121,4 +121,5 @@ FORM = Form(
     _read,
     _write,
     keeps_split=False,
+    before=("lattice",),
 )

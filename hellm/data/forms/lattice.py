@@ -119,4 +119,11 @@ def _write(dataset: Dataset, folder: Path) -> None:
     save_features(dataset, folder)
 
 
-FORM = Form("lattice", "5-core/{train,val,test}.json ({user: [items]}) and *_feat.npy", _find, _read, _write)
+FORM = Form(
+    "lattice",
+    "5-core/{train,val,test}.json ({user: [items]}) and *_feat.npy",
+    _find,
+    _read,
+    _write,
+    before=("amazon",),
+)

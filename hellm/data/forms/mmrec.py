@@ -105,4 +105,5 @@ FORM = Form(
     _find,
     _read,
     _write,
+    before=("json",),
 )

@@ -280,4 +280,5 @@ FORM = Form(
     _find,
     _read,
     _write,
+    before=("mmrec",),
 )

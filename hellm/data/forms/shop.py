@@ -228,4 +228,5 @@ FORM = Form(
     _find,
     _read,
     _write,
+    before=("sasrec",),
 )

@@ -5,7 +5,7 @@ U = users, I = items, D = embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from hellm import ops
 from hellm.hypergraph import Hypergraph
-from hellm.models.dropout import Dropout
+from hellm.models.graph.backbone import BACKBONES
 from hellm.models.graph.fold_in import FoldIn
 
 __all__ = ["EncoderOutput", "GraphEncoder"]
 
-BACKBONES = ("lightgcn", "ngcf", "mf")
+# Weights that backbones had under another name.
+_RENAMED = {"aggregate.": "backbone.aggregate.", "interact.": "backbone.interact."}
 
 
 class EncoderOutput(NamedTuple):
@@ -55,7 +56,7 @@ class GraphEncoder(nn.Module):
             The backbone needs it as well.
         item_hypergraph: items as vertices (`hellm.item_hypergraph`); None leaves the item branch out.
         embedding_dim: D.
-        backbone: "lightgcn", "ngcf" or "mf".
+        backbone: a name in `hellm.models.graph.backbone.BACKBONES`: "lightgcn", "ngcf" or "mf".
         num_layers: propagation layers of lightgcn and ngcf.
         num_user_layers: layers of the user branch.
         num_item_layers: layers of the item branch.
@@ -90,7 +91,6 @@ class GraphEncoder(nn.Module):
         layers = {"num_layers": num_layers, "num_user_layers": num_user_layers, "num_item_layers": num_item_layers}
         _check_arguments(num_users, num_items, user_hypergraph, item_hypergraph, backbone, layers)
         self.num_users, self.num_items, self.embedding_dim = num_users, num_items, embedding_dim
-        self.backbone, self.num_layers = backbone, num_layers
         self.num_user_layers, self.num_item_layers = num_user_layers, num_item_layers
         self.unit_items, self.place_untrained = unit_items, place_untrained
         self.user_hypergraph, self.item_hypergraph = user_hypergraph, item_hypergraph
@@ -100,10 +100,7 @@ class GraphEncoder(nn.Module):
         self.user_table, self.item_table = user, item
         self.user_branch_table = user_branch if use_user_branch else None
         self.item_branch_table = item_branch if item_hypergraph is not None else None
-        if backbone == "ngcf":
-            self.aggregate = nn.ModuleList(nn.Linear(embedding_dim, embedding_dim) for _ in range(num_layers))
-            self.interact = nn.ModuleList(nn.Linear(embedding_dim, embedding_dim) for _ in range(num_layers))
-            self.dropout = Dropout(dropout)
+        self.backbone = BACKBONES[backbone](embedding_dim, num_layers, dropout)
         self._cached: tuple[tuple, EncoderOutput] | None = None
 
     @property
@@ -157,32 +154,7 @@ class GraphEncoder(nn.Module):
         )
 
     def _propagate_backbone(self) -> tuple[Tensor, Tensor]:
-        user, item = self.user_table.weight, self.item_table.weight
-        if self.backbone == "mf":
-            return user, item
-        if self.backbone == "lightgcn":
-            return ops.bipartite_propagate(user, item, self.user_hypergraph, num_layers=self.num_layers)
-        return self._propagate_ngcf(user, item)
-
-    def _propagate_ngcf(self, user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
-        """NGCF with the mean over layers 0..L in place of their concatenation; layers > 0 are L2-normalised."""
-        x = torch.cat([user, item])
-        total = x
-        for aggregate, interact in zip(self.aggregate, self.interact, strict=True):
-            side = self._neighbour_sum(x)
-            x = self.dropout(F.leaky_relu(aggregate(side)) + F.leaky_relu(interact(x * side)))
-            total = total + F.normalize(x, dim=1)
-        user, item = (total / (self.num_layers + 1)).split([self.num_users, self.num_items])
-        return user, item
-
-    def _neighbour_sum(self, x: Tensor) -> Tensor:
-        """D^-1/2 A D^-1/2 x of the user-item graph, A = [[0, R], [R^T, 0]]."""
-        user_scale, item_scale = self.user_hypergraph.bipartite_scales(x.dtype)
-        scale = torch.cat([user_scale, item_scale]).unsqueeze(1)
-        user, item = (x * scale).split([self.num_users, self.num_items])
-        user_sum = ops.incidence_product(item, self.user_hypergraph)
-        item_sum = ops.incidence_product(user, self.user_hypergraph, transpose=True)
-        return torch.cat([user_sum, item_sum]) * scale
+        return self.backbone(self.user_table.weight, self.item_table.weight, self.user_hypergraph)
 
     @torch.no_grad()
     def embeddings(self) -> EncoderOutput:
@@ -219,15 +191,8 @@ class GraphEncoder(nn.Module):
             view     = mean of uu^(l_user - 1) over the users of each i in N(u)
             user     = backbone + normalize(view)
         """
-        if self.backbone == "lightgcn":
-            user, source = self.user_table.weight, self.item_table.weight
-            if self.num_layers > 1:
-                _, source = ops.bipartite_propagate(user, source, self.user_hypergraph, num_layers=self.num_layers - 1)
-            item_degree = self.user_hypergraph.edge_indptr.diff().clamp(min=1)
-            source = source * (item_degree.rsqrt() * (self.num_layers / (self.num_layers + 1))).unsqueeze(1)
-            exponent = 0.5
-        else:
-            source, exponent = self._backbone_items(), 1.0
+        folded = self.backbone.fold_in(self.user_table.weight, self.item_table.weight, self.user_hypergraph)
+        source, exponent = (self._backbone_items(), 1.0) if folded is None else folded
         view = None
         if self.user_branch_table is not None:
             # The sum over users points the same way as their mean, and only its direction is used.
@@ -292,6 +257,13 @@ class GraphEncoder(nn.Module):
         sums = ops.incidence_product(sums, hypergraph)
         counts = sums[:, -1:]
         return torch.where(untrained & (counts > 0), sums[:, :-1] / counts.clamp(min=torch.finfo(x.dtype).tiny), x)
+
+    def renamed_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state that was saved before, by the names that its parameters have now."""
+        return {
+            next((new + name.removeprefix(old) for old, new in _RENAMED.items() if name.startswith(old)), name): value
+            for name, value in state.items()
+        }
 
     def _backbone_items(self) -> Tensor:
         was_training = self.training

@@ -29,7 +29,7 @@ from hellm.ops.item_cross_entropy import CrossEntropyGradientArguments
 from hellm.ops.item_cross_entropy import by_blocks as item_cross_entropy_by_blocks
 from hellm.ops.knn import KnnArguments, by_panels
 
-# As in csrc/cuda/parameters.cuh.
+# As in csrc/cuda/knn.cuh.
 MOST_NEIGHBOURS, MOST_SCANNED = 128, 32
 # Columns the kernels of the losses take, by whether products have float32 accuracy.
 MOST_COLUMNS = {True: 128, False: 256}

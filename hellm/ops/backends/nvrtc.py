@@ -22,17 +22,6 @@ OPTIONS = ("--std=c++17",)
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 
 
-# Plans whose kernels are not in a file of their own name.
-_FILES = {
-    "incidence_product": "hypergraph_conv.cuh",
-    "bipartite_propagate": "hypergraph_conv.cuh",
-    "knn_scan": "knn.cuh",
-    "knn_unit": "knn.cuh",
-    "knn_select": "knn.cuh",
-    "knn_crowded": "knn.cuh",
-}
-
-
 class Nvrtc(Gpu):
     """The CUDA kernels, compiled on the machine where they run."""
 
@@ -67,11 +56,6 @@ def cupy_failure() -> str | None:
     return None
 
 
-def file_of(plan: str) -> str:
-    """The .cuh file with the kernels of a launch plan."""
-    return _FILES.get(plan, f"{plan}.cuh")
-
-
 def source(name: str) -> str:
     """A .cuh file with everything it includes, each file once: NVRTC then needs no include path."""
     done: set[str] = set()
@@ -104,7 +88,7 @@ def launch(plan: str, arguments: tuple[Any, ...], device: torch.device) -> None:
     stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, index)
     with cupy.cuda.Device(index), stream:
         for name, grid, threads, shared_bytes, parameters in getattr(loaders.native(), f"plan_{plan}")(*arguments):
-            kernel = _kernel(file_of(plan), name, index)
+            kernel = _kernel(loaders.native().device_code[plan], name, index)
             if shared_bytes > 48 * 1024:
                 kernel.max_dynamic_shared_size_bytes = shared_bytes
             # CuPy passes an array of one structure by value.

@@ -1,7 +1,10 @@
 // Launch plans of knn: by panels, what goes before the matrix products, after each of them, and at the end; by tiles, all.
-#include "../knn.h"
+#include "knn.h"
 
-#include "attention_plan.h"
+#include "binding.h"
+
+#include "cuda/attention_plan.h"
+#include "cuda/knn.cuh"
 
 namespace hellm::cuda {
 namespace {
@@ -91,3 +94,63 @@ void knn_crowded(const KnnArguments& a, const Queue& queue) {
 }
 
 }  // namespace hellm::cuda
+
+HELLM_CPU_KERNEL(knn, hellm::KnnArguments)
+
+namespace hellm::binding {
+namespace {
+
+// Lists of arguments are filled line by line, in the order of the fields.
+// clang-format off
+void knn(Address x, Address index, Address similarity, int64_t num_rows, int64_t dim, int64_t k, int dtype,
+         int num_threads) {
+  const KnnArguments arguments{at(x), at<int64_t>(index), at(similarity), num_rows, dim, k, DType(dtype),
+      num_threads};
+  run(cpu::knn, arguments);
+}
+
+namespace gpu {
+
+KnnArguments knn_scan(Address x, Address index, Address similarity, Address workspace, int64_t num_rows,
+                      int64_t dim, int64_t k, int num_processors, int shared_bytes, int dtype) {
+  KnnArguments a{at(x), at<int64_t>(index), at(similarity), num_rows, dim, k, DType(dtype), 0};
+  a.workspace = at(workspace);
+  a.num_processors = num_processors;
+  a.shared_bytes = shared_bytes;
+  return a;
+}
+
+KnnArguments knn_unit(Address x, Address unit, Address inverse_norm, int64_t num_rows, int64_t dim, int dtype) {
+  return {at(x), nullptr, nullptr, num_rows, dim, 1, DType(dtype), 0, at(unit), at<double>(inverse_norm)};
+}
+
+KnnArguments knn_select(Address x, Address inverse_norm, Address panel, Address index, Address similarity,
+                        Address crowded, int64_t num_rows, int64_t dim, int64_t k, int64_t first_row,
+                        int64_t panel_rows, int dtype) {
+  return {at(x), at<int64_t>(index), at(similarity), num_rows, dim, k, DType(dtype), 0, nullptr,
+          at<double>(inverse_norm), at<int>(crowded), at<const float>(panel), first_row, panel_rows};
+}
+
+KnnArguments knn_crowded(Address x, Address inverse_norm, Address crowded, Address index, Address similarity,
+                         int64_t num_rows, int64_t dim, int64_t k, int dtype) {
+  return {at(x), at<int64_t>(index), at(similarity), num_rows, dim, k, DType(dtype), 0, nullptr,
+          at<double>(inverse_norm), at<int>(crowded)};
+}
+
+}  // namespace gpu
+// clang-format on
+
+const Operator kOperator([](py::module_& m) {
+  m.def("knn", &knn);
+  define_plan(m, "knn_scan", "knn.cuh", &gpu::knn_scan, &cuda::knn_scan);
+  define_plan(m, "knn_unit", "knn.cuh", &gpu::knn_unit, &cuda::knn_unit);
+  define_plan(m, "knn_select", "knn.cuh", &gpu::knn_select, &cuda::knn_select);
+  define_plan(m, "knn_crowded", "knn.cuh", &gpu::knn_crowded, &cuda::knn_crowded);
+  m.def("knn_scan_workspace", [](int64_t num_rows, int64_t dim, int64_t k, int num_processors, int shared_bytes,
+                                 int dtype) {
+    return cuda::knn_scan_workspace(gpu::knn_scan(0, 0, 0, 0, num_rows, dim, k, num_processors, shared_bytes, dtype));
+  });
+});
+
+}  // namespace
+}  // namespace hellm::binding

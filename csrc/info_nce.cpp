@@ -1,7 +1,10 @@
 // Launch plan of InfoNCE: normalise, attention over the negatives, losses, attention with the roles swapped, gradients.
-#include "../info_nce.h"
+#include "info_nce.h"
 
-#include "attention_plan.h"
+#include "binding.h"
+
+#include "cuda/attention_plan.h"
+#include "cuda/info_nce.cuh"
 
 namespace hellm::cuda {
 namespace {
@@ -145,3 +148,51 @@ void info_nce(const InfoNceArguments& a, const Queue& queue) {
 }
 
 }  // namespace hellm::cuda
+
+HELLM_CPU_KERNEL(info_nce, hellm::InfoNceArguments)
+
+namespace hellm::binding {
+namespace {
+
+// Lists of arguments are filled line by line, in the order of the fields.
+// clang-format off
+void info_nce(Address anchor, Address positive, Address rows, Address row_grad, Address row_loss, Address grad_anchor,
+              Address grad_positive, Address row_slope, int64_t num_keys, int64_t num_rows, int64_t dim,
+              double temperature, bool intra_view_negatives, bool highest_precision, int dtype, int num_threads) {
+  const InfoNceArguments arguments{at(anchor), at(positive), at<const int64_t>(rows), at(row_grad), at(row_loss),
+      at(grad_anchor), at(grad_positive), at(row_slope), num_keys, num_rows, dim, temperature, intra_view_negatives,
+      highest_precision, DType(dtype), num_threads};
+  run(cpu::info_nce, arguments);
+}
+
+namespace gpu {
+
+InfoNceArguments info_nce(Address anchor, Address positive, Address rows, Address row_order, Address row_begin,
+                          Address row_grad, Address row_loss, Address grad_anchor, Address grad_positive,
+                          Address row_slope, Address workspace, int64_t num_keys, int64_t num_rows, int64_t dim,
+                          Address temperature, bool intra_view_negatives, bool highest_precision,
+                          int num_processors, int shared_bytes, int dtype) {
+  return {at(anchor), at(positive), at<const int64_t>(rows), at(row_grad), at(row_loss), at(grad_anchor),
+          at(grad_positive), at(row_slope), num_keys, num_rows, dim, 0.0, intra_view_negatives, highest_precision, DType(dtype), 0,
+          at<const double>(temperature), at<const int64_t>(row_order), at<const int64_t>(row_begin), at(workspace),
+          num_processors, shared_bytes};
+}
+
+}  // namespace gpu
+// clang-format on
+
+const Operator kOperator([](py::module_& m) {
+  m.def("info_nce", &info_nce);
+  define_plan(m, "info_nce", "info_nce.cuh", &gpu::info_nce, &cuda::info_nce);
+  m.def("info_nce_workspace",
+        [](int64_t num_keys, int64_t num_rows, int64_t dim, bool gradients, bool intra_view_negatives,
+           bool highest_precision, int num_processors, int shared_bytes, int dtype) {
+          const Address wanted = gradients ? 16 : 0;  // any address that is aligned like the real ones
+          return cuda::info_nce_workspace(gpu::info_nce(0, 0, 0, 0, 0, wanted, 0, wanted, wanted, 0, 0, num_keys,
+                                                        num_rows, dim, 0, intra_view_negatives, highest_precision,
+                                                        num_processors, shared_bytes, dtype));
+        });
+});
+
+}  // namespace
+}  // namespace hellm::binding

@@ -1,11 +1,14 @@
 // Launch plans of the sparse products: one gather for each half of a layer.
-#include "../hypergraph_conv.h"
+#include "hypergraph_conv.h"
+
+#include "binding.h"
 
 #include <algorithm>
+#include <array>
 #include <vector>
 
-#include "parameters.cuh"
-#include "plan.h"
+#include "cuda/hypergraph_conv.cuh"
+#include "cuda/plan.h"
 
 namespace hellm::cuda {
 namespace {
@@ -244,3 +247,112 @@ void bipartite_propagate(const BipartitePropagateArguments& a, const Queue& queu
 }
 
 }  // namespace hellm::cuda
+
+HELLM_CPU_KERNEL(incidence_product, hellm::IncidenceProductArguments)
+HELLM_CPU_KERNEL(hypergraph_conv, hellm::HypergraphConvArguments)
+HELLM_CPU_KERNEL(bipartite_propagate, hellm::BipartitePropagateArguments)
+
+namespace hellm::binding {
+namespace {
+
+Csr csr(Address indptr, Address indices, Address values) {
+  return {at<const int64_t>(indptr), at<const int32_t>(indices), at(values)};
+}
+
+// Lists of arguments are filled line by line, in the order of the fields.
+// clang-format off
+void incidence_product(Address x, Address indptr, Address indices, Address values, Address out, int64_t rows,
+                       int64_t dim, int dtype, int num_threads) {
+  const IncidenceProductArguments arguments{at(x), csr(indptr, indices, values), at(out), rows, dim,
+      DType(dtype), num_threads};
+  run(cpu::incidence_product, arguments);
+}
+
+void hypergraph_conv(Address x, Address vertex_indptr, Address vertex_edges, Address edge_indptr, Address edge_vertices,
+                     Address vertex_values, Address edge_values, Address in_scale, Address edge_scale,
+                     Address out_scale, Address diagonal, Address out, Address workspace, int64_t num_vertices,
+                     int64_t num_hyperedges, int64_t dim, int num_layers, int dtype, int num_threads) {
+  const HypergraphConvArguments arguments{at(x), csr(vertex_indptr, vertex_edges, vertex_values),
+      csr(edge_indptr, edge_vertices, edge_values), at(in_scale), at(edge_scale), at(out_scale), at(diagonal), at(out),
+      at(workspace), num_vertices, num_hyperedges, dim, num_layers, DType(dtype), num_threads};
+  run(cpu::hypergraph_conv, arguments);
+}
+
+void bipartite_propagate(Address user_x, Address item_x, Address vertex_indptr, Address vertex_edges,
+                         Address edge_indptr, Address edge_vertices, Address user_scale, Address item_scale,
+                         Address user_out, Address item_out, Address workspace, int64_t num_users, int64_t num_items,
+                         int64_t dim, int num_layers, int dtype, int num_threads) {
+  const BipartitePropagateArguments arguments{at(user_x), at(item_x), csr(vertex_indptr, vertex_edges, 0),
+      csr(edge_indptr, edge_vertices, 0), at(user_scale), at(item_scale), at(user_out), at(item_out), at(workspace),
+      num_users, num_items, dim, num_layers, DType(dtype), num_threads};
+  run(cpu::bipartite_propagate, arguments);
+}
+
+namespace gpu {
+
+// Of a matrix: addresses of row_order and hub_chunk_begin, num_hubs, num_long, num_hub_chunks.
+using Schedule = std::array<int64_t, 5>;
+
+Csr csr(Address indptr, Address indices, Address values, const Schedule& s) {
+  return {at<const int64_t>(indptr), at<const int32_t>(indices), at(values), at<const int32_t>(s[0]),
+          at<const int32_t>(s[1]), s[2], s[3], s[4]};
+}
+
+IncidenceProductArguments incidence_product(Address x, Address indptr, Address indices, Address values,
+                                            Address out, Address workspace, Schedule schedule, int64_t rows,
+                                            int64_t dim, int dtype) {
+  return {at(x), csr(indptr, indices, values, schedule), at(out), rows, dim, DType(dtype), 0, at(workspace)};
+}
+
+HypergraphConvArguments hypergraph_conv(Address x, Address vertex_indptr, Address vertex_edges,
+                                        Address edge_indptr, Address edge_vertices, Address vertex_values,
+                                        Address edge_values, Address in_scale, Address edge_scale,
+                                        Address out_scale, Address diagonal, Address out, Address workspace,
+                                        Schedule vertex_schedule, Schedule edge_schedule, int64_t slab_bytes,
+                                        int64_t num_vertices, int64_t num_hyperedges, int64_t dim,
+                                        int num_layers, int dtype) {
+  return {at(x), csr(vertex_indptr, vertex_edges, vertex_values, vertex_schedule),
+          csr(edge_indptr, edge_vertices, edge_values, edge_schedule), at(in_scale), at(edge_scale), at(out_scale),
+          at(diagonal), at(out), at(workspace), num_vertices, num_hyperedges, dim, num_layers, DType(dtype), 0,
+          slab_bytes};
+}
+
+BipartitePropagateArguments bipartite_propagate(Address user_x, Address item_x, Address vertex_indptr,
+                                                Address vertex_edges, Address edge_indptr, Address edge_vertices,
+                                                Address user_scale, Address item_scale, Address user_out,
+                                                Address item_out, Address workspace, Schedule vertex_schedule,
+                                                Schedule edge_schedule, int64_t slab_bytes, int64_t num_users,
+                                                int64_t num_items, int64_t dim, int num_layers, int dtype) {
+  return {at(user_x), at(item_x), csr(vertex_indptr, vertex_edges, 0, vertex_schedule),
+          csr(edge_indptr, edge_vertices, 0, edge_schedule), at(user_scale), at(item_scale), at(user_out),
+          at(item_out), at(workspace), num_users, num_items, dim, num_layers, DType(dtype), 0, slab_bytes};
+}
+
+}  // namespace gpu
+// clang-format on
+
+const Operator kOperator([](py::module_& m) {
+  m.def("incidence_product", &incidence_product);
+  m.def("hypergraph_conv", &hypergraph_conv);
+  m.def("bipartite_propagate", &bipartite_propagate);
+  define_plan(m, "incidence_product", "hypergraph_conv.cuh", &gpu::incidence_product, &cuda::incidence_product);
+  define_plan(m, "hypergraph_conv", "hypergraph_conv.cuh", &gpu::hypergraph_conv, &cuda::hypergraph_conv);
+  define_plan(m, "bipartite_propagate", "hypergraph_conv.cuh", &gpu::bipartite_propagate, &cuda::bipartite_propagate);
+  m.def("hypergraph_conv_workspace", [](gpu::Schedule vertex_schedule, gpu::Schedule edge_schedule, int64_t slab_bytes,
+                                        int64_t num_vertices, int64_t num_hyperedges, int64_t dim, int num_layers,
+                                        int dtype) {
+    return cuda::hypergraph_conv_workspace(gpu::hypergraph_conv(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, vertex_schedule,
+                                                                edge_schedule, slab_bytes, num_vertices, num_hyperedges,
+                                                                dim, num_layers, dtype));
+  });
+  m.def("bipartite_propagate_workspace", [](gpu::Schedule vertex_schedule, gpu::Schedule edge_schedule,
+                                            int64_t slab_bytes, int64_t num_users, int64_t num_items, int64_t dim,
+                                            int num_layers, int dtype) {
+    return cuda::bipartite_propagate_workspace(gpu::bipartite_propagate(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                                                                        vertex_schedule, edge_schedule, slab_bytes,
+                                                                        num_users, num_items, dim, num_layers, dtype));
+  });
+});
+
+}  // namespace
+}  // namespace hellm::binding

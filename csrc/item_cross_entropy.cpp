@@ -1,8 +1,11 @@
 // Launch plan of item_cross_entropy: tables to halves, attention of hidden over the items, losses and the gradient of
 // hidden, attention with the roles swapped, gradients of the items.
-#include "../item_cross_entropy.h"
+#include "item_cross_entropy.h"
 
-#include "attention_plan.h"
+#include "binding.h"
+
+#include "cuda/attention_plan.h"
+#include "cuda/item_cross_entropy.cuh"
 
 namespace hellm::cuda {
 namespace {
@@ -149,3 +152,53 @@ void item_cross_entropy(const ItemCrossEntropyArguments& a, const Queue& queue) 
 }
 
 }  // namespace hellm::cuda
+
+HELLM_CPU_KERNEL(item_cross_entropy, hellm::ItemCrossEntropyArguments)
+
+namespace hellm::binding {
+namespace {
+
+// Lists of arguments are filled line by line, in the order of the fields.
+// clang-format off
+void item_cross_entropy(Address hidden, Address item_embedding, Address target, Address bias, Address row_grad,
+                        Address row_loss, Address grad_hidden, Address grad_items, Address grad_bias, int64_t num_rows,
+                        int64_t num_items, int64_t dim, int dtype, int num_threads) {
+  const ItemCrossEntropyArguments arguments{at(hidden), at(item_embedding), at<const int64_t>(target), at(bias),
+      at(row_grad), at(row_loss), at(grad_hidden), at(grad_items), at(grad_bias), num_rows, num_items, dim,
+      DType(dtype), num_threads};
+  run(cpu::item_cross_entropy, arguments);
+}
+
+namespace gpu {
+
+ItemCrossEntropyArguments item_cross_entropy(Address hidden, Address item_embedding, Address target,
+                                             Address row_order, Address row_begin, Address bias,
+                                             Address row_grad, Address row_loss, Address grad_hidden,
+                                             Address grad_items, Address grad_bias, Address workspace,
+                                             int64_t num_rows, int64_t num_items, int64_t dim,
+                                             bool highest_precision, int num_processors, int shared_bytes,
+                                             int dtype) {
+  return {at(hidden), at(item_embedding), at<const int64_t>(target), at(bias), at(row_grad), at(row_loss),
+          at(grad_hidden), at(grad_items), at(grad_bias), num_rows, num_items, dim, DType(dtype), 0,
+          at<const int64_t>(row_order), at<const int64_t>(row_begin), at(workspace), highest_precision,
+          num_processors, shared_bytes};
+}
+
+}  // namespace gpu
+// clang-format on
+
+const Operator kOperator([](py::module_& m) {
+  m.def("item_cross_entropy", &item_cross_entropy);
+  define_plan(m, "item_cross_entropy", "item_cross_entropy.cuh", &gpu::item_cross_entropy, &cuda::item_cross_entropy);
+  m.def("item_cross_entropy_workspace",
+        [](int64_t num_rows, int64_t num_items, int64_t dim, bool hidden_grad, bool items_grad, bool highest_precision,
+           int num_processors, int shared_bytes, int dtype) {
+          const Address hidden = hidden_grad ? 16 : 0, items = items_grad ? 16 : 0;
+          return cuda::item_cross_entropy_workspace(gpu::item_cross_entropy(0, 0, 0, 0, 0, 0, 0, 0, hidden, items, 0, 0,
+                                                                            num_rows, num_items, dim, highest_precision,
+                                                                            num_processors, shared_bytes, dtype));
+        });
+});
+
+}  // namespace
+}  // namespace hellm::binding
