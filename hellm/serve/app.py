@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 import hellm
 from hellm.serve import health, routes
 from hellm.serve.errors import Overloaded, RequestError
-from hellm.serve.guard import Guard
+from hellm.serve.guard import KEY_SCHEMES, OPEN, Guard
 from hellm.serve.metrics import Metrics
 from hellm.serve.schema import ItemRequest
 from hellm.serve.service import Service, Source
@@ -76,13 +76,16 @@ def create_app(source: Source, store: Store | None = None, settings: Settings | 
 
 
 def _description(app: FastAPI) -> dict[str, Any]:
-    """OpenAPI, with what a route reads by itself, as it comes in two forms."""
+    """OpenAPI, with what a route reads by itself, as it comes in two forms, and the key that `Guard` asks for."""
     if app.openapi_schema is None:
-        app.openapi_schema = get_openapi(
-            title=app.title, version=app.version, description=app.description, routes=app.routes
-        )
-        schemas = app.openapi_schema["components"]["schemas"]
-        schemas["ItemRequest"] = ItemRequest.model_json_schema()
+        found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        found["components"]["schemas"]["ItemRequest"] = ItemRequest.model_json_schema()
+        found["components"]["securitySchemes"] = KEY_SCHEMES
+        if app.state.settings.api_key is not None:
+            found["security"] = [{name: []} for name in KEY_SCHEMES]
+            for path in OPEN:
+                found["paths"][path]["get"]["security"] = []
+        app.openapi_schema = found
     return app.openapi_schema
 
 

@@ -20,13 +20,19 @@ from hellm.serve.health import Readiness
 from hellm.serve.metrics import Metrics
 from hellm.serve.settings import Settings
 
-__all__ = ["Guard"]
+__all__ = ["KEY_SCHEMES", "OPEN", "Guard"]
 
 logger = logging.getLogger(__name__)
 
-# For whoever starts and watches processes: no key, and answered before the server is ready.
-_OPEN = ("/health/live", "/health/ready")
-_BEFORE_READY = (*_OPEN, "/metrics", "/openapi.json")
+OPEN = ("/health/live", "/health/ready")
+"""For whoever starts and watches processes: no key, and answered before the server is ready."""
+KEY_SCHEMES = {
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "basic": {"type": "http", "scheme": "basic", "description": "The key is the password, of any user."},
+}
+"""The ways of giving the key, as OpenAPI describes them; `_keys` reads them."""
+_BEFORE_READY = (*OPEN, "/metrics", "/openapi.json")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 
 
@@ -95,7 +101,7 @@ class Guard:
                 origin is not None and urlsplit(origin).netloc != headers.get("host")
             ):
                 raise RequestError(403, "must not be sent by a page of another site", field="origin")
-        if path in _OPEN:
+        if path in OPEN:
             return
         if settings.api_key is not None and not self._has_key(headers):
             raise RequestError(401, "needs the API key, as X-API-Key, as a bearer token or as the password of any user")
