@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 import hellm
 from hellm.serve import health, routes
 from hellm.serve.errors import Overloaded, RequestError
-from hellm.serve.guard import KEY_SCHEMES, OPEN, Guard
+from hellm.serve.guard import KEY_SCHEMES, Guard
 from hellm.serve.metrics import Metrics
 from hellm.serve.schema import ItemRequest
 from hellm.serve.service import Service, Source
@@ -83,8 +83,6 @@ def _description(app: FastAPI) -> dict[str, Any]:
         found["components"]["securitySchemes"] = KEY_SCHEMES
         if app.state.settings.api_key is not None:
             found["security"] = [{name: []} for name in KEY_SCHEMES]
-            for path in OPEN:
-                found["paths"][path]["get"]["security"] = []
         app.openapi_schema = found
     return app.openapi_schema
 

@@ -20,19 +20,13 @@ from hellm.serve.health import Readiness
 from hellm.serve.metrics import Metrics
 from hellm.serve.settings import Settings
 
-__all__ = ["KEY_SCHEMES", "OPEN", "Guard"]
+__all__ = ["KEY_SCHEMES", "Guard"]
 
 logger = logging.getLogger(__name__)
 
-OPEN = ("/health/live", "/health/ready")
-"""For whoever starts and watches processes: no key, and answered before the server is ready."""
-KEY_SCHEMES = {
-    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-    "bearer": {"type": "http", "scheme": "bearer"},
-    "basic": {"type": "http", "scheme": "basic", "description": "The key is the password, of any user."},
-}
-"""The ways of giving the key, as OpenAPI describes them; `_keys` reads them."""
-_BEFORE_READY = (*OPEN, "/metrics", "/openapi.json")
+# For whoever starts and watches processes: no key, and answered before the server is ready.
+_OPEN = ("/health/live", "/health/ready")
+_BEFORE_READY = (*_OPEN, "/metrics", "/openapi.json")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 
 
@@ -101,7 +95,7 @@ class Guard:
                 origin is not None and urlsplit(origin).netloc != headers.get("host")
             ):
                 raise RequestError(403, "must not be sent by a page of another site", field="origin")
-        if path in OPEN:
+        if path in _OPEN:
             return
         if settings.api_key is not None and not self._has_key(headers):
             raise RequestError(401, "needs the API key, as X-API-Key, as a bearer token or as the password of any user")
@@ -179,6 +173,14 @@ def _host_name(host: str) -> str:
     if host.startswith("["):
         return host.partition("]")[0][1:].lower()
     return host.partition(":")[0].lower()
+
+
+KEY_SCHEMES = {
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "basic": {"type": "http", "scheme": "basic", "description": "The key is the password, of any user."},
+}
+"""The ways of giving the key, as OpenAPI describes them."""
 
 
 def _keys(headers: Headers) -> Iterator[str]:
