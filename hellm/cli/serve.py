@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hellm.cli._parser import new_parser, parse
 
-__all__ = ["run"]
+__all__ = ["run", "store_of"]
 
 _KEY = "HELLM_API_KEY"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -51,6 +51,7 @@ def run(argv: Sequence[str]) -> int:
         api_key=key,
         allowed_hosts=_hosts(args.host, args.allowed_host or []),
         log_requests=not args.no_request_log,
+        answer_log=args.answer_log,
         max_batch=args.max_batch,
         max_wait=args.max_wait / 1000,
         max_queue=args.max_queue,
@@ -60,8 +61,9 @@ def run(argv: Sequence[str]) -> int:
     )
     with contextlib.ExitStack() as stack:
         store = None
-        if args.store != "none":
-            store = Store(args.store or f"{os.fspath(args.run).rstrip('/')}.events.sqlite")
+        path = store_of(args.run, args.store)
+        if path is not None:
+            store = Store(path)
             stack.callback(store.close)
         app = create_app(source, store, settings)
         version = app.state.service.snapshot.model_version
@@ -71,6 +73,11 @@ def run(argv: Sequence[str]) -> int:
             print(f"serving {args.run} ({version}) on http://{name}:{port}", flush=True)
 
         return serve(app, args.host, args.port, on_listening=say)
+
+
+def store_of(run: str, given: str | None) -> str | None:
+    """Where the events and items of a run are kept; None where none are."""
+    return None if given == "none" else given or f"{run.rstrip('/')}.events.sqlite"
 
 
 def _parser():
@@ -98,6 +105,11 @@ def _parser():
     )
     parser.add_argument(
         "--store", metavar="FILE", help="where events and items are kept, or none; default: RUN.events.sqlite"
+    )
+    parser.add_argument(
+        "--answer-log",
+        metavar="FILE",
+        help="note what is asked, ids of people among it, and a digest of each answer, for hellm replay",
     )
     parser.add_argument(
         "--reload-from", metavar="DIR", help="run that POST /admin/reload takes over; default: RUN, read again"

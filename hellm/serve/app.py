@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 import hellm
 from hellm.serve import health, routes
+from hellm.serve.answer_log import AnswerLog
 from hellm.serve.errors import Overloaded, RequestError
 from hellm.serve.guard import KEY_SCHEMES, Guard
 from hellm.serve.metrics import Metrics
@@ -34,13 +35,14 @@ _DESCRIPTION = "Recommendations from a finished run. Every answer names the run 
 def create_app(source: Source, store: Store | None = None, settings: Settings | None = None) -> FastAPI:
     """An ASGI application that serves a run.
 
-    `app.state` holds `service` (`hellm.serve.service.Service`, by which every route asks), `metrics` and `settings`.
+    `app.state` holds `service` (`hellm.serve.service.Service`, by which every route asks), `metrics`, `settings` and
+    `answer_log`, which is None where none is kept.
 
     Args:
         source: Where the run is.
         store: Where events and items are kept; None takes none.
         settings: Limits; None is `Settings()`.
-    Raises: As `hellm.serve.state.load_snapshot`.
+    Raises: As `hellm.serve.state.load_snapshot`; WriteError, no answer log can be kept.
     """
     settings, metrics = settings or Settings(), Metrics()
     service = Service(source, store, settings, metrics)
@@ -66,6 +68,7 @@ def create_app(source: Source, store: Store | None = None, settings: Settings | 
         lifespan=lifespan,
     )
     app.state.service, app.state.settings, app.state.metrics = service, settings, metrics
+    app.state.answer_log = None if settings.answer_log is None else AnswerLog(settings.answer_log, source.device)
     app.state.readiness = health.Readiness()
     app.include_router(health.router, responses={status: routes.REFUSALS[status] for status in (401, 403, 408, 413)})
     app.include_router(routes.router)

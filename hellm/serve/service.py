@@ -167,7 +167,7 @@ class Service:
         if self._store is None:
             return snapshot, 0
         after = self._store.learned(snapshot.run_hash) if learned is None else learned
-        return replayed(replace(snapshot, revision=after), self._store.entries(after))
+        return replayed(snapshot.learned_up_to(after), self._store.entries(after))
 
     def _answer(self, jobs: Sequence[tuple[Question, Any]]) -> list[Any]:
         """One snapshot for a batch."""
