@@ -34,6 +34,9 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="reads histories: auto, cpu, cuda or cuda:N")
     parser.add_argument("--llm", metavar="PATH", help="where the language model of a fine-tuning run is, if moved")
+    parser.add_argument(
+        "--onnx", nargs="+", type=str, metavar="DIR", help="what hellm serve --onnx had of each run that is to answer"
+    )
     parser.add_argument("--json", action="store_true", help="print what came of each, with the answers, as one line")
     args = parse(parser, argv)
     try:
@@ -43,7 +46,14 @@ def run(argv: Sequence[str]) -> int:
     from hellm._devices import resolve_device
 
     store = store_of(args.runs[0], args.store)
-    outcomes = replay(args.answers, args.runs, store, device=resolve_device(args.device), language_model=args.llm)
+    outcomes = replay(
+        args.answers,
+        args.runs,
+        store,
+        device=resolve_device(args.device),
+        language_model=args.llm,
+        onnx=args.onnx or (),
+    )
     verdicts = Counter(one.verdict for one in outcomes)
     if args.json:
         counts = {name: verdicts[name] for name in ("same", "different", "impossible")}

@@ -45,6 +45,7 @@ def run(argv: Sequence[str]) -> int:
         args.reload_from,
         device=resolve_device(args.device),
         language_model=args.llm,
+        onnx=args.onnx,
         encoders=_encoders(args.encoder or []),
     )
     settings = Settings(
@@ -123,6 +124,9 @@ def _parser():
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="reads histories: auto, cpu, cuda or cuda:N")
     parser.add_argument("--llm", metavar="PATH", help="where the language model of a fine-tuning run is, if moved")
+    parser.add_argument(
+        "--onnx", metavar="DIR", help="read histories by onnxruntime: what hellm export RUN --to onnx wrote"
+    )
     parser.add_argument("--num-threads", type=int, default=1, metavar="N", help="threads of the model")
     parser.add_argument("--max-batch", type=int, default=32, metavar="N", help="requests in one turn of the model")
     parser.add_argument("--max-wait", type=float, default=0.0, metavar="MS", help="time a turn waits for more requests")

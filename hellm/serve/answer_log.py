@@ -34,12 +34,17 @@ logger = logging.getLogger(__name__)
 _PRIVATE = 0o600
 
 
-def computed_by(device: str) -> dict[str, Any]:
+def computed_by(device: str, *, by_onnx: bool) -> dict[str, Any]:
     """What the bits of an answer may depend on beside the state: versions, threads, processor and device."""
-    cpu = processor()
+    cpu, onnx = processor(), {}
+    if by_onnx:
+        import onnxruntime
+
+        onnx = {"onnxruntime": onnxruntime.__version__}
     return {
         "hellm": hellm.__version__,
         "torch": torch.__version__,
+        **onnx,
         "threads": torch.get_num_threads(),
         "processor": cpu["model"],
         "instruction_set": cpu["in_use"],
@@ -52,14 +57,13 @@ class AnswerLog:
 
     Args:
         path: The file; what is there stays.
-        device: What the model computes on.
+        computed_by: See the function.
 
     Raises: WriteError.
     """
 
-    def __init__(self, path: str | os.PathLike[str], device: str) -> None:
-        self.path, self.is_complete = Path(path), True
-        self._computed_by = computed_by(device)
+    def __init__(self, path: str | os.PathLike[str], computed_by: dict[str, Any]) -> None:
+        self.path, self.is_complete, self._computed_by = Path(path), True, computed_by
         with writing(self.path):
             os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, _PRIVATE))
 

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 import hellm
 from hellm.serve import health, routes
-from hellm.serve.answer_log import AnswerLog
+from hellm.serve.answer_log import AnswerLog, computed_by
 from hellm.serve.errors import Overloaded, RequestError
 from hellm.serve.guard import KEY_SCHEMES, Guard
 from hellm.serve.metrics import Metrics
@@ -68,7 +68,10 @@ def create_app(source: Source, store: Store | None = None, settings: Settings | 
         lifespan=lifespan,
     )
     app.state.service, app.state.settings, app.state.metrics = service, settings, metrics
-    app.state.answer_log = None if settings.answer_log is None else AnswerLog(settings.answer_log, source.device)
+    app.state.answer_log = None
+    if settings.answer_log is not None:
+        by = computed_by(source.device, by_onnx=source.onnx is not None)
+        app.state.answer_log = AnswerLog(settings.answer_log, by)
     app.state.readiness = health.Readiness()
     app.include_router(health.router, responses={status: routes.REFUSALS[status] for status in (401, 403, 408, 413)})
     app.include_router(routes.router)

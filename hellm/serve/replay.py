@@ -24,11 +24,14 @@ from hellm.serve.answer_log import computed_by
 from hellm.serve.answers import QUESTIONS, written
 from hellm.serve.errors import RequestError
 from hellm.serve.schema import Receipt
-from hellm.serve.state import Snapshot, load_snapshot
+from hellm.serve.state import BY_ONNX, Snapshot, load_snapshot
 from hellm.serve.store import read_entries
 from hellm.serve.writer import replayed
 
 __all__ = ["Outcome", "replay"]
+
+# More than any machine has; a file may claim anything.
+_MAX_THREADS = 1024
 
 
 class Outcome(NamedTuple):
@@ -72,6 +75,7 @@ def replay(
     *,
     device: str = "cpu",
     language_model: str | os.PathLike[str] | None = None,
+    onnx: Sequence[str | os.PathLike[str]] = (),
 ) -> list[Outcome]:
     """Compute logged answers again.
 
@@ -81,11 +85,17 @@ def replay(
         runs: Run directories that may have answered.
         store: What the server has kept, which may go on meanwhile; None is nothing.
         device, language_model: As in `hellm.recommend.Recommender.load`.
+        onnx: What `hellm export --to onnx` made of the runs whose histories onnxruntime has read.
     Returns: What came of each, in the order of the file.
     Raises: FileNotFoundError, a file or run that is not there. DataError, a file that holds no answers, or a damaged
         run or store.
     """
     by_hash = {run_hash(run): run for run in runs}
+    exports = {}
+    if onnx:
+        from hellm.export import OnnxEncoder
+
+        exports = {OnnxEncoder(folder).run: folder for folder in onnx}
     outcomes, logged = [], []
     for place, value in _values(Path(file)):
         try:
@@ -95,18 +105,25 @@ def replay(
             outcomes.append(Outcome(place, question if isinstance(question, str) else None, "impossible", str(error)))
     if not logged and not outcomes:
         raise DataError(f"{file} holds no answers")
-    logged.sort(key=lambda one: (one.receipt.run_hash, one.receipt.learned, one.receipt.revision))
+    logged.sort(key=lambda one: (*_model_of(one), one.receipt.revision))
     threads = torch.get_num_threads()
     try:
-        for (wanted, learned), group in groupby(logged, lambda one: (one.receipt.run_hash, one.receipt.learned)):
+        for (wanted, by_onnx, learned, then), group in groupby(logged, _model_of):
+            reason = None
             if wanted not in by_hash:
                 given = ", ".join(f"{run} is {name}" for name, run in by_hash.items())
                 reason = f"it is of run {wanted}, and {given}"
+            elif by_onnx and wanted not in exports:
+                reason = f"onnxruntime has read the histories, and no export of run {wanted} is given"
+            if reason is not None:
                 outcomes += [Outcome(one.place, one.question, "impossible", reason) for one in group]
                 continue
-            snapshot = load_snapshot(by_hash[wanted], device=device, language_model=language_model)
+            torch.set_num_threads(then or threads)
+            options = {"device": device, "language_model": language_model}
+            snapshot = load_snapshot(by_hash[wanted], onnx=exports[wanted] if by_onnx else None, **options)
             states = _States(snapshot.learned_up_to(learned), store)
-            outcomes += [_outcome(one, states, device) for one in group]
+            here = computed_by(device, by_onnx=by_onnx)
+            outcomes += [_outcome(one, states, here) for one in group]
     finally:
         torch.set_num_threads(threads)
     return sorted(outcomes, key=lambda one: one.place)
@@ -145,12 +162,16 @@ class _States:
         return self.snapshot
 
 
-def _outcome(logged: _Logged, states: _States, device: str) -> Outcome:
+def _model_of(logged: _Logged) -> tuple[str, bool, int, int]:
+    """The run, whether onnxruntime has read histories, from where on the store counts, and threads (0: unknown)."""
+    receipt, threads = logged.receipt, logged.computed_by.get("threads")
+    known = isinstance(threads, int) and 1 <= threads <= _MAX_THREADS
+    return receipt.run_hash, receipt.model_version.endswith(BY_ONNX), receipt.learned, threads if known else 0
+
+
+def _outcome(logged: _Logged, states: _States, here: dict[str, Any]) -> Outcome:
     try:
         snapshot = states.of(logged.receipt)
-        threads = logged.computed_by.get("threads")
-        if isinstance(threads, int) and threads > 0:
-            torch.set_num_threads(threads)
         (answer,) = QUESTIONS[logged.question][1](snapshot, [logged.asked])
         if isinstance(answer, (RequestError, ValueError)):
             raise _ImpossibleError(f"the request is refused: {answer}")
@@ -161,7 +182,6 @@ def _outcome(logged: _Logged, states: _States, device: str) -> Outcome:
     difference = _difference(logged, answer)
     if difference is None:
         return Outcome(logged.place, logged.question, "same", "", answer)
-    here = computed_by(device)
     others = [
         f"{name} {value} then and {here.get(name)} now"
         for name, value in logged.computed_by.items()

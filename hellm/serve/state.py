@@ -17,7 +17,10 @@ from hellm.recommend import Recommender
 from hellm.serve.nearest import Nearest
 from hellm.serve.store import Entry, state_after
 
-__all__ = ["Snapshot", "load_snapshot"]
+__all__ = ["BY_ONNX", "Snapshot", "load_snapshot"]
+
+BY_ONNX = "-onnx"
+"""At the end of the version of a model whose queries onnxruntime makes: their bits are others than those of torch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +30,7 @@ class Snapshot:
     Attributes:
         recommender: Not to be written to.
         run_hash: Of the run directory, see `hellm.artifact.run_hash`.
-        model_version: Kind of the model and the beginning of the hash.
+        model_version: Kind of the model and the beginning of the hash, and `BY_ONNX` where that makes the queries.
         data_fingerprint: Of the data that the run was trained on; None where the folder does not say.
         state: Of the run and of the entries that were taken up, see `hellm.serve.store.state_after`.
         learned: Number of the last entry of the store that the run was trained with; what came later is taken up.
@@ -70,22 +73,34 @@ class Snapshot:
 
 
 def load_snapshot(
-    run: str | os.PathLike[str], *, device: str = "cpu", language_model: str | os.PathLike[str] | None = None
+    run: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    language_model: str | os.PathLike[str] | None = None,
+    onnx: str | os.PathLike[str] | None = None,
 ) -> Snapshot:
     """What a finished run, or a folder that `Recommender.save` wrote, gives to serve.
 
-    Raises: As `Recommender.load`; DataError, a folder that changes meanwhile.
+    Args:
+        run: The folder.
+        device, language_model: As in `Recommender.load`.
+        onnx: What `hellm export --to onnx` made of the run, to read histories; None is torch.
+    Raises: As `Recommender.load` and `hellm.export.OnnxEncoder.of_run`; DataError, a folder that changes meanwhile.
     """
     # A link that is given another target must not mix two runs.
     folder = Path(os.path.realpath(run))
     before = run_hash(folder)
     recommender = Recommender.load(folder, device=device, language_model=language_model)
+    if onnx is not None:
+        from hellm.export import OnnxEncoder
+
+        recommender.encode_with(OnnxEncoder.of_run(os.path.realpath(onnx), recommender, before))
     if run_hash(folder) != before:
         raise DataError(f"{run} has changed while it was read; try again when nobody writes there")
     return Snapshot(
         recommender,
         before,
-        f"{recommender.model.kind}-{before[:12]}",
+        f"{recommender.model.kind}-{before[:12]}{'' if onnx is None else BY_ONNX}",
         _data_fingerprint(folder),
         Nearest(recommender.user_ids.ids),
         Nearest(recommender.item_ids.ids),

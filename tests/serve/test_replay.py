@@ -223,7 +223,7 @@ def test_other_bits_are_told_with_what_has_changed(runs, logged, tmp_path, monke
     assert torch.get_num_threads() == threads
     assert [one.verdict for one in outcomes] == ["different"] * 2 + ["same"] * 22
     # The threads are those of then: bits may depend on them.
-    assert asked[:2] == [3, 1]
+    assert sorted(asked) == [1] * 11 + [3]
     assert outcomes[0].reason == f"the answer has another SHA-256; torch 1.0 then and {torch.__version__} now"
     assert outcomes[1].reason.endswith("; nothing is known to differ in how it is computed")
 
