@@ -79,9 +79,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink()
 
 
-def append_line(path: str | os.PathLike[str], line: str) -> None:
-    """Add a line to a file, whole or not at all. Raises: WriteError."""
-    with writing(path), open(path, "ab", buffering=0) as file:
+def append_line(path: str | os.PathLike[str], line: str, *, mode: int = 0o666) -> None:
+    """Add a line to a file, whole or not at all; a new file has the rights of `mode`. Raises: WriteError."""
+
+    def opened(name: str, flags: int) -> int:
+        return os.open(name, flags, mode)
+
+    with writing(path), open(path, "ab", buffering=0, opener=opened) as file:
         length = file.seek(0, os.SEEK_END)
         try:
             content = (line + "\n").encode("utf-8")

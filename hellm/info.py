@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["collect", "requirements", "run_selftest"]
+__all__ = ["collect", "processor", "requirements", "run_selftest"]
 
 # Extras of those who work on the package.
 _OF_DEVELOPERS = {"dev", "docs"}
@@ -30,7 +30,7 @@ def collect() -> dict[str, Any]:
     devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())] if cuda else []
     return {
         "versions": versions,
-        "cpu": _cpu() | {"threads": torch.get_num_threads()},
+        "cpu": processor() | {"threads": torch.get_num_threads()},
         "devices": devices,
         "backends": _backends(),
         "extras": [_extra(name, packages) for name, packages in required.items()],
@@ -63,7 +63,8 @@ def run_selftest() -> list[dict[str, Any]]:
     return rows
 
 
-def _cpu() -> dict[str, Any]:
+def processor() -> dict[str, Any]:
+    """The processor: "model", "cores", "instruction_sets" that have kernels, and the one "in_use"; None without any."""
     from hellm.ops.backends import loaders
 
     extension = loaders.native()

@@ -42,6 +42,7 @@ VERBS = {
     "drift": ("hellm.cli.drift", "recent events beside what a run was trained on, and what it shows"),
     "ab": ("hellm.cli.ab", "compare the arms of an experiment by what users did"),
     "serve": ("hellm.cli.serve", "serve a run over HTTP: recommendations, events and new items as they come"),
+    "replay": ("hellm.cli.replay", "compute logged answers of a server again, bit for bit"),
     "info": ("hellm.cli.info", "what is installed and usable here; --selftest checks the operators"),
     "demo": ("hellm.cli.demo", "the whole way on a made-up shop, in some minutes"),
 }

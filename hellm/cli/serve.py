@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hellm.cli._parser import new_parser, parse
 
-__all__ = ["run"]
+__all__ = ["run", "store_of"]
 
 _KEY = "HELLM_API_KEY"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -45,12 +45,14 @@ def run(argv: Sequence[str]) -> int:
         args.reload_from,
         device=resolve_device(args.device),
         language_model=args.llm,
+        onnx=args.onnx,
         encoders=_encoders(args.encoder or []),
     )
     settings = Settings(
         api_key=key,
         allowed_hosts=_hosts(args.host, args.allowed_host or []),
         log_requests=not args.no_request_log,
+        answer_log=args.answer_log,
         max_batch=args.max_batch,
         max_wait=args.max_wait / 1000,
         max_queue=args.max_queue,
@@ -60,8 +62,9 @@ def run(argv: Sequence[str]) -> int:
     )
     with contextlib.ExitStack() as stack:
         store = None
-        if args.store != "none":
-            store = Store(args.store or f"{os.fspath(args.run).rstrip('/')}.events.sqlite")
+        path = store_of(args.run, args.store)
+        if path is not None:
+            store = Store(path)
             stack.callback(store.close)
         app = create_app(source, store, settings)
         version = app.state.service.snapshot.model_version
@@ -71,6 +74,11 @@ def run(argv: Sequence[str]) -> int:
             print(f"serving {args.run} ({version}) on http://{name}:{port}", flush=True)
 
         return serve(app, args.host, args.port, on_listening=say)
+
+
+def store_of(run: str, given: str | None) -> str | None:
+    """Where the events and items of a run are kept; None where none are."""
+    return None if given == "none" else given or f"{run.rstrip('/')}.events.sqlite"
 
 
 def _parser():
@@ -100,6 +108,11 @@ def _parser():
         "--store", metavar="FILE", help="where events and items are kept, or none; default: RUN.events.sqlite"
     )
     parser.add_argument(
+        "--answer-log",
+        metavar="FILE",
+        help="note what is asked, ids of people among it, and a digest of each answer, for hellm replay",
+    )
+    parser.add_argument(
         "--reload-from", metavar="DIR", help="run that POST /admin/reload takes over; default: RUN, read again"
     )
     parser.add_argument(
@@ -111,6 +124,9 @@ def _parser():
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="reads histories: auto, cpu, cuda or cuda:N")
     parser.add_argument("--llm", metavar="PATH", help="where the language model of a fine-tuning run is, if moved")
+    parser.add_argument(
+        "--onnx", metavar="DIR", help="read histories by onnxruntime: what hellm export RUN --to onnx wrote"
+    )
     parser.add_argument("--num-threads", type=int, default=1, metavar="N", help="threads of the model")
     parser.add_argument("--max-batch", type=int, default=32, metavar="N", help="requests in one turn of the model")
     parser.add_argument("--max-wait", type=float, default=0.0, metavar="MS", help="time a turn waits for more requests")

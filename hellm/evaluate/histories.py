@@ -78,11 +78,18 @@ class HistoryScorer:
         return torch.where(personal.unsqueeze(1), scores, self._popularity)
 
 
-def history_scores(model: HistoryModel, keys: Tensor, indptr: Tensor, items: Tensor) -> Tensor:
-    """Scores [B, I] of all items after histories in time order, given as CSR; `keys` are those of the model."""
+def history_scores(
+    model: HistoryModel, keys: Tensor, indptr: Tensor, items: Tensor, queries: Tensor | None = None
+) -> Tensor:
+    """Scores [B, I] of all items after histories in time order, given as CSR.
+
+    Args:
+        keys: [I, D] of the model.
+        queries: [B, D] of the histories, where somebody else has them; None takes those of the model.
+    """
     if hasattr(model, "history_scores"):
-        return model.history_scores(indptr, items)
-    return dot_products(model.embed(indptr, items), keys)
+        return model.history_scores(indptr, items, **({} if queries is None else {"queries": queries}))
+    return dot_products(model.embed(indptr, items) if queries is None else queries, keys)
 
 
 def evaluate_histories(model: HistoryModel, dataset: Dataset, split: str = "test", **options) -> RankingResult:

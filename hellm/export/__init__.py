@@ -12,11 +12,12 @@ from hellm.artifact.run_hash import run_hash
 from hellm.export.encoders import ExportError
 from hellm.export.index import ItemIndex, export_usearch
 from hellm.export.onnx import export_onnx
+from hellm.export.queries import OnnxEncoder
 from hellm.export.vectors import export_parquet
 from hellm.recommend import Recommender
 from hellm.recommend.card import write_card
 
-__all__ = ["FORMATS", "ExportError", "ItemIndex", "export"]
+__all__ = ["FORMATS", "ExportError", "ItemIndex", "OnnxEncoder", "export"]
 
 FORMATS: dict[str, Callable[..., dict[str, Any]]] = {
     "onnx": export_onnx,

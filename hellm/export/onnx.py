@@ -25,12 +25,14 @@ from hellm.export.sample import ITEM_IDS, sample_histories
 from hellm.models.histories import pad_histories
 from hellm.recommend import Recommender, ServedFused, ServedTransitions
 
-__all__ = ["TOLERANCE", "export_onnx"]
+__all__ = ["ENCODER", "KEYS", "TOLERANCE", "export_onnx", "open_session"]
 
 TOLERANCE = 1e-4
 """Most by which a query or a score of onnxruntime may differ from that of torch."""
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-_ENCODER, _SCORES, _KEYS = "encoder.onnx", "scores.onnx", "keys.npy"
+ENCODER, KEYS = "encoder.onnx", "keys.npy"
+"""What makes queries of histories, and the keys of the items; absent for models without queries."""
+_SCORES = "scores.onnx"
 _BATCH, _MAX_ELEMENTS = 64, 1 << 26
 _TOP = 10
 
@@ -60,15 +62,15 @@ def export_onnx(recommender: Recommender, folder: Path, *, num_histories: int = 
     model = recommender.model
     scores = _WithPopularity(scorer_of(model), recommender.popularity)
     graphs: dict[str, nn.Module | None] = {"query": encoder_of(model), "scores": scores}
-    files = {"query": _ENCODER, "scores": _SCORES}
+    files = {"query": ENCODER, "scores": _SCORES}
     for output, graph in graphs.items():
         if graph is not None:
             _write(graph, folder / files[output], output)
     if graphs["query"] is not None:
-        np.save(folder / _KEYS, recommender.item.numpy())
+        np.save(folder / KEYS, recommender.item.numpy())
     (folder / ITEM_IDS).write_text(json.dumps(recommender.item_ids.ids), encoding="utf-8")
     histories = sample_histories(recommender, num_histories, seed)
-    sessions = {output: _session(folder / files[output]) for output, graph in graphs.items() if graph is not None}
+    sessions = {output: open_session(folder / files[output]) for output, graph in graphs.items() if graph is not None}
     report = _compared(recommender, histories, sessions)
     for output, difference in report["largest_difference"].items():
         if not difference <= TOLERANCE:
@@ -133,7 +135,8 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _session(file: Path) -> Any:
+def open_session(file: Path) -> Any:
+    """A graph that is ready to run on the CPU, with as many threads as torch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -67,11 +67,17 @@ class FusedModel:
         """[I, D] float32, of the towers that have queries; of all where none has."""
         return torch.cat([tower.item_keys() for tower in (self._embedding() or self.towers).values()], dim=1)
 
-    def history_scores(self, indptr: Tensor, items: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Scores [B, I] of all items after histories; `keys` are `item_keys()`, where they are there already."""
+    def history_scores(
+        self, indptr: Tensor, items: Tensor, keys: Tensor | None = None, queries: Tensor | None = None
+    ) -> Tensor:
+        """Scores [B, I] of all items after histories.
+
+        `keys` are `item_keys()` and `queries` those of `embed`, where they are there already.
+        """
         parts, embedding = [], self._embedding()
         if embedding:
-            parts.append(dot_products(self.embed(indptr, items), self.item_keys() if keys is None else keys))
+            queries = self.embed(indptr, items) if queries is None else queries
+            parts.append(dot_products(queries, self.item_keys() if keys is None else keys))
         # In the order of the towers, as a sum has the same bits in one order only.
         for name, tower in self.towers.items():
             if name not in embedding:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from hellm.recommend.catalogue import history_lists, id_list, rows_of
 from hellm.recommend.events import KNOWN, Events
 from hellm.recommend.results import Reason, Recommendations, RecommendedItem
 from hellm.recommend.served import ServedFused, ServedModel, load_served
-from hellm.recommend.state import State
+from hellm.recommend.state import QueryEncoder, State
 
 if TYPE_CHECKING:
     import polars as pl
@@ -175,6 +176,17 @@ class Recommender:
             raise DataError(f"{path}: {error}") from None
         recommender.training = training_facts(path)
         return recommender
+
+    def encode_with(self, encoder: QueryEncoder) -> None:
+        """Let an encoder make the queries of histories from the next answer on, in place of the model.
+
+        Histories with items that came later than the encoder are read by the model as before, and so are evaluations.
+
+        Args:
+            encoder: Of the same model, such as `hellm.export.OnnxEncoder`.
+        """
+        with self._adding:
+            self._current = replace(self._current, encoder=encoder)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write what `load` needs, and nothing else of the run, into a new folder, with a model card.

@@ -330,8 +330,8 @@ class ServedFused:
     def item_keys(self) -> Tensor:
         return self.keys
 
-    def history_scores(self, indptr: Tensor, items: Tensor) -> Tensor:
-        return self.model.history_scores(indptr, items, self.keys)
+    def history_scores(self, indptr: Tensor, items: Tensor, queries: Tensor | None = None) -> Tensor:
+        return self.model.history_scores(indptr, items, self.keys, queries)
 
     def parts(self, indptr: Tensor, items: Tensor) -> dict[str, Tensor]:
         return self.model.parts(indptr, items)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -26,9 +26,23 @@ from hellm.recommend.served import NewItems, ServedModel
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["State"]
+__all__ = ["QueryEncoder", "State"]
 
 logger = logging.getLogger(__name__)
+
+
+class QueryEncoder(Protocol):
+    """Makes queries of histories in place of a model.
+
+    Attributes:
+        num_items: Items of the model when the encoder was made; those are all that it knows.
+    """
+
+    num_items: int
+
+    def __call__(self, indptr: Tensor, items: Tensor) -> Tensor:
+        """Queries [B, D] float32 of histories in time order, given as CSR."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,7 @@ class State:
         keys: [I, D] float32.
         popularity: [I] float32 training events.
         events: What is known of the users.
+        encoder: What makes queries of histories; None is the model.
         scorers: (split, device) -> scorer, as they are asked for.
     """
 
@@ -57,6 +72,7 @@ class State:
     keys: Tensor
     popularity: Tensor
     events: Events
+    encoder: QueryEncoder | None = None
     scorers: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def scorer(self, split: str, device: str = "cpu") -> Any:
@@ -97,7 +113,19 @@ class State:
 
     def history_scores(self, histories: Histories) -> Tensor:
         """Scores [B, I] of all items after histories."""
-        return history_scores(self.model, self.keys, *(torch.from_numpy(part) for part in histories))
+        queries = None if self.encoder is None else self._queries(self.encoder, histories)
+        return history_scores(self.model, self.keys, *(torch.from_numpy(part) for part in histories), queries)
+
+    def _queries(self, encoder: QueryEncoder, histories: Histories) -> Tensor:
+        """[B, D] of an encoder, and of the model where a history has items that the encoder does not know."""
+        newer = np.zeros(len(histories.lengths), bool)
+        newer[histories.owners[histories.items >= encoder.num_items]] = True
+        queries = torch.empty(len(newer), self.keys.shape[1])
+        for chosen, embed in ((~newer, encoder), (newer, self.model.embed)):
+            if chosen.any():
+                part = histories.take(np.flatnonzero(chosen))
+                queries[torch.from_numpy(chosen)] = embed(*(torch.from_numpy(one) for one in part))
+        return queries
 
     def with_events(self, users: Iterable[str], items: Iterable[str]) -> State:
         """See `Recommender.add_events`."""

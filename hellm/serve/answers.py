@@ -5,18 +5,21 @@ Every function takes a snapshot and the requests that have come together, and gi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
+
+from pydantic import BaseModel
 
 from hellm.data import IdMap
 from hellm.recommend import Recommendations, Recommender
 from hellm.serve.errors import RequestError
 from hellm.serve.nearest import Nearest
-from hellm.serve.schema import ExplainRequest, RecommendRequest
+from hellm.serve.schema import ExplainRequest, HistoryRequest, RecommendRequest, SimilarRequest
 from hellm.serve.state import Snapshot
 
-__all__ = ["explain", "history", "known_ids", "recommend", "similar"]
+__all__ = ["QUESTIONS", "explain", "history", "known_ids", "recommend", "similar", "written"]
 
 Answer = dict[str, Any] | BaseException
 
@@ -190,9 +193,9 @@ def _reasons(snapshot: Snapshot, item: str, basis: str, owner: dict[str, Any], k
 
 
 @one_by_one
-def similar(snapshot: Snapshot, request: tuple[str, int]) -> dict[str, Any]:
-    """Items like an item, see `Recommender.similar_items`; `request` is its id and how many."""
-    item, k = request
+def similar(snapshot: Snapshot, request: SimilarRequest) -> dict[str, Any]:
+    """Items like an item, see `Recommender.similar_items`."""
+    item, k = request.id, request.k
     recommender = snapshot.recommender
     known_ids([item], recommender.item_ids, snapshot.nearest_items, "id", status=404)
     most = recommender.num_items - 1
@@ -202,9 +205,9 @@ def similar(snapshot: Snapshot, request: tuple[str, int]) -> dict[str, Any]:
 
 
 @one_by_one
-def history(snapshot: Snapshot, user: str) -> dict[str, Any]:
+def history(snapshot: Snapshot, request: HistoryRequest) -> dict[str, Any]:
     """All events of a user, see `Recommender.history`."""
-    recommender = snapshot.recommender
+    recommender, user = snapshot.recommender, request.id
     known_ids([user], recommender.user_ids, snapshot.nearest_users, "id", kind="user", status=404)
     return {"user": user, "items": [vars(one) for one in recommender.history(user)], **snapshot.receipt()}
 
@@ -220,3 +223,17 @@ def explain(snapshot: Snapshot, request: ExplainRequest) -> dict[str, Any]:
         known_ids(request.history, recommender.item_ids, snapshot.nearest_items, "history[{place}]")
     reasons = recommender.explain(request.item, user=request.user, history=request.history, k=request.k)
     return {"item": request.item, "reasons": [one.to_dict() for one in reasons], **snapshot.receipt()}
+
+
+QUESTIONS: dict[str, tuple[type[BaseModel], Callable[[Snapshot, Sequence[Any]], list[Answer]]]] = {
+    "recommend": (RecommendRequest, recommend),
+    "similar": (SimilarRequest, similar),
+    "history": (HistoryRequest, history),
+    "explain": (ExplainRequest, explain),
+}
+"""Name -> what is asked, and what answers it: all that a state alone decides."""
+
+
+def written(value: dict[str, Any]) -> bytes:
+    """An answer as it is sent: JSON with all digits, so that the same bytes are the same bits."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()

@@ -16,8 +16,9 @@ from starlette.exceptions import HTTPException
 
 import hellm
 from hellm.serve import health, routes
+from hellm.serve.answer_log import AnswerLog, computed_by
 from hellm.serve.errors import Overloaded, RequestError
-from hellm.serve.guard import Guard
+from hellm.serve.guard import KEY_SCHEMES, Guard
 from hellm.serve.metrics import Metrics
 from hellm.serve.schema import ItemRequest
 from hellm.serve.service import Service, Source
@@ -34,13 +35,14 @@ _DESCRIPTION = "Recommendations from a finished run. Every answer names the run 
 def create_app(source: Source, store: Store | None = None, settings: Settings | None = None) -> FastAPI:
     """An ASGI application that serves a run.
 
-    `app.state` holds `service` (`hellm.serve.service.Service`, by which every route asks), `metrics` and `settings`.
+    `app.state` holds `service` (`hellm.serve.service.Service`, by which every route asks), `metrics`, `settings` and
+    `answer_log`, which is None where none is kept.
 
     Args:
         source: Where the run is.
         store: Where events and items are kept; None takes none.
         settings: Limits; None is `Settings()`.
-    Raises: As `hellm.serve.state.load_snapshot`.
+    Raises: As `hellm.serve.state.load_snapshot`; WriteError, no answer log can be kept.
     """
     settings, metrics = settings or Settings(), Metrics()
     service = Service(source, store, settings, metrics)
@@ -66,6 +68,10 @@ def create_app(source: Source, store: Store | None = None, settings: Settings | 
         lifespan=lifespan,
     )
     app.state.service, app.state.settings, app.state.metrics = service, settings, metrics
+    app.state.answer_log = None
+    if settings.answer_log is not None:
+        by = computed_by(source.device, by_onnx=source.onnx is not None)
+        app.state.answer_log = AnswerLog(settings.answer_log, by)
     app.state.readiness = health.Readiness()
     app.include_router(health.router, responses={status: routes.REFUSALS[status] for status in (401, 403, 408, 413)})
     app.include_router(routes.router)
@@ -76,13 +82,14 @@ def create_app(source: Source, store: Store | None = None, settings: Settings | 
 
 
 def _description(app: FastAPI) -> dict[str, Any]:
-    """OpenAPI, with what a route reads by itself, as it comes in two forms."""
+    """OpenAPI, with what a route reads by itself, as it comes in two forms, and the key that `Guard` asks for."""
     if app.openapi_schema is None:
-        app.openapi_schema = get_openapi(
-            title=app.title, version=app.version, description=app.description, routes=app.routes
-        )
-        schemas = app.openapi_schema["components"]["schemas"]
-        schemas["ItemRequest"] = ItemRequest.model_json_schema()
+        found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        found["components"]["schemas"]["ItemRequest"] = ItemRequest.model_json_schema()
+        found["components"]["securitySchemes"] = KEY_SCHEMES
+        if app.state.settings.api_key is not None:
+            found["security"] = [{name: []} for name in KEY_SCHEMES]
+        app.openapi_schema = found
     return app.openapi_schema
 
 

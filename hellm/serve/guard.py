@@ -20,7 +20,7 @@ from hellm.serve.health import Readiness
 from hellm.serve.metrics import Metrics
 from hellm.serve.settings import Settings
 
-__all__ = ["Guard"]
+__all__ = ["KEY_SCHEMES", "Guard"]
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +173,14 @@ def _host_name(host: str) -> str:
     if host.startswith("["):
         return host.partition("]")[0][1:].lower()
     return host.partition(":")[0].lower()
+
+
+KEY_SCHEMES = {
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "basic": {"type": "http", "scheme": "basic", "description": "The key is the password, of any user."},
+}
+"""The ways of giving the key, as OpenAPI describes them."""
 
 
 def _keys(headers: Headers) -> Iterator[str]:

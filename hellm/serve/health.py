@@ -17,6 +17,8 @@ __all__ = ["Readiness", "prepare", "router"]
 logger = logging.getLogger(__name__)
 
 router = APIRouter(tags=["health"])
+# Whoever starts and watches processes has no key.
+_OPEN = {"security": []}
 
 
 @dataclass
@@ -49,13 +51,13 @@ async def prepare(app: FastAPI) -> None:
     readiness.is_ready, readiness.state = True, "ready"
 
 
-@router.get("/health/live")
+@router.get("/health/live", openapi_extra=_OPEN)
 async def live() -> dict[str, str]:
     """The process answers."""
     return {"status": "live"}
 
 
-@router.get("/health/ready", responses={503: {"description": "Not yet, or not any more."}})
+@router.get("/health/ready", openapi_extra=_OPEN, responses={503: {"description": "Not yet, or not any more."}})
 async def ready(request: Request) -> Response:
     """The operators have passed their self-test, and the model has been asked once."""
     readiness = request.app.state.readiness

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 
 from hellm.serve import answers
@@ -24,6 +24,7 @@ from hellm.serve.schema import (
     ExplainRequest,
     Explanation,
     History,
+    HistoryRequest,
     ItemRequest,
     ItemStored,
     Lists,
@@ -31,6 +32,7 @@ from hellm.serve.schema import (
     Reloaded,
     ReloadRequest,
     Similar,
+    SimilarRequest,
 )
 from hellm.serve.service import Service
 from hellm.serve.store import Entry
@@ -60,7 +62,7 @@ UserId = Annotated[str, Path(max_length=512, description="Id of a user.")]
 
 def answer(value: dict[str, Any], status: int = 200) -> Response:
     """A plain value as JSON, not checked again."""
-    return Response(json.dumps(value, ensure_ascii=False, allow_nan=False), status, media_type="application/json")
+    return Response(answers.written(value), status, media_type="application/json")
 
 
 def service_of(request: Request) -> Service:
@@ -68,31 +70,40 @@ def service_of(request: Request) -> Service:
     return request.app.state.service
 
 
+async def ask(request: Request, question: str, asked: BaseModel) -> tuple[dict[str, Any], Response]:
+    """One of `answers.QUESTIONS`, answered, and noted where the server was told to. Returns: Plain, and to be sent."""
+    found = await service_of(request).read(answers.QUESTIONS[question][1], asked)
+    response, log = answer(found), request.app.state.answer_log
+    if log is not None:
+        log.add(question, asked, found, response.body)
+    return found, response
+
+
 @router.post("/recommend", response_model=Lists, tags=["recommendations"])
 async def recommend(request: Request, body: RecommendRequest) -> Response:
     """The best items for users or for bare histories."""
-    found = await service_of(request).read(answers.recommend, body)
+    found, response = await ask(request, "recommend", body)
     for one in found["lists"]:
         request.app.state.metrics.lists.labels(one["basis"]).inc()
-    return answer(found)
+    return response
 
 
 @router.get("/items/{id}/similar", response_model=Similar, responses=NOT_FOUND, tags=["recommendations"])
 async def similar(request: Request, id: ItemId, k: Annotated[int, Query(ge=1, le=MAX_K)] = 10) -> Response:
     """The items that are most like an item."""
-    return answer(await service_of(request).read(answers.similar, (id, k)))
+    return (await ask(request, "similar", SimilarRequest(id=id, k=k)))[1]
 
 
 @router.get("/users/{id}/history", response_model=History, responses=NOT_FOUND, tags=["recommendations"])
 async def history(request: Request, id: UserId) -> Response:
     """What a user has done, in time order, and how the model rates it."""
-    return answer(await service_of(request).read(answers.history, id))
+    return (await ask(request, "history", HistoryRequest(id=id)))[1]
 
 
 @router.post("/explain", response_model=Explanation, tags=["recommendations"])
 async def explain(request: Request, body: ExplainRequest) -> Response:
     """The items of a history that tie a user to an item."""
-    return answer(await service_of(request).read(answers.explain, body))
+    return (await ask(request, "explain", body))[1]
 
 
 @router.post("/events", response_model=EventsStored, responses=CONFLICT, tags=["what comes"])

@@ -13,6 +13,7 @@ __all__ = [
     "ExplainRequest",
     "Explanation",
     "History",
+    "HistoryRequest",
     "Item",
     "ItemRequest",
     "ItemStored",
@@ -21,6 +22,7 @@ __all__ = [
     "ReloadRequest",
     "Reloaded",
     "Similar",
+    "SimilarRequest",
 ]
 
 MAX_LISTS = 256
@@ -75,6 +77,19 @@ class RecommendRequest(_Request):
         return self
 
 
+class SimilarRequest(_Request):
+    """Items like which item, and how many."""
+
+    id: Id
+    k: K = 10
+
+
+class HistoryRequest(_Request):
+    """Whose history."""
+
+    id: Id
+
+
 class ExplainRequest(_Request):
     """Why an item is recommended."""
 
@@ -127,7 +142,9 @@ class Receipt(BaseModel):
     model_version: str
     run_hash: str
     data_fingerprint: str | None
-    revision: int = Field(description="Events and items that had been stored and taken up.")
+    learned: int = Field(description="The `revision` up to which what is stored is part of the run itself.")
+    revision: int = Field(description="Number of the last event or item that had been stored and taken up.")
+    state: str = Field(description="Digest of the run and all that was taken up: the same state answers the same.")
 
 
 class ContentLink(BaseModel):

@@ -40,6 +40,7 @@ class Source:
         run: The run directory, or a link to it.
         reload_from: What `/admin/reload` reads; None is `run`.
         device, language_model: As in `hellm.recommend.Recommender.load`.
+        onnx: As in `load_snapshot`; read again with the run.
         encoders: Modality -> encoder of new items, in place of what the run names.
     """
 
@@ -47,12 +48,13 @@ class Source:
     reload_from: str | os.PathLike[str] | None = None
     device: str = "cpu"
     language_model: str | os.PathLike[str] | None = None
+    onnx: str | os.PathLike[str] | None = None
     encoders: dict[str, str] = field(default_factory=dict)
 
     def load(self, *, again: bool = False) -> Snapshot:
         """The run as it is now. Raises: As `load_snapshot`."""
         path = self.reload_from if again and self.reload_from is not None else self.run
-        return load_snapshot(path, device=self.device, language_model=self.language_model)
+        return load_snapshot(path, device=self.device, language_model=self.language_model, onnx=self.onnx)
 
 
 class Service:
@@ -167,7 +169,7 @@ class Service:
         if self._store is None:
             return snapshot, 0
         after = self._store.learned(snapshot.run_hash) if learned is None else learned
-        return replayed(replace(snapshot, revision=after), self._store.entries(after))
+        return replayed(snapshot.learned_up_to(after), self._store.entries(after))
 
     def _answer(self, jobs: Sequence[tuple[Question, Any]]) -> list[Any]:
         """One snapshot for a batch."""

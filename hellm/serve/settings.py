@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 __all__ = ["Settings"]
@@ -16,6 +17,7 @@ class Settings:
         allowed_hosts: Names that a request may be for (`Host`), without port; None is any. A page on the web can make a
             browser connect to 127.0.0.1, but only under its own name.
         log_requests: A line for each request, beside those for what goes wrong.
+        answer_log: Where to note what was asked, see `hellm.serve.answer_log`; None does not.
         max_batch: Requests that one turn of the model takes.
         max_wait: Seconds that a turn may wait for more of them.
         max_queue: Requests that may wait; one more is answered with 503.
@@ -29,6 +31,7 @@ class Settings:
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] | None = None
     log_requests: bool = True
+    answer_log: str | os.PathLike[str] | None = None
     max_batch: int = 32
     max_wait: float = 0.0
     max_queue: int = 1024

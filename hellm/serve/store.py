@@ -10,11 +10,12 @@ and one that was cut off is there as a whole or not at all. Other processes may 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ import numpy as np
 from hellm._files import DataError, WriteError, writing
 from hellm._folders import hold
 
-__all__ = ["Entry", "Store"]
+__all__ = ["Entry", "Store", "read_entries", "state_after"]
 
 _FORMAT = 1
 _SCHEMA = """
@@ -43,6 +44,7 @@ CREATE TABLE IF NOT EXISTS learned (
     number INTEGER NOT NULL
 );
 """
+_LARGEST = 2**63 - 1
 # SQLite takes at most 999 values in one statement on older builds.
 _AT_ONCE = 900
 
@@ -71,6 +73,55 @@ class Entry(NamedTuple):
         return (self.body, self.picture) == (other.body, other.picture)
 
 
+def state_after(state: str, entries: Iterable[Entry]) -> str:
+    """16 hexadecimal digits of a state and of the entries that were taken up in it since, one after another.
+
+    An entry counts with all by which a model knows it; with the picture, features that were made of it stand for it.
+    """
+    for entry in entries:
+        told = [state, entry.kind, entry.key, entry.body, sorted(entry.features)]
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+        for name in sorted(entry.features):
+            digest.update(np.ascontiguousarray(entry.features[name], np.float32).tobytes())
+        state = digest.hexdigest()[:16]
+    return state
+
+
+def read_entries(
+    path: str | os.PathLike[str], after: int = 0, until: int | None = None, *, pictures: bool = False
+) -> list[Entry]:
+    """What a log holds, also while a server writes to it; nothing of the file is changed.
+
+    Args:
+        path: The file.
+        after, until: Numbers: those above the one, up to and with the other; None is all.
+        pictures: With the pictures of items.
+    Returns: In their order.
+    Raises: FileNotFoundError; DataError, the file is no such log, or damaged, or of a later version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no store {path}")
+    query = (
+        f"SELECT kind, key, body, features, {'picture' if pictures else 'NULL'}, number FROM entries "
+        "WHERE number > ? AND number <= ? ORDER BY number"
+    )
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=30)
+        ) as database:
+            _check_format(path, database)
+            return [_entry(row) for row in database.execute(query, [after, _LARGEST if until is None else until])]
+    except sqlite3.DatabaseError as error:
+        raise DataError(f"{path}: not a log of hellm serve, or damaged ({error})") from None
+
+
+def _check_format(path: Path, database: sqlite3.Connection) -> None:
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if version > _FORMAT:
+        raise DataError(f"{path}: format {version} is of a later version; known are 1..{_FORMAT}")
+
+
 class Store:
     """The log of one server. While it is open, no other can open it for writing.
 
@@ -94,9 +145,7 @@ class Store:
                 self._closing.callback(self._database.close)
                 self._database.execute("PRAGMA journal_mode=WAL")
                 self._database.execute("PRAGMA synchronous=FULL")
-                (version,) = self._database.execute("PRAGMA user_version").fetchone()
-                if version > _FORMAT:
-                    raise DataError(f"{self.path}: format {version} is of a later version; known are 1..{_FORMAT}")
+                _check_format(self.path, self._database)
                 self._database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_FORMAT}; COMMIT;")
         except BaseException:
             self._closing.close()
@@ -124,11 +173,8 @@ class Store:
 
     def entries(self, after: int = 0, *, pictures: bool = False) -> list[Entry]:
         """Those with a higher number, in their order; without pictures unless asked for."""
-        picture = "picture" if pictures else "NULL"
-        query = f"SELECT kind, key, body, features, {picture}, number FROM entries WHERE number > ? ORDER BY number"
         # Another connection, which does not see what is being written.
-        with self._told(), contextlib.closing(sqlite3.connect(self.path, timeout=30)) as database:
-            return [_entry(row) for row in database.execute(query, [after])]
+        return read_entries(self.path, after, pictures=pictures)
 
     def find(self, kind: str, keys: Sequence[str]) -> dict[str, Entry]:
         """Those that are there, by key."""

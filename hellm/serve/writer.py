@@ -99,14 +99,14 @@ class _Change:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot, self.entries = snapshot, []
-        self._users: list[str] = []
-        self._items: list[str] = []
+        self._events: list[Entry] = []
 
     def applied(self) -> Snapshot:
         """The snapshot with all that was added."""
-        if self._users:
-            users, items, self._users, self._items = self._users, self._items, [], []
-            self.snapshot = self.snapshot.changed(lambda recommender: recommender.add_events(users, items))
+        if self._events:
+            events, self._events = self._events, []
+            users, items = ([one.body[side] for one in events] for side in ("user", "item"))
+            self.snapshot = self.snapshot.changed(lambda recommender: recommender.add_events(users, items), events)
         return self.snapshot
 
     def add(self, entry: Entry) -> None:
@@ -114,8 +114,7 @@ class _Change:
         if entry.kind == "event":
             known = self.snapshot.recommender.item_ids
             known_ids([entry.body["item"]], known, self.snapshot.nearest_items, "item")
-            self._users.append(entry.body["user"])
-            self._items.append(entry.body["item"])
+            self._events.append(entry)
             return
         before = self.applied()
         if entry.key in before.recommender.item_ids:
@@ -127,7 +126,8 @@ class _Change:
         self.snapshot = before.changed(
             lambda recommender: recommender.add_items(
                 features, [entry.key], [entry.body["title"]], attributes=attributes
-            )
+            ),
+            [entry],
         )
 
 

@@ -12,6 +12,7 @@ from served import features, same, save_run, serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+KEY = "a-key-of-some-length"
 EVENT = {"id": "e", "user": "u1", "item": "i1", "time": 1.5}
 ITEM = {
     "id": "n",
@@ -56,7 +57,8 @@ def client(tmp_path_factory, one_thread):
 
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory, one_thread):
-    with serving(save_run(tmp_path_factory.mktemp("run") / "run"), api_key="a-key-of-some-length") as client:
+    run, store = save_run(tmp_path_factory.mktemp("run") / "run"), tmp_path_factory.mktemp("store") / "store.sqlite"
+    with serving(run, store, api_key=KEY) as client:
         yield client
 
 
@@ -136,12 +138,19 @@ OPERATIONS = [
 WITHOUT_INPUT = ("/health/live", "/health/ready", "/metrics")
 
 
-def ask_as_described(client, method: str, path: str, mode: str, examples: int) -> list[int]:
-    """Statuses of requests that schemathesis makes up; each answer is checked against the description."""
+def ask_as_described(
+    client, method: str, path: str, mode: str, examples: int, headers: dict | None = None
+) -> list[int]:
+    """Statuses of requests that schemathesis makes up; each answer is checked against the description.
+
+    With the headers of a key, schemathesis also asks without the key and with another, and wants that to be refused.
+    """
     schemathesis = pytest.importorskip("schemathesis", reason='needs the extra: pip install "hellm[dev]"')
     hypothesis = pytest.importorskip("hypothesis")
     description = schemathesis.openapi.from_dict(client.app.openapi())
-    description.config.update(base_url=client.url)
+    description.config.update(base_url=client.url, request_timeout=120)
+    # Keys that are made up beside the one given would be taken for what opened the door.
+    description.config.generation.update(with_security_parameters=headers is None)
     operation = description[path][method]
     # A description cannot say which ids there are, so a request that fits it may still be refused.
     left_out = [schemathesis.checks.CHECKS.get_one("positive_data_acceptance")]
@@ -157,7 +166,7 @@ def ask_as_described(client, method: str, path: str, mode: str, examples: int) -
     )
     @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
     def ask(case):
-        status = case.call_and_validate(excluded_checks=left_out).status_code
+        status = case.call_and_validate(excluded_checks=left_out, headers=headers).status_code
         # Among those that contradict it are some that leave out what may be left out.
         if case.meta.generation.mode == mode:
             statuses.append(status)
@@ -181,3 +190,10 @@ def test_what_contradicts_the_description_is_refused(client, method, path):
 def test_a_missing_key_is_answered_as_described(keyed, method, path):
     expected = {200} if path.startswith("/health") else {401}
     assert set(ask_as_described(keyed, method, path, "POSITIVE", 3)) == expected
+
+
+@pytest.mark.parametrize("headers", [{"X-API-Key": KEY}, {"Authorization": f"Bearer {KEY}"}], ids=["header", "bearer"])
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_answers_with_the_key_are_as_described(keyed, method, path, headers):
+    statuses = set(ask_as_described(keyed, method, path, "POSITIVE", 3, headers))
+    assert 401 not in statuses and max(statuses) < 500

@@ -32,10 +32,11 @@ def stopped(process: Process) -> None:
         process.stop(signal.SIGKILL)
 
 
-def test_it_serves_until_sigterm_and_logs_nobody(run, tmp_path):
-    key_file = tmp_path / "key"
+def test_it_serves_until_sigterm_and_logs_nobody(run, tmp_path, capsys):
+    key_file, answer_log = tmp_path / "key", str(tmp_path / "answers.jsonl")
     key_file.write_text(f"{KEY}\n")
-    process = Process(run, "--store", "none", "--api-key-file", str(key_file)).until_ready()
+    options = ["--store", "none", "--api-key-file", str(key_file), "--answer-log", answer_log]
+    process = Process(run, *options).until_ready()
     try:
         assert process.url.startswith("http://127.0.0.1:")
         asked = {"users": ["u1", "u5"], "k": 4}
@@ -67,6 +68,8 @@ def test_it_serves_until_sigterm_and_logs_nobody(run, tmp_path):
     text = "".join(process.logs)
     for word in ("private", "u1", "u5", KEY, "wrong-key", "127.0.0.1"):
         assert word not in text, word
+    assert main(["replay", answer_log, str(run), "--store", "none"]) == 0
+    assert capsys.readouterr().out == "1 of 1 answers have the same bits\n"
 
 
 def test_sigterm_answers_what_is_open(run):

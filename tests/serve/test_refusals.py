@@ -402,6 +402,22 @@ def test_the_openapi_description_names_what_there_is(client):
     assert list(told) == ["text/plain"] == [client.get("/metrics").headers["content-type"].partition(";")[0]]
 
 
+def test_the_openapi_description_asks_for_the_key_where_there_is_one(client, run):
+    ways = {"header": {"x-api-key": KEY}, "bearer": {"authorization": f"Bearer {KEY}"}}
+    ways["basic"] = {"authorization": "Basic " + base64.b64encode(f"anybody:{KEY}".encode()).decode()}
+    open_to_all = client.app.openapi()
+    schemes = open_to_all["components"]["securitySchemes"]
+    assert schemes["header"] == {"type": "apiKey", "in": "header", "name": "X-API-Key"}
+    assert [schemes[name]["scheme"] for name in ("bearer", "basic")] == ["bearer", "basic"]
+    assert "security" not in open_to_all
+    with serving(run, api_key=KEY) as keyed:
+        for headers in ways.values():
+            found = same(keyed.get("/openapi.json", headers=headers))
+        assert found["components"]["securitySchemes"] == schemes and found["security"] == [{name: []} for name in ways]
+        own = {path: one["get"]["security"] for path, one in found["paths"].items() if "security" in one.get("get", {})}
+        assert own == {"/health/live": [], "/health/ready": []}
+
+
 def test_metrics_count(run, tmp_path):
     with serving(run, tmp_path / "store.sqlite") as client:
         same(client.post("/recommend", {"users": ["u1", "u2"]}))
