@@ -11,7 +11,13 @@ _BODIES = 2000
 
 
 def trained_runs(
-    folder: Path, *, num_users: int = 1000, num_items: int = 1000, epochs: int = 2, seed: int = 0, llm: str | None = None
+    folder: Path,
+    *,
+    num_users: int = 1000,
+    num_items: int = 1000,
+    epochs: int = 2,
+    seed: int = 0,
+    llm: str | None = None,
 ) -> dict[str, Path]:
     """Stage 1, a sequence model and their sum; with `llm`, a language model fine-tuned on them.
 

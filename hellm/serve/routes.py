@@ -8,6 +8,7 @@ import hashlib
 import json
 from typing import Annotated, Any
 
+import orjson
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
@@ -35,7 +36,7 @@ from hellm.serve.schema import (
 from hellm.serve.service import Service
 from hellm.serve.store import Entry
 
-__all__ = ["router"]
+__all__ = ["OF_BODIES", "router"]
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Errors, "description": "No HTTP request that can be read."},
@@ -60,7 +61,7 @@ UserId = Annotated[str, Path(max_length=512, description="Id of a user.")]
 
 def answer(value: dict[str, Any], status: int = 200) -> Response:
     """A plain value as JSON, not checked again."""
-    return Response(json.dumps(value, ensure_ascii=False, allow_nan=False), status, media_type="application/json")
+    return Response(orjson.dumps(value), status, media_type="application/json")
 
 
 def service_of(request: Request) -> Service:
@@ -189,3 +190,11 @@ async def reload(request: Request, body: ReloadRequest | None = None) -> Respons
     done = await service_of(request).reload(body.learned if body is not None else None)
     request.app.state.metrics.skipped.inc(done.skipped)
     return answer({"skipped": done.skipped, **done.snapshot.receipt()})
+
+
+OF_BODIES = {
+    "/recommend": (RecommendRequest, recommend),
+    "/explain": (ExplainRequest, explain),
+    "/events": (EventsRequest, events),
+}
+"""Endpoints that take a body and nothing else, and what it is, see `hellm.serve.shortcut`."""
