@@ -5,11 +5,11 @@ Every function takes a snapshot and the requests that have come together, and gi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
+import orjson
 from pydantic import BaseModel
 
 from hellm.data import IdMap
@@ -236,4 +236,4 @@ QUESTIONS: dict[str, tuple[type[BaseModel], Callable[[Snapshot, Sequence[Any]], 
 
 def written(value: dict[str, Any]) -> bytes:
     """An answer as it is sent: JSON with all digits, so that the same bytes are the same bits."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return orjson.dumps(value)

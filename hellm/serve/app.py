@@ -17,12 +17,13 @@ from starlette.exceptions import HTTPException
 import hellm
 from hellm.serve import health, routes
 from hellm.serve.answer_log import AnswerLog, computed_by
-from hellm.serve.errors import Overloaded, RequestError
+from hellm.serve.errors import Overloaded, RequestError, refusal
 from hellm.serve.guard import KEY_SCHEMES, Guard
 from hellm.serve.metrics import Metrics
 from hellm.serve.schema import ItemRequest
 from hellm.serve.service import Service, Source
 from hellm.serve.settings import Settings
+from hellm.serve.shortcut import Shortcut
 from hellm.serve.store import Store
 
 __all__ = ["create_app"]
@@ -77,6 +78,8 @@ def create_app(source: Source, store: Store | None = None, settings: Settings | 
     app.include_router(routes.router)
     _add_error_handlers(app)
     app.openapi = lambda: _description(app)
+    # The one added last is the outermost.
+    app.add_middleware(Shortcut, endpoints=routes.OF_BODIES, router=routes.router)
     app.add_middleware(Guard, settings=settings, metrics=metrics, readiness=app.state.readiness)
     return app
 
@@ -95,13 +98,9 @@ def _description(app: FastAPI) -> dict[str, Any]:
 
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestError)
-    async def _refused(request: Request, error: RequestError) -> Response:
-        return JSONResponse(error.body(), error.status)
-
     @app.exception_handler(Overloaded)
-    async def _overloaded(request: Request, error: Overloaded) -> Response:
-        body = RequestError(503, error.message).body()
-        return JSONResponse(body, 503, headers={"Retry-After": str(error.retry_after)})
+    async def _refused(request: Request, error: RequestError | Overloaded) -> Response:
+        return refusal(error)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from hellm.serve.errors import Overloaded
@@ -49,7 +50,8 @@ class Batcher:
         self.max_batch, self.max_wait, self.max_queue, self.timeout = max_batch, max_wait, max_queue, timeout
         self._waiting: deque[tuple[Any, asyncio.Future]] = deque()
         self._arrival = asyncio.Event()
-        self._executor: ThreadPoolExecutor | None = None
+        self._batches: queue.SimpleQueue[tuple[list[Any], asyncio.Future] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
         self._task: asyncio.Task | None = None
         self._closing = False
 
@@ -59,9 +61,11 @@ class Batcher:
 
     def start(self) -> None:
         """Begin to work, on the running event loop."""
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=self._name)
         self._closing = False
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work_off, args=[loop], name=self._name, daemon=True)
+        self._thread.start()
+        self._task = loop.create_task(self._run())
 
     async def close(self) -> None:
         """Finish what is waiting, and end; jobs that come later are refused."""
@@ -69,8 +73,9 @@ class Batcher:
         self._arrival.set()
         if self._task is not None:
             await self._task
-        if self._executor is not None:
-            self._executor.shutdown()
+        if self._thread is not None:
+            self._batches.put(None)
+            await asyncio.to_thread(self._thread.join)
 
     async def submit(self, job: Any) -> Any:
         """The result of a job.
@@ -82,13 +87,29 @@ class Batcher:
             raise Overloaded("the server is stopping")
         if len(self._waiting) >= self.max_queue:
             raise Overloaded(f"{len(self._waiting)} requests are waiting already")
-        future: asyncio.Future = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future = loop.create_future()
         self._waiting.append((job, future))
         self._arrival.set()
+        late = loop.call_later(self.timeout, self._give_up, future)
         try:
-            return await asyncio.wait_for(future, self.timeout)
-        except asyncio.TimeoutError:
-            raise Overloaded(f"no answer within {self.timeout:g} seconds") from None
+            return await future
+        finally:
+            late.cancel()
+
+    def _give_up(self, future: asyncio.Future) -> None:
+        if not future.done():
+            future.set_exception(Overloaded(f"no answer within {self.timeout:g} seconds"))
+
+    def _work_off(self, loop: asyncio.AbstractEventLoop) -> None:
+        """What the thread does. An executor of the standard library takes several times as long for each batch."""
+        while (batch := self._batches.get()) is not None:
+            jobs, done = batch
+            try:
+                results = self._work(jobs)
+            except Exception as error:
+                results = [error] * len(jobs)
+            loop.call_soon_threadsafe(done.set_result, results)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -110,10 +131,9 @@ class Batcher:
             if not batch:
                 continue
             self._on_batch(len(batch))
-            try:
-                results = await loop.run_in_executor(self._executor, self._work, [job for job, _ in batch])
-            except Exception as error:
-                results = [error] * len(batch)
+            done = loop.create_future()
+            self._batches.put(([job for job, _ in batch], done))
+            results = await done
             for (_, future), result in zip(batch, results, strict=True):
                 if future.done():
                     continue

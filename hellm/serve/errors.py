@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["Overloaded", "RequestError"]
+from starlette.responses import JSONResponse, Response
+
+__all__ = ["Overloaded", "RequestError", "refusal"]
 
 
 class RequestError(Exception):
@@ -37,3 +39,11 @@ class Overloaded(Exception):
     def __init__(self, message: str, retry_after: int = 1) -> None:
         super().__init__(message)
         self.message, self.retry_after = message, retry_after
+
+
+def refusal(error: RequestError | Overloaded) -> Response:
+    """The answer that says what is wrong."""
+    if isinstance(error, Overloaded):
+        body = RequestError(503, error.message).body()
+        return JSONResponse(body, 503, headers={"Retry-After": str(error.retry_after)})
+    return JSONResponse(error.body(), error.status)

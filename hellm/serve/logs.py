@@ -37,13 +37,20 @@ def json_logs() -> Iterator[None]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter())
     loggers = {logging.getLogger("hellm"): logging.INFO, logging.getLogger("uvicorn.error"): logging.WARNING}
+    # What no line shows is not looked for.
+    unused = ("logThreads", "logProcesses", "logMultiprocessing", "_srcfile")
+    shown = {name: getattr(logging, name) for name in unused}
     before = {one: (one.level, one.propagate, one.handlers[:]) for one in loggers}
     for one, level in loggers.items():
         one.setLevel(level)
         one.propagate, one.handlers[:] = False, [handler]
+    for name in unused:
+        setattr(logging, name, None)
     try:
         yield
     finally:
+        for name, value in shown.items():
+            setattr(logging, name, value)
         for one, (level, propagate, handlers) in before.items():
             one.setLevel(level)
             one.propagate, one.handlers[:] = propagate, handlers

@@ -22,6 +22,7 @@ class Metrics:
         self.seconds = Histogram(
             "hellm_request_seconds", "Seconds to the answer.", ["route"], buckets=_SECONDS, registry=registry
         )
+        self._counted: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self.batch_size = Histogram(
             "hellm_batch_size", "Requests in a turn of the model.", buckets=_SIZES, registry=registry
         )
@@ -36,6 +37,16 @@ class Metrics:
         self.new_items = Counter("hellm_new_items", "Items that were stored.", registry=registry)
         self.skipped = Counter("hellm_entries_skipped", "Stored entries that fit no run.", registry=registry)
         self.reloads = Counter("hellm_reloads", "Runs that were asked to take over.", ["outcome"], registry=registry)
+
+    def count(self, route: str, method: str, status: int, seconds: float) -> None:
+        """Count a request that has been answered."""
+        key = (route, method, status)
+        if key not in self._counted:
+            # To look them up by their labels takes longer than to count.
+            self._counted[key] = self.requests.labels(*key), self.seconds.labels(route)
+        requests, histogram = self._counted[key]
+        requests.inc()
+        histogram.observe(seconds)
 
     def text(self) -> bytes:
         """In the text format of Prometheus."""

