@@ -1,4 +1,4 @@
-"""`create_app`: the application, put together. A page is another router, mounted by `app.include_router`."""
+"""`create_app`: the application, put together."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from hellm.serve import health, routes
 from hellm.serve.errors import Overloaded, RequestError
 from hellm.serve.guard import Guard
 from hellm.serve.metrics import Metrics
+from hellm.serve.page import add_page
 from hellm.serve.schema import ItemRequest
 from hellm.serve.service import Service, Source
 from hellm.serve.settings import Settings
@@ -69,6 +70,7 @@ def create_app(source: Source, store: Store | None = None, settings: Settings | 
     app.state.readiness = health.Readiness()
     app.include_router(health.router, responses={status: routes.REFUSALS[status] for status in (401, 403, 408, 413)})
     app.include_router(routes.router)
+    add_page(app)
     _add_error_handlers(app)
     app.openapi = lambda: _description(app)
     app.add_middleware(Guard, settings=settings, metrics=metrics, readiness=app.state.readiness)
