@@ -142,7 +142,7 @@ def load_leniently(path: str | Path, **options) -> tuple[Dataset, dict[str, Any]
 
     from hellm.data.load import load_dataset
 
-    kind, _ = detect(path, options.get("form"))
+    kind, _ = detect(Path(path), options.get("form"))
     if "missing_items" not in inspect.signature(kind.read).parameters or "missing_items" in options:
         return load_dataset(path, **options), None
     try:
