@@ -1,9 +1,10 @@
-"""`create_app`: the application, put together. A page is another router, mounted by `app.include_router`."""
+"""`create_app`: the application, put together."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from hellm.serve.answer_log import AnswerLog, computed_by
 from hellm.serve.errors import Overloaded, RequestError, refusal
 from hellm.serve.guard import KEY_SCHEMES, Guard
 from hellm.serve.metrics import Metrics
+from hellm.serve.page import add_page
+from hellm.serve.page.catalogue import Catalogue
 from hellm.serve.schema import ItemRequest
 from hellm.serve.service import Service, Source
 from hellm.serve.settings import Settings
@@ -33,7 +36,13 @@ logger = logging.getLogger(__name__)
 _DESCRIPTION = "Recommendations from a finished run. Every answer names the run that it comes from."
 
 
-def create_app(source: Source, store: Store | None = None, settings: Settings | None = None) -> FastAPI:
+def create_app(
+    source: Source,
+    store: Store | None = None,
+    settings: Settings | None = None,
+    *,
+    data: str | os.PathLike[str] | None = None,
+) -> FastAPI:
     """An ASGI application that serves a run.
 
     `app.state` holds `service` (`hellm.serve.service.Service`, by which every route asks), `metrics`, `settings` and
@@ -43,10 +52,13 @@ def create_app(source: Source, store: Store | None = None, settings: Settings | 
         source: Where the run is.
         store: Where events and items are kept; None takes none.
         settings: Limits; None is `Settings()`.
-    Raises: As `hellm.serve.state.load_snapshot`; WriteError, no answer log can be kept.
+        data: The data set of the run, for the page: pictures, and what deserves a look in it.
+    Raises: As `hellm.serve.state.load_snapshot` and `hellm.serve.page.catalogue.Catalogue.load`; WriteError, no answer
+        log can be kept.
     """
     settings, metrics = settings or Settings(), Metrics()
     service = Service(source, store, settings, metrics)
+    catalogue = None if data is None else Catalogue.load(data, service.snapshot.recommender.item_ids)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -58,6 +70,7 @@ def create_app(source: Source, store: Store | None = None, settings: Settings | 
             preparing.cancel()
             await asyncio.gather(preparing, return_exceptions=True)
             await service.close()
+            app.state.shop.pictures.close()
 
     # Their pages load scripts from elsewhere.
     app = FastAPI(
@@ -76,6 +89,7 @@ def create_app(source: Source, store: Store | None = None, settings: Settings | 
     app.state.readiness = health.Readiness()
     app.include_router(health.router, responses={status: routes.REFUSALS[status] for status in (401, 403, 408, 413)})
     app.include_router(routes.router)
+    add_page(app, catalogue)
     _add_error_handlers(app)
     app.openapi = lambda: _description(app)
     # The one added last is the outermost.

@@ -10,15 +10,19 @@ import hmac
 import logging
 import time
 from collections.abc import Iterator
-from urllib.parse import urlsplit
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import quote, urlsplit
 
-from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hellm.serve.errors import RequestError
 from hellm.serve.health import Readiness
 from hellm.serve.metrics import Metrics
+from hellm.serve.page.rendering import error_page, wants_page
+from hellm.serve.page.sign_in import COOKIE, is_good
 from hellm.serve.settings import Settings
 
 __all__ = ["KEY_SCHEMES", "Guard"]
@@ -28,7 +32,19 @@ logger = logging.getLogger(__name__)
 # For whoever starts and watches processes: no key, and answered before the server is ready.
 _OPEN = ("/health/live", "/health/ready")
 _BEFORE_READY = (*_OPEN, "/metrics", "/openapi.json")
+# What a browser needs before it can bring the key; none of it tells anything.
+_SIGN_IN = ("/sign-in", "/static/style.css", "/static/icon.svg", "/static/htmx.min.js")
 _SAFE = ("GET", "HEAD", "OPTIONS")
+# Of every answer. Nothing but this server is asked by a page, no script stands in one, and no other site shows it.
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 
 
 class Guard:
@@ -58,6 +74,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
         try:
@@ -69,7 +86,7 @@ class Guard:
             headers |= {"Retry-After": "5"} if error.status == 503 else {}
             # What was not read of a body would be taken for the next request.
             headers |= {"Connection": "close"}
-            await JSONResponse(error.body(), error.status, headers)(scope, receive, counted_send)
+            await _refusal(scope, error, headers)(scope, receive, counted_send)
         except _ClientGoneError:
             status = 499
         except Exception:
@@ -98,7 +115,7 @@ class Guard:
                 raise RequestError(403, "must not be sent by a page of another site", field="origin")
         if path in _OPEN:
             return
-        if settings.api_key is not None and not self._has_key(headers):
+        if settings.api_key is not None and path not in _SIGN_IN and not self._has_key(headers):
             raise RequestError(401, "needs the API key, as X-API-Key, as a bearer token or as the password of any user")
         if not self.readiness.is_ready and path not in _BEFORE_READY:
             raise RequestError(503, f"not ready: {self.readiness.state}")
@@ -106,7 +123,9 @@ class Guard:
     def _has_key(self, headers: Headers) -> bool:
         expected = (self.settings.api_key or "").encode()
         # All are compared, each in a time that does not depend on where it differs.
-        return any([hmac.compare_digest(given.encode(), expected) for given in _keys(headers)])
+        given = any([hmac.compare_digest(given.encode(), expected) for given in _keys(headers)])
+        cookie = _cookie(headers)
+        return given or (cookie is not None and is_good(cookie, self.settings.api_key or ""))
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """Raises: RequestError, too large or too slow."""
@@ -167,6 +186,33 @@ def _time_limit(seconds: float) -> Iterator[None]:
         raise RequestError(408, f"a request must have been sent after {seconds:g} seconds") from None
     finally:
         timer.cancel()
+
+
+def _refusal(scope: Scope, error: RequestError, headers: dict[str, str]) -> Response:
+    """As JSON, or for a person as a page; who has no key yet is asked for it."""
+    request = Request(scope)
+    if error.status == 403 or not wants_page(request):
+        return JSONResponse(error.body(), error.status, headers)
+    if error.status != 401:
+        page = error_page(request, error.status, error.message)
+        page.headers.update(headers)
+        return page
+    asked = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    back = asked if request.method == "GET" else "/"
+    form = f"/sign-in?next={quote(back, safe='')}"
+    if "hx-request" in request.headers:
+        # A part of a page was asked for, and the whole page has to go there.
+        return Response(status_code=401, headers={"HX-Redirect": "/sign-in", "Connection": "close"})
+    return RedirectResponse(form, 303, {"Connection": "close"})
+
+
+def _cookie(headers: Headers) -> str | None:
+    """What a signed-in browser brings."""
+    try:
+        cookies = SimpleCookie(headers.get("cookie", ""))
+    except CookieError:
+        return None
+    return cookies[COOKIE].value if COOKIE in cookies else None
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
