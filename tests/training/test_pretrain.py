@@ -172,6 +172,8 @@ def test_embeddings_are_float32_tables(finished):
         "user_hypergraph": (60, 8),
         "item_hypergraph": (24, 8),
         "item_hypergraph_source": (24, 8),
+        "item_hypergraph_input": (24, 8),
+        "item_backbone": (24, 8),
         "fold_in_source": (24, 8),
         "fold_in_view": (24, 8),
     }

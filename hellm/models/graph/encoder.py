@@ -17,7 +17,7 @@ from hellm.hypergraph import Hypergraph
 from hellm.models.dropout import Dropout
 from hellm.models.graph.fold_in import FoldIn
 
-__all__ = ["EncoderOutput", "GraphEncoder"]
+__all__ = ["EncoderOutput", "GraphEncoder", "ItemBranch"]
 
 BACKBONES = ("lightgcn", "ngcf", "mf")
 
@@ -36,6 +36,20 @@ class EncoderOutput(NamedTuple):
     item: Tensor
     user_view: Tensor | None
     item_view: Tensor | None
+
+
+class ItemBranch(NamedTuple):
+    """How items came out of the item hypergraph, for who convolves it again.
+
+    Attributes:
+        num_layers: Layers of the branch.
+        k: Neighbours of an item that the hypergraph was built with.
+        unit_items: Whether fused items have unit length.
+    """
+
+    num_layers: int
+    k: int
+    unit_items: bool
 
 
 class GraphEncoder(nn.Module):
@@ -224,7 +238,7 @@ class GraphEncoder(nn.Module):
             source = source * (item_degree.rsqrt() * (self.num_layers / (self.num_layers + 1))).unsqueeze(1)
             exponent = 0.5
         else:
-            source, exponent = self._backbone_items(), 1.0
+            source, exponent = self.backbone_items(), 1.0
         view = None
         if self.user_branch_table is not None:
             # The sum over users points the same way as their mean, and only its direction is used.
@@ -256,7 +270,9 @@ class GraphEncoder(nn.Module):
         items = torch.as_tensor(history).long().reshape(-1)
         return self.fold_in(torch.tensor([0, items.numel()]), items)[0]
 
-    def _backbone_items(self) -> Tensor:
+    @torch.no_grad()
+    def backbone_items(self) -> Tensor:
+        """[I, D] what the backbone alone makes of the items, in evaluation mode."""
         was_training = self.training
         self.eval()
         try:
