@@ -182,6 +182,8 @@ def summary(dataset) -> str:
 
 def print_report(report: dict[str, Any]) -> None:
     """The report of `check_dataset` for people: counts, then whatever deserves a look."""
+    from hellm.data.check import check_remarks
+
     events, lengths = report["events"], report["history_length"]
     print(f"{report['name']} (form {report['form']}, split {report['split']})")
     parts = ", ".join(f"{name} {count(events[name])}" for name in events if name != "total")
@@ -202,7 +204,7 @@ def print_report(report: dict[str, Any]) -> None:
         rows.append([f"{name} features", f"{feature['dim']} numbers per item, {without}"])
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"  {name:<{width}}  {text}" for name, text in rows))
-    remarks = _remarks(report)
+    remarks = [*check_remarks(report).values(), *report["notes"]]
     print("Worth a look:" if remarks else "Nothing stands out.")
     print("".join(f"  - {remark}\n" for remark in remarks), end="")
 
@@ -211,40 +213,3 @@ def _order(report: dict[str, Any]) -> str:
     if not report["time"]["known"]:
         return f"{report['order']['by']}, as there are no times"
     return f"by {report['order']['by']}, from {report['time']['first_day']} to {report['time']['last_day']}"
-
-
-def _remarks(report: dict[str, Any]) -> list[str]:
-    leaked, missing = sum(report["leakage"].values()), report["items_missing_from_table"] or {"count": 0}
-    inversions = report["order"]["inversions"]
-    tied, cold = report["time"]["tied_share"], report["cold"]
-    titles = (report["titles"] or {"missing": 0})["missing"]
-    found = [
-        (leaked, f"{count(leaked)} user-item pairs stand in two splits, so a held-out item may be known already"),
-        (
-            report["duplicates"]["repeats"],
-            f"{count(report['duplicates']['repeats'])} events repeat an earlier user-item pair",
-        ),
-        (inversions, f"{count(inversions or 0)} held-out events are older than a training event of their user"),
-        (tied, f"{tied or 0:.1%} of the events have the same time as another of their user; the source order decides"),
-        (
-            cold["test"]["events"],
-            f"{count(cold['test']['events'])} test events ask for an item without training events",
-        ),
-        (cold["test"]["users"], f"{count(cold['test']['users'])} test users have no training events"),
-        (report["without_events"]["users"], f"{count(report['without_events']['users'])} users have no events"),
-        (report["without_events"]["items"], f"{count(report['without_events']['items'])} items have no events"),
-        (report["short_histories"], f"{count(report['short_histories'])} users have fewer than 3 events"),
-        (
-            missing["count"],
-            f"{count(missing['count'])} items have events but no line in the item table"
-            + (f", e.g. {', '.join(map(str, missing.get('first', [])[:3]))}" if missing["count"] else ""),
-        ),
-        (titles, f"{count(titles)} items have no title"),
-        (
-            (report["largest_user"] or {}).get("suspicious"),
-            "user {user!r} has {share:.1%} of all events; is that one person?".format(
-                **(report["largest_user"] or {"user": "", "share": 0})
-            ),
-        ),
-    ]
-    return [text for number, text in found if number] + list(report["notes"])

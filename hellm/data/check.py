@@ -86,6 +86,52 @@ def check_dataset(data: str | Path | Dataset, **options) -> dict[str, Any]:
     }
 
 
+def check_remarks(report: dict[str, Any]) -> dict[str, str]:
+    """What deserves a look, in words.
+
+    Args:
+        report: Of `check_dataset`.
+
+    Returns: Name -> sentence, of what was found only: "leakage", "repeats", "inversions", "ties", "cold_items",
+        "cold_users", "users_without_events", "items_without_events", "short_histories", "items_missing_from_table",
+        "titles" and "largest_user".
+    """
+    leaked, missing = sum(report["leakage"].values()), report["items_missing_from_table"] or {"count": 0}
+    tied, cold, without = report["time"]["tied_share"], report["cold"]["test"], report["without_events"]
+    repeats, inversions = report["duplicates"]["repeats"], report["order"]["inversions"] or 0
+    titles = (report["titles"] or {"missing": 0})["missing"]
+    largest = report["largest_user"] or {"user": "", "share": 0, "suspicious": False}
+    some = ", ".join(map(str, missing.get("first", [])[:3]))
+    found = {
+        "leakage": (
+            leaked,
+            f"{leaked:,} user-item pairs stand in two splits, so a held-out item may be known already",
+        ),
+        "repeats": (repeats, f"{repeats:,} events repeat an earlier user-item pair"),
+        "inversions": (inversions, f"{inversions:,} held-out events are older than a training event of their user"),
+        "ties": (
+            tied,
+            f"{tied or 0:.1%} of the events have the same time as another of their user; the source order decides",
+        ),
+        "cold_items": (cold["events"], f"{cold['events']:,} test events ask for an item without training events"),
+        "cold_users": (cold["users"], f"{cold['users']:,} test users have no training events"),
+        "users_without_events": (without["users"], f"{without['users']:,} users have no events"),
+        "items_without_events": (without["items"], f"{without['items']:,} items have no events"),
+        "short_histories": (report["short_histories"], f"{report['short_histories']:,} users have fewer than 3 events"),
+        "items_missing_from_table": (
+            missing["count"],
+            f"{missing['count']:,} items have events but no line in the item table"
+            + (f", e.g. {some}" if some else ""),
+        ),
+        "titles": (titles, f"{titles:,} items have no title"),
+        "largest_user": (
+            largest["suspicious"],
+            f"user {largest['user']!r} has {largest['share']:.1%} of all events; is that one person?",
+        ),
+    }
+    return {name: text for name, (number, text) in found.items() if number}
+
+
 def _load(path: Path, options: dict[str, Any]) -> tuple[Dataset, dict[str, Any] | None]:
     import inspect
 

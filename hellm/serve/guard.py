@@ -123,7 +123,8 @@ class Guard:
         expected = (self.settings.api_key or "").encode()
         # All are compared, each in a time that does not depend on where it differs.
         given = any([hmac.compare_digest(given.encode(), expected) for given in _keys(headers)])
-        return given or is_good(_cookie(headers), self.settings.api_key or "")
+        cookie = _cookie(headers)
+        return given or (cookie is not None and is_good(cookie, self.settings.api_key or ""))
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """Raises: RequestError, too large or too slow."""
@@ -178,16 +179,20 @@ def _refusal(scope: Scope, error: RequestError, headers: dict[str, str]) -> Resp
         return page
     asked = request.url.path + (f"?{request.url.query}" if request.url.query else "")
     back = asked if request.method == "GET" else "/"
-    return RedirectResponse(f"/sign-in?next={quote(back, safe='')}", 303, {"Connection": "close"})
+    form = f"/sign-in?next={quote(back, safe='')}"
+    if "hx-request" in request.headers:
+        # A part of a page was asked for, and the whole page has to go there.
+        return Response(status_code=401, headers={"HX-Redirect": "/sign-in", "Connection": "close"})
+    return RedirectResponse(form, 303, {"Connection": "close"})
 
 
-def _cookie(headers: Headers) -> str:
-    """What a signed-in browser brings; "" where there is none."""
+def _cookie(headers: Headers) -> str | None:
+    """What a signed-in browser brings."""
     try:
         cookies = SimpleCookie(headers.get("cookie", ""))
     except CookieError:
-        return ""
-    return cookies[COOKIE].value if COOKIE in cookies else ""
+        return None
+    return cookies[COOKIE].value if COOKIE in cookies else None
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -5,8 +5,8 @@
     shop        what a shop owner asks
     research    what a researcher asks
 
-Every page works by plain links and forms. Where scripts run, htmx (`static/htmx.min.js`, Zero-Clause BSD) puts a part of
-the next page into this one instead of loading all of it: a link or form with `hx-get`, `hx-target` and `hx-select`.
+Every page works by plain links and forms. Where scripts run, htmx (`static/htmx.min.js`, Zero-Clause BSD) puts a part
+of the next page into this one instead of loading all of it: a link or form with `hx-get`, `hx-target` and `hx-select`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How a browser brings the API key: a form, and a cookie that stands for it.
 
-The cookie holds no key, only until when it is good and a seal by the key, so that it ends by itself, and when the key is
-changed. No script can read it (HttpOnly), and a browser does not send it with what another site asks (SameSite=Strict).
+The cookie holds no key, only until when it is good and a seal by the key, so that it ends by itself, and when the key
+is changed. No script can read it (HttpOnly), and no browser sends it for another site (SameSite=Strict).
 """
 
 from __future__ import annotations
