@@ -266,9 +266,8 @@ def _evaluate(
         return None, None
     scorer = HistoryScorer.of(model, dataset, split)
     started = time.perf_counter()
-    result = evaluate_dataset(
-        scorer, dataset, split=split, protocol=config.protocol, ks=config.ks, batch_size=config.eval_batch_size
-    )
+    options = {"protocol": config.protocol, "ks": config.ks, "batch_size": config.eval_batch_size}
+    result = evaluate_dataset(scorer, dataset, split=split, by_target=split == "test", **options)
     return result, 1000 * (time.perf_counter() - started) / result.num_users
 
 

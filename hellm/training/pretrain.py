@@ -365,9 +365,8 @@ def _evaluate(model: GraphEncoder, config: PretrainConfig, dataset: Dataset, spl
     if dataset.has_cold_users:
         # Those that are asked for have no trained embedding.
         scorer = HistoryScorer.of(_FoldedIn(model.fold_in_tables(), model.embeddings().item), dataset, split)
-    return evaluate_dataset(
-        scorer, dataset, split=split, protocol=config.protocol, ks=config.ks, batch_size=config.eval_batch_size
-    )
+    options = {"protocol": config.protocol, "ks": config.ks, "batch_size": config.eval_batch_size}
+    return evaluate_dataset(scorer, dataset, split=split, by_target=split == "test", **options)
 
 
 def _result(model, config: PretrainConfig, dataset: Dataset, run: RunDirectory, progress: Progress):
