@@ -46,6 +46,7 @@ def run(argv: Sequence[str]) -> int:
         device=resolve_device(args.device),
         language_model=args.llm,
         encoders=_encoders(args.encoder or []),
+        compared=args.compare,
     )
     settings = Settings(
         api_key=key,
@@ -101,6 +102,9 @@ def _parser():
     )
     parser.add_argument(
         "--reload-from", metavar="DIR", help="run that POST /admin/reload takes over; default: RUN, read again"
+    )
+    parser.add_argument(
+        "--compare", metavar="OTHER", help="another run of the same data, which the page for research sets beside RUN"
     )
     parser.add_argument(
         "--encoder",
