@@ -64,7 +64,7 @@ def run(argv: Sequence[str]) -> int:
         if args.store != "none":
             store = Store(args.store or f"{os.fspath(args.run).rstrip('/')}.events.sqlite")
             stack.callback(store.close)
-        app = create_app(source, store, settings)
+        app = create_app(source, store, settings, data=args.data)
         version = app.state.service.snapshot.model_version
 
         def say(host: str, port: int) -> None:
@@ -83,6 +83,9 @@ def _parser():
         "are taken up again at the next start. SIGTERM ends it after what is open has been answered.",
     )
     parser.add_argument("run", metavar="RUN", help="run directory, what Recommender.save wrote, or a link to one")
+    parser.add_argument(
+        "--data", metavar="DATA", help="the data of the run, for the page: pictures, and what deserves a look in it"
+    )
     parser.add_argument("--host", default="127.0.0.1", metavar="NAME", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="port; 0 takes a free one")
     parser.add_argument(

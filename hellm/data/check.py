@@ -50,7 +50,7 @@ def check_dataset(data: str | Path | Dataset, **options) -> dict[str, Any]:
     """
     missing_items = None
     if not isinstance(data, Dataset):
-        data, missing_items = _load(Path(data), options)
+        data, missing_items = load_leniently(data, **options)
     lengths = np.bincount(data.users, minlength=data.num_users)
     counts = data.split_counts()
     pairs, first, inverse = _pair_index(data)
@@ -132,12 +132,17 @@ def check_remarks(report: dict[str, Any]) -> dict[str, str]:
     return {name: text for name, (number, text) in found.items() if number}
 
 
-def _load(path: Path, options: dict[str, Any]) -> tuple[Dataset, dict[str, Any] | None]:
+def load_leniently(path: str | Path, **options) -> tuple[Dataset, dict[str, Any] | None]:
+    """A data set to be looked at: items that the item table lacks do not stop the reading.
+
+    Returns: The data set, and those items as `check_dataset` has them in `items_missing_from_table`.
+    Raises: DataError, as `load_dataset`.
+    """
     import inspect
 
     from hellm.data.load import load_dataset
 
-    kind, _ = detect(path, options.get("form"))
+    kind, _ = detect(Path(path), options.get("form"))
     if "missing_items" not in inspect.signature(kind.read).parameters or "missing_items" in options:
         return load_dataset(path, **options), None
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -28,13 +28,13 @@ _ORIENTATION = 0x0112
 _ONE_BY_ONE = ThreadPoolExecutor(1, thread_name_prefix="large pictures")
 
 
-def open_picture(path: str | Path, side: int) -> Image.Image:
+def open_picture(path: str | Path | BinaryIO, side: int) -> Image.Image:
     """The picture of a file, upright, in 8-bit RGB, transparent parts white.
 
     Large pictures are reduced by a whole factor while they are read; 16-bit grey becomes 8-bit grey.
 
     Args:
-        path: The file.
+        path: The file, or its bytes as a stream.
         side: Pixels; neither side is reduced below twice this.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from hellm.serve.errors import Overloaded, RequestError
 from hellm.serve.guard import Guard
 from hellm.serve.metrics import Metrics
 from hellm.serve.page import add_page
+from hellm.serve.page.catalogue import Catalogue
 from hellm.serve.schema import ItemRequest
 from hellm.serve.service import Service, Source
 from hellm.serve.settings import Settings
@@ -32,7 +34,13 @@ logger = logging.getLogger(__name__)
 _DESCRIPTION = "Recommendations from a finished run. Every answer names the run that it comes from."
 
 
-def create_app(source: Source, store: Store | None = None, settings: Settings | None = None) -> FastAPI:
+def create_app(
+    source: Source,
+    store: Store | None = None,
+    settings: Settings | None = None,
+    *,
+    data: str | os.PathLike[str] | None = None,
+) -> FastAPI:
     """An ASGI application that serves a run.
 
     `app.state` holds `service` (`hellm.serve.service.Service`, by which every route asks), `metrics` and `settings`.
@@ -41,10 +49,12 @@ def create_app(source: Source, store: Store | None = None, settings: Settings | 
         source: Where the run is.
         store: Where events and items are kept; None takes none.
         settings: Limits; None is `Settings()`.
-    Raises: As `hellm.serve.state.load_snapshot`.
+        data: The data set of the run, for the page: pictures, and what deserves a look in it.
+    Raises: As `hellm.serve.state.load_snapshot` and `hellm.serve.page.catalogue.Catalogue.load`.
     """
     settings, metrics = settings or Settings(), Metrics()
     service = Service(source, store, settings, metrics)
+    catalogue = None if data is None else Catalogue.load(data, service.snapshot.recommender.item_ids)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -56,6 +66,7 @@ def create_app(source: Source, store: Store | None = None, settings: Settings | 
             preparing.cancel()
             await asyncio.gather(preparing, return_exceptions=True)
             await service.close()
+            app.state.shop.pictures.close()
 
     # Their pages load scripts from elsewhere.
     app = FastAPI(
@@ -70,7 +81,7 @@ def create_app(source: Source, store: Store | None = None, settings: Settings | 
     app.state.readiness = health.Readiness()
     app.include_router(health.router, responses={status: routes.REFUSALS[status] for status in (401, 403, 408, 413)})
     app.include_router(routes.router)
-    add_page(app)
+    add_page(app, catalogue)
     _add_error_handlers(app)
     app.openapi = lambda: _description(app)
     app.add_middleware(Guard, settings=settings, metrics=metrics, readiness=app.state.readiness)

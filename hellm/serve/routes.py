@@ -34,8 +34,9 @@ from hellm.serve.schema import (
 )
 from hellm.serve.service import Service
 from hellm.serve.store import Entry
+from hellm.serve.writer import Stored
 
-__all__ = ["router"]
+__all__ = ["new_item", "router", "service_of", "store_item"]
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Errors, "description": "No HTTP request that can be read."},
@@ -135,8 +136,16 @@ async def events(request: Request, body: EventsRequest) -> Response:
 async def items(request: Request) -> Response:
     """A new item, on disk before this answers; it ranks in the next request."""
     item, picture = await _item_of(request)
-    service = service_of(request)
-    features = await service.encode(item, picture)
+    entry = await new_item(request, item, picture)
+    done = await store_item(request, entry)
+    content = done.snapshot.recommender.content
+    by = [*entry.features, *(name for name in item.attributes if content is not None and name in content.attributes)]
+    return answer({"item": item.id, "stored": bool(done.stored), "placed_by": by, **done.snapshot.receipt()})
+
+
+async def new_item(request: Request, item: ItemRequest, picture: bytes | None) -> Entry:
+    """An item as it would be stored, with its features."""
+    features = await service_of(request).encode(item, picture)
     given = json.dumps(item.features, sort_keys=True).encode()
     body = {
         "title": item.title,
@@ -144,11 +153,14 @@ async def items(request: Request) -> Response:
         "attributes": item.attributes,
         "given": hashlib.sha256(given).hexdigest() if item.features else None,
     }
-    done = await service.add([Entry("item", item.id, body, features, picture)])
+    return Entry("item", item.id, body, features, picture)
+
+
+async def store_item(request: Request, entry: Entry) -> Stored:
+    """An item on disk, and in the lists from the next request on."""
+    done = await service_of(request).add([entry])
     request.app.state.metrics.new_items.inc(done.stored)
-    content = done.snapshot.recommender.content
-    by = [*features, *(name for name in item.attributes if content is not None and name in content.attributes)]
-    return answer({"item": item.id, "stored": bool(done.stored), "placed_by": by, **done.snapshot.receipt()})
+    return done
 
 
 async def _item_of(request: Request) -> tuple[ItemRequest, bytes | None]:

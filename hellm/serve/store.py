@@ -143,6 +143,13 @@ class Store:
                 found |= {row[1]: _entry(row) for row in self._database.execute(query, [kind, *part])}
         return found
 
+    def picture(self, item: str) -> bytes | None:
+        """The picture of an item that came, as a file. Any thread may ask."""
+        query = "SELECT picture FROM entries WHERE kind = 'item' AND key = ?"
+        with self._told(), contextlib.closing(sqlite3.connect(self.path, timeout=30)) as database:
+            row = database.execute(query, [item]).fetchone()
+        return row[0] if row else None
+
     def append(self, entries: Sequence[Entry]) -> int:
         """Put entries on disk, all or none.
 

@@ -13,7 +13,7 @@ from hellm.serve.errors import Overloaded, RequestError
 from hellm.serve.state import Snapshot
 from hellm.serve.store import Entry, Store
 
-__all__ = ["Stored", "Takeover", "replayed", "write"]
+__all__ = ["Stored", "Takeover", "replayed", "with_item", "write"]
 
 logger = logging.getLogger(__name__)
 
@@ -120,15 +120,18 @@ class _Change:
         before = self.applied()
         if entry.key in before.recommender.item_ids:
             return
-        features = {name: values[None] for name, values in entry.features.items()}
-        content = before.recommender.content
-        known = content.attributes if content is not None else {}
-        attributes = {name: [values] for name, values in entry.body["attributes"].items() if name in known}
-        self.snapshot = before.changed(
-            lambda recommender: recommender.add_items(
-                features, [entry.key], [entry.body["title"]], attributes=attributes
-            )
-        )
+        self.snapshot = with_item(before, entry)
+
+
+def with_item(snapshot: Snapshot, entry: Entry) -> Snapshot:
+    """A snapshot that ranks an item as well. Raises: ValueError, one that the model cannot take."""
+    features = {name: values[None] for name, values in entry.features.items()}
+    content = snapshot.recommender.content
+    known = content.attributes if content is not None else {}
+    attributes = {name: [values] for name, values in entry.body["attributes"].items() if name in known}
+    return snapshot.changed(
+        lambda recommender: recommender.add_items(features, [entry.key], [entry.body["title"]], attributes=attributes)
+    )
 
 
 def _entries(jobs: Sequence[Any]) -> list[Entry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from hellm.serve.errors import Overloaded, RequestError
+from hellm.serve.page.reasons import basis_in_words, reason_in_words
 
 __all__ = ["PageRoute", "error_page", "render", "wants_page"]
 
@@ -24,6 +26,13 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_ENVIRONMENT.filters |= {
+    "count": "{:,}".format,
+    "percent": "{:.0%}".format,
+    "day": lambda seconds: f"{datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc):%d %b %Y}",
+    "reason": reason_in_words,
+    "basis": basis_in_words,
+}
 _TITLES = {401: "Sign in", 404: "Not found", 503: "Not now"}
 
 
@@ -56,7 +65,10 @@ def wants_page(request: Request) -> bool:
 def error_page(request: Request, status: int, message: str, nearest: list[str] | None = None) -> Response:
     """What went wrong, in words."""
     title = _TITLES.get(status, "This does not work")
-    return render(request, "error.html", status, title=title, message=message, nearest=nearest or [])
+    page = render(request, "error.html", status, title=title, message=message, nearest=nearest or [])
+    # Where htmx has asked for a part of a page, this takes the place of all of it.
+    page.headers.update({"HX-Retarget": "#content", "HX-Reselect": "#content", "HX-Reswap": "outerHTML"})
+    return page
 
 
 class PageRoute(APIRoute):
