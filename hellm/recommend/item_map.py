@@ -9,6 +9,9 @@ from torch import Tensor
 
 __all__ = ["Plane", "principal_plane"]
 
+# Rows that are there in float64 at once.
+_BLOCK = 1 << 16
+
 
 class Plane(NamedTuple):
     """Principal components of rows.
@@ -28,12 +31,17 @@ def principal_plane(rows: Tensor) -> Plane:
     The covariance is exact, in float64. In each direction the largest entry is positive, so that the same rows come out
     the same way round.
     """
-    centred = rows.double() - rows.double().mean(dim=0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    blocks = rows.split(_BLOCK)
+    mean = torch.stack([block.double().sum(dim=0) for block in blocks]).sum(dim=0) / len(rows)
+    spread = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for block in blocks:
+        centred = block.double() - mean
+        spread.addmm_(centred.T, centred)
+    values, vectors = torch.linalg.eigh(spread)
     vectors = vectors.flip(1)[:, :2]
     vectors = vectors * vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
-    points = torch.zeros(len(rows), 2, dtype=torch.float64)
-    points[:, : vectors.shape[1]] = centred @ vectors
+    points = torch.zeros(len(rows), 2)
+    points[:, : vectors.shape[1]] = torch.cat([((block.double() - mean) @ vectors).float() for block in blocks])
     total = float(values.clamp(min=0).sum())
     shares = [float(value) / total if total > 0 else 0.0 for value in values.clamp(min=0).flip(0)[:2]]
-    return Plane(points.float(), (shares[0], shares[1] if len(shares) > 1 else 0.0))
+    return Plane(points, (shares[0], shares[1] if len(shares) > 1 else 0.0))

@@ -110,6 +110,11 @@ class Service:
     def store(self) -> Store | None:
         return self._store
 
+    @property
+    def has_other(self) -> bool:
+        """Whether another run was named, to be compared with."""
+        return self._compared is not None
+
     def compared_with(self, snapshot: Snapshot) -> Snapshot | None:
         """The other run, with what is stored up to a snapshot; for studies alone, which follow one another."""
         compared = self._compared

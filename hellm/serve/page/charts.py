@@ -67,12 +67,12 @@ def line_chart(ident: str, title: str, lines: Sequence[Line], x_label: str = "ep
         kind = f"c{line.colour}{' dashed' if line.is_dashed else ''}"
         places = [(frame.x(x), frame.y(y)) for x, y in line.points]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-        parts.append(Markup('<path class="line {}" d="{}"/>').format(kind, path))
+        parts.append(_tag('<path class="line {}" d="{}"/>', kind, path))
         if len(places) <= _MAX_DOTS:
-            parts += [Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="2.6"/>').format(kind, *one) for one in places]
-        for (x, y), place in zip(line.points, places, strict=True):
+            parts += [_tag('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="2.6"/>', kind, *one) for one in places]
+        for (x, _), place in zip(line.points, places, strict=True):
             if x == line.best:
-                parts.append(Markup('<circle class="best {}" cx="{:.1f}" cy="{:.1f}" r="5"/>').format(kind, *place))
+                parts.append(_tag('<circle class="best {}" cx="{:.1f}" cy="{:.1f}" r="5"/>', kind, *place))
     return _svg(ident, title, " ".join(map(_in_words, lines)), parts, _HEIGHT)
 
 
@@ -104,15 +104,15 @@ def interval_chart(
     for place, (label, values) in enumerate(rows):
         top = _TOP + step * place
         middle = top + step / 2
-        parts.append(Markup('<text class="label" x="{}" y="{:.1f}">{}</text>').format(frame.left - 12, middle + 4, label))
+        parts.append(_tag('<text class="label" x="{}" y="{:.1f}">{}</text>', frame.left - 12, middle + 4, label))
         for which, one in enumerate(values):
             if one is None:
                 continue
             y = middle + bar * (which - (len(names) - 1) / 2)
             x, low, high = frame.x(one.value), frame.x(one.low), frame.x(one.high)
             kind = f"c{which}{' hollow' if which else ''}"
-            parts.append(Markup('<path class="whisker {}" d="M{:.1f} {:.1f}H{:.1f}"/>').format(kind, low, y, high))
-            parts.append(Markup('<circle class="value {}" cx="{:.1f}" cy="{:.1f}" r="5"/>').format(kind, x, y))
+            parts.append(_tag('<path class="whisker {}" d="M{:.1f} {:.1f}H{:.1f}"/>', kind, low, y, high))
+            parts.append(_tag('<circle class="value {}" cx="{:.1f}" cy="{:.1f}" r="5"/>', kind, x, y))
             name = f"{names[which]} " if len(names) > 1 else ""
             told.append(f"{label}: {name}{number(one.value)}, {number(one.low)} to {number(one.high)}.")
     return _svg(ident, title, " ".join(told), parts, height)
@@ -129,7 +129,7 @@ def histogram(ident: str, title: str, values: Sequence[float], num_bins: int = 1
     for place, count in enumerate(counts):
         x, y = frame.x(place / num_bins), frame.y(count)
         size = (frame.x((place + 1) / num_bins) - x - 2, frame.y(0) - y)
-        parts.append(Markup('<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(x + 1, y, *size))
+        parts.append(_tag('<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>', x + 1, y, *size))
     told = [f"{place / num_bins:g} to {(place + 1) / num_bins:g}: {count}" for place, count in enumerate(counts)]
     return _svg(ident, title, "; ".join(told) + ".", parts, height)
 
@@ -137,7 +137,9 @@ def histogram(ident: str, title: str, values: Sequence[float], num_bins: int = 1
 class _Frame:
     """Numbers to places."""
 
-    def __init__(self, xs: tuple[float, float], ys: tuple[float, float], height: int = _HEIGHT, left: int = _LEFT) -> None:
+    def __init__(
+        self, xs: tuple[float, float], ys: tuple[float, float], height: int = _HEIGHT, left: int = _LEFT
+    ) -> None:
         self.xs, self.ys, self.height, self.left = xs, ys, height, left
 
     def x(self, value: float) -> float:
@@ -153,8 +155,8 @@ class _Frame:
         parts = []
         for value in y_ticks:
             y = self.y(value)
-            parts.append(Markup('<path class="grid" d="M{} {:.1f}H{}"/>').format(self.left, y, _WIDTH - _RIGHT))
-            parts.append(Markup('<text class="label" x="{}" y="{:.1f}">{}</text>').format(self.left - 8, y + 4, number(value)))
+            parts.append(_tag('<path class="grid" d="M{} {:.1f}H{}"/>', self.left, y, _WIDTH - _RIGHT))
+            parts.append(_tag('<text class="label" x="{}" y="{:.1f}">{}</text>', self.left - 8, y + 4, number(value)))
         for value in x_ticks:
             parts.append(_bottom(self.x(value), self.height - _BOTTOM + 17, number(value)))
         parts.append(_bottom((self.left + _WIDTH - _RIGHT) / 2, self.height - 6, x_label))
@@ -165,13 +167,21 @@ class _Frame:
         parts = []
         for value in ticks:
             x = self.x(value)
-            parts.append(Markup('<path class="grid" d="M{:.1f} {}V{}"/>').format(x, _TOP, self.height - _BOTTOM))
+            parts.append(_tag('<path class="grid" d="M{:.1f} {}V{}"/>', x, _TOP, self.height - _BOTTOM))
             parts.append(_bottom(x, self.height - _BOTTOM + 17, number(value)))
         return Markup("").join(parts)
 
 
+def _tag(template: str, *values: object) -> Markup:
+    return Markup(template).format(*values)
+
+
+def _label(x: float, y: float, text: str) -> Markup:
+    return _tag('<text class="label" x="{}" y="{:.1f}">{}</text>', x, y + 4, text)
+
+
 def _bottom(x: float, y: float, text: str) -> Markup:
-    return Markup('<text class="tick" x="{:.1f}" y="{:.1f}">{}</text>').format(x, y, text)
+    return _tag('<text class="tick" x="{:.1f}" y="{:.1f}">{}</text>', x, y, text)
 
 
 def _svg(ident: str, title: str, description: str, parts: Sequence[Markup], height: int) -> Markup:
