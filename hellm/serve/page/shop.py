@@ -177,6 +177,7 @@ async def never_shown(request: Request, page: Page = 1) -> Response:
         request,
         "never_shown.html",
         survey=survey,
+        num_items=snapshot.recommender.num_items,
         bands=_bands(counts, len(survey.lists)),
         items=questions.named(snapshot, part["rows"]),
         page=part,
@@ -239,14 +240,15 @@ async def preview(request: Request) -> Response:
     except RequestError as error:
         return _new_product(request, given, wrong=error.message, status=error.status)
     ranks = survey.ranks(found["row"])
-    counts = now.counts(served.recommender.num_items) / max(1, len(now.lists))
-    less = float((counts < len(ranks) / max(1, len(survey.lists))).mean())
+    shares = now.counts(served.recommender.num_items) / max(1, len(now.lists))
+    less = int((shares < len(ranks) / max(1, len(survey.lists))).sum())
     shown = {
         "product": found,
         "picture": data_url(upload) if upload else None,
         "picture64": base64.b64encode(upload).decode() if upload else "",
         "reach": _reach(snapshot, ranks, survey),
         "less": less,
+        "products": served.recommender.num_items,
         "placed_by": [*entry.features, *_known_attributes(snapshot, item)],
     }
     return _new_product(request, given, preview=shown)

@@ -16,7 +16,7 @@ from hellm.serve.state import Snapshot
 __all__ = ["Survey", "Surveys"]
 
 # Customers that are asked for at most, and the seconds after which no more are.
-_CUSTOMERS, _SECONDS = 500, 4.0
+_CUSTOMERS, _SECONDS = 1000, 4.0
 _LENGTH = 10
 # Lists in one turn of the model to begin with; more where a turn is short, so that nobody waits long behind one.
 _CHUNK, _TURN = 8, 0.2
