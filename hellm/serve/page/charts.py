@@ -35,11 +35,19 @@ class Line(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A value and how far it may be off."""
+    """A value and how far it may be off; None where that is not known."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Both ends, or the value twice."""
+        return (self.value, self.value) if self.low is None or self.high is None else (self.low, self.high)
+
+    def __str__(self) -> str:
+        return number(self.value) + ("" if self.low is None else f", {number(self.low)} to {number(self.high)}")
 
 
 def number(value: float) -> str:
@@ -96,10 +104,10 @@ def interval_chart(
         names: Of what is compared; the second one is drawn hollow.
     """
     found = [one for _, values in rows for one in values if one is not None]
-    ticks = _ticks(min(0.0, *(one.low for one in found)), max(one.high for one in found), 5)
+    ticks = _ticks(min(0.0, *(one.ends[0] for one in found)), max(one.ends[1] for one in found), 5)
     step, bar = 26 + 16 * len(names), 16
     height = _TOP + step * len(rows) + _BOTTOM
-    frame = _Frame((ticks[0], ticks[-1]), (0, 1), height, left=150)
+    frame = _Frame((ticks[0], ticks[-1]), (0, 1), height, left=100)
     parts, told = [frame.columns(ticks)], []
     for place, (label, values) in enumerate(rows):
         top = _TOP + step * place
@@ -109,12 +117,12 @@ def interval_chart(
             if one is None:
                 continue
             y = middle + bar * (which - (len(names) - 1) / 2)
-            x, low, high = frame.x(one.value), frame.x(one.low), frame.x(one.high)
+            x, low, high = (frame.x(end) for end in (one.value, *one.ends))
             kind = f"c{which}{' hollow' if which else ''}"
             parts.append(_tag('<path class="whisker {}" d="M{:.1f} {:.1f}H{:.1f}"/>', kind, low, y, high))
             parts.append(_tag('<circle class="value {}" cx="{:.1f}" cy="{:.1f}" r="5"/>', kind, x, y))
             name = f"{names[which]} " if len(names) > 1 else ""
-            told.append(f"{label}: {name}{number(one.value)}, {number(one.low)} to {number(one.high)}.")
+            told.append(f"{label}: {name}{one}.")
     return _svg(ident, title, " ".join(told), parts, height)
 
 

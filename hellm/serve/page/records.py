@@ -32,7 +32,7 @@ def interval_of(test: Mapping[str, Any], metric: str) -> Interval | None:
     value = test.get("metrics", {}).get(metric)
     if value is None:
         return None
-    return Interval(value, *(test.get("confidence_intervals", {}).get(metric) or (value, value)))
+    return Interval(value, *(test.get("confidence_intervals", {}).get(metric) or ()))
 
 
 def slice_metrics(recorded: Sequence[Slices]) -> list[str]:
@@ -81,7 +81,10 @@ def loss_charts(courses: Sequence[Course]) -> list[dict[str, Any]]:
     """A chart for each training, with a line for each term of its loss."""
     found = []
     for number, course in enumerate(courses):
-        names = dict.fromkeys(key for record in course.records for key in record if key.endswith("_mean"))
+        names = list(dict.fromkeys(key for record in course.records for key in record if key.endswith("_mean")))
+        if len(names) == 2 and names[0] == "loss_mean":
+            # The loss is its only term.
+            names = names[1:]
         lines = [
             Line(key.removesuffix("_mean").replace("_", " "), points, colour)
             for colour, key in enumerate(names)

@@ -31,6 +31,7 @@ _ENVIRONMENT.filters |= {
     "count": "{:,}".format,
     "percent": "{:.0%}".format,
     "number": number,
+    "signed": lambda value: f"{value:+.4f}".replace("-", "\N{MINUS SIGN}"),
     "day": lambda seconds: f"{datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc):%d %b %Y}",
     "reason": reason_in_words,
     "basis": basis_in_words,

@@ -31,7 +31,9 @@ __all__ = ["router"]
 
 router = APIRouter(route_class=PageRoute)
 
-_ITEMS, _USERS, _ROWS, _FOUND, _EVENTS = 48, 10, 100, 48, 36
+_ITEMS, _USERS, _ROWS, _FOUND, _EVENTS = 48, 5, 50, 48, 36
+# Metrics that are shown at once.
+_MAIN = ("recall", "ndcg", "coverage", "novelty")
 _GROUPS = ("popular", "middle", "rare", "cold")
 
 Id = Annotated[str, Query(min_length=1, max_length=512)]
@@ -71,7 +73,18 @@ async def home(request: Request) -> Response:
     tests = [_test(one) for one in runs]
     metrics = list(dict.fromkeys(name for test in tests for name in test.get("metrics", {})))
     rows = [(name, [interval_of(test, name) for test in tests], differences.get(name)) for name in metrics]
-    return render(request, "research.html", runs=runs, cards=cards, tests=tests, rows=rows, missing=missing)
+    kinds = [name.partition("@")[0] for name in metrics]
+    main = [row for kind in _MAIN for row, own in zip(rows, kinds, strict=True) if own == kind]
+    return render(
+        request,
+        "research.html",
+        runs=runs,
+        cards=cards,
+        tests=tests,
+        tables={"": main, "Other metrics": [row for row, own in zip(rows, kinds, strict=True) if own not in _MAIN]},
+        has_differences=bool(differences),
+        missing=missing,
+    )
 
 
 @one_by_one

@@ -60,10 +60,14 @@ class HyperedgeRequest:
 def item_hyperedges(snapshot: Snapshot, request: HyperedgeRequest) -> dict[str, Any]:
     """An item, the hyperedges it is in, the members of one of them, and what the run answers without it.
 
-    Returns: "item"; "missing" (why no hyperedge can be taken away, or None); "groups": modality -> hyperedges, each
-        with "modality", "name", "title", "is_value", "weight", "size", "is_chosen" and "rank" (of the item without it,
-        where that was tried); "members" and "more" of the chosen one; "rank" of the item; "effect" (of the chosen one:
-        "rank", "before" and "after" as lists); "untried": hyperedges that there was no time for.
+    Returns:
+        "item"; "events" (of training); "missing" (why no hyperedge can be taken away, or None);
+        "groups": modality -> hyperedges, each with "modality", "name", "title", "is_value", "weight", "size",
+        "is_chosen" and "rank" (of the item without it, where that was tried);
+        "members" and "more" (how many are not among them) of the chosen hyperedge;
+        "rank" and "has_it" (whether it is in the history), where a user is asked for;
+        "effect" of the chosen hyperedge: "rank", and "scores", "before" and "after" as `_effect` has them;
+        "untried": hyperedges that there was no time for.
     """
     recommender = snapshot.recommender
     known_ids([request.item], recommender.item_ids, snapshot.nearest_items, "id", status=404)
@@ -81,7 +85,7 @@ def item_hyperedges(snapshot: Snapshot, request: HyperedgeRequest) -> dict[str, 
     if request.user is not None and missing is None and chosen is not None:
         less = recommender.without_hyperedge(chosen.modality, chosen.name)
         ranks[chosen.modality, chosen.name] = less.rank(request.item, user=request.user)
-        found["effect"] = _effect(recommender, less, request.user) | {"rank": ranks[chosen.modality, chosen.name]}
+        found["effect"] = _effect(recommender, less, row, request.user) | {"rank": ranks[chosen.modality, chosen.name]}
         if request.try_all:
             ranks |= _ranks_without(recommender, request, hyperedges)
     return found | {
@@ -151,11 +155,16 @@ def _members(snapshot: Snapshot, chosen: Hyperedge, request: HyperedgeRequest) -
     ]
 
 
-def _effect(recommender: Recommender, less: Recommender, user: str) -> dict[str, Any]:
-    """Lists of a user with and without a hyperedge, each item with its place in the other list, if it is there."""
+def _effect(recommender: Recommender, less: Recommender, row: int, user: str) -> dict[str, Any]:
+    """Scores of an item and lists of a user, as they are and without a hyperedge.
+
+    Each item of a list has its place in the other list, if it is there.
+    """
     k = min(LENGTH, recommender.num_items)
+    rows = torch.tensor([recommender.user_ids.index(user)])
+    scores = [float(one.scores(rows)[0, row]) for one in (recommender, less)]
     before, after = ([vars(item) for item in one.recommend(user, k=k)[0]] for one in (recommender, less))
-    return {"before": _beside(before, after), "after": _beside(after, before)}
+    return {"scores": scores, "before": _beside(before, after), "after": _beside(after, before)}
 
 
 def _beside(items: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -281,12 +290,13 @@ class ItemMap:
 
 
 def _near(snapshot: Snapshot, item: str) -> dict[str, list[int]]:
-    """Modality -> rows of the items that share a hyperedge with an item."""
+    """Modality -> rows of the items that share a hyperedge with an item; values of attributes join too many to draw."""
     recommender = snapshot.recommender
     known_ids([item], recommender.item_ids, snapshot.nearest_items, "item", status=404)
     near: dict[str, dict[int, None]] = {}
     for one in recommender.hyperedges(item):
-        near.setdefault(one.modality, {}).update(dict.fromkeys(one.members.tolist()))
+        if not one.is_value:
+            near.setdefault(one.modality, {}).update(dict.fromkeys(one.members.tolist()))
     row = recommender.item_ids.index(item)
     return {modality: [one for one in rows if one != row][:_MEMBERS] for modality, rows in near.items()}
 
