@@ -17,9 +17,10 @@ import httpx
 import numpy as np
 import polars as pl
 import torch
+from PIL import Image
 from recommender_contract import planted_blocks
 
-from hellm.data import ItemFeatures
+from hellm.data import ItemFeatures, load_dataset
 from hellm.data.attributes import AttributeSet
 from hellm.models import SASRec
 from hellm.models.graph.content import ItemContent
@@ -56,8 +57,8 @@ MODELS = {
 }
 
 
-def save_run(folder: Path, kind: str = "graph", *, seed: int = 0, content: bool = True) -> Path:
-    """A run with features "text", attribute "colour" and titles, some of which are script."""
+def save_run(folder: Path, kind: str = "graph", *, seed: int = 0, content: ItemContent | bool = True) -> Path:
+    """A run with features "text" and attribute "colour", or the content given; some titles are script."""
     sides = {"user": DATA.num_users, "item": DATA.num_items}
     title = {0: "<script>alert(1)</script>", 1: "Thé & café", 2: None}
     ids = pl.DataFrame(
@@ -71,21 +72,59 @@ def save_run(folder: Path, kind: str = "graph", *, seed: int = 0, content: bool 
     )
     users, items = DATA.train
     events = pl.DataFrame({"user": users, "item": items, "split": np.zeros(len(users), np.int8)})
-    known = None
-    if content:
+    known = None if content is False else content
+    if content is True:
         colours = AttributeSet.of([[COLOURS[row % 3]] for row in range(DATA.num_items)])
         told = {"text": ItemFeatures.from_values(features(DATA.num_items))}
         known = ItemContent.of(told, k=4, attributes={"colour": colours}, encoders={"text": {"encoder": "minilm"}})
     return Recommender(MODELS[kind](seed), ids, events, known).save(folder)
 
 
+def save_shop(folder: Path) -> Path:
+    """The data of `save_run` as a shop has it: titles and colours, pictures but for some items, a repeated event."""
+    (folder / "images").mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    lines = ["item,title,colour,image"]
+    for row in range(DATA.num_items):
+        title = {0: "<script>alert(1)</script>", 1: "Thé & café", 2: ""}.get(row, f"item {row}")
+        name = f"images/{row}.png" if row not in (1, 2) else ""
+        if row == 3:
+            # No picture, whatever it is called.
+            (folder / name).write_text("secret", encoding="utf-8")
+        elif name:
+            shade = np.array([(row * 40) % 256, 120, 255 - (row * 25) % 256])
+            pixels = np.clip(shade + draw.normal(0, 20, (40, 60, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name)
+        lines.append(f"i{row},{title},{COLOURS[row % 3]},{name}")
+    (folder / "items.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    pairs = zip(*DATA.train, strict=True)
+    events = [f"u{user},i{item},{1_700_000_000 + 60 * place}" for place, (user, item) in enumerate(pairs)]
+    events.append(events[0].rpartition(",")[0] + ",1800000000")
+    (folder / "events.csv").write_text("user,item,timestamp\n" + "\n".join(events) + "\n", encoding="utf-8")
+    return folder
+
+
+def save_shop_run(folder: Path, shop: Path) -> Path:
+    """A run of `save_shop` that knows items by the colours of their pictures and by attribute "colour"."""
+    data = load_dataset(shop, features="simple", columns={"attribute": "colour"})
+    content = ItemContent.of(
+        {"image": data.item_features["image"]},
+        k=4,
+        attributes={"colour": data.attribute_sets["colour"]},
+        encoders={"image": data.encoders["image"]},
+    )
+    return save_run(folder, content=content)
+
+
 class Client:
     """A server of this process on a thread of its own, asked over loopback."""
 
-    def __init__(self, run: Path, store: Store | None, settings: Settings, source: dict[str, Any]) -> None:
+    def __init__(
+        self, run: Path, store: Store | None, settings: Settings, source: dict[str, Any], data: Path | None
+    ) -> None:
         import uvicorn
 
-        self.app = create_app(Source(run, **source), store, settings)
+        self.app = create_app(Source(run, **source), store, settings, data=data)
         config = uvicorn.Config(self.app, port=0, log_config=None, access_log=False, lifespan="on")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)
@@ -122,12 +161,19 @@ class Client:
 
 
 @contextlib.contextmanager
-def serving(run: Path, store: Path | None = None, *, source: dict[str, Any] | None = None, **settings: Any):
+def serving(
+    run: Path,
+    store: Path | None = None,
+    *,
+    source: dict[str, Any] | None = None,
+    data: Path | None = None,
+    **settings: Any,
+):
     """A `Client` that is ready."""
     opened = None if store is None else Store(store)
     client = None
     try:
-        client = Client(run, opened, Settings(skip_selftest=True, **settings), source or {}).until_ready()
+        client = Client(run, opened, Settings(skip_selftest=True, **settings), source or {}, data).until_ready()
         yield client
     finally:
         if client is not None:
