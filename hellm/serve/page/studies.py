@@ -192,7 +192,7 @@ class Comparison:
     found: list[Disagreement] = field(default_factory=list)
     metrics: tuple[dict[str, float], dict[str, float]] = ({}, {})
     metric: str | None = None
-    _chunk: int = _CHUNK
+    _chunk: int = field(default_factory=lambda: _CHUNK)
 
     @classmethod
     def of(cls, one: Snapshot, other: Snapshot) -> Comparison:
@@ -209,9 +209,12 @@ class Comparison:
         """Compare some more users."""
         until = time.monotonic() + _SECONDS / 2
         recommenders = [snapshot.recommender for snapshot in self.snapshots]
-        while len(self.found) < len(self.users) and time.monotonic() < until:
+        while not self.is_done:
             begun, part = time.monotonic(), self.users[len(self.found) :][: self._chunk]
+            # Another list each time: a page may be reading the one before.
             self.found = self.found + disagreements(*recommenders, part, LENGTH)
+            if time.monotonic() > until:
+                break
             if time.monotonic() - begun < _SECONDS / 20:
                 self._chunk *= 2
 
