@@ -1,8 +1,7 @@
 """The pictures of the server's page: python docs/screenshots.py demo.
 
 `demo` is what `hellm demo --out demo` made. It needs the package playwright and Chromium (Debian: chromium, and
-fonts-inter
-for the letters of the pictures that are here); nothing is stored in the demo.
+fonts-inter for the letters of the pictures that are here); nothing is stored in the demo.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ test_users.safetensors  the test metrics of every user (`hellm.artifact.test_use
 checkpoint/             last.safetensors (to go on from) and best.safetensors (what is tested)
 model/                  what was trained of a language model
 sequence_model/         the sequence model that a language model starts from, where it has one
-towers/NAME/            the models that a fused one adds up
+towers/NAME/            the models that a fused one adds up, each with the metrics.jsonl of its training
 refit.json              how it compares with the run that it continues (`hellm.upkeep.refit`)
 curves.png              losses and validation metrics over epochs
 events.out.tfevents.*   TensorBoard, if asked for
@@ -75,6 +75,6 @@ RUN_LAYOUT = (
     "events.out.tfevents.*",
     *(f"{CHECKPOINT}/{name}" for name in ("last.safetensors", "best.safetensors", "data.json", "language_model.json")),
     *_MODEL_LAYOUT,
-    *(f"{TOWERS}/*/{name}" for name in _MODEL_LAYOUT),
+    *(f"{TOWERS}/*/{name}" for name in (*_MODEL_LAYOUT, METRICS)),
 )
 """Files of a run of any stage, as `hellm._folders.mark_folder` takes them."""

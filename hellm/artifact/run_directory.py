@@ -27,7 +27,7 @@ from hellm.artifact.tables import histories_table, ids_table, read_ids, side_of
 from hellm.config import config_to_dict, load_saved_config, save_config
 from hellm.data import Dataset
 
-__all__ = ["START_OVER", "RunDirectory", "check_run", "environment", "peak_memory_bytes"]
+__all__ = ["START_OVER", "RunDirectory", "check_run", "environment", "peak_memory_bytes", "read_metrics"]
 
 START_OVER = "to start over, give overwrite=True or another folder"
 
@@ -180,19 +180,8 @@ class RunDirectory:
         append_line(self.metrics, json.dumps(record))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All records so far, up to a line that is none, as a kill may have left at the end."""
-        if not self.metrics.is_file():
-            return []
-        records = []
-        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if not isinstance(record, dict) or "epoch" not in record:
-                break
-            records.append(record)
-        return records
+        """See `read_metrics`."""
+        return read_metrics(self.path)
 
     def training_seconds(self) -> float:
         """Seconds of training steps and validations, over all sessions."""
@@ -231,6 +220,23 @@ class RunDirectory:
         for path, table in ((self.ids, ids_table(dataset)), (self.histories, histories_table(dataset))):
             with atomic_path(path) as temporary:
                 table.write_parquet(temporary)
+
+
+def read_metrics(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All records of metrics.jsonl so far, up to a line that is none, as a kill may have left at the end."""
+    file = Path(run) / METRICS
+    if not file.is_file():
+        return []
+    records = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if not isinstance(record, dict) or "epoch" not in record:
+            break
+        records.append(record)
+    return records
 
 
 def _first_difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:

@@ -47,6 +47,7 @@ def run(argv: Sequence[str]) -> int:
         language_model=args.llm,
         onnx=args.onnx,
         encoders=_encoders(args.encoder or []),
+        compared=args.compare,
     )
     settings = Settings(
         api_key=key,
@@ -117,6 +118,9 @@ def _parser():
     )
     parser.add_argument(
         "--reload-from", metavar="DIR", help="run that POST /admin/reload takes over; default: RUN, read again"
+    )
+    parser.add_argument(
+        "--compare", metavar="OTHER", help="another run of the same data, which the page for research sets beside RUN"
     )
     parser.add_argument(
         "--encoder",

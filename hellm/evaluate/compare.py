@@ -120,7 +120,7 @@ def compare(
         "split": split,
         "num_items": next(iter(of_rows.values()))[0].num_items,
         **reports[0],
-        "slices": _slice_words(dataset, reports[0]["models"]) if slices else {},
+        "slices": _slice_words(dataset, reports[0]["models"][0]["slices"]) if slices else {},
         "other_protocols": reports[1:],
         "notes": notes,
     }
@@ -148,6 +148,23 @@ def summary(results: Sequence[RankingResult], *, seed: int = 0) -> dict[str, Any
             name: [over_seeds[name]["low"], over_seeds[name]["high"]] for name in over_seeds
         }
     return values
+
+
+def slices_summary(result: RankingResult, dataset: Dataset, *, seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
+    """Both kinds of slices of one result, as plain values.
+
+    Args:
+        result: With `by_target`.
+        dataset: That it is of.
+        seed: Of the bootstrap.
+    Returns: Kind -> label -> "what" (in words), "num_users", "metrics", "confidence_level", "confidence_intervals".
+    """
+    found = _slices([result], history_lengths(dataset, result.split), seed)
+    words = _slice_words(dataset, found)
+    return {
+        kind: {label: {"what": words[kind][label], **part} for label, part in parts.items()}
+        for kind, parts in found.items()
+    }
 
 
 def _as_rows(models: Mapping[str, Any] | Sequence[Row]) -> list[Row]:
@@ -215,10 +232,10 @@ def _slices(runs: Sequence[RankingResult], lengths, seed: int) -> dict[str, dict
     }
 
 
-def _slice_words(dataset: Dataset, models: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+def _slice_words(dataset: Dataset, slices: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
     counts = item_counts(dataset)
     popularity = popularity_words(counts, popularity_groups(counts))
-    labels = {kind: list(parts) for kind, parts in models[0]["slices"].items()}
+    labels = {kind: list(parts) for kind, parts in slices.items()}
     return {
         ITEM_POPULARITY: {label: popularity[label] for label in labels[ITEM_POPULARITY]},
         HISTORY_LENGTH: {

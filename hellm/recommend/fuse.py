@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hellm._files import atomic_path
+from hellm.artifact.files import METRICS, TOWERS
 from hellm.artifact.run_directory import environment
 from hellm.config import FuseConfig
 from hellm.data import Dataset
@@ -163,6 +165,10 @@ def _fuse(
         for tower in towers.values():
             log_test_evaluation(tower, by="hellm.fuse", **used)
     fused.save(run.path)
+    for name in fused.towers:
+        if (course := Path(towers[name]) / METRICS).is_file():
+            with atomic_path(run.path / TOWERS / name / METRICS) as temporary:
+                temporary.write_bytes(course.read_bytes())
     write_tables(run, dataset, device=config.device)
     run.write_result(result)
     return result
@@ -267,9 +273,8 @@ def _evaluate(
         return None, None
     scorer = HistoryScorer.of(model, dataset, split)
     started = time.perf_counter()
-    result = evaluate_dataset(
-        scorer, dataset, split=split, protocol=config.protocol, ks=config.ks, batch_size=config.eval_batch_size
-    )
+    options = {"protocol": config.protocol, "ks": config.ks, "batch_size": config.eval_batch_size}
+    result = evaluate_dataset(scorer, dataset, split=split, by_target=split == "test", **options)
     return result, 1000 * (time.perf_counter() - started) / result.num_users
 
 

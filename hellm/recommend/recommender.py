@@ -5,12 +5,13 @@ U = users, I = items, D = embedding width, B = users asked for at once.
 
 from __future__ import annotations
 
+import copy
 import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from hellm.recommend import explain
 from hellm.recommend.card import training_facts, write_card
 from hellm.recommend.catalogue import history_lists, id_list, rows_of
 from hellm.recommend.events import KNOWN, Events
+from hellm.recommend.hyperedges import Hyperedge, hyperedges_of
 from hellm.recommend.results import Reason, Recommendations, RecommendedItem
 from hellm.recommend.served import ServedFused, ServedModel, load_served
 from hellm.recommend.state import QueryEncoder, State
@@ -273,25 +275,15 @@ class Recommender:
         current = self._current
         k = _length(k, len(current.ids), "the number of items")
         allowed = _allowed(current, candidates, id_list(exclude, "exclude"), attributes or {}, filter)
-        if users is not None:
-            names = [users] if isinstance(users, str) else id_list(users, "users")
-            rows = rows_of(current.user_ids, names, "user")
-            asked = current.events.histories.take(rows)
-            personal, read = current.known(rows)
-        else:
-            lists = history_lists(histories)
-            names, rows = [None] * len(lists), np.zeros(len(lists), np.int64)
-            asked = Histories.of_lists([rows_of(current.ids, history, "item") for history in lists])
-            personal, read = asked.lengths > 0, np.ones(len(lists), bool)
-        answers = []
-        for start in range(0, len(names), _BATCH):
-            part = np.arange(start, min(start + _BATCH, len(names)))
-            own = asked.take(part)
-            scores = current.scores(rows[part], own, read[part])
-            best = _best(current, scores, personal[part], own if exclude_seen else None, allowed, k)
+        asked, answers = _Asked.of(current, users, histories), []
+        for start in range(0, len(asked.names), _BATCH):
+            part = np.arange(start, min(start + _BATCH, len(asked.names)))
+            own = asked.histories.take(part)
+            scores = current.scores(asked.rows[part], own, asked.read[part])
+            best = _best(current, scores, asked.personal[part], own if exclude_seen else None, allowed, k)
             for place, found in zip(part.tolist(), best, strict=True):
-                basis = "popularity" if not personal[place] else "history" if read[place] else "user"
-                answers.append(Recommendations(names[place], basis, found))
+                basis = "popularity" if not asked.personal[place] else "history" if asked.read[place] else "user"
+                answers.append(Recommendations(asked.names[place], basis, found))
         return answers
 
     def similar_items(self, item: str, k: int = 10) -> list[RecommendedItem]:
@@ -340,6 +332,56 @@ class Recommender:
             )
             for i in explain.choose(shared, links, keys, k)
         ]
+
+    def hyperedges(self, item: str) -> list[Hyperedge]:
+        """The hyperedges of the item hypergraph that hold an item; none where the run has no item content.
+
+        Raises: DataError, an unknown id.
+        """
+        current = self._current
+        row = int(rows_of(current.ids, [str(item)], "item")[0])
+        if current.content is None:
+            return []
+        return hyperedges_of(current.content, current.model, row, current.ids, current.titles)
+
+    @property
+    def missing_hypergraph(self) -> str | None:
+        """Why `without_hyperedge` cannot answer for this run, in a sentence; None where it can."""
+        return self._current.missing_hypergraph
+
+    def without_hyperedge(self, modality: str, name: str) -> Recommender:
+        """The run as if one hyperedge of its item hypergraph had not been there.
+
+        The hypergraph is convolved again without it, by the operators and with the weights as they were trained, so
+        its answers are exact for the trained model; a training without the hyperedge would come to other weights. This
+        one stays as it is.
+
+        Args:
+            modality: That the hyperedge is of, or an attribute.
+            name: Id of the item it is around, or the value of the attribute; see `hyperedges`.
+        Raises: ValueError, a run that does not hold what it takes (see `missing_hypergraph`), or no such hyperedge.
+        """
+        recommender = copy.copy(self)
+        recommender._current = self._current.without_hyperedge(modality, name)
+        return recommender
+
+    def rank(self, item: str, *, user: str | None = None, history: Sequence[str] | None = None) -> int:
+        """Place of an item, from 1 on, among the items that a user or a history has not had, itself included.
+
+        It is the place in what `recommend` gives, where that names the item.
+
+        Raises: ValueError, both or neither of `user` and `history`. DataError, an unknown id.
+        """
+        if (user is None) == (history is None):
+            raise ValueError(f"give either user or history, got {'neither' if user is None else 'both'}")
+        current = self._current
+        row = int(rows_of(current.ids, [str(item)], "item")[0])
+        asked = _Asked.of(current, user, None if history is None else [id_list(history, "history")])
+        scores = current.scores(asked.rows, asked.histories, asked.read)[0] if asked.personal[0] else current.popularity
+        own, scores = float(scores[row]), scores.clone()
+        scores[torch.from_numpy(asked.histories.items)] = -torch.inf
+        scores[row] = own
+        return 1 + int((scores > own).sum()) + int((scores[:row] == own).sum())
 
     def lifts(
         self, items: Iterable[str], *, user: str | None = None, history: Sequence[str] | None = None
@@ -439,6 +481,35 @@ class Recommender:
         events = self._current.events
         train = events.split == 0
         return np.array_equal(events.users[train], users) and np.array_equal(events.items[train], items)
+
+
+class _Asked(NamedTuple):
+    """For whom lists are made.
+
+    Attributes:
+        names: Ids of users, None of histories.
+        rows: [n] of the users.
+        histories: What they have had.
+        personal: [n] bool: there is anything to go by.
+        read: [n] bool: known by the history.
+    """
+
+    names: Sequence[str | None]
+    rows: np.ndarray
+    histories: Histories
+    personal: np.ndarray
+    read: np.ndarray
+
+    @classmethod
+    def of(cls, current: State, users: str | Iterable[str] | None, histories: Any) -> _Asked:
+        if users is not None:
+            names = [users] if isinstance(users, str) else id_list(users, "users")
+            rows = rows_of(current.user_ids, names, "user")
+            return cls(names, rows, current.events.histories.take(rows), *current.known(rows))
+        lists = history_lists(histories)
+        asked = Histories.of_lists([rows_of(current.ids, history, "item") for history in lists])
+        rows, read = np.zeros(len(lists), np.int64), np.ones(len(lists), bool)
+        return cls([None] * len(lists), rows, asked, asked.lengths > 0, read)
 
 
 def _best(

@@ -19,6 +19,7 @@ from hellm.artifact import read_embeddings, write_embeddings
 from hellm.artifact.files import LANGUAGE_MODEL, SEQUENCE_MODEL, TOWERS
 from hellm.models import FoldIn, SASRec
 from hellm.models.fused import FusedModel
+from hellm.models.graph import ItemBranch
 from hellm.models.graph.content import ItemContent, Neighbours
 from hellm.models.sequence import TransitionModel, WhitenedContent
 
@@ -113,18 +114,25 @@ class ServedGraph:
 
     Args:
         tensors: As in embeddings.safetensors: "user" [U, D], "item" [I, D], "fold_in_source" [I, D], and where the run
-            has them "fold_in_view", "item_hypergraph" and "item_hypergraph_source" [I, D].
+            has them "fold_in_view", "item_hypergraph", "item_hypergraph_source", "item_hypergraph_input" and
+            "item_backbone" [I, D].
         fold_in_exponent: See `hellm.models.FoldIn`.
         modalities: What the item hypergraph was built from; None is all that there is.
+        branch: How it was convolved; None is not known, or there is none.
     """
 
     kind = "graph"
     reads_content = False
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], fold_in_exponent: float, modalities: Sequence[str] | None = None
+        self,
+        tensors: Mapping[str, Tensor],
+        fold_in_exponent: float,
+        modalities: Sequence[str] | None = None,
+        branch: ItemBranch | None = None,
     ) -> None:
         self.tensors, self.exponent, self.modalities = dict(tensors), fold_in_exponent, modalities
+        self.branch = branch
         self.user = self.tensors["user"]
 
     @property
@@ -149,16 +157,23 @@ class ServedGraph:
         else:
             source = self.tensors.get("item_hypergraph_source", view)
             rows["item_hypergraph"] = new.content.convolve(source, new.nearest, new.features, self.modalities)
-            rows["item"] = new.mean(item - F.normalize(view, dim=1)) + F.normalize(rows["item_hypergraph"], dim=1)
-        if "item_hypergraph_source" in self.tensors:
-            rows["item_hypergraph_source"] = torch.zeros_like(rows["item"])
-        longer = {name: torch.cat([self.tensors[name], value]) for name, value in rows.items()}
-        return ServedGraph(self.tensors | longer, self.exponent, self.modalities)
+            rows["item_backbone"] = new.mean(item - F.normalize(view, dim=1))
+            rows["item"] = rows["item_backbone"] + F.normalize(rows["item_hypergraph"], dim=1)
+        for name in ("item_hypergraph_source", "item_hypergraph_input"):
+            rows[name] = torch.zeros_like(rows["item"])
+        longer = {name: torch.cat([table, rows[name]]) for name, table in self.tensors.items() if name in rows}
+        return self.with_tensors(longer)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> ServedGraph:
+        """With others in place of those of the same names."""
+        return ServedGraph(self.tensors | dict(tensors), self.exponent, self.modalities, self.branch)
 
     def save(self, folder: Path) -> None:
         metadata = {"fold_in_exponent": str(self.exponent)}
         if self.modalities is not None:
             metadata["modalities"] = json.dumps(self.modalities)
+        if self.branch is not None:
+            metadata["item_branch"] = json.dumps(self.branch._asdict())
         write_embeddings(folder, self.kind, self.tensors, metadata)
 
     def to(self, device: str) -> None:
@@ -375,7 +390,8 @@ def load_served(
         return ServedFused(towers, weights)
     if kind == "graph":
         modalities = json.loads(metadata["modalities"]) if "modalities" in metadata else None
-        return ServedGraph(tensors, float(metadata["fold_in_exponent"]), modalities)
+        branch = ItemBranch(**json.loads(metadata["item_branch"])) if "item_branch" in metadata else None
+        return ServedGraph(tensors, float(metadata["fold_in_exponent"]), modalities, branch)
     return _load_llm(folder, tensors, metadata, titles, language_model)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from hellm.evaluate import HistoryScorer, history_scores
 from hellm.models.graph.content import ItemContent
 from hellm.recommend.catalogue import id_list, rows_of
 from hellm.recommend.events import HISTORY, KNOWN, Events
+from hellm.recommend.hyperedges import hyperedge_row, missing_hypergraph, without_hyperedge
 from hellm.recommend.served import NewItems, ServedModel
 
 if TYPE_CHECKING:
@@ -126,6 +128,19 @@ class State:
                 part = histories.take(np.flatnonzero(chosen))
                 queries[torch.from_numpy(chosen)] = embed(*(torch.from_numpy(one) for one in part))
         return queries
+
+    @cached_property
+    def missing_hypergraph(self) -> str | None:
+        """See `hellm.recommend.hyperedges.missing_hypergraph`."""
+        return missing_hypergraph(self.model, self.content)
+
+    def without_hyperedge(self, modality: str, name: str) -> State:
+        """See `Recommender.without_hyperedge`."""
+        if self.missing_hypergraph is not None:
+            raise ValueError(self.missing_hypergraph)
+        row = hyperedge_row(self.content, self.ids, modality, name)
+        model, content = without_hyperedge(self.model, self.content, modality, row)
+        return replace(self, model=model, content=content, keys=model.item_keys(), scorers={})
 
     def with_events(self, users: Iterable[str], items: Iterable[str]) -> State:
         """See `Recommender.add_events`."""

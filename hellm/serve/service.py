@@ -29,8 +29,8 @@ __all__ = ["Service", "Source"]
 logger = logging.getLogger(__name__)
 
 Question = Callable[[Snapshot, Sequence[Any]], Sequence[Any]]
-# Items that wait to be encoded, and writes that share a transaction.
-_MAX_ENCODED, _MAX_WRITES = 64, 256
+# Items that wait to be encoded, writes that share a transaction, and studies that wait.
+_MAX_ENCODED, _MAX_WRITES, _MAX_STUDIES = 64, 256, 16
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Source:
         device, language_model: As in `hellm.recommend.Recommender.load`.
         onnx: As in `load_snapshot`; read again with the run.
         encoders: Modality -> encoder of new items, in place of what the run names.
+        compared: Another run, for pages that show the two side by side.
     """
 
     run: str | os.PathLike[str]
@@ -51,11 +52,19 @@ class Source:
     language_model: str | os.PathLike[str] | None = None
     onnx: str | os.PathLike[str] | None = None
     encoders: dict[str, str] = field(default_factory=dict)
+    compared: str | os.PathLike[str] | None = None
 
     def load(self, *, again: bool = False) -> Snapshot:
         """The run as it is now. Raises: As `load_snapshot`."""
         path = self.reload_from if again and self.reload_from is not None else self.run
-        return load_snapshot(path, device=self.device, language_model=self.language_model, onnx=self.onnx)
+        return self._read(path, self.onnx)
+
+    def load_compared(self) -> Snapshot | None:
+        """The other run, if there is one. Raises: As `load_snapshot`."""
+        return None if self.compared is None else self._read(self.compared, None)
+
+    def _read(self, path: str | os.PathLike[str], onnx: str | os.PathLike[str] | None) -> Snapshot:
+        return load_snapshot(path, device=self.device, language_model=self.language_model, onnx=onnx)
 
 
 class Service:
@@ -73,6 +82,8 @@ class Service:
     def __init__(self, source: Source, store: Store | None, settings: Settings, metrics: Metrics) -> None:
         self._source, self._store, self._metrics = source, store, metrics
         self._snapshot, self.skipped = self._replayed(source.load())
+        compared = source.load_compared()
+        self._compared = None if compared is None else self._replayed(compared)[0]
         self._told()
         limits = {"max_queue": settings.max_queue, "timeout": settings.timeout}
         self._readers = Batcher(
@@ -86,6 +97,8 @@ class Service:
         self._writers = Batcher(self._write, name="writer", max_batch=_MAX_WRITES, **limits)
         limits |= {"max_queue": _MAX_ENCODED, "timeout": settings.encode_timeout}
         self._encoders = Batcher(self._encode, name="encoder", max_batch=1, **limits)
+        limits |= {"max_queue": _MAX_STUDIES, "timeout": settings.study_timeout}
+        self._studies = Batcher(self._answer, name="study", max_batch=1, **limits)
         self._encode_item = Encoders(source.encoders)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="reload")
         self._reloading = False
@@ -100,14 +113,27 @@ class Service:
     def store(self) -> Store | None:
         return self._store
 
+    @property
+    def has_other(self) -> bool:
+        """Whether another run was named, to be compared with."""
+        return self._compared is not None
+
+    def compared_with(self, snapshot: Snapshot) -> Snapshot | None:
+        """The other run, with what is stored up to a snapshot; for studies alone, which follow one another."""
+        compared = self._compared
+        if compared is not None and self._store is not None and compared.revision < snapshot.revision:
+            new = [one for one in self._store.entries(compared.revision) if one.number <= snapshot.revision]
+            self._compared, _ = replayed(compared, new)
+        return self._compared
+
     async def open(self) -> None:
         """Start the threads, on the running event loop."""
-        for one in (self._readers, self._writers, self._encoders):
+        for one in (self._readers, self._writers, self._encoders, self._studies):
             one.start()
 
     async def close(self) -> None:
         """Answer what is waiting, then stop."""
-        for one in (self._encoders, self._writers, self._readers):
+        for one in (self._studies, self._encoders, self._writers, self._readers):
             await one.close()
         self._loader.shutdown(cancel_futures=True)
 
@@ -121,6 +147,13 @@ class Service:
         Raises: RequestError; Overloaded.
         """
         return await self._readers.submit((question, request))
+
+    async def study(self, question: Question, request: Any) -> Any:
+        """As `read`, in a thread of its own and one after another, for what would hold up others.
+
+        Raises: RequestError; Overloaded.
+        """
+        return await self._studies.submit((question, request))
 
     async def add(self, entries: Sequence[Entry]) -> Stored:
         """Put entries on disk and take them up, all or none; those that are there already count as duplicates.

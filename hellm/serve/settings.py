@@ -23,6 +23,7 @@ class Settings:
         max_queue: Requests that may wait; one more is answered with 503.
         timeout: Seconds from a request to its answer; then 503.
         encode_timeout: The same for a new item, whose encoder may have to be loaded first.
+        study_timeout: The same for what a researcher asks, which may take long.
         max_body: Bytes of a request.
         body_timeout: Seconds in which a request must have been sent.
         skip_selftest: Serve without having checked the operators.
@@ -37,6 +38,7 @@ class Settings:
     max_queue: int = 1024
     timeout: float = 10.0
     encode_timeout: float = 60.0
+    study_timeout: float = 60.0
     max_body: int = 16 << 20
     body_timeout: float = 20.0
     skip_selftest: bool = False

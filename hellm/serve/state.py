@@ -29,6 +29,7 @@ class Snapshot:
 
     Attributes:
         recommender: Not to be written to.
+        folder: Where it was read from.
         run_hash: Of the run directory, see `hellm.artifact.run_hash`.
         model_version: Kind of the model and the beginning of the hash, and `BY_ONNX` where that makes the queries.
         data_fingerprint: Of the data that the run was trained on; None where the folder does not say.
@@ -40,6 +41,7 @@ class Snapshot:
     """
 
     recommender: Recommender
+    folder: Path
     run_hash: str
     model_version: str
     data_fingerprint: str | None
@@ -99,6 +101,7 @@ def load_snapshot(
         raise DataError(f"{run} has changed while it was read; try again when nobody writes there")
     return Snapshot(
         recommender,
+        folder,
         before,
         f"{recommender.model.kind}-{before[:12]}{'' if onnx is None else BY_ONNX}",
         _data_fingerprint(folder),

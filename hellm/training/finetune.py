@@ -375,8 +375,10 @@ def _fit(
 
 
 def _evaluate(model, config: FinetuneConfig, dataset: Dataset, split: str):
-    options = {"split": split, "protocol": config.protocol, "ks": config.ks, "batch_size": config.eval_batch_size}
-    return evaluate_histories(model, _as_read(config, dataset), **options)
+    options = {"protocol": config.protocol, "ks": config.ks, "batch_size": config.eval_batch_size}
+    # What is cut off with compat is not what slices by popularity go by.
+    by_target = split == "test" and config.model.compat != "official"
+    return evaluate_histories(model, _as_read(config, dataset), split=split, by_target=by_target, **options)
 
 
 def _test(model, config: FinetuneConfig, dataset: Dataset) -> tuple[RankingResult | None, float | None]:

@@ -21,6 +21,7 @@ from hellm.evaluate import HistoryScorer, evaluate_dataset
 from hellm.graphs import item_hypergraph, nearest_items, user_hypergraph
 from hellm.losses import bpr_loss, l2_loss, softmax_loss, synergistic_contrastive_loss
 from hellm.models import FoldIn, GraphEncoder
+from hellm.models.graph import ItemBranch
 from hellm.training.captured_step import CapturedStep
 from hellm.training.checkpoint import read_model
 from hellm.training.loop import Progress
@@ -365,9 +366,8 @@ def _evaluate(model: GraphEncoder, config: PretrainConfig, dataset: Dataset, spl
     if dataset.has_cold_users:
         # Those that are asked for have no trained embedding.
         scorer = HistoryScorer.of(_FoldedIn(model.fold_in_tables(), model.embeddings().item), dataset, split)
-    return evaluate_dataset(
-        scorer, dataset, split=split, protocol=config.protocol, ks=config.ks, batch_size=config.eval_batch_size
-    )
+    options = {"protocol": config.protocol, "ks": config.ks, "batch_size": config.eval_batch_size}
+    return evaluate_dataset(scorer, dataset, split=split, by_target=split == "test", **options)
 
 
 def _result(model, config: PretrainConfig, dataset: Dataset, run: RunDirectory, progress: Progress):
@@ -385,12 +385,16 @@ def _write_outputs(
     fold_in = model.fold_in_tables()
     output = dict(zip(names, model.embeddings(), strict=True))
     output |= {"fold_in_source": fold_in.source, "fold_in_view": fold_in.view}
-    output["item_hypergraph_source"] = model.item_view_source()
+    metadata = {"fold_in_exponent": str(fold_in.exponent)}
+    if model.item_branch_table is not None:
+        output |= {"item_hypergraph_source": model.item_view_source(), "item_backbone": model.backbone_items()}
+        output["item_hypergraph_input"] = model.item_branch_table.weight
+        branch = ItemBranch(model.num_item_layers, config.model.knn_k, model.unit_items)
+        metadata["item_branch"] = json.dumps(branch._asdict())
     tensors = {name: value.float() for name, value in output.items() if value is not None}
     modalities = None
     if config.model.item_hypergraph:
         modalities = [*(config.model.modalities or ()), *config.model.attributes]
-    metadata = {"fold_in_exponent": str(fold_in.exponent), "modalities": json.dumps(modalities)}
-    write_embeddings(run.path, "graph", tensors, metadata)
+    write_embeddings(run.path, "graph", tensors, metadata | {"modalities": json.dumps(modalities)})
     write_tables(run, dataset, modalities=modalities, k=config.model.knn_k, device=str(model.device))
     write_curves(run, metrics=config.monitor, best_epoch=progress.best_epoch, title=f"{dataset.name}: pre-training")

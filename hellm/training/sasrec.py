@@ -249,6 +249,5 @@ def _schedule(config: SASRecConfig, num_steps: int) -> Callable[[int, int], floa
 def _evaluate(model: SASRec, config: SASRecConfig, dataset: Dataset, split: str) -> RankingResult | None:
     if not len(dataset.pairs(split)[0]):
         return None
-    return evaluate_histories(
-        model, dataset, split=split, protocol=config.protocol, ks=config.ks, batch_size=config.eval_batch_size
-    )
+    options = {"protocol": config.protocol, "ks": config.ks, "batch_size": config.eval_batch_size}
+    return evaluate_histories(model, dataset, split=split, by_target=split == "test", **options)

@@ -24,6 +24,7 @@ from hellm.artifact.test_users import write_test_users
 from hellm.config.loop import LoopConfig
 from hellm.data import Dataset, load_dataset
 from hellm.evaluate import RankingResult
+from hellm.evaluate.compare import slices_summary
 from hellm.models import ItemContent
 from hellm.training.loop import Progress, Schedule, fit
 from hellm.training.plots import plot_curves
@@ -307,10 +308,15 @@ def common_result(
 
 
 def tested(run: RunDirectory, test: RankingResult | None, dataset: Dataset) -> dict[str, Any] | None:
-    """What result.json says of the test, which is noted in test_evaluations.jsonl and, by user, in test_users."""
+    """What result.json says of the test, which is noted in test_evaluations.jsonl and, by user, in test_users.
+
+    Slices are part of it where the test was made by target.
+    """
     if test is None:
         return None
     values = test.to_dict(level=0.95)
+    if test.by_target:
+        values["slices"] = slices_summary(test, dataset)
     names = {"protocols": [values["protocol"]], "metrics": list(values["metrics"])}
     log_test_evaluation(run.path, by=TRAINING, **names, fingerprint=dataset.fingerprint)
     write_test_users(run.path, test)

@@ -158,6 +158,5 @@ def _counted(
 def _evaluate(model: TransitionModel, dataset: Dataset, config: TransitionsConfig, split: str) -> RankingResult | None:
     if not len(dataset.pairs(split)[0]):
         return None
-    return evaluate_histories(
-        model, dataset, split=split, protocol=config.protocol, ks=config.ks, batch_size=config.eval_batch_size
-    )
+    options = {"protocol": config.protocol, "ks": config.ks, "batch_size": config.eval_batch_size}
+    return evaluate_histories(model, dataset, split=split, by_target=split == "test", **options)

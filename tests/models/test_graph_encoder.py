@@ -200,7 +200,7 @@ def test_an_item_without_events_is_placed_by_those_in_its_hyperedges(make, inter
     incidence[vertices, edges] = 1
     shared = ((incidence * by_content.hyperedge_weight) @ incidence.T)[3] * others
     view = F.normalize(output.item_view, dim=1)
-    expected = shared @ (output.item - view) / shared.sum() + view[3]
+    expected = shared @ model._propagate_backbone()[1] / shared.sum() + view[3]
     expected = F.normalize(expected, dim=0) if unit_items else expected
     torch.testing.assert_close(placed.item[3], expected)
     source = model.fold_in_tables().source

@@ -64,6 +64,14 @@ def test_fused_model_is_not_worse_than_its_best_tower_on_validation(fused):
         assert tower["seconds_per_1000_users"] > 0 and set(tower["valid"]) == set(result["valid"]["metrics"])
 
 
+def test_run_keeps_the_course_of_its_towers(fused, runs):
+    out, result = fused
+    for name in result["weights"]:
+        assert (out / "towers" / name / "metrics.jsonl").read_bytes() == (runs[name] / "metrics.jsonl").read_bytes()
+    slices = result["test"]["slices"]["history length"]
+    assert sum(part["num_users"] for part in slices.values()) == result["test"]["num_users"]
+
+
 def test_run_serves_what_was_tested(fused, dataset):
     out, result = fused
     recommender = Recommender.load(out)

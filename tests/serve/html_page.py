@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 from typing import Any
 
@@ -62,3 +63,30 @@ def page(client: Any, path: str, status: int = 200, **options: Any) -> Page:
     response = client.get(path, headers=headers, **options)
     assert response.status_code == status, response.text
     return Page(response)
+
+
+def check_page(response: httpx.Response) -> Page:
+    """What holds for every page: nothing is loaded from elsewhere, no title is run, and everybody finds the way."""
+    found = Page(response)
+    # What htmx does is what the plain link or form does.
+    for tag, attributes in found.tags:
+        for name in ("href", "src", "action", "hx-get", "hx-post"):
+            address = attributes.get(name)
+            assert address is None or re.match(r"/(?!/)|#|data:image/webp;", address), (tag, address)
+        assert not any(name.startswith("on") or name in ("style", "hx-on") for name in attributes), (tag, attributes)
+        plain = attributes.get("href") or attributes.get("action")
+        assert attributes.get("hx-get", plain) == plain and attributes.get("hx-post", plain) == plain
+    assert [one.get("src") for one in found.attributes("script")] == ["/static/htmx.min.js"]
+    assert not found.attributes("style") and not found.of("style")
+    # Somebody who does not see it finds the way: a language, a title, one first heading, landmarks, a skip link.
+    assert found.attributes("html")[0]["lang"] == "en" and found.of("title")[0].endswith("· hellm")
+    assert len(found.of("h1")) == len(found.of("main")) == len(found.of("header")[:1]) == len(found.of("footer")) == 1
+    assert found.links["Skip to content"] == "#content"
+    assert all("alt" in one for one in found.attributes("img"))
+    names = {one.get("for") for one in found.attributes("label")}
+    asked = [one for one in found.attributes("input") if one.get("type") != "hidden"]
+    assert all(one["id"] in names for one in asked)
+    ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    assert response.headers["cache-control"] == "no-store"
+    return found

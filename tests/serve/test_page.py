@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from html_page import Page, page
+from html_page import Page, check_page, page
 from PIL import Image
 from served import COLOURS, DATA, same, save_run, save_shop, save_shop_run, serving
 
@@ -58,33 +58,16 @@ PAGES = [
 def test_a_page_needs_nothing_from_elsewhere_and_runs_no_title(client, path):
     response = client.get(path, headers={"accept": "text/html"})
     assert response.status_code in (200, 404, 422)
-    found = Page(response)
-    # What is loaded, followed or sent to is of this server; what htmx does is what the plain link or form does.
-    for tag, attributes in found.tags:
-        for name in ("href", "src", "action", "hx-get", "hx-post"):
-            address = attributes.get(name)
-            assert address is None or re.match(r"/(?!/)|#|data:image/webp;", address), (tag, address)
-        assert not any(name.startswith("on") or name in ("style", "hx-on") for name in attributes), (tag, attributes)
-        plain = attributes.get("href") or attributes.get("action")
-        assert attributes.get("hx-get", plain) == plain and attributes.get("hx-post", plain) == plain
-    assert [one.get("src") for one in found.attributes("script")] == ["/static/htmx.min.js"]
-    assert not found.attributes("style") and not found.of("style")
-    # Somebody who does not see it finds the way: a language, a title, one first heading, landmarks, a skip link.
-    assert found.attributes("html")[0]["lang"] == "en" and found.of("title")[0].endswith("· hellm")
-    assert len(found.of("h1")) == len(found.of("main")) == len(found.of("header")[:1]) == len(found.of("footer")) == 1
-    assert found.links["Skip to content"] == "#content"
-    assert all("alt" in one for one in found.attributes("img"))
-    names = {one.get("for") for one in found.attributes("label")}
-    asked = [one for one in found.attributes("input") if one.get("type") != "hidden"]
-    assert all(one["id"] in names for one in asked)
-    assert response.headers["cache-control"] == "no-store"
+    check_page(response)
 
 
 def test_no_style_loads_anything():
     import hellm.serve.page
 
-    styles = Path(hellm.serve.page.__file__).with_name("static") / "style.css"
-    assert not re.search(r"url\(|@import|//[a-z]", styles.read_text(encoding="utf-8"))
+    styles = sorted(Path(hellm.serve.page.__file__).with_name("static").glob("*.css"))
+    assert [one.name for one in styles] == ["research.css", "style.css"]
+    for one in styles:
+        assert not re.search(r"url\(|@import|//[a-z]", one.read_text(encoding="utf-8")), one
 
 
 def test_every_answer_forbids_what_no_page_needs(client):

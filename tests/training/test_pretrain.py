@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 
 from hellm import ops
 from hellm.config import ModelConfig, PretrainConfig, load_config, override_config
-from hellm.evaluate import evaluate_dataset, read_test_evaluations
+from hellm.evaluate import compare, evaluate_dataset, read_test_evaluations
 from hellm.graphs import item_hypergraph, user_hypergraph
 from hellm.models.graph.backbone import NGCF
 from hellm.models.graph.content import ItemContent
 from hellm.recommend import Recommender
 from hellm.training import pretrain as module
+from hellm.training.checkpoint import read_model
 from hellm.training.loop import Interrupted
 from hellm.training.pretrain import build_encoder, pretrain, pretrain_losses, resolve_config
 from hellm.training.samplers import Triples
@@ -173,6 +174,8 @@ def test_embeddings_are_float32_tables(finished):
         "user_hypergraph": (60, 8),
         "item_hypergraph": (24, 8),
         "item_hypergraph_source": (24, 8),
+        "item_hypergraph_input": (24, 8),
+        "item_backbone": (24, 8),
         "fold_in_source": (24, 8),
         "fold_in_view": (24, 8),
     }
@@ -472,3 +475,23 @@ def test_first_epoch_on_tiktok_is_the_published_one(shared_data, tmp_path):
     assert record["loss"] == pytest.approx(80.053, rel=0.01)
     assert record["bpr_loss"] == pytest.approx(32.093, rel=0.02)
     assert record["contrastive_loss"] == pytest.approx(47.871, rel=0.005)
+
+
+def test_result_has_the_test_by_slices(finished, small_dataset):
+    folder, result, _ = finished
+    slices = result["test"]["slices"]
+    assert json.loads((folder / "result.json").read_text())["test"]["slices"] == slices
+    assert list(slices) == ["item popularity", "history length"]
+    config = resolve_config(CONFIG, small_dataset)[0]
+    model = build_encoder(config, small_dataset)
+    read_model(folder / "checkpoint" / "best.safetensors", model)
+    table = compare({"run": model.eval()}, small_dataset, ks=config.ks, slices=True)
+    for kind, parts in table["models"][0]["slices"].items():
+        assert {label: part["num_users"] for label, part in slices[kind].items()} == {
+            label: part["num_users"] for label, part in parts.items()
+        }
+        for label, part in parts.items():
+            assert slices[kind][label]["what"] == table["slices"][kind][label]
+            assert slices[kind][label]["metrics"]["recall@5"] == pytest.approx(part["metrics"]["recall@5"])
+            low, high = slices[kind][label]["confidence_intervals"]["recall@5"]
+            assert [low, high] == pytest.approx(part["confidence_intervals"]["recall@5"])

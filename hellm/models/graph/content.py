@@ -5,10 +5,11 @@ I = items, n = new items, K = neighbours per item and modality, itself included.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from hellm._files import atomic_path
 from hellm.data import DataError, ItemFeatures
 from hellm.data.attributes import AttributeSet, indicators
 from hellm.graphs import Neighbours, nearest_items
+from hellm.hypergraph import Hypergraph
 
 __all__ = ["ItemContent"]
 
@@ -40,6 +42,7 @@ class ItemContent:
             not matter in how many goes items are added.
         attributes: The modalities that are attributes -> the values of their columns.
         encoders: Modality -> what made its features, see `hellm.data.Dataset`.
+        removed: Hyperedges that count no more, as modality and item row or column of a value.
     """
 
     def __init__(
@@ -49,11 +52,14 @@ class ItemContent:
         num_placing: int | None = None,
         attributes: Mapping[str, Sequence[str]] | None = None,
         encoders: Mapping[str, Mapping[str, Any]] | None = None,
+        removed: Collection[tuple[str, int]] = (),
     ) -> None:
-        self.encoders = dict(encoders or {})
+        self.encoders, self.removed = dict(encoders or {}), frozenset(removed)
         self.features, self.neighbours = dict(features), dict(neighbours)
         self.attributes = {name: tuple(values) for name, values in (attributes or {}).items()}
         self.num_placing = self.num_items if num_placing is None else num_placing
+        # (modalities, k) -> hypergraph without weights, of the items that place.
+        self._incidences: dict[tuple, Hypergraph] = {}
 
     @classmethod
     def of(
@@ -115,10 +121,13 @@ class ItemContent:
 
     def shared_hyperedges(self, modality: str, row: int, rows: Tensor) -> Tensor:
         """[len(rows)] int64: hyperedges that hold both item `row` and the other."""
+        removed = self._removed(modality)
         if modality in self.attributes:
-            table = self.features[modality]
-            return ((table[rows] > 0) & (table[row] > 0)).sum(dim=1)
+            both = (self.features[modality][rows] > 0) & (self.features[modality][row] > 0)
+            both[:, removed] = False
+            return both.sum(dim=1)
         own = self.neighbours[modality][row]
+        own = own[~torch.isin(own, removed)]
         return torch.isin(self.neighbours[modality][rows], own[own >= 0]).sum(dim=1)
 
     def nearest(self, features: Mapping[str, Tensor]) -> dict[str, Neighbours]:
@@ -212,14 +221,54 @@ class ItemContent:
             y.index_add_(0, joins, edge_sums[joined])
         return y
 
-    def _hyperedges(self, modality: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _hyperedges(self, modality: str, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Items and hyperedges, each [nnz] int64, and the weight of each hyperedge, among the items that place."""
-        listed = self.neighbours[modality][: self.num_placing]
-        if modality not in self.attributes:
-            return *_incidence(listed), torch.ones(len(listed))
-        has = self.features[modality][: self.num_placing] > 0
-        vertex, edge = has.nonzero(as_tuple=True)
-        return vertex, edge, listed.shape[1] / has.sum(0).clamp(min=1).float()
+        listed = self.neighbours[modality][: self.num_placing, :k]
+        if modality in self.attributes:
+            has = self.features[modality][: self.num_placing] > 0
+            vertex, edge = has.nonzero(as_tuple=True)
+        else:
+            vertex, edge = _incidence(listed)
+        return vertex, edge, self.hyperedge_weights(modality, k)
+
+    def hyperedge_weights(self, modality: str, k: int | None = None) -> Tensor:
+        """[M] float32 weight of each hyperedge of a modality, 0 of one that is removed; see `hypergraph`."""
+        listed = self.neighbours[modality][: self.num_placing, :k]
+        if modality in self.attributes:
+            has = self.features[modality][: self.num_placing] > 0
+            weight = listed.shape[1] / has.sum(0).clamp(min=1).float()
+        else:
+            weight = torch.ones(len(listed))
+        return weight.index_fill_(0, self._removed(modality), 0.0)
+
+    def _removed(self, modality: str) -> Tensor:
+        return torch.tensor([hyperedge for name, hyperedge in self.removed if name == modality], dtype=torch.int64)
+
+    def hypergraph(self, modalities: Sequence[str] | None = None, k: int | None = None) -> Hypergraph:
+        """The hypergraph of the items that place, as `hellm.item_hypergraph` builds it.
+
+        Args:
+            modalities: Those that it is built from, in this order; None is all.
+            k: Neighbours of an item, at most those that are known; None is all.
+        """
+        names = tuple(self.modalities if modalities is None else modalities)
+        weight = torch.cat([self.hyperedge_weights(name, k) for name in names])
+        if (names, k) not in self._incidences:
+            vertices, edges, start = [], [], 0
+            for name in names:
+                vertex, edge, own = self._hyperedges(name, k)
+                vertices.append(vertex)
+                edges.append(edge + start)
+                start += len(own)
+            index = torch.stack([torch.cat(vertices), torch.cat(edges)])
+            self._incidences[names, k] = Hypergraph(index, num_vertices=self.num_placing, num_hyperedges=start)
+        return self._incidences[names, k].with_weight(None if bool((weight == 1).all()) else weight)
+
+    def without_hyperedge(self, modality: str, hyperedge: int) -> ItemContent:
+        """With all items and one hyperedge less: that of an item row, or of a column of an attribute."""
+        less = copy.copy(self)
+        less.removed = self.removed | {(modality, hyperedge)}
+        return less
 
     def extended(self, features: Mapping[str, Tensor], nearest: Mapping[str, Neighbours]) -> ItemContent:
         """With new items at the end; the neighbours of the others stay. A new item is its own nearest."""
@@ -235,7 +284,7 @@ class ItemContent:
                 width = min(rows.shape[1], kept.shape[1])
                 rows[:, :width] = kept[:, :width]
             tables[modality], neighbours[modality] = torch.cat([table, new]), torch.cat([listed, rows])
-        return ItemContent(tables, neighbours, self.num_placing, self.attributes, self.encoders)
+        return ItemContent(tables, neighbours, self.num_placing, self.attributes, self.encoders, self.removed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file."""
@@ -246,6 +295,8 @@ class ItemContent:
         with atomic_path(path) as temporary:
             metadata = {"modalities": "\n".join(self.features), "num_placing": str(self.num_placing)}
             metadata |= {"attributes": json.dumps(self.attributes), "encoders": json.dumps(self.encoders)}
+            if self.removed:
+                metadata["removed"] = json.dumps(sorted(self.removed))
             save_file(tensors, temporary, metadata=metadata)
 
     @classmethod
@@ -258,11 +309,12 @@ class ItemContent:
                 metadata = file.metadata() or {}
                 modalities, num_placing = metadata["modalities"].split("\n"), int(metadata["num_placing"])
                 attributes, encoders = (json.loads(metadata.get(name, "{}")) for name in ("attributes", "encoders"))
+                removed = [(name, row) for name, row in json.loads(metadata.get("removed", "[]"))]
                 features = {name: file.get_tensor(f"features.{name}") for name in modalities}
                 neighbours = {name: file.get_tensor(f"neighbours.{name}").long() for name in modalities}
         except (SafetensorError, KeyError) as error:
             raise DataError(f"{path}: damaged or no item content: {error}") from None
-        return cls(features, neighbours, num_placing, attributes, encoders)
+        return cls(features, neighbours, num_placing, attributes, encoders, removed)
 
     def _check(self, features: Mapping[str, Tensor]) -> None:
         if not features:

@@ -17,7 +17,7 @@ from hellm.hypergraph import Hypergraph
 from hellm.models.graph.backbone import BACKBONES
 from hellm.models.graph.fold_in import FoldIn
 
-__all__ = ["EncoderOutput", "GraphEncoder"]
+__all__ = ["EncoderOutput", "GraphEncoder", "ItemBranch"]
 
 # Weights that backbones had under another name.
 _RENAMED = {"aggregate.": "backbone.aggregate.", "interact.": "backbone.interact."}
@@ -37,6 +37,20 @@ class EncoderOutput(NamedTuple):
     item: Tensor
     user_view: Tensor | None
     item_view: Tensor | None
+
+
+class ItemBranch(NamedTuple):
+    """How items came out of the item hypergraph, for who convolves it again.
+
+    Attributes:
+        num_layers: Layers of the branch.
+        k: Neighbours of an item that the hypergraph was built with.
+        unit_items: Whether fused items have unit length.
+    """
+
+    num_layers: int
+    k: int
+    unit_items: bool
 
 
 class GraphEncoder(nn.Module):
@@ -192,7 +206,7 @@ class GraphEncoder(nn.Module):
             user     = backbone + normalize(view)
         """
         folded = self.backbone.fold_in(self.user_table.weight, self.item_table.weight, self.user_hypergraph)
-        source, exponent = (self._backbone_items(), 1.0) if folded is None else folded
+        source, exponent = (self.backbone_items(), 1.0) if folded is None else folded
         view = None
         if self.user_branch_table is not None:
             # The sum over users points the same way as their mean, and only its direction is used.
@@ -228,8 +242,7 @@ class GraphEncoder(nn.Module):
         """An item without training events gets the collaborative part of an average neighbour, and its own view."""
         if output.item_view is None or not self._untrained.any():
             return output
-        view = F.normalize(output.item_view, dim=1)
-        item = self._placed(output.item - view) + view
+        item = self.backbone_items() + F.normalize(output.item_view, dim=1)
         if self.unit_items:
             item = F.normalize(item, dim=1)
         return output._replace(item=torch.where(self._untrained.unsqueeze(1), item, output.item))
@@ -265,11 +278,13 @@ class GraphEncoder(nn.Module):
             for name, value in state.items()
         }
 
-    def _backbone_items(self) -> Tensor:
+    @torch.no_grad()
+    def backbone_items(self) -> Tensor:
+        """[I, D] what the backbone alone makes of the items, in evaluation mode; untrained ones are placed."""
         was_training = self.training
         self.eval()
         try:
-            return self._propagate_backbone()[1]
+            return self._placed(self._propagate_backbone()[1])
         finally:
             self.train(was_training)
 

@@ -15,6 +15,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from hellm.serve.errors import Overloaded, RequestError
+from hellm.serve.page.charts import number
 from hellm.serve.page.reasons import basis_in_words, reason_in_words
 
 __all__ = ["PageRoute", "error_page", "render", "wants_page"]
@@ -29,6 +30,8 @@ _ENVIRONMENT = jinja2.Environment(
 _ENVIRONMENT.filters |= {
     "count": "{:,}".format,
     "percent": "{:.0%}".format,
+    "number": number,
+    "signed": lambda value: f"{value:+.4f}".replace("-", "\N{MINUS SIGN}"),
     "day": lambda seconds: f"{datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc):%d %b %Y}",
     "reason": reason_in_words,
     "basis": basis_in_words,

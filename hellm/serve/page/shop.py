@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any
@@ -22,6 +21,7 @@ from hellm.serve.page import questions
 from hellm.serve.page.catalogue import Catalogue
 from hellm.serve.page.pictures import SIDES, Pictures, data_url
 from hellm.serve.page.rendering import PageRoute, render
+from hellm.serve.page.search import ids_like, items_like, page_of
 from hellm.serve.page.surveys import Surveys
 from hellm.serve.routes import new_item, service_of, store_item
 from hellm.serve.schema import ItemRequest
@@ -69,7 +69,7 @@ def home(request: Request, page: Page = 1) -> Response:
     recommender = snapshot.recommender
     histories = recommender.histories
     users = np.flatnonzero(histories.lengths)
-    part = _part(users, page, _CUSTOMERS)
+    part = page_of(users, page, _CUSTOMERS)
     customers = []
     for user in part["rows"].tolist():
         bought = histories.take(np.array([user])).items
@@ -92,8 +92,8 @@ def home(request: Request, page: Page = 1) -> Response:
 def search(request: Request, q: Words = "") -> Response:
     """Customers and items by id, and items by a part of their title."""
     snapshot = service_of(request).snapshot
-    users = [one for one, _ in zip(_matching(snapshot.recommender.user_ids.ids, q), range(_FOUND), strict=False)]
-    return render(request, "search.html", q=q, users=users, items=_found(snapshot, q))
+    users = [one for one, _ in zip(ids_like(snapshot.recommender.user_ids.ids, q), range(_FOUND), strict=False)]
+    return render(request, "search.html", q=q, users=users, items=items_like(snapshot, q, _FOUND))
 
 
 @router.get("/customer")
@@ -116,7 +116,7 @@ async def customer(request: Request, id: Id) -> Response:
 def products(request: Request, page: Page = 1) -> Response:
     """All items, those bought most first."""
     snapshot = service_of(request).snapshot
-    part = _part(np.argsort(-snapshot.recommender.popularity.numpy(), kind="stable"), page, _ITEMS)
+    part = page_of(np.argsort(-snapshot.recommender.popularity.numpy(), kind="stable"), page, _ITEMS)
     return render(request, "products.html", items=questions.named(snapshot, part["rows"]), page=part)
 
 
@@ -149,7 +149,7 @@ async def basket(
     found = await service.read(questions.basket, item)
     snapshot = service.snapshot
     chosen = set(item)
-    offered = await run_in_threadpool(_found, snapshot, q) if q.strip() else _popular(snapshot, chosen)
+    offered = await run_in_threadpool(items_like, snapshot, q, _FOUND) if q.strip() else _popular(snapshot, chosen)
     return render(
         request,
         "basket.html",
@@ -171,7 +171,7 @@ async def never_shown(request: Request, page: Page = 1) -> Response:
     counts = survey.counts(snapshot.recommender.num_items)
     popularity = snapshot.recommender.popularity.numpy()
     without = np.flatnonzero(counts == 0)
-    part = _part(without[np.argsort(-popularity[without], kind="stable")], page, _ITEMS)
+    part = page_of(without[np.argsort(-popularity[without], kind="stable")], page, _ITEMS)
     most = np.argsort(-counts, kind="stable")[:6]
     return render(
         request,
@@ -196,7 +196,7 @@ def data(request: Request, finding: Words = "", page: Page = 1) -> Response:
     found = catalogue.finding(finding) if catalogue is not None else None
     if found is None:
         raise RequestError(404, f"there is no finding {finding!r} in the data of this server")
-    part = _part(found.rows, page, _EVENTS if found.kind == "events" else _ITEMS)
+    part = page_of(found.rows, page, _EVENTS if found.kind == "events" else _ITEMS)
     rows = [_row(catalogue, found.kind, row) for row in part["rows"].tolist()]
     return render(request, "finding.html", finding=found, rows=rows, page=part)
 
@@ -270,42 +270,6 @@ async def store(request: Request) -> Response:
 
 
 # ---- what the routes share
-
-
-def _part(rows: np.ndarray, page: int, size: int) -> dict[str, Any]:
-    """One page of many rows."""
-    pages = max(1, -(-len(rows) // size))
-    page = min(page, pages)
-    return {"rows": rows[(page - 1) * size : page * size], "number": page, "pages": pages, "total": len(rows)}
-
-
-def _matching(ids: Sequence[str], words: str) -> Iterator[str]:
-    """Ids that begin with what was typed; the very one comes first."""
-    words = words.strip()
-    if not words:
-        return
-    lower = words.casefold()
-    exact = [one for one in ids if one == words]
-    yield from exact
-    yield from (one for one in ids if one != words and one.casefold().startswith(lower))
-
-
-def _found(snapshot: Snapshot, words: str) -> list[dict[str, Any]]:
-    """Items whose id begins with what was typed, then those whose title holds all of its words."""
-    recommender, found = snapshot.recommender, {}
-    parts = words.casefold().split()
-    if not parts:
-        return []
-    for one in _matching(recommender.item_ids.ids, words):
-        found.setdefault(recommender.item_ids.index(one))
-        if len(found) >= _FOUND:
-            break
-    for row, title in enumerate(recommender.item_titles):
-        if len(found) >= _FOUND:
-            break
-        if title and all(part in title.casefold() for part in parts):
-            found.setdefault(row)
-    return questions.named(snapshot, list(found))
 
 
 def _popular(snapshot: Snapshot, without: set[str]) -> list[dict[str, Any]]:
