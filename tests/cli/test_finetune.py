@@ -37,12 +37,12 @@ def made(llm, tmp_path_factory) -> Path:
     argv += ["image=none", "baselines=[popularity]", *fast, *(f"finetune.{one}" for one in TINY), f"finetune.llm={llm}"]
     original, steps = module.finetune_loss, []
 
-    def interrupting(*args):
+    def interrupting(*args, **options):
         steps.append(args)
         # Two steps of the plan come first.
         if len(steps) == 2 + 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
+        return original(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "finetune_loss", interrupting)
