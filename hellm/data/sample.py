@@ -53,7 +53,7 @@ def write_sample_shop(
     and there mostly from two brands that the user likes; 1 in 3 purchases is the item that follows the one
     before in its group, so that order tells something too. The last 1 in 20 items are new: they are sold in the last
     week only, where they are 1 in 3 purchases. 1 in 40 items has no picture, 1 in 40 no title, and every second of the
-    latter no category either.
+    latter neither brand nor category.
 
     Args:
         path: Folder to make.
@@ -112,7 +112,9 @@ def _write_items(folder: Path, num_items: int, num_groups: int, rng: np.random.G
             title = f"{_STYLES[style][0]} {_KINDS[kind][0]} {brand} {number + 1}"
             category, image = _KINDS[kind][1], f"images/{item_id(item)}.png"
             if item in without_title:
-                title, category = "", "" if without_title.index(item) % 2 else category
+                title = ""
+                if without_title.index(item) % 2:
+                    brand = category = ""
             if item in without_image:
                 image = ""
             else:

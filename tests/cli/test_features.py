@@ -36,7 +36,7 @@ def test_states_of_a_language_model_under_a_name_of_their_own(shop, tmp_path, ca
     options += ["--text", "llm", "--llm", str(llm), "--llm-layers", "2", "--text-name", "llm"]
     assert main(["features", shop, "--out", str(out), *options]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["encoded"] == {"llm": {"encoder": "llm", "dim": 16, "missing": 0}}
+    assert result["encoded"] == {"llm": {"encoder": "llm", "dim": 16, "missing": 2}}
     assert {name: one.values.shape[1] for name, one in load_dataset(out).item_features.items()} == {
         "image": 240,
         "llm": 16,
@@ -50,7 +50,7 @@ def test_json_ends_with_one_line(shop, tmp_path, capsys, text_encoder):
     assert main(["features", shop, "--out", str(out), *options]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["out"] == str(out) and result["form"] == "shop" and result["seconds"] > 0
-    assert result["encoded"] == {"text": {"encoder": text_encoder, "dim": 8, "missing": 0}}
+    assert result["encoded"] == {"text": {"encoder": text_encoder, "dim": 8, "missing": 1}}
     # The built-in picture features stay, as no encoder was to replace them.
     assert result["features"] == {"text": [20, 8], "image": [20, 240]}
 
