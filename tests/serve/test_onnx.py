@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from planted_runs import make_run
 from served import DATA, Process, features, same, save_run, serving
+from support.planted_runs import make_run
 
 from hellm.artifact.run_hash import run_hash
 from hellm.cli import main

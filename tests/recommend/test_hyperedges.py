@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from planted_runs import make_recommender
+from support.planted_runs import make_recommender
 
 from hellm.config import ModelConfig, PretrainConfig
 from hellm.data import DataError, Dataset, IdMap, ItemFeatures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from planted_runs import DATA, make_recommender
+from support.planted_runs import DATA, make_recommender
 
 from hellm.recommend.disagreement import common_users, disagreements
 from hellm.recommend.item_map import principal_plane

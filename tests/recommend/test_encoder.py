@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from planted_runs import DATA, make_recommender
+from support.planted_runs import DATA, make_recommender
 
 from hellm.recommend import Recommender
 
