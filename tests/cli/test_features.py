@@ -36,7 +36,7 @@ def test_states_of_a_language_model_under_a_name_of_their_own(shop, tmp_path, ca
     options += ["--text", "llm", "--llm", str(llm), "--llm-layers", "2", "--text-name", "llm"]
     assert main(["features", shop, "--out", str(out), *options]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["encoded"] == {"llm": {"encoder": "llm", "dim": 16, "missing": 2}}
+    assert result["encoded"] == {"llm": {"encoder": "llm", "dim": 16, "missing": 1}}
     assert {name: one.values.shape[1] for name, one in load_dataset(out).item_features.items()} == {
         "image": 240,
         "llm": 16,
