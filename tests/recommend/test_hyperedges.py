@@ -20,7 +20,7 @@ from hellm.training.checkpoint import read_model
 from hellm.training.pretrain import build_encoder, pretrain, resolve_config
 
 NUM_USERS, NUM_ITEMS, K = 40, 30, 4
-OLD_RUNS = Path(__file__).parents[1] / "fixtures" / "runs-0.1"
+OLD_RUNS = Path(__file__).parents[1] / "artifact" / "fixtures" / "runs-0.1"
 
 
 def make_dataset() -> Dataset:
