@@ -14,11 +14,10 @@ from hellm.data import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FORMAT", "KINDS", "Embeddings", "read_embeddings", "write_embeddings"]
+__all__ = ["FORMAT", "Embeddings", "read_embeddings", "write_embeddings"]
 
 FORMAT = 1
 """Of what is written. Files of version 0.1 have none, and are read as well."""
-KINDS = ("graph", "sequence", "transitions", "llm", "fused")
 # What a file that names no kind is known by.
 _MARKS = {"sasrec": "sequence", "fusion": "fused", "fold_in_exponent": "graph"}
 
@@ -27,7 +26,7 @@ class Embeddings(NamedTuple):
     """What embeddings.safetensors holds.
 
     Attributes:
-        kind: One of `KINDS`.
+        kind: The name of the kind of model.
         tensors: By name.
         metadata: What the kind of model notes beside them, as texts.
     """
@@ -54,7 +53,7 @@ def read_embeddings(folder: str | os.PathLike[str]) -> Embeddings:
 
     Raises:
         FileNotFoundError: There is no such file.
-        DataError: It is damaged, of no kind that is known, or of a later version of the format.
+        DataError: It is damaged, of no kind, or of a later version of the format.
     """
     from safetensors import safe_open
 
@@ -71,7 +70,7 @@ def read_embeddings(folder: str | os.PathLike[str]) -> Embeddings:
     kind = kind or next((kind for mark, kind in _MARKS.items() if mark in metadata), None)
     if kind is None and (Path(folder) / LANGUAGE_MODEL).is_dir():
         kind = "llm"
-    if kind not in KINDS:
+    if kind is None:
         raise DataError(
             f"{path}: must be of a stage-1, SASRec, transition, fine-tuning or fused run, got "
             f"{', '.join(sorted(tensors)[:4]) or 'nothing'}"

@@ -30,6 +30,8 @@ from hellm.data import Dataset
 __all__ = ["START_OVER", "RunDirectory", "check_run", "environment", "peak_memory_bytes", "read_metrics"]
 
 START_OVER = "to start over, give overwrite=True or another folder"
+# What a training came to, that of epochs, of a choice or of a sum.
+_OUTCOMES = ({"best_epoch", "num_epochs"}, {"chosen"}, {"weights", "towers"})
 
 
 def check_run(
@@ -206,13 +208,9 @@ class RunDirectory:
     def read_result(self) -> dict[str, Any]:
         """The result of a finished run. Raises: ValueError, a damaged file."""
         result = read_json(self.result)
-        # What is not trained has other things in place of epochs.
-        own = {"fuse": ("weights", "towers"), "transitions": ("chosen",)}.get(
-            result.get("stage"), ("best_epoch", "num_epochs")
-        )
-        missing = [name for name in ("stage", "test", "valid", *own) if name not in result]
-        if missing:
-            raise ValueError(f"{self.result}: damaged, lacks {missing[0]!r}; {START_OVER}")
+        missing = [name for name in ("stage", "test", "valid") if name not in result]
+        if missing or not any(result.keys() >= one for one in _OUTCOMES):
+            raise ValueError(f"{self.result}: damaged, lacks {(missing or ['best_epoch'])[0]!r}; {START_OVER}")
         return result
 
     def write_tables(self, dataset: Dataset) -> None:

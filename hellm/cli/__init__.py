@@ -46,8 +46,6 @@ VERBS = {
     "info": ("hellm.cli.info", "what is installed and usable here; --selftest checks the operators"),
     "demo": ("hellm.cli.demo", "the whole way on a made-up shop, in some minutes"),
 }
-# Verbs that go on with what is there.
-_RESUMED = ("run", "pretrain", "sasrec", "transitions", "finetune", "search", "batch", "refit")
 _HELP = """usage: hellm VERB [options]      hellm VERB --help for the options of a verb
 
 {verbs}
@@ -126,7 +124,7 @@ def _report(error: Exception, verb: str) -> int:
     elif isinstance(error, OSError) and error.errno is not None and error.strerror:
         text = f"standard output or a file: {error.strerror.lower()}"
     if getattr(error, "disk_is_full", False) or getattr(error, "errno", None) == errno.ENOSPC:
-        again = "the same command with --resume" if verb in _RESUMED else "the same command again"
+        again = "the same command with --resume" if _is_resumable(verb) else "the same command again"
         text += f"; make room there, then give {again}: what was written before is whole"
     # Library messages name the Python argument.
     for name in ("overwrite", "resume"):
@@ -146,6 +144,13 @@ def _report(error: Exception, verb: str) -> int:
         return 1
     _say(f"error: internal: {type(error).__name__}: {text} (--debug shows where)")
     return 1
+
+
+def _is_resumable(verb: str) -> bool:
+    """Whether it goes on with what is there."""
+    from hellm.training.trainers import STAGES
+
+    return verb in (*STAGES, "run", "search", "batch", "refit")
 
 
 def _shown(path: object) -> str:

@@ -11,7 +11,7 @@ from hellm.artifact.files import CONFIG
 from hellm.cli._output import count, duration, print_json, table
 from hellm.cli._parser import add_settings, new_parser, parse
 from hellm.cli.data import add_reading_options, reading_options
-from hellm.config import PRESETS, config_from_dict, config_to_dict, load_config, load_saved_config
+from hellm.config import config_from_dict, config_to_dict, load_config, load_saved_config, presets_of
 
 __all__ = ["parse_settings", "print_result", "run_training", "settings_parser"]
 
@@ -23,29 +23,27 @@ def run_training(
     *,
     verb: str,
     description: str,
-    config_class: type[ConfigT],
-    train: Callable[..., dict[str, Any]],
-    plan: Callable[[ConfigT, Any], dict[str, Any]],
+    plan: Callable[..., dict[str, Any]],
     print_plan: Callable[[dict[str, Any], Any], None],
-    inputs: Mapping[str, str] | None = None,
+    train: Callable[..., dict[str, Any]] | None = None,
 ) -> int:
-    """One training verb.
+    """One training verb, of `hellm.training.trainers.STAGES`.
 
     Args:
         argv: arguments after the verb.
         description: for the help, before the sentence on settings.
-        config_class: whose fields become options.
-        train: (config, dataset, out, resume=, overwrite=, and the inputs) -> the result.
         plan: (config, dataset, and the inputs) -> what `--dry-run` says, as plain values.
         print_plan: (plan, dataset) -> the same for people.
-        inputs: name -> help of options for runs of other stages that this one builds on.
+        train: (config, dataset, out, resume=, overwrite=, and the inputs) -> the result; None is that of the stage.
     """
-    inputs = inputs or {}
-    parser = settings_parser(verb, description, config_class, inputs)
-    args, config = parse_settings(parser, argv, config_class)
+    from hellm.training.trainers import STAGES
+
+    stage = STAGES[verb]
+    parser = settings_parser(verb, description, stage.config, stage.inputs)
+    args, config = parse_settings(parser, argv, stage.config)
     from hellm.data import load_dataset
 
-    runs = {name: args[name] for name in inputs}
+    runs = {name: args[name] for name in stage.inputs}
     if args.dry_run:
         dataset = load_dataset(args.data, **reading_options(args))
         planned = plan(config, dataset, **runs)
@@ -58,6 +56,7 @@ def run_training(
     # Before the data are read, which may take long.
     check_run(args.out, resume=args.resume, overwrite=args.overwrite, inputs=[args.data, *runs.values()])
     dataset = load_dataset(args.data, **reading_options(args))
+    train = stage.train if train is None else train
     result = train(config, dataset, args.out, resume=args.resume, overwrite=args.overwrite, **runs)
     if args.json:
         print_json(result)
@@ -80,7 +79,7 @@ def settings_parser(
     `inputs` is name -> help of options for runs of other stages; `dry_run` and `json` are the help of those options.
     """
     inputs = inputs or {}
-    presets = ", ".join(PRESETS[config_class])
+    presets = ", ".join(presets_of(config_class))
     parser = new_parser(
         verb,
         "--data DIR --out DIR "

@@ -20,14 +20,9 @@ def run(argv: Sequence[str]) -> int:
         description="Fine-tune a language model on histories whose items are tokens made of stage-1 and SASRec "
         "embeddings; choose the best epoch by validation, score the test split once, and leave a run directory. "
         "Started by torchrun or accelerate launch, several processes share the histories of every step.",
-        config_class=FinetuneConfig,
-        train=_train,
         plan=_plan,
         print_plan=_print_plan,
-        inputs={
-            "graph": "stage-1 run (hellm pretrain) of the same data",
-            "sequence": "SASRec run (hellm sasrec) of the same data",
-        },
+        train=_train,
     )
 
 

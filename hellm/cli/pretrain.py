@@ -19,17 +19,9 @@ def run(argv: Sequence[str]) -> int:
         verb="pretrain",
         description="Train the graph encoder, choose the best epoch by validation, score the test split once, and "
         "leave a run directory.",
-        config_class=PretrainConfig,
-        train=_train,
         plan=_plan,
         print_plan=_print_plan,
     )
-
-
-def _train(config: PretrainConfig, dataset, out: str, **options) -> dict[str, Any]:
-    from hellm.training.pretrain import pretrain
-
-    return pretrain(config, dataset, out, **options)
 
 
 def _plan(config: PretrainConfig, dataset) -> dict[str, Any]:

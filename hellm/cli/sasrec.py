@@ -19,17 +19,9 @@ def run(argv: Sequence[str]) -> int:
         verb="sasrec",
         description="Train SASRec, the sequence model, on what each user did next; choose the best epoch by "
         "validation, score the test split once, and leave a run directory.",
-        config_class=SASRecConfig,
-        train=_train,
         plan=_plan,
         print_plan=_print_plan,
     )
-
-
-def _train(config: SASRecConfig, dataset, out: str, **options) -> dict[str, Any]:
-    from hellm.training.sasrec import train_sasrec
-
-    return train_sasrec(config, dataset, out, **options)
 
 
 def _plan(config: SASRecConfig, dataset) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _SHOWN = 20
 
 def run(argv: Sequence[str]) -> int:
     from hellm.training.search import BASE, check_search, search
-    from hellm.training.trainers import SEARCHED
+    from hellm.training.trainers import SEARCHED, STAGES
 
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP.format(stages="\n".join(f"  {name:<10} as hellm {name} trains it" for name in SEARCHED)), end="")
@@ -37,8 +37,7 @@ def run(argv: Sequence[str]) -> int:
         nearest = difflib.get_close_matches(stage, SEARCHED, n=1, cutoff=0.5)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"STAGE must be one of {', '.join(SEARCHED)}, got {stage!r}{hint}")
-    inputs = {"graph": "stage-1 run of the same data", "sequence": "SASRec run of the same data"}
-    inputs = inputs if stage == "finetune" else {}
+    inputs = STAGES[stage].inputs
     parser = _parser(stage, SEARCHED[stage], inputs)
     space, rest = _split(rest, config_to_dict(SEARCHED[stage]()))
     args, config = parse_settings(parser, rest, SEARCHED[stage], resumed=BASE)

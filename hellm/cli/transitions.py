@@ -19,17 +19,9 @@ def run(argv: Sequence[str]) -> int:
         verb="transitions",
         description="Count what followed what, and spread it over items that are alike in content; choose settings by "
         "validation, score the test split once, and leave a run directory. It takes seconds.",
-        config_class=TransitionsConfig,
-        train=_fit,
         plan=_plan,
         print_plan=_print_plan,
     )
-
-
-def _fit(config: TransitionsConfig, dataset, out: str, **options) -> dict[str, Any]:
-    from hellm.training.transitions import fit_transitions
-
-    return fit_transitions(config, dataset, out, **options)
 
 
 def _plan(config: TransitionsConfig, dataset) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hellm.config.files import (
 )
 from hellm.config.finetune import OFFICIAL_LLM, FinetuneConfig, LLMConfig
 from hellm.config.fuse import FuseConfig
-from hellm.config.presets import PRESETS
+from hellm.config.presets import PRESETS, presets_of
 from hellm.config.pretrain import ModelConfig, PretrainConfig
 from hellm.config.run import RunConfig
 from hellm.config.sasrec import CONTENT_TOWER, SASRecConfig
@@ -40,6 +40,7 @@ __all__ = [
     "load_config",
     "load_saved_config",
     "override_config",
+    "presets_of",
     "save_config",
     "setting_type",
 ]

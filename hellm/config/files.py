@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from hellm._files import atomic_path
 from hellm.config._values import build, plain, replace_dotted, unknown
-from hellm.config.presets import PRESETS
+from hellm.config.presets import presets_of
 
 __all__ = [
     "config_from_dict",
@@ -33,7 +33,7 @@ def load_config(cls: type[ConfigT], source: str | os.PathLike[str], overrides: I
         overrides: dotted settings such as "model.num_layers=3"; values are read as YAML.
     Raises: ValueError for an unknown preset or key (naming the nearest one) and for values of a wrong type or range.
     """
-    presets = PRESETS.get(cls, {})
+    presets = presets_of(cls)
     path = Path(source)
     if str(source) in presets:
         config = presets[str(source)]

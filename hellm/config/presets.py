@@ -9,9 +9,8 @@ from hellm.config.finetune import OFFICIAL_LLM, FinetuneConfig, LLMConfig
 from hellm.config.pretrain import ModelConfig, PretrainConfig
 from hellm.config.run import RunConfig
 from hellm.config.sasrec import CONTENT_TOWER, SASRecConfig
-from hellm.config.transitions import TransitionsConfig
 
-__all__ = ["PRESETS"]
+__all__ = ["PRESETS", "presets_of"]
 
 
 def _published(layers: tuple[int, int, int], user: float, item: float, k: int, temperature: float, l2: float):
@@ -57,7 +56,6 @@ PRESETS: dict[type, dict[str, Any]] = {
         "bce": SASRecConfig(loss="bce"),
         "content": CONTENT_TOWER,
     },
-    TransitionsConfig: {"default": TransitionsConfig()},
     FinetuneConfig: {
         "default": FinetuneConfig(),
         "demo": FinetuneConfig(max_epochs=2),
@@ -87,4 +85,10 @@ PRESETS[RunConfig] = {
         finetune=PRESETS[FinetuneConfig]["demo"],
     ),
 }
-"""Named settings per config class. The six published runs score by the published protocol; compat stays a choice."""
+"""Named settings per config class that has some besides "default". The six published runs score by the published
+protocol; compat stays a choice."""
+
+
+def presets_of(cls: type) -> dict[str, Any]:
+    """The named settings of a config class; "default" is always one."""
+    return PRESETS.get(cls) or {"default": cls()}

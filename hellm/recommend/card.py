@@ -19,7 +19,7 @@ import numpy as np
 from hellm._files import DataError, atomic_path, read_json
 from hellm.artifact.evaluation_log import read_test_evaluations
 from hellm.artifact.files import RESULT
-from hellm.recommend.served import ServedFused, ServedGraph, ServedLLM, ServedModel, ServedSASRec, ServedTransitions
+from hellm.recommend.served import SERVED, ServedFused, ServedLLM, ServedModel
 
 if TYPE_CHECKING:
     from hellm.recommend.recommender import Recommender
@@ -28,20 +28,7 @@ __all__ = ["CARD", "MODEL_CARD", "card_of", "training_facts", "write_card"]
 
 CARD, MODEL_CARD = "card.json", "MODEL_CARD.md"
 _UNKNOWN = "unknown"
-_KINDS = {
-    ServedGraph: "graph",
-    ServedSASRec: "sequence",
-    ServedTransitions: "transitions",
-    ServedLLM: "language model",
-    ServedFused: "sum",
-}
-_WORDS = {
-    "graph": "stage 1, the hypergraph model",
-    "sequence": "SASRec, a sequence model",
-    "transitions": "transitions, counts of what follows what",
-    "language model": "a language model that ranks the catalogue",
-    "sum": "a weighted sum of models",
-}
+_WORDS = {one.label: one.words for one in SERVED.values()}
 _SPLITS = {0: "train", 1: "valid", 2: "test", 3: "history", 4: "arrived"}
 
 
@@ -106,11 +93,11 @@ def write_card(folder: Path, recommender: Recommender, export: Mapping[str, Any]
 
 
 def _model(model: ServedModel) -> dict[str, Any]:
-    facts: dict[str, Any] = {"kind": _KINDS.get(type(model), type(model).__name__)}
+    facts: dict[str, Any] = {"kind": model.label}
     if isinstance(model, ServedFused):
         towers = {name: {"weight": model.weights[name], **_model(tower)} for name, tower in model.towers.items()}
         return facts | {"towers": towers}
-    facts["width"] = None if isinstance(model, ServedTransitions) else model.item_keys().shape[1]
+    facts["width"] = model.item_keys().shape[1] if hasattr(model, "embed") else None
     if isinstance(model, ServedLLM):
         identity: Mapping[str, Any] = model.model.prompted.identity
         facts["language_model"] = {"name": identity["name"], **_licence(str(identity["name"]))}

@@ -26,7 +26,7 @@ from hellm.data import Dataset
 from hellm.recommend.controls_report import controls_report
 from hellm.recommend.fuse import fuse
 from hellm.training.ablation import reads_content
-from hellm.training.trainers import CONFIGS, trainer
+from hellm.training.trainers import STAGES
 
 __all__ = ["CONTROLS", "PlannedControl", "check_controls", "plan_controls", "run_controls"]
 
@@ -56,7 +56,7 @@ class _Training:
 
     Attributes:
         name: Of its folder.
-        stage: Among `CONFIGS`.
+        stage: Among `hellm.training.trainers.STAGES`.
         config: Its settings.
         runs: Runs of other stages that it reads: "graph" or "sequence" -> a folder, or one that is trained before.
         seconds: What the run that it stands for took.
@@ -124,12 +124,12 @@ class _Fused:
         return [name for name in self.towers if self.stage(name) == stage]
 
     def settings(self, run: Path, stage: str) -> Any:
-        return replace(load_saved_config(CONFIGS[stage], run / "config.yaml"), device=self.device)
+        return replace(load_saved_config(STAGES[stage].config, run / "config.yaml"), device=self.device)
 
     def training(self, run: Path, name: str, stage: str, **changes: Any) -> _Training:
         config = replace(self.settings(run, stage), **changes)
         seconds = read_json(run / "result.json").get("seconds") or 0.0
-        runs = self.inputs_of(run, name) if stage == "finetune" else {}
+        runs = self.inputs_of(run, name) if STAGES[stage].inputs else {}
         return _Training(name, stage, config, dict(runs), seconds)
 
     def inputs_of(self, run: Path, name: str) -> dict[str, Path]:
@@ -306,7 +306,7 @@ def _train(
         if on_training is not None:
             on_training(f"{control.name}, {one.name} ({place} of {len(waiting)})", one.seconds)
         runs = {role: _folder(run, folder) for role, run in one.runs.items()}
-        trainer(one.stage).train(one.config, dataset, folder / one.name, resume=True, **runs)
+        STAGES[one.stage].train(one.config, dataset, folder / one.name, resume=True, **runs)
     return {name: _folder(one, folder) for name, one in control.towers.items()}
 
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hellm.artifact import read_embeddings, write_embeddings
-from hellm.artifact.files import LANGUAGE_MODEL, SEQUENCE_MODEL, TOWERS
+from hellm._files import DataError
+from hellm.artifact import Embeddings, read_embeddings, write_embeddings
+from hellm.artifact.files import EMBEDDINGS, LANGUAGE_MODEL, SEQUENCE_MODEL, TOWERS
 from hellm.models import FoldIn, SASRec
 from hellm.models.fused import FusedModel
 from hellm.models.graph import ItemBranch
@@ -24,7 +25,9 @@ from hellm.models.graph.content import ItemContent, Neighbours
 from hellm.models.sequence import TransitionModel, WhitenedContent
 
 __all__ = [
+    "SERVED",
     "NewItems",
+    "SavedModel",
     "ServedFused",
     "ServedGraph",
     "ServedLLM",
@@ -57,6 +60,22 @@ class NewItems(NamedTuple):
         return (self.weights @ table[: self.weights.shape[1]].float()).to(table)
 
 
+class SavedModel(NamedTuple):
+    """What a model is loaded from.
+
+    Attributes:
+        folder: The run directory.
+        stored: Its embeddings.safetensors.
+        titles: [I], for a model that reads them.
+        language_model: Where that of a fine-tuning run is now; None is where it was in training.
+    """
+
+    folder: Path
+    stored: Embeddings
+    titles: list[str | None]
+    language_model: str | os.PathLike[str] | None
+
+
 class ServedModel(Protocol):
     """The score of item i for a history is <query of the history, key of i>. All it gives is on the CPU.
 
@@ -66,7 +85,9 @@ class ServedModel(Protocol):
     Many threads read one at the same time: but for `to` and `scorer_on`, nothing changes it.
 
     Attributes:
-        kind: One of `hellm.artifact.KINDS`.
+        kind: Its name in embeddings.safetensors and in `SERVED`.
+        label: What a model card calls it.
+        words: The same at more length.
         user: [U, D] trained queries of known users; None for a model that knows histories only.
         graph_view: [I, D] what the item hypergraph made of the items; None for a model without.
         reads_content: Whether it ranks an item without training events by its features and attributes, in no more time
@@ -74,6 +95,8 @@ class ServedModel(Protocol):
     """
 
     kind: str
+    label: str
+    words: str
     reads_content: bool
     user: Tensor | None
     graph_view: Tensor | None
@@ -91,6 +114,9 @@ class ServedModel(Protocol):
         ...
 
     def save(self, folder: Path) -> None: ...
+
+    @classmethod
+    def load(cls, saved: SavedModel) -> ServedModel: ...
 
     def to(self, device: str) -> None:
         """Read histories on `device` from now on."""
@@ -121,7 +147,8 @@ class ServedGraph:
         branch: How it was convolved; None is not known, or there is none.
     """
 
-    kind = "graph"
+    kind = label = "graph"
+    words = "stage 1, the hypergraph model"
     reads_content = False
 
     def __init__(
@@ -176,6 +203,13 @@ class ServedGraph:
             metadata["item_branch"] = json.dumps(self.branch._asdict())
         write_embeddings(folder, self.kind, self.tensors, metadata)
 
+    @classmethod
+    def load(cls, saved: SavedModel) -> ServedGraph:
+        _, tensors, metadata = saved.stored
+        modalities = json.loads(metadata["modalities"]) if "modalities" in metadata else None
+        branch = ItemBranch(**json.loads(metadata["item_branch"])) if "item_branch" in metadata else None
+        return cls(tensors, float(metadata["fold_in_exponent"]), modalities, branch)
+
     def to(self, device: str) -> None:
         """Nothing to do: the queries of users are stored, and folding in a history is a few additions."""
 
@@ -187,7 +221,8 @@ class ServedGraph:
 class ServedSASRec:
     """A sequence model. A new item is known by its content, and by the mean of its neighbours' trained embeddings."""
 
-    kind = "sequence"
+    kind = label = "sequence"
+    words = "SASRec, a sequence model"
     user = graph_view = None
 
     def __init__(self, model: SASRec) -> None:
@@ -205,6 +240,10 @@ class ServedSASRec:
 
     def save(self, folder: Path) -> None:
         self.model.save(folder)
+
+    @classmethod
+    def load(cls, saved: SavedModel) -> ServedSASRec:
+        return cls(SASRec.load(saved.folder))
 
     def to(self, device: str) -> None:
         self.model.to(device)
@@ -227,6 +266,8 @@ class ServedLLM:
     """
 
     kind = "llm"
+    label = "language model"
+    words = "a language model that ranks the catalogue"
     # It may read texts, but at a cost that validation has to justify.
     reads_content = False
     user = graph_view = None
@@ -271,6 +312,25 @@ class ServedLLM:
             self.model.sequence_model.save(folder / SEQUENCE_MODEL)
         self.model.save_pretrained(folder / LANGUAGE_MODEL)
 
+    @classmethod
+    def load(cls, saved: SavedModel) -> ServedLLM:
+        from hellm.models import RecommenderLLM
+
+        folder, (_, tensors, metadata) = saved.folder, saved.stored
+        tables = {name: tensors[name] for name in metadata["order"].split(",")}
+        sequence = SASRec.load(folder / SEQUENCE_MODEL) if (folder / SEQUENCE_MODEL).is_dir() else None
+        model = RecommenderLLM.from_pretrained(
+            folder / LANGUAGE_MODEL,
+            item_embeddings=tables,
+            language_model=saved.language_model,
+            item_titles=saved.titles,
+            sequence_model=sequence,
+        )
+        whitening = {
+            name: (tensors[f"{name}.mean"], tensors[f"{name}.matrix"]) for name in tables if f"{name}.mean" in tensors
+        }
+        return cls(model, tables, whitening)
+
     def to(self, device: str) -> None:
         self.model.to(device)
 
@@ -281,7 +341,8 @@ class ServedLLM:
 class ServedTransitions:
     """What follows what. A new item follows what the items nearest to it by content follow."""
 
-    kind = "transitions"
+    kind = label = "transitions"
+    words = "transitions, counts of what follows what"
     reads_content = False
     user = graph_view = None
 
@@ -300,6 +361,10 @@ class ServedTransitions:
     def save(self, folder: Path) -> None:
         self.model.save(folder)
 
+    @classmethod
+    def load(cls, saved: SavedModel) -> ServedTransitions:
+        return cls(TransitionModel.load(saved.folder))
+
     def to(self, device: str) -> None:
         """Nothing to do: counts are multiplied on the CPU."""
 
@@ -316,6 +381,8 @@ class ServedFused:
     """
 
     kind = "fused"
+    label = "sum"
+    words = "a weighted sum of models"
     user = None
 
     def __init__(self, towers: Mapping[str, ServedModel], weights: Mapping[str, float]) -> None:
@@ -361,6 +428,13 @@ class ServedFused:
             tower.save(folder / TOWERS / name)
         write_embeddings(folder, self.kind, {"item_keys": self.keys}, {"fusion": json.dumps(self.weights)})
 
+    @classmethod
+    def load(cls, saved: SavedModel) -> ServedFused:
+        weights = json.loads(saved.stored.metadata["fusion"])
+        folders = {name: saved.folder / TOWERS / name for name in weights}
+        towers = {name: load_served(folder, saved.titles, saved.language_model) for name, folder in folders.items()}
+        return cls(towers, weights)
+
     def to(self, device: str) -> None:
         for tower in self.towers.values():
             tower.to(device)
@@ -370,46 +444,22 @@ class ServedFused:
         return self
 
 
+SERVED: dict[str, type[ServedModel]] = {
+    one.kind: one for one in (ServedGraph, ServedSASRec, ServedTransitions, ServedLLM, ServedFused)
+}
+"""Kind -> what serves a run of it."""
+
+
 def load_served(
     folder: Path, titles: list[str | None], language_model: str | os.PathLike[str] | None = None
 ) -> ServedModel:
-    """The model of a run directory, or of what `Recommender.save` wrote, whichever of the five it is.
+    """The model of a run directory, or of what `Recommender.save` wrote, whichever of `SERVED` it is.
 
     `language_model` is where that of a fine-tuning run is now; None is where it was in training.
 
-    Raises: As `hellm.artifact.read_embeddings` and the model of that kind.
+    Raises: As `hellm.artifact.read_embeddings` and the model of that kind; DataError, a kind that nothing serves.
     """
-    kind, tensors, metadata = read_embeddings(folder)
-    if kind == "sequence":
-        return ServedSASRec(SASRec.load(folder))
-    if kind == "transitions":
-        return ServedTransitions(TransitionModel.load(folder))
-    if kind == "fused":
-        weights = json.loads(metadata["fusion"])
-        towers = {name: load_served(folder / TOWERS / name, titles, language_model) for name in weights}
-        return ServedFused(towers, weights)
-    if kind == "graph":
-        modalities = json.loads(metadata["modalities"]) if "modalities" in metadata else None
-        branch = ItemBranch(**json.loads(metadata["item_branch"])) if "item_branch" in metadata else None
-        return ServedGraph(tensors, float(metadata["fold_in_exponent"]), modalities, branch)
-    return _load_llm(folder, tensors, metadata, titles, language_model)
-
-
-def _load_llm(
-    folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str], titles: list, language_model
-) -> ServedLLM:
-    from hellm.models import RecommenderLLM
-
-    tables = {name: tensors[name] for name in metadata["order"].split(",")}
-    sequence = SASRec.load(folder / SEQUENCE_MODEL) if (folder / SEQUENCE_MODEL).is_dir() else None
-    model = RecommenderLLM.from_pretrained(
-        folder / LANGUAGE_MODEL,
-        item_embeddings=tables,
-        language_model=language_model,
-        item_titles=titles,
-        sequence_model=sequence,
-    )
-    whitening = {
-        name: (tensors[f"{name}.mean"], tensors[f"{name}.matrix"]) for name in tables if f"{name}.mean" in tensors
-    }
-    return ServedLLM(model, tables, whitening)
+    stored = read_embeddings(folder)
+    if stored.kind not in SERVED:
+        raise DataError(f"{folder / EMBEDDINGS}: kind must be one of {', '.join(SERVED)}, got {stored.kind!r}")
+    return SERVED[stored.kind].load(SavedModel(folder, stored, titles, language_model))

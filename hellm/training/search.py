@@ -23,7 +23,7 @@ from hellm.config import config_to_dict, save_config
 from hellm.data import Dataset, load_dataset
 from hellm.training.search_space import SPACES, parse_space, plain_values, point_of, with_settings
 from hellm.training.stage import MAY_CHANGE
-from hellm.training.trainers import SEARCHED, trainer
+from hellm.training.trainers import SEARCHED, STAGES
 
 if TYPE_CHECKING:
     import optuna
@@ -135,7 +135,7 @@ def _check_space(stage: str, words: Iterable[str], config: Any, dataset: Dataset
     """Raises: ValueError, a value that the settings or the data do not allow."""
     from optuna.distributions import CategoricalDistribution
 
-    resolve = trainer(stage).resolve
+    resolve = STAGES[stage].resolve
     resolve(config, dataset)
     for name, one in parse_space(words, config).items():
         for text in one.choices if isinstance(one, CategoricalDistribution) else ():
@@ -155,7 +155,7 @@ class _Search:
         self.space, self.study, self.dataset = parse_space(words, config), study, dataset
         self.training_data = dataset.of_events(dataset.split != _TEST)
         # As it is called where lists are cut to the catalogue.
-        self.monitor = trainer(stage).resolve(config, dataset)[0].monitor[0]
+        self.monitor = STAGES[stage].resolve(config, dataset)[0].monitor[0]
 
     @classmethod
     def open(cls, stage, config, dataset: Dataset, out: Path, words: list[str] | None, runs) -> _Search:
@@ -250,7 +250,7 @@ class _Search:
             return None
         report = _Report(trial, folder, self.monitor)
         try:
-            result = trainer(self.stage).train(
+            result = STAGES[self.stage].train(
                 config, self.training_data, folder, resume=True, on_epoch=report, **self.runs
             )
         except optuna.TrialPruned:

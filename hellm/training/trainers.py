@@ -1,55 +1,78 @@
-"""The stages by the verbs that train them, where one of them is named: their settings, and what trains them."""
+"""The stages by the verbs that train them: their settings, what they build on, and what trains them."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from hellm.config import FinetuneConfig, PretrainConfig, SASRecConfig, TransitionsConfig
-from hellm.data import Dataset
 
-__all__ = ["CONFIGS", "SEARCHED", "Trainer", "trainer"]
+if TYPE_CHECKING:
+    from hellm.data import Dataset
 
-CONFIGS: Mapping[str, type] = MappingProxyType(
-    {
-        "pretrain": PretrainConfig,
-        "sasrec": SASRecConfig,
-        "transitions": TransitionsConfig,
-        "finetune": FinetuneConfig,
-    }
-)
-"""Verb -> its settings; a run has the verb as "stage" in result.json."""
-SEARCHED: Mapping[str, type] = MappingProxyType({name: one for name, one in CONFIGS.items() if name != "transitions"})
-"""Those whose settings are searched; transitions choose theirs by themselves."""
+__all__ = ["SEARCHED", "STAGES", "Stage"]
 
 
-class Trainer(NamedTuple):
-    """What trains a stage.
+@dataclass(frozen=True)
+class Stage:
+    """One stage; its functions are imported when they are called.
 
     Attributes:
-        train: (config, data, out, resume=, overwrite=, on_epoch=, and runs of other stages) -> the result.
-        resolve: (config, dataset) -> settings as they will run, and notes.
+        config: The class of its settings.
+        module: Where `trainer` and `resolver` are.
+        trainer: Name of (config, data, out, resume=, overwrite=, on_epoch=, and `inputs`) -> the result.
+        resolver: Name of (config, dataset) -> settings as they will run, and notes.
+        inputs: Runs of other stages that it builds on: name -> what that is.
+        searched: Whether its settings are searched (`hellm search`), and not chosen by itself.
+        warm: Whether its training takes `start`, a run of earlier data whose weights it goes on with.
     """
 
-    train: Callable[..., dict[str, Any]]
-    resolve: Callable[[Any, Dataset], tuple[Any, list[str]]]
+    config: type
+    module: str
+    trainer: str
+    resolver: str
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    searched: bool = True
+    warm: bool = False
+
+    def train(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """Its run directory; see `trainer`."""
+        return self._function(self.trainer)(*args, **options)
+
+    def resolve(self, config: Any, dataset: Dataset) -> tuple[Any, list[str]]:
+        """Settings as they will run on this data, and a note for each that had to give way."""
+        return self._function(self.resolver)(config, dataset)
+
+    def _function(self, name: str) -> Callable[..., Any]:
+        return getattr(importlib.import_module(self.module), name)
 
 
-def trainer(stage: str) -> Trainer:
-    """That of a stage among `CONFIGS`."""
-    if stage == "pretrain":
-        from hellm.training.pretrain import pretrain, resolve_config
-
-        return Trainer(pretrain, resolve_config)
-    if stage == "transitions":
-        from hellm.training.transitions import fit_transitions, resolve_transitions_config
-
-        return Trainer(fit_transitions, resolve_transitions_config)
-    if stage == "sasrec":
-        from hellm.training.sasrec import resolve_sasrec_config, train_sasrec
-
-        return Trainer(train_sasrec, resolve_sasrec_config)
-    from hellm.training.finetune import finetune, resolve_finetune_config
-
-    return Trainer(finetune, resolve_finetune_config)
+STAGES: Mapping[str, Stage] = MappingProxyType(
+    {
+        "pretrain": Stage(PretrainConfig, "hellm.training.pretrain", "pretrain", "resolve_config", warm=True),
+        "sasrec": Stage(SASRecConfig, "hellm.training.sasrec", "train_sasrec", "resolve_sasrec_config", warm=True),
+        "transitions": Stage(
+            TransitionsConfig,
+            "hellm.training.transitions",
+            "fit_transitions",
+            "resolve_transitions_config",
+            searched=False,
+        ),
+        "finetune": Stage(
+            FinetuneConfig,
+            "hellm.training.finetune",
+            "finetune",
+            "resolve_finetune_config",
+            inputs={
+                "graph": "stage-1 run (hellm pretrain) of the same data",
+                "sequence": "SASRec run (hellm sasrec) of the same data",
+            },
+        ),
+    }
+)
+"""Verb -> stage; a run has the verb as "stage" in result.json."""
+SEARCHED: Mapping[str, type] = MappingProxyType({verb: one.config for verb, one in STAGES.items() if one.searched})
+"""Verb -> settings of the stages whose settings are searched."""

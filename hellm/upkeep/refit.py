@@ -23,7 +23,7 @@ from hellm.evaluate import HistoryScorer, evaluate_dataset, paired_bootstrap
 from hellm.evaluate.datasets import KNOWN_SPLITS
 from hellm.pipeline import Pipeline, Step
 from hellm.recommend import Recommender
-from hellm.training.trainers import CONFIGS, trainer
+from hellm.training.trainers import STAGES
 from hellm.training.warm_start import check_continues
 from hellm.upkeep.append import data_of
 
@@ -33,8 +33,6 @@ PathLike_ = str | Path
 
 # Below all scores that a model gives: items that it does not know.
 _UNKNOWN_ITEM = -1e30
-# Stages whose weights are trained on; transitions are counted anew, which takes seconds.
-_WARM = ("pretrain", "sasrec")
 
 
 def refit(
@@ -104,15 +102,16 @@ def _refit_stage(run: Path, dataset: Dataset, out: Path, resume, overwrite):
     if not (run / RESULT).is_file():
         raise FileNotFoundError(f"{run} holds no {RESULT}: it is no run directory, or the run is not finished")
     stage = read_json(run / RESULT).get("stage")
-    if stage not in (*_WARM, "transitions"):
+    if stage not in STAGES or STAGES[stage].inputs:
         raise ValueError(
             f"{run} must be a run of all stages, stage 1, SASRec or transitions, got stage {stage!r}, which builds on "
             "other runs; refit those and repeat its command, or refit the run of all stages"
         )
     check_continues(run, dataset)
-    config = load_saved_config(CONFIGS[stage], run / CONFIG)
-    start = {"start": run} if stage in _WARM else {}
-    trainer(stage).train(config, dataset, out, resume=resume, overwrite=overwrite, **start)
+    config = load_saved_config(STAGES[stage].config, run / CONFIG)
+    # One that is not warm is fitted anew, as transitions are in seconds.
+    start = {"start": run} if STAGES[stage].warm else {}
+    STAGES[stage].train(config, dataset, out, resume=resume, overwrite=overwrite, **start)
     return run, out, (config.monitor[0], config.protocol)
 
 

@@ -10,6 +10,7 @@ from hellm.config import (
     LLMConfig,
     ModelConfig,
     PretrainConfig,
+    TransitionsConfig,
     config_from_dict,
     config_to_dict,
     load_config,
@@ -177,7 +178,7 @@ def test_command_line_is_generated_from_the_dataclass():
 
 
 def test_every_setting_is_documented():
-    for cls in (ModelConfig, LLMConfig, *PRESETS):
+    for cls in (ModelConfig, LLMConfig, TransitionsConfig, *PRESETS):
         docs = "".join(one.__doc__ or "" for one in cls.__mro__)
         for field in dataclasses.fields(cls):
             assert f"        {field.name}: " in docs, field.name
