@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hellm.data import DataError, Dataset, ItemFeatures
 from hellm.data.simple_features import TEXT_FIELDS, item_texts
+from hellm.features.noted import BUILT_IN, NotedEncoder
 
 __all__ = ["add_features", "choose_encoders", "encode_like"]
 
 logger = logging.getLogger(__name__)
 
 _DEFAULTS = {"text": "minilm", "image": "efficientnet"}
-_BUILT_IN = ("hashed", "colours")
 _WANTED = {"text": "titles, brands, categories or descriptions", "image": "picture files"}
 
 
@@ -96,16 +96,12 @@ def add_features(
         if modality == "text":
             features[text_name] = encode_text(content["text"], **options, **text_options)
         else:
-            features["image"] = encode_images(
-                content["image"],
-                on_unreadable=lambda path, error: unreadable.append(f"{Path(path).name} ({error})"),
-                **options,
-            )
+            features["image"] = encode_images(content["image"], on_unreadable=_noting(unreadable), **options)
         notes.append(f"{made[modality]}{encoder!r}")
         about = {"text_fields": list(text_fields)} | text_options if modality == "text" else {}
         encoders[names[modality]] = {"encoder": encoder} | about
     if unreadable:
-        notes.append(f"{len(unreadable)} pictures cannot be read and count as missing: {'; '.join(unreadable)}")
+        notes.append(_unreadable(unreadable))
         logger.warning(notes[-1])
     return dataclasses.replace(dataset, item_features=features, notes=notes, encoders=encoders)
 
@@ -120,21 +116,29 @@ def encode_like(dataset: Dataset, new: Dataset, *, cache: str | Path | None = No
         new: The items that are to be encoded, without events.
         cache: As in `encode_text`.
     Returns: Modality -> features [items of `new`], of what the items have.
-    Raises: As `add_features`.
+    Raises: ValueError, ImportError, OSError: As `encode_text` and `encode_images`.
     """
     from hellm.features.cache import default_cache
 
-    found = {}
-    for name, about in dataset.encoders.items():
-        options = {key: value for key, value in about.items() if key != "encoder"}
-        modality = "image" if name == "image" else "text"
-        built_in = about.get("encoder") in (None, *_BUILT_IN)
-        if built_in or modality not in _content(new, options.get("text_fields", TEXT_FIELDS)):
+    found, unreadable, cache = {}, [], default_cache() if cache is None else cache
+    for modality in dataset.encoders:
+        noted = NotedEncoder.of(dataset.encoders, modality)
+        content = _content(new, noted.text_fields).get("image" if noted.is_of_pictures else "text")
+        if noted.name is None or noted.name in BUILT_IN or content is None:
             continue
-        chosen = {"text": None, "image": None} | {modality: about["encoder"]}
-        options["cache"] = default_cache() if cache is None else cache
-        found[name] = add_features(new, text_name=name, **chosen, **options).item_features[name]
+        pictures = {"on_unreadable": _noting(unreadable)} if noted.is_of_pictures else {}
+        found[modality] = noted.load().features(content, cache=cache, **pictures)
+    if unreadable:
+        logger.warning(_unreadable(unreadable))
     return found
+
+
+def _noting(unreadable: list[str]) -> Callable[[str, Exception], None]:
+    return lambda path, error: unreadable.append(f"{Path(path).name} ({error})")
+
+
+def _unreadable(pictures: Sequence[str]) -> str:
+    return f"{len(pictures)} pictures cannot be read and count as missing: {'; '.join(pictures)}"
 
 
 def _content(dataset: Dataset, text_fields: Sequence[str]) -> dict[str, list[str]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hellm.data.simple_features import TEXT_FIELDS, image_features, item_texts
+from hellm.features.noted import NotedEncoder
 from hellm.models.graph.content import ItemContent
 from hellm.serve.errors import RequestError
 from hellm.serve.schema import ItemRequest
@@ -18,12 +19,6 @@ from hellm.serve.schema import ItemRequest
 __all__ = ["Encoders"]
 
 logger = logging.getLogger(__name__)
-
-# Encoders whose weights come in packages: a run may name them, and nothing is fetched or read from elsewhere.
-_PACKAGED_TEXT, _PACKAGED_IMAGE = ("minilm", "mpnet"), ("efficientnet",)
-# Built into the project. "hashed" weighs words by how rare they are among the texts of the data, which are not here.
-_COLOURS, _HASHED = "colours", "hashed"
-_TEXT_OPTIONS = ("revision", "max_length", "bfloat16")
 
 
 class Encoders:
@@ -35,7 +30,7 @@ class Encoders:
 
     def __init__(self, chosen: Mapping[str, str] | None = None) -> None:
         self._chosen = dict(chosen or {})
-        self._loaded: dict[str, Any] = {}
+        self._loaded: dict[str, tuple[NotedEncoder, Any]] = {}
 
     def __call__(self, content: ItemContent | None, item: ItemRequest, picture: bytes | None) -> dict[str, np.ndarray]:
         """Modality -> features [dim] float32, of what the item has and the run knows.
@@ -82,78 +77,59 @@ class Encoders:
 
     def _text(self, content: ItemContent, item: ItemRequest) -> tuple[str, str | None]:
         """The text of an item and the modality that it is of; None where there is none."""
-        texts = [name for name, one in content.encoders.items() if name != "image"]
+        texts = [name for name in content.encoders if name != "image"]
         texts += ["text"] if "text" in content.modalities and "text" not in texts else []
         if not texts:
             return "", None
-        name = texts[0]
         fields = {name: [" ".join(values)] for name, values in item.attributes.items()}
         fields["description"] = [item.description or ""]
-        chosen = content.encoders.get(name, {}).get("text_fields", TEXT_FIELDS)
-        text = (item_texts([item.title or ""], fields, chosen) or [""])[0]
-        return text, name if text.strip() else None
+        (text,) = NotedEncoder.of(content.encoders, texts[0]).texts([item.title or ""], fields) or [""]
+        return text, texts[0] if text.strip() else None
 
     def _encoded_text(self, content: ItemContent, name: str, text: str) -> np.ndarray:
-        about = content.encoders.get(name, {})
-        encoder = self._name(name, about, _PACKAGED_TEXT, "title")
-        options = {key: about[key] for key in _TEXT_OPTIONS if key in about}
-        if name not in self._loaded:
-            from hellm.features import load_text_encoder
-
-            self._loaded[name] = self._load(name, lambda: load_text_encoder(encoder, device="cpu", **options))
-        return self._checked(content, name, self._loaded[name].features([text]).values[0])
+        return self._checked(content, name, self._encoder(content, name, "title").features([text]).values[0])
 
     def _encoded_picture(self, content: ItemContent, picture: bytes) -> np.ndarray:
-        encoder = self._name("image", content.encoders.get("image", {}), (*_PACKAGED_IMAGE, _COLOURS), "picture")
-        errors: list[str] = []
+        encoder, errors = self._encoder(content, "image", "picture"), []
         with tempfile.TemporaryDirectory(prefix="hellm-picture-") as folder:
             file = Path(folder, "picture")
             file.write_bytes(picture)
-
-            def unreadable(path: str, error: Exception) -> None:
-                errors.append(type(error).__name__)
-
-            if encoder == _COLOURS:
-                values = image_features([file], on_unreadable=unreadable).values[0]
-            else:
-                if "image" not in self._loaded:
-                    from hellm.features import load_image_encoder
-
-                    self._loaded["image"] = self._load("image", lambda: load_image_encoder(encoder, device="cpu"))
-                values = self._loaded["image"].features([file], on_unreadable=unreadable).values[0]
+            found = encoder.features([file], on_unreadable=lambda path, error: errors.append(type(error).__name__))
         if errors:
             raise RequestError(422, f"must be a picture that can be read ({errors[0]})", field="picture")
-        return self._checked(content, "image", values)
+        return self._checked(content, "image", found.values[0])
 
-    def _name(self, modality: str, about: Mapping[str, Any], known: tuple[str, ...], field: str) -> str:
-        """What encodes a modality. Raises: RequestError, nothing that may be used here."""
+    def _encoder(self, content: ItemContent, modality: str, field: str) -> Any:
+        """What encodes a modality. Raises: RequestError, nothing that may be used here, or that can be loaded."""
+        noted = NotedEncoder.of(content.encoders, modality)
         if modality in self._chosen:
-            return self._chosen[modality]
-        name = about.get("encoder")
-        if name in known:
-            return str(name)
-        why = (
-            "does not say which encoder its features are by"
-            if name is None
-            else "has features by hashed words, which are weighed by all texts of its data"
-            if name == _HASHED
-            else f"has features by encoder {name!r}, which comes in no package"
-        )
-        raise RequestError(
-            422,
-            f"the run {why}; give features.{modality} in the request, or start the server with "
-            f"--encoder {modality}=NAME",
-            field=field,
-        )
-
-    def _load(self, modality: str, load: Any) -> Any:
-        try:
-            return load()
-        except (ImportError, OSError, ValueError) as error:
-            logger.error("the encoder of %s cannot be loaded: %s", modality, error)
+            noted = replace(noted, name=self._chosen[modality])
+        elif not noted.is_at_hand:
+            why = (
+                "does not say which encoder its features are by"
+                if noted.name is None
+                else "has features by hashed words, which are weighed by all texts of its data"
+                if noted.name == "hashed"
+                else f"has features by encoder {noted.name!r}, which comes in no package"
+            )
             raise RequestError(
-                422, f"the encoder of {modality} cannot be loaded here; give features.{modality} in the request"
-            ) from None
+                422,
+                f"the run {why}; give features.{modality} in the request, or start the server with "
+                f"--encoder {modality}=NAME",
+                field=field,
+            )
+        before, encoder = self._loaded.get(modality, (None, None))
+        # A run that has taken over may name another.
+        if before != noted:
+            try:
+                encoder = noted.load("cpu")
+            except (ImportError, OSError, ValueError, TypeError) as error:
+                logger.error("the encoder of %s cannot be loaded: %s", modality, error)
+                raise RequestError(
+                    422, f"the encoder of {modality} cannot be loaded here; give features.{modality} in the request"
+                ) from None
+            self._loaded[modality] = noted, encoder
+        return encoder
 
     @staticmethod
     def _checked(content: ItemContent, name: str, values: np.ndarray) -> np.ndarray:

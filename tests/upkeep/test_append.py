@@ -106,21 +106,37 @@ def test_features_of_another_encoder_are_made_by_it_or_missing(old, new, tmp_pat
     assert report["without_features"] == {"text": 0} and (grown.item_features["text"].values[3:] == 1).all()
 
 
+class Encoder:
+    """Rows of a number, and what was asked for."""
+
+    def __init__(self, number: float) -> None:
+        self.number, self.asked = number, []
+
+    def features(self, values, **options):
+        self.asked.append((list(values), sorted(options)))
+        return ItemFeatures.from_values(np.full((len(values), 2), self.number))
+
+
 def test_new_items_are_encoded_as_the_old_ones_were(old, monkeypatch):
+    import hellm.features.image
     import hellm.features.text
 
-    asked = []
-
-    def encode_text(texts, *, encoder, **options):
-        asked.append((list(texts), encoder, options["max_length"]))
-        return ItemFeatures.from_values(np.full((len(texts), 2), float(len(encoder))))
-
-    monkeypatch.setattr(hellm.features.text, "encode_text", encode_text)
-    about = {"encoder": "minilm", "text_fields": ["title"], "max_length": 9}
-    known = dataclasses.replace(old, encoders={"words": about})
-    assert {name: one.values.tolist() for name, one in encode_like(known, old).items()} == {"words": [[6, 6]] * 3}
-    assert asked == [(old.item_titles, "minilm", 9)]
-    for about in ({"text": {"encoder": "hashed"}}, {"image": {"encoder": "efficientnet"}}, {}):
+    loaded, text, image = [], Encoder(6), Encoder(7)
+    monkeypatch.setattr(
+        hellm.features.text, "load_text_encoder", lambda *given, **named: loaded.append((given, named)) or text
+    )
+    monkeypatch.setattr(
+        hellm.features.image, "load_image_encoder", lambda *given, **named: loaded.append((given, named)) or image
+    )
+    about = {"words": {"encoder": "minilm", "text_fields": ["title"], "max_length": 9}, "image": {"encoder": "some/id"}}
+    known = dataclasses.replace(old, encoders=about)
+    found = encode_like(known, dataclasses.replace(old, item_fields=old.item_fields | {"image": ["a.png", "", ""]}))
+    assert {name: one.values.tolist() for name, one in found.items()} == {"words": [[6, 6]] * 3, "image": [[7, 7]] * 3}
+    assert loaded == [(("minilm",), {"device": "auto", "max_length": 9}), (("some/id",), {"device": "auto"})]
+    assert text.asked == [(old.item_titles, ["cache"])]
+    assert image.asked == [(["a.png", "", ""], ["cache", "on_unreadable"])]
+    # Built in, not noted, or nothing to encode.
+    for about in ({"text": {"encoder": "hashed"}}, {"text": {}}, {"image": {"encoder": "efficientnet"}}, {}):
         assert encode_like(dataclasses.replace(old, encoders=about), old) == {}
 
 
