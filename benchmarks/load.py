@@ -220,7 +220,7 @@ class Usage:
 
 
 @contextmanager
-def server(run: Path, *options: str, store: Path | None = None, seconds: float = PATIENCE) -> Iterator[tuple[str, int]]:
+def server(run: Path, *options: str, store: Path | None = None, seconds: float = 300.0) -> Iterator[tuple[str, int]]:
     """`hellm serve` in a process of its own, ready: its address and its process number.
 
     Raises: RuntimeError with what it printed, it does not start within `seconds`.
@@ -253,6 +253,9 @@ async def _until_ready(url: str) -> None:
     status = 0
     while status != 200:
         connection = await Connection.open(url)
-        status = (await connection.ask(request("GET", "/health/ready"))).status
+        answer = await connection.ask(request("GET", "/health/ready"))
         connection.close()
+        status, state = answer.status, answer.json()["status"]
+        if state.startswith("not able"):
+            raise RuntimeError(f"the server is {state}")
         await asyncio.sleep(0.05)

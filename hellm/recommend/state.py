@@ -176,6 +176,9 @@ class State:
         if content is None:
             raise ValueError(f"new items need item content, and the run holds no {CONTENT}: its data had no features")
         tensors = {name: _as_tensor(one) for name, one in features.items()} | content.indicators(attributes)
+        # Sums over modalities have the same bits in whatever order they are given.
+        places = {name: place for place, name in enumerate(content.modalities)}
+        tensors = dict(sorted(tensors.items(), key=lambda pair: places.get(pair[0], len(places))))
         known = self.ids.copy()
         names = _new_ids(ids, known, self.ids)
         titles = (

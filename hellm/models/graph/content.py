@@ -211,8 +211,10 @@ class ItemContent:
             hyperedges[modality] = vertex, edge, weight
         scaled = x * torch.where(degree > 0, degree, 1.0).rsqrt().unsqueeze(1)
         y = x.new_zeros(len(next(iter(nearest.values())).rows), x.shape[1])
-        for modality in nearest.keys() & hyperedges.keys():
-            vertex, edge, weight = hyperedges[modality]
+        # In one order, whatever order they are given in: a sum of the same rows has the same bits.
+        for modality, (vertex, edge, weight) in hyperedges.items():
+            if modality not in nearest:
+                continue
             edge_sums = x.new_zeros(len(weight), x.shape[1]).index_add_(0, edge, scaled[vertex]) * weight.unsqueeze(1)
             if modality in self.attributes:
                 joins, joined = (features[modality] > 0).nonzero(as_tuple=True)
