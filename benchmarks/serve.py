@@ -6,8 +6,8 @@ chooses them). For every run:
 maximum      so many connections ask again as soon as they are answered: requests a second
 half         requests leave by the clock, half as many a second; latency counts from when each was due, so a slow
              answer also counts against those that had to wait for it
-overload     more connections than --max-queue takes: each is answered, or told 503 with Retry-After; afterwards, how long
-             until a request is answered again, and whether all are
+overload     more connections than --max-queue takes: each is answered, or told 503 with Retry-After; afterwards, how
+             long until a request is answered again, and whether all are
 
 Maximum and half are measured several times; what is told are medians, the least and the most. Beside them stands what
 matters on a machine that does other things too: processor time of server and client for a request.
@@ -39,7 +39,9 @@ AFTERWARDS = 50
 TARGET = {"requests_per_second": 1000.0, "p99_ms_at_half": 50.0}
 
 
-def measured(url: str, pid: int, requests: Sequence[bytes], seconds: float, rate: float | None = None) -> dict[str, Any]:
+def measured(
+    url: str, pid: int, requests: Sequence[bytes], seconds: float, rate: float | None = None
+) -> dict[str, Any]:
     """One load, and the processor time of both sides."""
     usage = Usage(pid)
     before = usage.cpu_seconds(), time.process_time()

@@ -32,11 +32,13 @@ from hellm.serve.store import Store
 
 DATA = planted_blocks()
 WIDTH = 8
+# What the encoder "colours" gives for a picture.
+COLOUR_FEATURES = 240
 COLOURS = ["red", "green", "blue"]
 
 
-def features(count: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(count, WIDTH)).astype(np.float32)
+def features(count: int, seed: int = 0, width: int = WIDTH) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
 
 
 def graph(seed: int = 0) -> ServedGraph:
@@ -57,8 +59,13 @@ MODELS = {
 }
 
 
-def save_run(folder: Path, kind: str = "graph", *, seed: int = 0, content: ItemContent | bool = True) -> Path:
-    """A run with features "text" and attribute "colour", or the content given; some titles are script."""
+def save_run(
+    folder: Path, kind: str = "graph", *, seed: int = 0, content: ItemContent | bool = True, pictures: bool = False
+) -> Path:
+    """A run with features "text", with `pictures` also "image", and attribute "colour", or the content given.
+
+    Some titles are script.
+    """
     sides = {"user": DATA.num_users, "item": DATA.num_items}
     title = {0: "<script>alert(1)</script>", 1: "Thé & café", 2: None}
     ids = pl.DataFrame(
@@ -76,7 +83,11 @@ def save_run(folder: Path, kind: str = "graph", *, seed: int = 0, content: ItemC
     if content is True:
         colours = AttributeSet.of([[COLOURS[row % 3]] for row in range(DATA.num_items)])
         told = {"text": ItemFeatures.from_values(features(DATA.num_items))}
-        known = ItemContent.of(told, k=4, attributes={"colour": colours}, encoders={"text": {"encoder": "minilm"}})
+        encoders = {"text": {"encoder": "minilm"}}
+        if pictures:
+            told["image"] = ItemFeatures.from_values(features(DATA.num_items, 1, COLOUR_FEATURES))
+            encoders["image"] = {"encoder": "colours"}
+        known = ItemContent.of(told, k=4, attributes={"colour": colours}, encoders=encoders)
     return Recommender(MODELS[kind](seed), ids, events, known).save(folder)
 
 
@@ -183,15 +194,18 @@ def serving(
 
 
 class Process:
-    """`hellm serve` in a process of its own."""
+    """`hellm serve` in a process of its own, which listens after `limit` seconds at the latest."""
 
-    def __init__(self, run: Path, *options: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, run: Path, *options: str, env: dict[str, str] | None = None, limit: float = 300.0) -> None:
         command = [sys.executable, "-m", "hellm", "serve", str(run), "--port", "0", "--skip-selftest", *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | (env or {})
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
+        late = threading.Timer(limit, self.process.kill)
+        late.start()
         line = self.process.stdout.readline()
+        late.cancel()
         if " on http://" not in line:
             raise RuntimeError(f"{line}{self.process.stderr.read()}")
         self.logs: list[str] = []
