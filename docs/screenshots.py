@@ -1,7 +1,7 @@
 """The pictures of the server's page: python docs/screenshots.py demo.
 
-`demo` is what `hellm demo --out demo` made. It needs the package playwright and Chromium (Debian: chromium, and
-fonts-inter for the letters of the pictures that are here); nothing is stored in the demo.
+`demo` is what `hellm demo --out demo` made; nothing is stored in it. Needed are the package playwright, Chromium and,
+for the letters of the pictures that are here, the font Inter (Debian: fonts-inter).
 """
 
 from __future__ import annotations
