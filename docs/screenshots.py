@@ -1,0 +1,104 @@
+"""The pictures of the server's page: python docs/screenshots.py demo.
+
+`demo` is what `hellm demo --out demo` made; nothing is stored in it. Needed are the package playwright, Chromium and,
+for the letters of the pictures that are here, the font Inter (Debian: fonts-inter).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+from hellm.serve.app import create_app
+from hellm.serve.service import Source
+from hellm.serve.settings import Settings
+from hellm.serve.store import Store
+
+FIGURES = Path(__file__).resolve().parent / "figures"
+DESKTOP, PHONE = {"width": 1200, "height": 820}, {"width": 390, "height": 820}
+# Room between phones in one picture, as the page around it.
+GAP, PAPER = 24, "#ffffff"
+
+
+def main(demo: Path) -> None:
+    with served(demo) as url, sync_playwright() as driver:
+        program = shutil.which("chromium") or shutil.which("chromium-headless-shell")
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        desktop = {"base_url": url, "viewport": DESKTOP}
+        page = browser.new_page(**desktop)
+        page.goto("/customer?id=u00003")
+        write("page_customer", [shot(page)])
+        page.goto("/new-product")
+        page.get_by_label("Id", exact=True).fill("N2001")
+        page.get_by_label("Title").fill("Ocean Dotted Star Lantern Nova")
+        page.get_by_label("Category").fill("Lighting > Lanterns")
+        page.get_by_label("Photo").set_input_files(demo / "shop" / "images" / "P1005.png")
+        page.get_by_role("button", name="Who would see it?").click()
+        page.get_by_role("heading", name="Who would see Ocean").wait_for(timeout=300_000)
+        page.mouse.move(0, 0)
+        write("page_new_product", [shot(page)])
+        page = browser.new_page(color_scheme="dark", **desktop)
+        page.goto("/basket?item=P1005&item=P1003")
+        write("page_basket", [shot(page)])
+        phones = []
+        page = browser.new_page(base_url=url, viewport=PHONE)
+        for path in ("/", "/customer?id=u00003", "/never-shown"):
+            page.goto(path)
+            phones.append(shot(page))
+        write("page_phone", phones)
+        browser.close()
+
+
+@contextlib.contextmanager
+def served(demo: Path) -> Iterator[str]:
+    """The demo's run behind its page, with an empty store that is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder) / "store.sqlite")
+        settings = Settings(skip_selftest=True, encode_timeout=300, timeout=300, log_requests=False)
+        app = create_app(Source(demo / "run" / "fused"), store, settings, data=demo / "shop")
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        while not app.state.readiness.is_ready:
+            time.sleep(0.1)
+        try:
+            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+            store.close()
+
+
+def shot(page: Page) -> Image.Image:
+    """What is to be seen, once all pictures are there."""
+    page.evaluate("document.querySelectorAll('img').forEach(one => one.loading = 'eager')")
+    page.wait_for_function("[...document.images].every(one => one.complete)", timeout=120_000)
+    return Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+
+
+def write(name: str, parts: list[Any]) -> None:
+    """Pictures side by side, in as many colours as fit a byte."""
+    width = sum(part.width for part in parts) + GAP * (len(parts) - 1)
+    whole = Image.new("RGB", (width, parts[0].height), PAPER)
+    left = 0
+    for part in parts:
+        whole.paste(part, (left, 0))
+        left += part.width + GAP
+    small = whole.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    small.save(FIGURES / f"{name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
