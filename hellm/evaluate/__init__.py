@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hellm.artifact.evaluation_log import log_test_evaluation, read_test_evaluations
 
+from .agreement import overlap, rank_biased_overlap
 from .compare import Row, compare
 from .datasets import evaluate_dataset, evaluate_protocols
 from .histories import HistoryModel, HistoryScorer, evaluate_histories, history_scores
@@ -33,9 +34,11 @@ __all__ = [
     "length_groups",
     "log_test_evaluation",
     "mean_result",
+    "overlap",
     "paired_bootstrap",
     "paired_gain",
     "popularity_groups",
+    "rank_biased_overlap",
     "ranking_metrics",
     "read_test_evaluations",
     "seeds_summary",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from hellm.recommend.hyperedges import Hyperedge
 from hellm.recommend.recommender import Recommender
 from hellm.recommend.results import ContentLink, Reason, Recommendations, RecommendedItem
 from hellm.recommend.served import ServedFused, ServedGraph, ServedLLM, ServedModel, ServedSASRec, ServedTransitions
 
 __all__ = [
     "ContentLink",
+    "Hyperedge",
     "Reason",
     "Recommendations",
     "RecommendedItem",

@@ -17,3 +17,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def research_runs(tmp_path_factory, one_thread):
+    """(shop, runs): data as a shop has it, and two trainings on it, see `research_runs.train_runs`."""
+    from research_runs import train_runs
+    from served import save_shop
+
+    shop = save_shop(tmp_path_factory.mktemp("shop") / "shop")
+    return shop, train_runs(tmp_path_factory.mktemp("runs"), shop)

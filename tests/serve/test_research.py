@@ -14,8 +14,7 @@ import polars as pl
 import pytest
 import torch
 from html_page import Page, check_page, page
-from research_runs import train_runs
-from served import same, save_run, save_shop, serving
+from served import same, save_run, serving
 
 from hellm.artifact.test_users import read_test_users
 from hellm.cli import main
@@ -30,13 +29,13 @@ SCRIPT = "<script>alert(1)</script>"
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    return save_shop(tmp_path_factory.mktemp("shop") / "shop")
+def shop(research_runs):
+    return research_runs[0]
 
 
 @pytest.fixture(scope="module")
-def runs(shop, tmp_path_factory, one_thread):
-    return train_runs(tmp_path_factory.mktemp("runs"), shop)
+def runs(research_runs):
+    return research_runs[1]
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +158,7 @@ class TestHyperedges:
             said = next(text for text in found.of("p") if text.startswith("Without the"))
             moved = f"keeps rank {before}" if before == after else f"goes from rank {before} to {after}"
             assert f"this item {moved} for u1" in said
-            scores = [float(which.scores(torch.tensor([which.user_ids.index("u1")]))[0, 5]) for which in (one, less)]
+            scores = [score(which) for which in (one, less)]
             assert said.endswith(f"its score goes from {scores[0]:.4g} to {scores[1]:.4g}.")
             assert scores[0] != scores[1]
             assert lists(found) == [[item.item for item in which.recommend("u1", k=10)[0]] for which in (one, less)]
@@ -204,7 +203,7 @@ class TestHyperedges:
             asked = {"id": "i5", "user": "u1", "modality": edge.modality, "name": edge.name}
             found = page(client, "/research/item", params=asked)
             less = fused.without_hyperedge(edge.modality, edge.name)
-            assert f"for u1; its score goes from {float(fused.scores(torch.tensor([1]))[0, 5]):.4g} to" in found.text
+            assert f"for u1; its score goes from {score(fused):.4g} to" in found.text
             assert lists(found)[1] == [item.item for item in less.recommend("u1", k=10)[0]]
 
 
@@ -434,6 +433,12 @@ def members(found: Page) -> list[str]:
         elif inside and tag == "a":
             ids.append(re.search(r"[?&]id=([^&]+)", attributes["href"])[1])
     return ids
+
+
+def score(recommender: Recommender) -> float:
+    """Of item i5 for user u1."""
+    scores = recommender.scores(torch.tensor([recommender.user_ids.index("u1")]))
+    return float(scores[0, recommender.item_ids.index("i5")])
 
 
 def ids_of(found: Page, address: str) -> list[str]:
