@@ -1,4 +1,4 @@
-"""The server under kills and nonsense: short forms of `killed.py` and `bad_requests.py`, which say what is looked at."""
+"""The server under kills and nonsense: short forms of `killed.py` and `bad_requests.py`."""
 
 from __future__ import annotations
 
