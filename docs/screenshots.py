@@ -40,6 +40,8 @@ def main(demo: Path) -> None:
         page = browser.new_page(**desktop)
         page.goto("/customer?id=u00003")
         write("page_customer", [shot(page)])
+        # Encoders are loaded with the first look, which may take longer than a click waits.
+        page.request.post("/new-product", multipart={"id": "N", "title": "Lamp"}, timeout=600_000)
         page.goto("/new-product")
         page.get_by_label("Id", exact=True).fill("N2001")
         page.get_by_label("Title").fill("Ocean Dotted Star Lantern Nova")
