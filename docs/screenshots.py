@@ -16,11 +16,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import uvicorn
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
+from hellm import Recommender
 from hellm.serve.app import create_app
 from hellm.serve.service import Source
 from hellm.serve.settings import Settings
@@ -33,9 +35,17 @@ GAP, PAPER = 24, "#ffffff"
 
 
 def main(demo: Path) -> None:
-    with served(demo) as url, sync_playwright() as driver:
+    with sync_playwright() as driver:
         program = shutil.which("chromium") or shutil.which("chromium-headless-shell")
         browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        shop(browser, demo)
+        research(browser, demo)
+        browser.close()
+
+
+def shop(browser: Browser, demo: Path) -> None:
+    """The pages of who has the shop."""
+    with served(demo, "fused") as url:
         desktop = {"base_url": url, "viewport": DESKTOP}
         page = browser.new_page(**desktop)
         page.goto("/customer?id=u00003")
@@ -60,16 +70,52 @@ def main(demo: Path) -> None:
             page.goto(path)
             phones.append(shot(page))
         write("page_phone", phones)
-        browser.close()
+
+
+def research(browser: Browser, demo: Path) -> None:
+    """The pages of who made the model, stage 1 beside the same model without hypergraphs."""
+    with served(demo, "stage1", "lightgcn") as url:
+        page = browser.new_page(base_url=url, viewport={"width": 1200, "height": 1120})
+        page.goto(f"/research/item?{urlencode(telling_hyperedge(demo / 'run' / 'stage1'))}&all=true")
+        write("page_hyperedges", [shot(page)])
+        page = browser.new_page(base_url=url, viewport={"width": 1200, "height": 960})
+        page.goto("/research/users")
+        page.get_by_text("users that both runs know").wait_for(timeout=300_000)
+        write("page_users", [shot(page)])
+        page = browser.new_page(base_url=url, viewport={"width": 1200, "height": 900}, color_scheme="dark")
+        page.goto(f"/research/map?{urlencode({'item': 'P1038'})}")
+        write("page_map", [shot(page)])
+
+
+def telling_hyperedge(run: Path) -> dict[str, str]:
+    """An item, a user, and the hyperedge without which the item falls furthest in the list of the user.
+
+    Looked for among the lists of the first users.
+    """
+    recommender = Recommender.load(run)
+    users = recommender.user_ids.ids[:40]
+    lists = recommender.recommend(users, k=10)
+    edges = {(one.modality, one.name) for items in lists for item in items for one in recommender.hyperedges(item.item)}
+    best: tuple[int, dict[str, str]] = (0, {})
+    for modality, name in sorted(edges):
+        without = recommender.without_hyperedge(modality, name).recommend(users, k=40)
+        for user, before, after in zip(users, lists, without, strict=True):
+            places = {item.item: place for place, item in enumerate(after)}
+            for place, item in enumerate(before):
+                fall = places.get(item.item, len(after)) - place
+                if fall > best[0]:
+                    best = (fall, {"id": item.item, "user": user, "modality": modality, "name": name})
+    return best[1]
 
 
 @contextlib.contextmanager
-def served(demo: Path) -> Iterator[str]:
-    """The demo's run behind its page, with an empty store that is thrown away."""
+def served(demo: Path, run: str, compared: str | None = None) -> Iterator[str]:
+    """A run of the demo behind its page, with an empty store that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "store.sqlite")
         settings = Settings(skip_selftest=True, encode_timeout=300, timeout=300, log_requests=False)
-        app = create_app(Source(demo / "run" / "fused"), store, settings, data=demo / "shop")
+        source = Source(demo / "run" / run, compared=demo / "run" / compared if compared else None)
+        app = create_app(source, store, settings, data=demo / "shop")
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on"))
         thread = threading.Thread(target=server.run)
         thread.start()

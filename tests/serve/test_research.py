@@ -12,7 +12,6 @@ import time
 import numpy as np
 import polars as pl
 import pytest
-import torch
 from html_page import Page, check_page, page
 from served import same, save_run, serving
 
@@ -162,6 +161,16 @@ class TestHyperedges:
             assert said.endswith(f"its score goes from {scores[0]:.4g} to {scores[1]:.4g}.")
             assert scores[0] != scores[1]
             assert lists(found) == [[item.item for item in which.recommend("u1", k=10)[0]] for which in (one, less)]
+
+    def test_who_has_no_history_is_ranked_by_popularity(self, runs, tmp_path):
+        folder = tmp_path / "run"
+        shutil.copytree(runs.graph, folder)
+        events = pl.read_parquet(folder / "histories.parquet")
+        nobody = Recommender.load(folder).user_ids.index("u1")
+        events.filter(pl.col("user") != nobody).write_parquet(folder / "histories.parquet")
+        with serving(folder) as client:
+            found = page(client, "/research/item?id=i5&user=u1")
+            assert "there is nothing to go by but popularity, which no hyperedge changes." in found.text
 
     def test_each_in_turn(self, client, one):
         found = page(client, page(client, "/research/item?id=i5&user=u1").links["Take each away in turn"])
@@ -437,8 +446,7 @@ def members(found: Page) -> list[str]:
 
 def score(recommender: Recommender) -> float:
     """Of item i5 for user u1."""
-    scores = recommender.scores(torch.tensor([recommender.user_ids.index("u1")]))
-    return float(scores[0, recommender.item_ids.index("i5")])
+    return recommender.recommend("u1", k=1, candidates=["i5"], exclude_seen=False)[0].items[0].score
 
 
 def ids_of(found: Page, address: str) -> list[str]:

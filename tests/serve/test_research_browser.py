@@ -98,7 +98,9 @@ def test_without_scripts_all_of_it_can_be_read(browser, client):
         page.get_by_role("link", name="<script>alert(1)</script>").click()
         page.wait_for_url(re.compile("item=i0$"))
         # Who has a mouse can choose a point.
+        page.goto("/research/map")
         page.locator(".points circle").first.click()
+        page.wait_for_url("**/research/item?id=*")
         page.get_by_role("heading", name=re.compile("^Hyperedges of")).wait_for()
 
 

@@ -66,7 +66,7 @@ def item_hyperedges(snapshot: Snapshot, request: HyperedgeRequest) -> dict[str, 
         "is_chosen" and "rank" (of the item without it, where that was tried);
         "members" and "more" (how many are not among them) of the chosen hyperedge;
         "rank" and "has_it" (whether it is in the history), where a user is asked for;
-        "effect" of the chosen hyperedge: "rank", and "scores", "before" and "after" as `_effect` has them;
+        "effect" of the chosen hyperedge: "rank", and "basis", "scores", "before" and "after" as `_effect` has them;
         "untried": hyperedges that there was no time for.
     """
     recommender = snapshot.recommender
@@ -85,7 +85,9 @@ def item_hyperedges(snapshot: Snapshot, request: HyperedgeRequest) -> dict[str, 
     if request.user is not None and missing is None and chosen is not None:
         less = recommender.without_hyperedge(chosen.modality, chosen.name)
         ranks[chosen.modality, chosen.name] = less.rank(request.item, user=request.user)
-        found["effect"] = _effect(recommender, less, row, request.user) | {"rank": ranks[chosen.modality, chosen.name]}
+        found["effect"] = _effect(recommender, less, request.item, request.user) | {
+            "rank": ranks[chosen.modality, chosen.name]
+        }
         if request.try_all:
             ranks |= _ranks_without(recommender, request, hyperedges)
     return found | {
@@ -155,16 +157,21 @@ def _members(snapshot: Snapshot, chosen: Hyperedge, request: HyperedgeRequest) -
     ]
 
 
-def _effect(recommender: Recommender, less: Recommender, row: int, user: str) -> dict[str, Any]:
+def _effect(recommender: Recommender, less: Recommender, item: str, user: str) -> dict[str, Any]:
     """Scores of an item and lists of a user, as they are and without a hyperedge.
 
     Each item of a list has its place in the other list, if it is there.
     """
     k = min(LENGTH, recommender.num_items)
-    rows = torch.tensor([recommender.user_ids.index(user)])
-    scores = [float(one.scores(rows)[0, row]) for one in (recommender, less)]
-    before, after = ([vars(item) for item in one.recommend(user, k=k)[0]] for one in (recommender, less))
-    return {"scores": scores, "before": _beside(before, after), "after": _beside(after, before)}
+    lists = [one.recommend(user, k=k)[0] for one in (recommender, less)]
+    alone = [one.recommend(user, k=1, candidates=[item], exclude_seen=False)[0] for one in (recommender, less)]
+    before, after = ([vars(one) for one in items] for items in lists)
+    return {
+        "basis": lists[0].basis,
+        "scores": [items.items[0].score for items in alone],
+        "before": _beside(before, after),
+        "after": _beside(after, before),
+    }
 
 
 def _beside(items: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
