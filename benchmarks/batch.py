@@ -1,4 +1,4 @@
-"""Peak memory of `hellm batch` over many histories: python -m benchmarks.batch [--histories N] [--out FILE].
+"""Peak memory of `hellm batch` over many histories: python -m benchmarks.batch [--users N] [--out FILE].
 
 A made-up run and a file of histories are written first. The batch then runs in a process of its own, which is killed
 when a third of the parts is there, and again to its end; some of its lists are compared with those of the recommender.
@@ -105,7 +105,7 @@ def compared(run: Path, users: Path, out: Path) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--histories", type=int, default=1_000_000)
+    parser.add_argument("--users", type=int, default=1_000_000)
     parser.add_argument("--items", type=int, default=20_000)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--out", type=Path)
@@ -117,15 +117,15 @@ def main() -> int:
     results = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_histories(folder / "users.jsonl", args.histories, args.items)
+        make_histories(folder / "users.jsonl", args.users, args.items)
         for model in args.models:
             run, out = make_run(folder, model, args.items), folder / f"{model}.parquet"
-            report = killed_and_resumed(run, folder / "users.jsonl", out, max(1, args.histories // BLOCK // 3))
+            report = killed_and_resumed(run, folder / "users.jsonl", out, max(1, args.users // BLOCK // 3))
             report["compared"] = compared(run, folder / "users.jsonl", out)
             report |= {"out": out.name, "file_bytes": out.stat().st_size}
             results[model] = report
             print(json.dumps({model: report}), flush=True)
-    value = {"histories": args.histories, "items": args.items, "models": results, "environment": environment()}
+    value = {"histories": args.users, "items": args.items, "models": results, "environment": environment()}
     if args.out is not None:
         write_json(args.out, value)
     return int(any(one["peak_bytes"] > MAX_PEAK_BYTES for one in results.values()))
