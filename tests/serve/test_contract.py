@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import io
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 from served import DATA, MODELS, features, same, save_run, serving
+from support.encoders import save_text_encoder
 
 from hellm.recommend import Recommender
+from hellm.serve.schema import RecommendRequest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ITEMS = [f"i{row}" for row in range(DATA.num_items)]
@@ -204,3 +210,60 @@ def test_a_copy_of_the_snapshot_is_never_written_to(client, expected):
     other = copy.copy(recommender)
     other.add_events(["u1"], ["i5"])
     assert recommender.recommend("u1") == expected.recommend("u1") != other.recommend("u1")
+
+
+def picture(seed: int) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(256, size=(40, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_new_item_by_photo_and_title_is_in_the_next_answer(tmp_path):
+    """Encoded, stored and ranked before it is acknowledged, whoever is asked for; nobody waits for a cache."""
+    run, store = save_run(tmp_path / "run", pictures=True), tmp_path / "store.sqlite"
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    expected = Recommender.load(run)
+    encoders = {"text": save_text_encoder(encoder)}
+    with serving(run, store, source={"encoders": encoders}) as client:
+        for number in range(3):
+            item = {"id": f"new{number}", "title": "red mug"}
+            files = {"picture": ("photo.png", picture(number))}
+            stored = same(client.http.post("/items", data={"item": json.dumps(item)}, files=files))
+            assert (stored["placed_by"], stored["revision"]) == (["text", "image"], number + 1)
+            asked = {"k": DATA.num_items + number + 1, "exclude_seen": False}
+            answer = same(client.post("/recommend", {"users": ["u1", "u5"], **asked}))
+            assert answer["revision"] == stored["revision"]
+            assert all(f"new{number}" in {one["item"] for one in found["items"]} for found in answer["lists"])
+            # With the bits of a recommender that was given the same.
+            features = client.service.store.entries(number)[0].features
+            rows = {name: values[None] for name, values in features.items()}
+            expected.add_items(rows, [item["id"]], [item["title"]])
+            assert answer["lists"] == plain(expected.recommend(["u1", "u5"], **asked))
+
+
+@pytest.mark.parametrize(
+    "body", [{"users": ["u1"]}, {"users": ["u1", "who"]}, {"users": []}, {"users": 3}, {"k": 1.0}, []]
+)
+@pytest.mark.parametrize("path", ["/recommend", "/explain", "/events"])
+def test_the_shortcut_answers_as_the_long_way(client, path, body):
+    """FastAPI takes any kind of JSON, the shortcut the usual one; what is answered is the same."""
+    answers = [
+        client.http.post(path, content=json.dumps(body), headers={"content-type": kind})
+        for kind in ("application/json", "application/vnd.shop+json")
+    ]
+    short, long = ((one.status_code, one.json(), one.headers["content-type"]) for one in answers)
+    assert short == long
+
+
+def test_the_shortcut_is_taken_by_what_fits(client, monkeypatch):
+    taken = []
+    validate = RecommendRequest.model_validate_json
+    monkeypatch.setattr(RecommendRequest, "model_validate_json", lambda body: taken.append(body) or validate(body))
+    same(client.post("/recommend", {"users": ["u1"]}))
+    assert len(taken) == 1
+    counted = 'hellm_requests_total{method="POST",route="/recommend",status="200"}'
+    before = float(client.get("/metrics").text.split(counted)[1].split()[0])
+    same(client.post("/recommend", {"users": ["u1"]}))
+    assert float(client.get("/metrics").text.split(counted)[1].split()[0]) == before + 1
