@@ -52,9 +52,11 @@ class _Soak:
         self.url, self.runs, self.link, self.seconds = url, runs, link, seconds
         recommender = Recommender.load(runs[0])
         users, self.items = recommender.user_ids.ids, list(recommender.item_ids.ids)
-        self.quiet, self.writers_users = users[:QUIET_USERS], users[QUIET_USERS : QUIET_USERS + 100]
+        few = min(QUIET_USERS, len(users) // 2)
+        self.quiet, self.writers_users = users[:few], users[few : few + 100]
         content = recommender.content
-        self.width, self.categories = content.features["text"].shape[1], list(content.attributes["category"])
+        self.width = content.features["text"].shape[1]
+        self.attribute, self.values = next((name, list(values)) for name, values in content.attributes.items())
         self.latencies, self.faults, self.counts = Latencies(), Counter(), Counter()
         # (run hash, revision, user) -> digest of the list
         self.lists: dict[tuple[str, int, str], bytes] = {}
@@ -129,7 +131,7 @@ class _Soak:
             name = f"new {count}"
             item = {"id": name, "title": f"Novelty {count}", "picture": picture(draw)}
             item["features"] = {"text": [draw.gauss(0, 1) for _ in range(self.width)]}
-            item["attributes"] = {"category": [draw.choice(self.categories)]}
+            item["attributes"] = {self.attribute: [draw.choice(self.values)]}
             if await self._answer(connection, "items", request("POST", "/items", item)) is not None:
                 body = {"histories": [[name]], "candidates": [name], "exclude_seen": False}
                 found = await self._answer(connection, "fresh", request("POST", "/recommend", body))
@@ -229,7 +231,14 @@ def wrong_answers(found: _Soak, store: Path) -> int:
 
 
 def soak(runs: Sequence[Path], folder: Path, seconds: float) -> dict[str, Any]:
-    """Load for some seconds. Args: runs: two of the same shop. Returns: as JSON; "ok" says whether all is well."""
+    """Load for some seconds.
+
+    Args:
+        runs: Two of the same shop, with features "text" and "image" (colours) and an attribute.
+        folder: To be made, for the store and what the server is told to serve.
+        seconds: How long.
+    Returns: As JSON; "ok" says whether all is well.
+    """
     import torch
 
     # As the server computes.
