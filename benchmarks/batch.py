@@ -24,6 +24,8 @@ from benchmarks.environment import ROOT, environment, write_json
 
 MAX_PEAK_BYTES, MAX_GROWTH = 4e9, 1.1
 WIDTH, MEAN_LENGTH = 64, 12
+# Seconds that a batch may take.
+LIMIT = 6 * 3600
 # Histories made and compared at a time.
 BLOCK = 16 * 1024
 MODELS = ("stage1", "sasrec")
@@ -78,7 +80,8 @@ def killed_and_resumed(run: Path, users: Path, out: Path, kill_at: int) -> dict[
     command = [sys.executable, "-m", "benchmarks.batch", "--run", run, users, out]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     parts = Path(f"{out}.parts")
-    while first.poll() is None and len(list(parts.glob("part-*.parquet"))) < kill_at:
+    stop = time.monotonic() + LIMIT
+    while first.poll() is None and time.monotonic() < stop and len(list(parts.glob("part-*.parquet"))) < kill_at:
         time.sleep(0.05)
     first.kill()
     if first.wait() != -signal.SIGKILL:
@@ -89,7 +92,7 @@ def killed_and_resumed(run: Path, users: Path, out: Path, kill_at: int) -> dict[
 def finished(run: Path, users: Path, out: Path) -> dict[str, Any]:
     """The report of a batch that comes to its end."""
     command = [sys.executable, "-m", "benchmarks.batch", "--run", run, users, out]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=LIMIT)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,6 +1,6 @@
 """Kills a server at random moments and checks what it still knows; a program, since it takes its time.
 
-    python tests/serve/killed.py --moments N [--seed S] [--clients N] [--longest SECONDS]
+    python tests/serve/killed.py --moments N [--seed S] [--clients N] [--most N]
 
 Clients send events and new items, each again until it is answered, as a sender would that wants nothing lost. The
 server, a process of its own, is killed (SIGKILL) at a random moment: while it starts, while it answers or while it
@@ -53,7 +53,7 @@ class Sender(threading.Thread):
         self.running = True
         self.is_idle = threading.Event()
         self.refused: list[str] = []
-        self.again = self._count = 0
+        self.again = self.acknowledged = self._count = 0
 
     def run(self) -> None:
         while self.running:
@@ -86,6 +86,7 @@ class Sender(threading.Thread):
                     time.sleep(0.01)
                 elif response.status == 200:
                     self.pending = None
+                    self.acknowledged += 1
                     if path == "/events":
                         self.events += [event["item"] for event in body["events"]]
                     else:
@@ -105,6 +106,11 @@ class Sender(threading.Thread):
         count = self._draw.choice((1, 1, 1, 5))
         events = [{"id": f"{name}-{n}", "user": self.user, "item": self._draw.choice(known)} for n in range(count)]
         return "/events", {"events": events}
+
+
+def answered(senders: list[Sender]) -> int:
+    """Requests that were acknowledged."""
+    return sum(sender.acknowledged for sender in senders)
 
 
 def until_ready(process: Process) -> None:
@@ -156,11 +162,11 @@ def check(process: Process, store: Path, senders: list[Sender]) -> list[str]:
     return failures
 
 
-def killed(folder: Path, moments: int, *, seed: int = 0, clients: int = 4, longest: float = 0.5) -> Counter:
+def killed(folder: Path, moments: int, *, seed: int = 0, clients: int = 4, most: int = 40) -> Counter:
     """Kill a server at `moments` moments.
 
     Args:
-        longest: Seconds after a start, or after it is ready, at which it is killed at the latest.
+        most: Answers after a start at which it is killed at the latest; by answers, as machines differ in speed.
     Returns: "moments", "failures" and what happened, each counted.
     Raises: TimeoutError, something hangs.
     """
@@ -174,7 +180,8 @@ def killed(folder: Path, moments: int, *, seed: int = 0, clients: int = 4, longe
             process = Process(run, "--store", str(store), "--no-request-log", limit=LIMIT)
             try:
                 # One in five is killed before it is ready, perhaps while it takes up what is stored.
-                if moment == moments or draw.random() >= 0.2:
+                is_ready = moment == moments or draw.random() >= 0.2
+                if is_ready:
                     until_ready(process)
                     counts["ready"] += 1
                     failures = check(process, store, senders)
@@ -185,7 +192,13 @@ def killed(folder: Path, moments: int, *, seed: int = 0, clients: int = 4, longe
                     break
                 for sender in senders:
                     sender.url = process.url
-                time.sleep(draw.uniform(0, longest))
+                stop, wanted = time.monotonic() + LIMIT, answered(senders) + draw.randint(0, most)
+                # What is killed at its start may never answer.
+                while is_ready and answered(senders) < wanted:
+                    if time.monotonic() > stop:
+                        raise TimeoutError(f"no answers for {LIMIT:g} seconds")
+                    time.sleep(0.0005)
+                time.sleep(draw.uniform(0, 0.02 if is_ready else 1.0))
                 if process.process.poll() is not None:
                     raise RuntimeError(f"the server has ended by itself: {''.join(process.logs)[-600:]}")
             finally:
@@ -217,12 +230,12 @@ def main() -> int:
     parser.add_argument("--moments", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--longest", type=float, default=0.5, help="seconds from a start to its kill")
+    parser.add_argument("--most", type=int, default=40, help="answers from a start to its kill")
     parser.add_argument("--out", type=Path, help="counts, as JSON")
     args = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        counts = killed(Path(folder), args.moments, seed=args.seed, clients=args.clients, longest=args.longest)
+        counts = killed(Path(folder), args.moments, seed=args.seed, clients=args.clients, most=args.most)
     found = json.dumps({**counts, "seconds": round(time.monotonic() - started, 1)})
     print(found)
     if args.out is not None:
