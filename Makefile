@@ -38,6 +38,7 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -type f)
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # Warnings are errors, and a page that loads something from elsewhere is one (docs/hooks.py).
