@@ -15,8 +15,9 @@ serve-demo: .venv/serve | demo/run/recommendations.json
 demo/run/recommendations.json: | .venv/demo
 	$(MAKE) demo
 
+# A file of tests stays in one process, which makes what they share once.
 test: .venv/test
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n auto --dist loadfile
 
 # The kernels under AddressSanitizer and UBSan. What Python and torch keep until the end of the process is no leak.
 sanitize: .venv/test
