@@ -131,7 +131,7 @@ class Client:
     """A server of this process on a thread of its own, asked over loopback."""
 
     def __init__(
-        self, run: Path, store: Store | None, settings: Settings, source: dict[str, Any], data: Path | None
+        self, run: Path, store: Store | None, settings: Settings, source: dict[str, Any], data: Path | None = None
     ) -> None:
         import uvicorn
 
