@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hellm._files import read_json
 from hellm.artifact.files import CHECKPOINT, RESULT
 from hellm.artifact.run_hash import run_hash
@@ -97,6 +99,9 @@ def load_snapshot(
         from hellm.export import OnnxEncoder
 
         recommender.encode_with(OnnxEncoder.of_run(os.path.realpath(onnx), recommender, before))
+    if not torch.isfinite(recommender.item).all():
+        # JSON has no such numbers, and nothing can be ranked by them.
+        raise DataError(f"{run}: item keys must be finite, got NaN or infinity among them")
     if run_hash(folder) != before:
         raise DataError(f"{run} has changed while it was read; try again when nobody writes there")
     return Snapshot(

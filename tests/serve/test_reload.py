@@ -9,11 +9,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served import DATA, features, same, save_run, serving
+import torch
+from served import DATA, MODELS, features, graph, same, save_run, serving
 
 from hellm.artifact.files import EMBEDDINGS
 from hellm.artifact.run_hash import run_hash
+from hellm.data import DataError
 from hellm.recommend import Recommender
+from hellm.serve.state import load_snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 USERS = [f"u{row}" for row in range(DATA.num_users)]
@@ -94,6 +97,14 @@ def test_a_run_that_cannot_be_served_leaves_the_one_before(link, runs, tmp_path)
                 link.symlink_to(runs[1])
         # A failure is no obstacle to the next.
         assert same(client.post("/admin/reload"))["run_hash"] == run_hash(runs[1])
+
+
+def test_a_run_that_cannot_rank_is_not_served(tmp_path, monkeypatch):
+    spoilt = graph()
+    spoilt.tensors["item"][3, 2] = torch.nan
+    monkeypatch.setitem(MODELS, "spoilt", lambda seed: spoilt)
+    with pytest.raises(DataError, match="item keys must be finite, got NaN or infinity"):
+        load_snapshot(save_run(tmp_path / "run", "spoilt"))
 
 
 def test_one_reload_at_a_time(link, runs, monkeypatch):
