@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find hellm csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -path 'hellm/serve/page/*/*') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo serve-demo test sanitize lint docs bench clean
+.PHONY: demo serve-demo test sanitize lint audit docs bench clean
 
 demo: .venv/demo
 	$(BIN)/hellm demo --out demo --overwrite
@@ -42,6 +42,16 @@ lint: .venv/test
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
+# Known vulnerabilities of what `make test` installs, and of the oldest versions that pyproject.toml allows; asks a service
+# on the network, another with AUDIT="--vulnerability-service osv".
+AUDIT ?=
+audit: .venv/test build/audit/bin/pip-audit
+	build/audit/bin/pip-audit $(AUDIT) --skip-editable \
+		--path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	grep -oE '"[A-Za-z0-9_-]+(\[[a-z]+\])?[>=]=[0-9.]+' pyproject.toml | sed -E 's/"|\[.*\]//g; s/>=/==/' | sort -u \
+		> build/audit/oldest.txt
+	build/audit/bin/pip-audit $(AUDIT) --no-deps --disable-pip --requirement build/audit/oldest.txt
+
 # Warnings are errors, and a page that loads something from elsewhere is one (docs/hooks.py).
 # To search it, serve it: python -m http.server --directory build/docs
 docs: .venv/docs
@@ -50,6 +60,10 @@ docs: .venv/docs
 bench: .venv/test
 	$(BIN)/python -m benchmarks.measure
 	$(BIN)/python -m benchmarks.report
+
+build/audit/bin/pip-audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet pip-audit
 
 clean:
 	rm -rf .venv build dist demo
