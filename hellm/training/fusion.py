@@ -67,7 +67,7 @@ class Selection:
         weights: Name -> weight > 0, of those that are kept, the best first.
         alone: Name -> monitored metric of every tower alone.
         fused: Monitored metric of the sum, of events that its weights were not fitted on.
-        gains: What was tried, in order.
+        gains: What was kept, in order, then what each of the others would have brought.
     """
 
     weights: dict[str, float]
@@ -119,15 +119,19 @@ def select_towers(
         tried = {name: _cross_fitted(given, [*chosen, name], half, metric) for name in candidates}
         shown = {name: paired_gain(values, best, level=level, seed=seed) for name, values in tried.items()}
         # Whose gain is surest: the largest mean may be of few users, and then nothing else would be tried.
-        name = max(shown, key=lambda one: shown[one][1])
-        gain, low, high = shown[name]
+        by_sureness = sorted(shown, key=lambda one: shown[one][1], reverse=True)
+        name = by_sureness[0]
+        gain, low, _ = shown[name]
         wanted = gain >= 0 if for_new_items else low > 0
         longer = _fitted(given, [*chosen, name], np.ones(len(half), dtype=bool), metric) if wanted else [0.0]
-        gains.append(Gain(name, gain, low, high, kept=longer[-1] > 0, for_new_items=for_new_items))
-        if gains[-1].kept:
+        kept = longer[-1] > 0
+        # Nothing is tried after a failure, so it tells what each of the others would have brought.
+        for one in by_sureness[:1] if kept else by_sureness:
+            gains.append(Gain(one, *shown[one], kept=kept, for_new_items=for_new_items))
+        if kept:
             chosen.append(name)
             best, weights = tried[name], longer
-        return gains[-1].kept
+        return kept
 
     # One user alone cannot judge weights that another made.
     if 0 < half.sum() < len(half):
