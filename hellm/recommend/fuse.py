@@ -71,7 +71,8 @@ def fuse(
         on_plan: Called with `plan_fusion(...)` before anything is scored.
 
     Returns: What result.json holds: "towers" (name -> run, weight, kept, valid and test metrics, seconds per 1,000
-        users), "gains" (what was kept, in order, and what each of the others would have brought, with intervals), "valid", "test" of the sum, and "leave_one_out"
+        users), "gains" (what was kept, in order, and what each of the others would have brought,
+        with intervals), "valid", "test" of the sum, and "leave_one_out"
         (name -> metric -> what the tower adds, with its interval).
 
     Raises:
