@@ -75,7 +75,8 @@ class AttributeSet:
     frequent.
 
     Attributes:
-        values: The V values that are kept, most frequent first.
+        values: The V values that are kept, sorted, so that more items with the same values leave the columns as they
+            are: what is trained on goes by the place of a column.
         indicators: [I, V] float32, 1 where an item has a value; a row of zeros has none of them.
     """
 
@@ -87,7 +88,7 @@ class AttributeSet:
         """From the distinct values of each item, [I]."""
         counts = Counter(value for one in lists for value in one)
         kept = [value for value, count in counts.items() if 2 <= count <= _LARGEST_SHARE * len(lists)]
-        values = tuple(sorted(kept, key=lambda value: (-counts[value], value))[:_MOST_VALUES])
+        values = tuple(sorted(sorted(kept, key=lambda value: (-counts[value], value))[:_MOST_VALUES]))
         return cls(values, indicators(lists, values))
 
     @cached_property

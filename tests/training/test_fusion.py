@@ -37,7 +37,9 @@ def test_noise_and_copies_are_left_out():
     selection = select_towers(given)
     assert len(selection.weights) == 1 and set(selection.weights) < {"a", "copy"}
     assert selection.fused == pytest.approx(selection.alone["a"])
-    assert [gain.kept for gain in selection.gains] == [False]
+    # Both of the others are told, the surest first.
+    assert [gain.kept for gain in selection.gains] == [False, False]
+    assert selection.gains[0].low >= selection.gains[1].low and "noise" in {gain.tower for gain in selection.gains}
 
 
 def test_a_tower_that_knows_new_items_is_kept_where_no_other_does_and_it_costs_nothing():
