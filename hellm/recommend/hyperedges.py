@@ -5,6 +5,7 @@ I = items, D = embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,18 @@ from torch import Tensor
 from hellm import ops
 from hellm.artifact.files import CONTENT
 from hellm.data import IdMap
+from hellm.models.graph import placed
 from hellm.models.graph.content import ItemContent, Neighbours
 from hellm.recommend.served import ServedFused, ServedGraph, ServedModel
 
-__all__ = ["Hyperedge", "hyperedge_row", "hyperedges_of", "missing_hypergraph", "without_hyperedge"]
+__all__ = [
+    "Hyperedge",
+    "hyperedge_row",
+    "hyperedges_of",
+    "missing_hypergraph",
+    "same_queries",
+    "without_hyperedge",
+]
 
 # How far what is convolved here may be from what a run holds, which another device may have convolved.
 _TOLERANCE = 1e-3
@@ -103,13 +112,16 @@ def hyperedge_row(content: ItemContent, ids: IdMap, modality: str, name: str) ->
     return row
 
 
-def missing_hypergraph(model: ServedModel, content: ItemContent | None) -> str | None:
+def missing_hypergraph(model: ServedModel, content: ItemContent | None, trained: Tensor) -> str | None:
     """Why the item hypergraph of a run cannot be convolved again, in a sentence; None where it can.
 
     A stage-1 run, or one that is a tower of a sum, needs content.safetensors (the hyperedges), and in
     embeddings.safetensors "item_hypergraph_input" (what the convolution starts from), "item_backbone" (what its result
-    is added to) and "item_branch" (how many layers, and of how many neighbours). What comes out of the convolution must
-    be what the run holds.
+    is added to) and "item_branch" (how). The items that come out must be those that the run holds.
+
+    Args:
+        model, content: Of the run.
+        trained: [I] bool: items with training events.
     """
     graphs = _graphs(model)
     if not graphs:
@@ -129,13 +141,15 @@ def missing_hypergraph(model: ServedModel, content: ItemContent | None) -> str |
                 f"The hyperedges of this run are not known: its {CONTENT} must have {graph.branch.k} neighbours of "
                 f"each item in {', '.join(names)}, got {widths}."
             )
-        stored, found = graph.tensors["item_hypergraph"][: content.num_placing], _views(graph, content)[0]
-        error = float((found[: content.num_placing] - stored).abs().max() / stored.abs().max().clamp(min=1e-30))
-        if error > _TOLERANCE:
-            return (
-                f"The hyperedges that this run holds do not give the items that it holds: the convolution is off by "
-                f"{error:.1%} of the largest value."
-            )
+        found = _convolved(graph, content, trained)
+        for name in ("item_hypergraph", "item"):
+            stored, again = (tensors[name][: content.num_placing] for tensors in (graph.tensors, found))
+            error = float((again - stored).abs().max() / stored.abs().max().clamp(min=1e-30))
+            if error > _TOLERANCE:
+                return (
+                    f"The hyperedges that this run holds do not give the items that it holds: the convolution is off "
+                    f"by {error:.1%} of the largest value."
+                )
     return None
 
 
@@ -149,71 +163,91 @@ _WORDS = {
 
 
 def without_hyperedge(
-    model: ServedModel, content: ItemContent, modality: str, hyperedge: int
+    model: ServedModel, content: ItemContent, trained: Tensor, modality: str, hyperedge: int
 ) -> tuple[ServedModel, ItemContent]:
     """The model and the content as if one hyperedge had not been there, with the weights as they were trained.
 
         item = backbone + normalize(view),    view = (D^-1/2 H diag(w) H^T D^-1/2)^l ii
 
-    with the incidence and the degrees of the hypergraph that is left. In a sum, this holds for all its hypergraph
-    models; a language model keeps the tables of items that it was trained with. Rows that the hyperedge does not reach
-    in l layers keep their bits. Items that came after training are convolved as when they came.
+    with the incidence and the degrees of the hypergraph that is left; what is made of items without training events
+    (`hellm.models.graph.placed`) follows. In a sum, this holds for all its hypergraph models; a language model keeps
+    the tables of items that it was trained with. Rows that nothing reaches keep their bits. Items that came after
+    training are convolved as when they came. An item without training events that loses its last tie to others still
+    counts in histories as it did.
 
     Args:
         model: For which `missing_hypergraph` has nothing to say.
         content: Of the same run.
+        trained: [I] bool: items with training events.
         modality: Of the hyperedge.
         hyperedge: Item row, or column of a value.
     """
     less = content.without_hyperedge(modality, hyperedge)
-    return _replaced(model, content, less), less
+    return _replaced(model, content, less, trained), less
 
 
-def _replaced(model: Any, content: ItemContent, less: ItemContent) -> Any:
+def same_queries(before: ServedModel, after: ServedModel) -> bool:
+    """Whether histories are embedded as before by what `without_hyperedge` gave."""
+    pairs = zip(_graphs(before), _graphs(after), strict=True)
+    return all(old.tensors.get(name) is new.tensors.get(name) for old, new in pairs for name in _FOLD_IN)
+
+
+_FOLD_IN = ("fold_in_source", "fold_in_view")
+
+
+def _replaced(model: Any, content: ItemContent, less: ItemContent, trained: Tensor) -> Any:
     if isinstance(model, ServedFused):
-        towers = {name: _replaced(tower, content, less) for name, tower in model.towers.items()}
+        towers = {name: _replaced(tower, content, less, trained) for name, tower in model.towers.items()}
         return ServedFused(towers, model.weights)
-    return _convolved_again(model, content, less) if model in _graphs(model) else model
-
-
-def _convolved_again(graph: ServedGraph, content: ItemContent, less: ItemContent) -> ServedGraph:
-    before, after = _views(graph, content), _views(graph, less)
+    if not _graphs(model):
+        return model
+    before, after = (_convolved(model, one, trained) for one in (content, less))
     tensors = {}
-    for name, old, new in zip(("item_hypergraph", "item_hypergraph_source"), before, after, strict=True):
-        tensors[name] = _taken(graph.tensors[name], (old != new).any(dim=1), new)
-    item = graph.tensors["item_backbone"] + F.normalize(after[0], dim=1)
-    if graph.branch.unit_items:
-        # An item that came after training is the mean of others, and need not have unit length.
-        placed = slice(content.num_placing)
-        item[placed] = F.normalize(item[placed], dim=1)
-    tensors["item"] = _taken(graph.tensors["item"], (before[0] != after[0]).any(dim=1), item)
-    return graph.with_tensors(tensors)
+    for name, new in after.items():
+        changed = (before[name] != new).any(dim=1, keepdim=True)
+        if changed.any():
+            tensors[name] = torch.where(changed, new, model.tensors[name])
+    return model.with_tensors(tensors)
 
 
-def _taken(table: Tensor, changed: Tensor, new: Tensor) -> Tensor:
-    return torch.where(changed.unsqueeze(1), new, table)
-
-
-def _views(graph: ServedGraph, content: ItemContent) -> tuple[Tensor, Tensor]:
-    """[I, D] output of the item branch and [I, D] input of its last layer, 0 for items that came after training."""
-    branch, x = graph.branch, graph.tensors["item_hypergraph_input"]
-    count, names = content.num_placing, graph.modalities
-    hypergraph = content.hypergraph(names, branch.k)
+def _convolved(graph: ServedGraph, content: ItemContent, trained: Tensor) -> dict[str, Tensor]:
+    """Those tensors [I, D] of a graph model that depend on the hypergraph, made of it again."""
+    branch, tensors, count = graph.branch, graph.tensors, content.num_placing
+    hypergraph = content.hypergraph(graph.modalities, branch.k)
+    untrained = ~trained[:count] & branch.place_untrained
 
     def convolved(x: Tensor, num_layers: int) -> Tensor:
         return ops.hypergraph_conv(
             x, hypergraph, normalization="symmetric", hyperedge_degree=False, num_layers=num_layers
         )
 
-    source = convolved(x[:count].contiguous(), branch.num_layers - 1)
+    source = convolved(tensors["item_hypergraph_input"][:count].contiguous(), branch.num_layers - 1)
     view = convolved(source, 1)
-    if len(x) == count:
-        return view, source
+    item = placed(tensors["item_backbone"][:count], untrained, hypergraph) + F.normalize(view, dim=1)
+    if branch.unit_items:
+        item = F.normalize(item, dim=1)
+    later = _later_views(content, source, graph.modalities)
+    made = {
+        "item_hypergraph": torch.cat([view, later]),
+        "item_hypergraph_source": torch.cat([source, torch.zeros_like(later)]),
+        # An item that came after training is the mean of others, and need not have unit length.
+        "item": torch.cat([item, tensors["item_backbone"][count:] + F.normalize(later, dim=1)]),
+    }
+    folded = {name: tensors[name] for name in _FOLD_IN if name in tensors}
+    return made | {
+        name: torch.cat([placed(table[:count], untrained, hypergraph), table[count:]]) for name, table in folded.items()
+    }
+
+
+def _later_views(content: ItemContent, source: Tensor, modalities: Sequence[str] | None) -> Tensor:
+    """[n, D] views of the items that came after training, as when they came."""
+    count = content.num_placing
+    if content.num_items == count:
+        return source[:0]
     # As `ItemContent.extended` lists them: a new item is its own nearest.
     nearest = {name: Neighbours(listed[count:, 1:], torch.empty(0)) for name, listed in content.neighbours.items()}
     features = {name: table[count:] for name, table in content.features.items()}
-    new = content.convolve(source, nearest, features, names)
-    return torch.cat([view, new]), torch.cat([source, source.new_zeros(new.shape)])
+    return content.convolve(source, nearest, features, modalities)
 
 
 def _graphs(model: Any) -> list[ServedGraph]:

@@ -22,7 +22,7 @@ from hellm.evaluate import HistoryScorer, history_scores
 from hellm.models.graph.content import ItemContent
 from hellm.recommend.catalogue import id_list, rows_of
 from hellm.recommend.events import HISTORY, KNOWN, Events
-from hellm.recommend.hyperedges import hyperedge_row, missing_hypergraph, without_hyperedge
+from hellm.recommend.hyperedges import hyperedge_row, missing_hypergraph, same_queries, without_hyperedge
 from hellm.recommend.served import NewItems, ServedModel
 
 if TYPE_CHECKING:
@@ -132,15 +132,17 @@ class State:
     @cached_property
     def missing_hypergraph(self) -> str | None:
         """See `hellm.recommend.hyperedges.missing_hypergraph`."""
-        return missing_hypergraph(self.model, self.content)
+        return missing_hypergraph(self.model, self.content, self.popularity > 0)
 
     def without_hyperedge(self, modality: str, name: str) -> State:
         """See `Recommender.without_hyperedge`."""
         if self.missing_hypergraph is not None:
             raise ValueError(self.missing_hypergraph)
         row = hyperedge_row(self.content, self.ids, modality, name)
-        model, content = without_hyperedge(self.model, self.content, modality, row)
-        return replace(self, model=model, content=content, keys=model.item_keys(), scorers={})
+        trained = self.popularity > 0
+        model, content = without_hyperedge(self.model, self.content, trained, modality, row)
+        encoder = self.encoder if same_queries(self.model, model) else None
+        return replace(self, model=model, content=content, keys=model.item_keys(), scorers={}, encoder=encoder)
 
     def with_events(self, users: Iterable[str], items: Iterable[str]) -> State:
         """See `Recommender.add_events`."""

@@ -387,9 +387,10 @@ def _write_outputs(
     output |= {"fold_in_source": fold_in.source, "fold_in_view": fold_in.view}
     metadata = {"fold_in_exponent": str(fold_in.exponent)}
     if model.item_branch_table is not None:
-        output |= {"item_hypergraph_source": model.item_view_source(), "item_backbone": model.backbone_items()}
+        output["item_hypergraph_source"] = model.item_view_source()
         output["item_hypergraph_input"] = model.item_branch_table.weight
-        branch = ItemBranch(model.num_item_layers, config.model.knn_k, model.unit_items)
+        output["item_backbone"] = model.backbone_items(place=False)
+        branch = ItemBranch(model.num_item_layers, config.model.knn_k, model.unit_items, model.place_untrained)
         metadata["item_branch"] = json.dumps(branch._asdict())
     tensors = {name: value.float() for name, value in output.items() if value is not None}
     modalities = None

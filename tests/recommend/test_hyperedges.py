@@ -20,6 +20,8 @@ from hellm.training.checkpoint import read_model
 from hellm.training.pretrain import build_encoder, pretrain, resolve_config
 
 NUM_USERS, NUM_ITEMS, K = 40, 30, 4
+# Items without training events.
+COLD = (13, 28, 29)
 OLD_RUNS = Path(__file__).parents[1] / "artifact" / "fixtures" / "runs-0.1"
 
 
@@ -31,7 +33,10 @@ def make_dataset() -> Dataset:
         for name in ("image", "text")
     }
     features["image"][3] = 0
-    histories = [draw.choice(np.flatnonzero(block == user % 3), 6, replace=False) for user in range(NUM_USERS)]
+    warm = np.setdiff1d(np.arange(NUM_ITEMS), COLD)
+    histories = [draw.choice(warm[block[warm] == user % 3], 6, replace=False) for user in range(NUM_USERS)]
+    for user, item in zip((10, 25, 35), COLD, strict=True):
+        histories[user][-1] = item
     return Dataset(
         name="blocks",
         num_users=NUM_USERS,
@@ -121,13 +126,18 @@ def test_it_is_the_encoder_without_the_hyperedge(trained):
     recommender, users = Recommender.load(run), torch.arange(NUM_USERS)
     assert recommender.missing_hypergraph is None
     before = recommender.scores(users)
-    hyperedges = [("image", "i7"), ("text", "i3"), ("text", "i20")]
+    hyperedges = [("image", "i7"), ("text", "i3"), ("text", recommender.hyperedges("i13")[-3].name)]
     hyperedges += [("brand", "brand 2")] if config.model.attributes else []
     moved = 0
     for modality, name in hyperedges:
-        expected = encoder_without(run, config, place(config, modality, name)).scores(users)
+        encoder = encoder_without(run, config, place(config, modality, name))
+        expected = encoder.scores(users)
         less = recommender.without_hyperedge(modality, name)
         torch.testing.assert_close(less.scores(users), expected, rtol=1e-5, atol=1e-6)
+        # What is known of histories as well, those of items without training events among them.
+        indptr, items = torch.tensor([0, 2, 4]), torch.tensor([1, 13, 28, 2])
+        folded = encoder.fold_in(indptr, items)
+        torch.testing.assert_close(less.model.embed(indptr, items), folded, rtol=1e-5, atol=1e-6)
         for user in (0, 1):
             wanted, was = ranks(expected[user], user), ranks(before[user], user)
             assert {item: less.rank(item, user=f"u{user}") for item in wanted} == wanted

@@ -58,3 +58,10 @@ def axe_script() -> str:
     """The accessibility engine axe-core, to be run in a page."""
     package = pytest.importorskip("axe_playwright_python", reason="needs the package axe-playwright-python")
     return (Path(package.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+
+
+def violations(page: Any, options: str = "") -> list[tuple[str, list[str]]]:
+    """What `axe_script`, which the page has run, finds wrong: name and places."""
+    found = page.evaluate(f"axe.run({options})")
+    assert found["passes"]
+    return [(one["id"], [node["html"] for node in one["nodes"]]) for one in found["violations"]]

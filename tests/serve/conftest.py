@@ -20,6 +20,15 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
+def browser():
+    """See `browsers.chromium`."""
+    from browsers import chromium
+
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="session")
 def research_runs(tmp_path_factory, one_thread):
     """(shop, runs): data as a shop has it, and two trainings on it, see `research_runs.train_runs`."""
     from research_runs import train_runs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from browsers import axe_script, chromium, tab
+from browsers import axe_script, tab, violations
 from served import save_shop, save_shop_run, serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,12 +24,6 @@ def shop(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(shop, tmp_path_factory):
     return save_shop_run(tmp_path_factory.mktemp("run") / "run", shop)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +122,6 @@ def test_without_scripts_all_of_it_can_be_read_and_done(browser, run, shop, tmp_
         page.get_by_role("button", name="Sign out").click()
         page.goto("/customer?id=u1")
         assert heading(page, "Sign in").is_visible()
-
-
-def violations(page, options: str = "") -> list:
-    found = page.evaluate(f"axe.run({options})")
-    assert found["passes"]
-    return [(one["id"], [node["html"] for node in one["nodes"]]) for one in found["violations"]]
 
 
 def test_everybody_can_read_it(browser, client):

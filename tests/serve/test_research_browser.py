@@ -5,22 +5,16 @@ from __future__ import annotations
 import re
 
 import pytest
-from browsers import axe_script, chromium, tab
+from browsers import axe_script, tab, violations
 from served import serving
 
 from hellm.recommend import Recommender
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAGES = (
-    *("/research", "/research/items", "/research/item?id=i0", "/research/item?id=i5&user=u1&all=true"),
-    *("/research/users", "/research/user?id=u1", "/research/slices", "/research/training", "/research/map?item=i5"),
+    *("/research", "/research/items", "/research/item?id=i5&user=u1&all=true", "/research/users"),
+    *("/research/slices", "/research/training", "/research/map?item=i5"),
 )
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +98,26 @@ def test_without_scripts_all_of_it_can_be_read(browser, client):
         page.get_by_role("heading", name=re.compile("^Hyperedges of")).wait_for()
 
 
-def test_everybody_can_read_it(browser, client):
-    """Nothing that axe-core finds on any page, nor in the dark; and nothing is wider than a small screen."""
+def test_everybody_can_read_it(browser, client, monkeypatch):
+    """Nothing that axe-core finds on any page, and nothing is wider than a small screen."""
+    # One pair of lists is like another, and axe-core takes seconds for many.
+    monkeypatch.setattr("hellm.serve.page.research._USERS", 1)
     script = axe_script()
-    for scheme, width in (("light", 1280), ("dark", 340)):
-        with tab(browser, client.url, color_scheme=scheme, viewport={"width": width, "height": 800}) as page:
-            for path in PAGES:
-                page.goto(path)
-                for one in page.locator("details").all():
-                    one.evaluate("one => one.open = true")
-                page.evaluate(script)
-                found = page.evaluate("axe.run()" if scheme == "light" else "axe.run({runOnly: ['color-contrast']})")
-                assert found["passes"]
-                assert not [(one["id"], [node["html"] for node in one["nodes"]]) for one in found["violations"]], path
-                assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), path
+    with tab(browser, client.url, viewport={"width": 1280, "height": 800}) as page:
+        for path in PAGES:
+            page.set_viewport_size({"width": 1280, "height": 800})
+            page.goto(path)
+            page.evaluate("document.querySelectorAll('details').forEach((one, place) => (one.open = place === 0))")
+            page.evaluate(script)
+            assert not violations(page), path
+            page.set_viewport_size({"width": 340, "height": 700})
+            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), path
+
+
+def test_it_can_be_read_in_the_dark(browser, client):
+    script = axe_script()
+    with tab(browser, client.url, color_scheme="dark") as page:
+        for path in ("/research/item?id=i5&user=u1&all=true", "/research/slices"):
+            page.goto(path)
+            page.evaluate(script)
+            assert not violations(page, "{runOnly: ['color-contrast']}"), path

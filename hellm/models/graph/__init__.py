@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hellm.models.graph.content import ItemContent, Neighbours
-from hellm.models.graph.encoder import EncoderOutput, GraphEncoder, ItemBranch
+from hellm.models.graph.encoder import EncoderOutput, GraphEncoder, ItemBranch, placed
 from hellm.models.graph.fold_in import FoldIn
 
-__all__ = ["EncoderOutput", "FoldIn", "GraphEncoder", "ItemBranch", "ItemContent", "Neighbours"]
+__all__ = ["EncoderOutput", "FoldIn", "GraphEncoder", "ItemBranch", "ItemContent", "Neighbours", "placed"]

@@ -17,7 +17,7 @@ from hellm.hypergraph import Hypergraph
 from hellm.models.graph.backbone import BACKBONES
 from hellm.models.graph.fold_in import FoldIn
 
-__all__ = ["EncoderOutput", "GraphEncoder", "ItemBranch"]
+__all__ = ["EncoderOutput", "GraphEncoder", "ItemBranch", "placed"]
 
 # Weights that backbones had under another name.
 _RENAMED = {"aggregate.": "backbone.aggregate.", "interact.": "backbone.interact."}
@@ -46,11 +46,13 @@ class ItemBranch(NamedTuple):
         num_layers: Layers of the branch.
         k: Neighbours of an item that the hypergraph was built with.
         unit_items: Whether fused items have unit length.
+        place_untrained: Whether those without training events are made from others, see `placed`.
     """
 
     num_layers: int
     k: int
     unit_items: bool
+    place_untrained: bool = False
 
 
 class GraphEncoder(nn.Module):
@@ -254,22 +256,7 @@ class GraphEncoder(nn.Module):
         return without_events & (self.place_untrained and self.item_hypergraph is not None)
 
     def _placed(self, x: Tensor) -> Tensor:
-        """[I, D] with the rows of untrained items replaced by the mean over trained items that share hyperedges.
-
-        An item counts as often as it shares one, by the weight of the hyperedge. Who shares none stays as it is.
-        """
-        untrained = self._untrained.unsqueeze(1)
-        if not untrained.any():
-            return x
-        hypergraph = self.item_hypergraph
-        sums = ops.incidence_product(
-            torch.cat([x, torch.ones_like(x[:, :1])], 1) * ~untrained, hypergraph, transpose=True
-        )
-        if hypergraph.hyperedge_weight is not None:
-            sums = sums * hypergraph.hyperedge_weight.unsqueeze(1)
-        sums = ops.incidence_product(sums, hypergraph)
-        counts = sums[:, -1:]
-        return torch.where(untrained & (counts > 0), sums[:, :-1] / counts.clamp(min=torch.finfo(x.dtype).tiny), x)
+        return placed(x, self._untrained, self.item_hypergraph)
 
     def renamed_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state that was saved before, by the names that its parameters have now."""
@@ -279,14 +266,36 @@ class GraphEncoder(nn.Module):
         }
 
     @torch.no_grad()
-    def backbone_items(self) -> Tensor:
-        """[I, D] what the backbone alone makes of the items, in evaluation mode; untrained ones are placed."""
+    def backbone_items(self, *, place: bool = True) -> Tensor:
+        """[I, D] what the backbone alone makes of the items, in evaluation mode; with `place`, untrained are placed."""
         was_training = self.training
         self.eval()
         try:
-            return self._placed(self._propagate_backbone()[1])
+            items = self._propagate_backbone()[1]
+            return self._placed(items) if place else items
         finally:
             self.train(was_training)
+
+
+def placed(x: Tensor, untrained: Tensor, hypergraph: Hypergraph | None) -> Tensor:
+    """[I, D] with the rows of untrained items replaced by the mean over trained items that share hyperedges.
+
+    An item counts as often as it shares one, by the weight of the hyperedge. Who shares none stays as it is.
+
+    Args:
+        x: [I, D].
+        untrained: [I] bool.
+        hypergraph: Of the items; may be None where none is untrained.
+    """
+    untrained = untrained.unsqueeze(1)
+    if hypergraph is None or not untrained.any():
+        return x
+    sums = ops.incidence_product(torch.cat([x, torch.ones_like(x[:, :1])], 1) * ~untrained, hypergraph, transpose=True)
+    if hypergraph.hyperedge_weight is not None:
+        sums = sums * hypergraph.hyperedge_weight.unsqueeze(1)
+    sums = ops.incidence_product(sums, hypergraph)
+    counts = sums[:, -1:]
+    return torch.where(untrained & (counts > 0), sums[:, :-1] / counts.clamp(min=torch.finfo(x.dtype).tiny), x)
 
 
 def _table(count: int, dim: int) -> nn.Embedding:
