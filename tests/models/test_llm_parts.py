@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_type_hints
+
 import pytest
 import torch
 from support.llm_ways import HISTORIES, scores
 from tiny_llm import NUM_ITEMS, Bigram, CharTokenizer, flat, recommender, tiny_model, tiny_tables, tiny_titles
 
+from hellm.config import LLMConfig
 from hellm.models import RecommenderLLM
 from hellm.models.histories import pad_histories
+from hellm.models.llm.context import CONTEXTS
+from hellm.models.llm.head import HEADS, TiedHead
 from hellm.models.llm.prompt import build_prompt, title_tokens
 
 pytest.importorskip("transformers", reason='needs the extra: pip install "hellm[smollm2]"')
@@ -16,6 +21,23 @@ pytest.importorskip("peft", reason='needs the extra: pip install "hellm[smollm2]
 
 
 # ---- parts
+
+
+def test_settings_name_the_heads_and_contexts_that_there_are():
+    hints = get_type_hints(LLMConfig)
+    assert hints["head"] == Literal[tuple(HEADS)]
+    assert hints["graph_context"] == Literal[tuple(CONTEXTS)]
+
+
+def test_a_head_of_ones_own_is_a_class_and_a_line(monkeypatch):
+    class Doubled(TiedHead):
+        def query(self, hidden):
+            return 2 * super().query(hidden)
+
+    monkeypatch.setitem(HEADS, "doubled", Doubled)
+    tied, doubled = recommender(disturb=False), recommender(disturb=False, head="doubled")
+    history = flat([[1, 2, 3]])
+    torch.testing.assert_close(doubled.embed(*history), 2 * tied.embed(*history))
 
 
 def test_logits_start_at_order_one():

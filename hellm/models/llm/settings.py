@@ -13,7 +13,7 @@ from hellm.models.llm.head import HEADS
 __all__ = ["SETTINGS", "checked_settings"]
 
 SETTINGS = tuple(field.name for field in fields(LLMConfig))
-_CHOICES = {"graph_context": tuple(CONTEXTS), "head": tuple(HEADS), "compat": (None, "official")}
+_CHOICES = {"graph_context": CONTEXTS, "head": HEADS, "compat": (None, "official")}
 
 
 def checked_settings(settings: Mapping[str, Any], widths: Mapping[str, int], model_type: str) -> LLMConfig:
