@@ -21,7 +21,6 @@ import io
 import json
 import os
 import random
-import sqlite3
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -139,7 +138,7 @@ class _Soak:
                     self.faults["a new item is not in the next answer"] += 1
                 self.items.append(name)
             count += 1
-            await asyncio.sleep(ITEMS_EVERY)
+            await asyncio.sleep(min(ITEMS_EVERY, self.seconds / 30))
         connection.close()
 
     async def _reload(self) -> None:
@@ -202,11 +201,10 @@ def wrong_answers(found: _Soak, store: Path) -> int:
     from hellm.serve.readiness import is_row_exact
     from hellm.serve.store import Store
 
-    with sqlite3.connect(store) as database:
-        numbers = [number for (number,) in database.execute("SELECT number FROM entries WHERE kind = 'item'")]
     log = Store(store)
     items = [entry for entry in log.entries() if entry.kind == "item"]
     log.close()
+    numbers = [entry.number for entry in items]
     # Of every state of the items: (run, items taken up) -> user -> digests
     states: dict[tuple[str, int], dict[str, set[bytes]]] = {}
     for (run, revision, user), value in found.lists.items():
