@@ -82,9 +82,9 @@ def research(browser: Browser, demo: Path) -> None:
         page.goto("/research/users")
         page.get_by_text("users that both runs know").wait_for(timeout=300_000)
         write("page_users", [shot(page)])
-        page = browser.new_page(base_url=url, viewport={"width": 1200, "height": 900}, color_scheme="dark")
+        page = browser.new_page(base_url=url, viewport={"width": 1200, "height": 1010}, color_scheme="dark")
         page.goto(f"/research/map?{urlencode({'item': 'P1038'})}")
-        write("page_map", [shot(page)])
+        write("page_map", [shot(page)], has_few_colours=False)
 
 
 def telling_hyperedge(run: Path) -> dict[str, str]:
@@ -132,20 +132,23 @@ def served(demo: Path, run: str, compared: str | None = None) -> Iterator[str]:
 def shot(page: Page) -> Image.Image:
     """What is to be seen, once all pictures are there."""
     page.evaluate("document.querySelectorAll('img').forEach(one => one.loading = 'eager')")
-    page.wait_for_function("[...document.images].every(one => one.complete)", timeout=120_000)
+    # Asked from outside: what a page would run to wait by itself, it forbids.
+    while not page.evaluate("[...document.images].every(one => one.complete)"):
+        page.wait_for_timeout(100)
     return Image.open(io.BytesIO(page.screenshot())).convert("RGB")
 
 
-def write(name: str, parts: list[Any]) -> None:
-    """Pictures side by side, in as many colours as fit a byte."""
+def write(name: str, parts: list[Any], *, has_few_colours: bool = True) -> None:
+    """Pictures side by side, in as many colours as fit a byte, or in all where small things differ by colour alone."""
     width = sum(part.width for part in parts) + GAP * (len(parts) - 1)
     whole = Image.new("RGB", (width, parts[0].height), PAPER)
     left = 0
     for part in parts:
         whole.paste(part, (left, 0))
         left += part.width + GAP
-    small = whole.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    small.save(FIGURES / f"{name}.png", optimize=True)
+    if has_few_colours:
+        whole = whole.quantize(256, Image.Quantize.MEDIANCUT, kmeans=3, dither=Image.Dither.NONE)
+    whole.save(FIGURES / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":

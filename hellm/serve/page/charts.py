@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-__all__ = ["Interval", "Line", "histogram", "interval_chart", "line_chart", "number"]
+__all__ = ["COLOURS", "Interval", "Line", "histogram", "interval_chart", "line_chart", "number"]
 
 _WIDTH, _HEIGHT = 560, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 40
+# Colours that there are; more lines begin again.
+COLOURS = 6
 # Where a line has no more points than these, each is drawn.
 _MAX_DOTS = 40
 
@@ -22,7 +24,7 @@ class Line(NamedTuple):
     Attributes:
         name: In the legend.
         points: (x, y), x ascending.
-        colour: Number of its colour.
+        colour: Number of its colour, in [0, COLOURS).
         is_dashed: Whether it is of the run that is compared.
         best: x of the point that was chosen, if one was.
     """

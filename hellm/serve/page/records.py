@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hellm.serve.page.charts import Interval, Line, interval_chart, line_chart
+from hellm.serve.page.charts import COLOURS, Interval, Line, interval_chart, line_chart
 
 __all__ = ["Course", "interval_of", "loss_charts", "slice_charts", "slice_metrics", "validation_charts"]
 
@@ -72,7 +72,7 @@ def validation_charts(courses: Sequence[Course]) -> list[dict[str, Any]]:
         for colour, course in enumerate(courses):
             if points := _points(course.records, f"valid_{metric}"):
                 best = max(points, key=lambda point: point[1])[0]
-                lines.append(Line(course.name, points, colour, course.run > 0, best))
+                lines.append(Line(course.name, points, colour % COLOURS, course.run > 0, best))
         found.append(_chart(f"valid-{number}", f"Validation {metric}", lines))
     return found
 
@@ -86,7 +86,7 @@ def loss_charts(courses: Sequence[Course]) -> list[dict[str, Any]]:
             # The loss is its only term.
             names = names[1:]
         lines = [
-            Line(key.removesuffix("_mean").replace("_", " "), points, colour)
+            Line(key.removesuffix("_mean").replace("_", " "), points, colour % COLOURS)
             for colour, key in enumerate(names)
             if (points := _points(course.records, key))
         ]
