@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hellm.data.dataset import SPLITS, DataError, Dataset
+from hellm.data.dataset import SPLITS, Dataset
 from hellm.data.forms import detect
+from hellm.data.forms._base import MissingItemsError
 from hellm.data.forms._times import day
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -96,7 +99,8 @@ def check_remarks(report: dict[str, Any]) -> dict[str, str]:
         "cold_users", "users_without_events", "items_without_events", "short_histories", "items_missing_from_table",
         "titles" and "largest_user".
     """
-    leaked, missing = sum(report["leakage"].values()), report["items_missing_from_table"] or {"count": 0}
+    leaked = sum(report["leakage"].values())
+    missing: Mapping[str, Any] = report["items_missing_from_table"] or {"count": 0}
     tied, cold, without = report["time"]["tied_share"], report["cold"]["test"], report["without_events"]
     repeats, inversions = report["duplicates"]["repeats"], report["order"]["inversions"] or 0
     titles = (report["titles"] or {"missing": 0})["missing"]
@@ -132,7 +136,7 @@ def check_remarks(report: dict[str, Any]) -> dict[str, str]:
     return {name: text for name, (number, text) in found.items() if number}
 
 
-def load_leniently(path: str | Path, **options) -> tuple[Dataset, dict[str, Any] | None]:
+def load_leniently(path: str | os.PathLike[str], **options) -> tuple[Dataset, dict[str, Any] | None]:
     """A data set to be looked at: items that the item table lacks do not stop the reading.
 
     Returns: The data set, and those items as `check_dataset` has them in `items_missing_from_table`.
@@ -147,10 +151,8 @@ def load_leniently(path: str | Path, **options) -> tuple[Dataset, dict[str, Any]
         return load_dataset(path, **options), None
     try:
         return load_dataset(path, missing_items="error", **options), {"count": 0, "first": []}
-    except DataError as error:
-        missing = getattr(error, "missing_items", None)
-        if missing is None:
-            raise
+    except MissingItemsError as error:
+        missing = error.missing_items
     return load_dataset(path, missing_items="keep", **options), missing
 
 

@@ -63,8 +63,6 @@ class IdMap:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, IdMap) and self.ids == other.ids
 
-    __hash__ = None
-
     def __repr__(self) -> str:
         return f"IdMap({len(self)} ids)"
 
@@ -126,7 +124,7 @@ class ItemFeatures:
     def from_values(cls, values: np.ndarray) -> ItemFeatures:
         """Features whose all-zero rows count as missing."""
         values = np.ascontiguousarray(values, dtype=np.float32)
-        return cls(values, values.any(axis=1))
+        return cls(values, np.any(values, axis=1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ class Histories(NamedTuple):
         return cls(indptr, items)
 
     @classmethod
-    def of_lists(cls, lists: Sequence[Sequence[int]]) -> Histories:
+    def of_lists(cls, lists: Sequence[Sequence[int] | np.ndarray]) -> Histories:
         """One user each."""
         indptr = np.cumsum([0, *map(len, lists)], dtype=np.int64)
         return cls(indptr, np.array([item for one in lists for item in one], dtype=np.int64))

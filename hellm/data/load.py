@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from pathlib import Path
 
@@ -18,7 +19,7 @@ FEATURES = ("auto", "simple", "none")
 
 
 def load_dataset(
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     split: str | None = None,
     seed: int = 0,

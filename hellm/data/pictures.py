@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -28,7 +28,7 @@ _ORIENTATION = 0x0112
 _ONE_BY_ONE = ThreadPoolExecutor(1, thread_name_prefix="large pictures")
 
 
-def open_picture(path: str | Path | BinaryIO, side: int) -> Image.Image:
+def open_picture(path: str | os.PathLike[str] | BinaryIO, side: int) -> Image.Image:
     """The picture of a file, upright, in 8-bit RGB, transparent parts white.
 
     Large pictures are reduced by a whole factor while they are read; 16-bit grey becomes 8-bit grey.
@@ -108,8 +108,8 @@ def opaque(picture: Image.Image, top: float | None = None) -> Image.Image:
 
 
 def _top(picture: Image.Image) -> float:
-    """Largest grey value of a picture of more than 8 bits; 65,535 where its mode says so."""
-    return 65535.0 if picture.mode.startswith("I;") else float(picture.getextrema()[1])
+    """Largest grey value of a picture of one band of more than 8 bits; 65,535 where its mode says so."""
+    return 65535.0 if picture.mode.startswith("I;") else float(picture.getextrema()[1])  # pyright: ignore[reportArgumentType]
 
 
 def _eight_bits(values: np.ndarray, top: float) -> np.ndarray:

@@ -18,6 +18,18 @@ from hellm.data.forms._text import read_text
 MISSING_ITEMS = ("error", "keep", "drop")
 
 
+class MissingItemsError(DataError):
+    """Events on items that the item table lacks.
+
+    Attributes:
+        missing_items: "count" of those items, and the "first" of them.
+    """
+
+    def __init__(self, message: str, missing_items: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.missing_items = missing_items
+
+
 @dataclass
 class Source:
     """What a reader found, before time order and split.
@@ -97,13 +109,11 @@ def check_ids_known(path: Path, missing: list[str], where: str, policy: str) -> 
         raise ValueError(f"missing_items must be one of {', '.join(MISSING_ITEMS)}, got {policy!r}")
     if num_missing and policy == "error":
         some = ", ".join(missing[:5]) + (", ..." if num_missing > 5 else "")
-        error = DataError(
+        raise MissingItemsError(
             f"{path}: {num_missing} items of the events are not in {where}: {some} "
-            '(missing_items="keep" keeps their events, "drop" leaves them out)'
+            '(missing_items="keep" keeps their events, "drop" leaves them out)',
+            {"count": num_missing, "first": missing[:5]},
         )
-        # For check_dataset, which reports these rather than stopping at them.
-        error.missing_items = {"count": num_missing, "first": missing[:5]}
-        raise error
 
 
 def load_features(folder: Path, num_items: int, notes: list[str], *, name: str = "") -> dict[str, ItemFeatures]:

@@ -210,7 +210,7 @@ def read_events(
     if not kept.any():
         raise DataError(f"{table.path}: the table has a header but no rows")
     split = None
-    if "split" in rows.columns:
+    if labels is not None and "split" in rows.columns:
         bad = rows["split"].is_null().to_numpy() & kept
         if bad.any():
             otherwise = f"row {int(bad.argmax()) + 1}: column {roles['split']!r} must be {labels[1][1]}"
@@ -340,7 +340,7 @@ def _times_of(
         refuse(int(odd.argmax()))
     for row, text in zip(left.tolist(), texts, strict=True):
         value = None if text is None else _times.parse_time(text, day_first=day_first)
-        if value is None:
+        if text is None or value is None:
             refuse(row)
         times[row], plain[row] = value, _times.is_number(text.strip())
     return times[kept], plain[kept]

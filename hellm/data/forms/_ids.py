@@ -161,7 +161,7 @@ def check_ids_writable(dataset: Dataset, form: str, forbidden: str = "\0") -> No
         texts = pl.Series(ids, dtype=pl.String)
         changed = (clean(texts) != texts).fill_null(True) | texts.str.contains(r"^-?(0|[1-9]\d*)\.0+$")
         if changed.any():
-            one = ids[int(changed.arg_max())]
+            one = ids[int(changed.to_numpy().argmax())]
             raise ValueError(
                 f"form {form!r} would not give back {side} id {one!r} as it is; rename it, or write form 'hellm'"
             )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -81,7 +81,7 @@ class Table:
 
         with self._readable():
             self.frame = pl.scan_parquet(self.path, glob=False)
-            self._schema = dict(self.frame.collect_schema())
+            self._schema: dict[str, pl.DataType] = dict(self.frame.collect_schema())
         self.columns = list(self._schema)
 
     @contextmanager
@@ -125,7 +125,7 @@ class Table:
         if not any(name.strip() for name in names):
             raise DataError(f"{self.path}: the file is empty")
         self.columns = self._name(names)
-        self._schema = dict.fromkeys(self.columns, pl.String)
+        self._schema = dict.fromkeys(self.columns, pl.String())
         self._lazy = self._encoding in ("utf-8", "utf-8-sig") and not self._skip and _is_plain(
             self.path, self._separator, self._quote
         )  # fmt: skip
@@ -156,7 +156,7 @@ class Table:
 
     def _lines(self) -> Iterator[tuple[int, list[str]]]:
         """Line number and cells of the header and of each row that is not blank."""
-        quoting = {"quoting": csv.QUOTE_NONE} if self._quote is None else {"strict": True}
+        quoting: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if self._quote is None else {"strict": True}
         with self.path.open(encoding=self._encoding, newline="") as file:
             skipped = list(islice(file, self._skip))
             rows = csv.reader(file, delimiter=self._separator, **quoting)
@@ -259,7 +259,7 @@ class Table:
     def explode(self, column: str) -> None:
         """Give each entry of a column of lists a row of its own."""
         self.frame = self.frame.explode(column)
-        self._schema[column] = self._schema[column].inner
+        self._schema[column] = self.frame.collect_schema()[column]
 
     def num_blank(self) -> int:
         """Number of rows that are blank lines; polars gives those and rows of empty cells alike."""

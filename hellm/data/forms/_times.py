@@ -66,16 +66,15 @@ def parse_time(text: str, *, day_first: bool | None = None) -> float | None:
         return float(text)
     if len(text) > _LONGEST:
         return None
-    match, local = _ISO.fullmatch(text), None
-    if match is None:
-        local = _LOCAL.fullmatch(text) if day_first is not None else None
-        if local is None:
-            return None
+    match = _ISO.fullmatch(text)
+    local = _LOCAL.fullmatch(text) if match is None and day_first is not None else None
     try:
         if local is not None:
             first, _, second, year, *rest = local.groups()
             day, month = (first, second) if day_first else (second, first)
             start = date(int(year), int(month), int(day))
+        elif match is None:
+            return None
         else:
             y, _, m, d, by, bm, bd, wy, w, wd, oy, od, *rest = match.groups()
             if wy:
@@ -145,9 +144,9 @@ def fast_expression(head: pl.Series, source: pl.Expr) -> tuple[pl.Expr, bool]:
         moment = column.str.to_datetime(time_format, strict=False, time_unit="us", time_zone="UTC")
         return moment.dt.epoch("us") / 1e6
 
-    head = head.drop_nulls().to_frame()
-    failed = {one: head.select(parsed(pl.first(), one)).to_series().null_count() for one in (None, *_FORMATS)}
-    best = min(failed, key=failed.get)
+    texts = head.drop_nulls().to_frame()
+    failed = {one: texts.select(parsed(pl.first(), one)).to_series().null_count() for one in (None, *_FORMATS)}
+    best = min(failed, key=failed.__getitem__)
     return parsed(source, best), best is None
 
 

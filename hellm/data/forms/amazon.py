@@ -62,7 +62,7 @@ def _is_reviews(path: Path) -> bool:
     return any(f'"{one}"' in start for one in USER_FIELDS) and '"asin"' in start
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BinaryIO | gzip.GzipFile:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
@@ -87,7 +87,7 @@ def _objects(path: Path, encoding: str | None) -> Iterator[tuple[int, dict[str, 
         raise DataError(f"{path}: not a readable file ({error}, after line {number})") from None
 
 
-def _decoded(path: Path, file: BinaryIO, encoding: str | None) -> Iterator[tuple[int, str]]:
+def _decoded(path: Path, file: BinaryIO | gzip.GzipFile, encoding: str | None) -> Iterator[tuple[int, str]]:
     start = file.read(4)
     file.seek(0)
     encoding = encoding_of(start, encoding)
@@ -165,7 +165,8 @@ def _read(
     min_rating: float | None = None,
 ) -> Source:
     chosen = events.columns_argument(columns, tuple(_EVENT_FIELDS))
-    names = {role: tuple(chosen.get(role, usual)) for role, usual in _EVENT_FIELDS.items()}
+    named = {**_EVENT_FIELDS, **chosen}
+    names = {role: tuple(named[role]) for role in _EVENT_FIELDS}
     user_of: dict[str, int] = {}
     item_of: dict[str, int] = {}
     users, items, times = array("i"), array("i"), array("d")

@@ -98,7 +98,9 @@ def _integers(events: tables.Table) -> dict[str, np.ndarray]:
             raise DataError(f"{events.path}: column {name!r} must hold integers, got {dtype}")
         values = events.collect(lambda frame, name=name: frame.select(name))[name]
         if values.null_count():
-            raise DataError(f"{events.path}: column {name!r}: row {values.is_null().arg_max() + 1} is empty")
+            raise DataError(
+                f"{events.path}: column {name!r}: row {int(values.is_null().to_numpy().argmax()) + 1} is empty"
+            )
         columns[name] = values.to_numpy()
     if "timestamp" in columns and not np.isfinite(columns["timestamp"]).all():
         raise DataError(f"{events.path}: column 'timestamp' must be finite")

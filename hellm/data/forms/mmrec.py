@@ -76,7 +76,9 @@ def _read(
         items=read.items,
         user_ids=number_ids(path, "user", read.users),
         item_ids=item_ids,
-        timestamps=None if read.times is None else times.to_seconds(read.times, notes, plain=read.plain),
+        timestamps=None
+        if read.times is None or read.plain is None
+        else times.to_seconds(read.times, notes, plain=read.plain),
         labels=read.split,
         item_features=load_features(path.parent, len(item_ids), notes),
         notes=notes,

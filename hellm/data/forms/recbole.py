@@ -255,7 +255,7 @@ def _write(dataset: Dataset, folder: Path) -> None:
         "item_id:token": pl.Series(dataset.item_ids.ids).gather(dataset.items),
     }
     if dataset.timestamps is not None:
-        columns["timestamp:float"] = dataset.timestamps
+        columns["timestamp:float"] = pl.Series(dataset.timestamps)
     events = pl.DataFrame(columns)
     for label, part in enumerate(PARTS):
         _write_table(events.filter(pl.Series(dataset.split == label)), folder / f"{file_name(dataset)}.{part}.inter")

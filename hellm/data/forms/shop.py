@@ -94,17 +94,19 @@ def _read(
     events.unused_note(table, list(roles.values()), notes, option=hint)
     if "time" not in roles:
         events.order_note(table, list(roles.values()), notes)
-    seconds = None if read.times is None else times.to_seconds(read.times, notes, plain=read.plain)
+    seconds = (
+        None if read.times is None or read.plain is None else times.to_seconds(read.times, notes, plain=read.plain)
+    )
     labels = read.split
     user_ids, users = without_unused(ids["user"].ids, 0, read.users)
-    item_ids, items = without_unused(item_ids, len(listed), read.items)
+    item_ids, item_rows = without_unused(item_ids, len(listed), read.items)
     if listed:
         missing = item_ids.ids[len(listed) :]
         check_ids_known(path, missing, item_path.name, missing_items)
         if missing and missing_items == "drop":
-            keep = items < len(listed)
+            keep = item_rows < len(listed)
             notes.append(f"{int((~keep).sum())} events on items that {item_path.name} lacks are left out")
-            users, items = users[keep], items[keep]
+            users, item_rows = users[keep], item_rows[keep]
             labels, seconds = (None if values is None else values[keep] for values in (labels, seconds))
             item_ids = IdMap(listed)
     pad = [""] * (len(item_ids) - len(listed))
@@ -114,7 +116,7 @@ def _read(
         fields["image"] = images
     return Source(
         users,
-        items,
+        item_rows,
         user_ids,
         item_ids,
         timestamps=seconds,
@@ -177,12 +179,11 @@ def _cell(table: tables.Table, column: str):
     """A cell of any type as text, lists joined by commas."""
     import polars as pl
 
-    if table.dtype(column) in (pl.List, pl.Array):
-        entry = table.dtype(column).inner
+    dtype = table.dtype(column)
+    if isinstance(dtype, (pl.List, pl.Array)):
+        entry = dtype.inner
         if entry.is_nested():
-            raise DataError(
-                f"{table.path}: column {column!r} must hold text or lists of text, got {table.dtype(column)}"
-            )
+            raise DataError(f"{table.path}: column {column!r} must hold text or lists of text, got {dtype}")
         return pl.col(column).cast(pl.List(entry)).cast(pl.List(pl.String)).list.drop_nulls().list.join(", ")
     return table.text(column)
 
@@ -196,7 +197,7 @@ def _write(dataset: Dataset, folder: Path) -> None:
         "item": pl.Series(dataset.item_ids.ids).gather(dataset.items),
     }
     if dataset.timestamps is not None:
-        columns["timestamp"] = dataset.timestamps
+        columns["timestamp"] = pl.Series(dataset.timestamps)
     columns["split"] = pl.Series(["train", "valid", "test"]).gather(dataset.split)
     pl.DataFrame(columns).write_csv(folder / "events.csv")
     items = {"item": dataset.item_ids.ids}
