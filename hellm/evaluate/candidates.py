@@ -45,6 +45,7 @@ def draw_candidates(
         places = np.flatnonzero(blocks == block)
         race = race[users[places] - block * _BLOCK]
         if candidates.weighting == "popularity":
+            assert item_counts is not None
             # Weights below 1 are weights as well; only 0 is never drawn.
             weights = np.where(item_counts > 0, item_counts, 1)
             race = np.where(item_counts > 0, race / weights, np.inf)

@@ -5,7 +5,7 @@ B = users in a batch, I = items, D = embedding width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from typing import Protocol as TypingProtocol
 
 import numpy as np
@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 
 
 class HistoryModel(TypingProtocol):
-    """A model whose score of an item is <query of the history, key of the item>.
-
-    One that has `history_scores(indptr, items)` [B, num_items] scores by that instead.
-    """
+    """A model whose score of an item is <query of the history, key of the item>."""
 
     def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
         """Queries [B, D] of histories in time order, given as CSR."""
@@ -34,6 +31,18 @@ class HistoryModel(TypingProtocol):
 
     def item_keys(self) -> Tensor:
         """[I, D]."""
+        ...
+
+
+class HistoryRanker(TypingProtocol):
+    """A model whose scores of items are no dot product."""
+
+    def history_scores(self, indptr: Tensor, items: Tensor) -> Tensor:
+        """Scores [B, num_items] of histories in time order, given as CSR."""
+        ...
+
+    def item_keys(self) -> Tensor:
+        """[I, D], for comparing items."""
         ...
 
 
@@ -50,7 +59,9 @@ class HistoryScorer:
     Raises: ValueError, offsets that do not fit `items`.
     """
 
-    def __init__(self, model: HistoryModel, indptr: Tensor, items: Tensor) -> None:
+    def __init__(
+        self, model: HistoryModel | HistoryRanker, indptr: Tensor | np.ndarray, items: Tensor | np.ndarray
+    ) -> None:
         self.model, self.histories = model, Histories.checked((indptr, items), "histories")
         with torch.no_grad():
             self._keys = model.item_keys()
@@ -59,7 +70,7 @@ class HistoryScorer:
         self._popularity = counts.to(self._keys.device, self._keys.dtype)
 
     @classmethod
-    def of(cls, model: HistoryModel, dataset: Dataset, split: str) -> HistoryScorer:
+    def of(cls, model: HistoryModel | HistoryRanker, dataset: Dataset, split: str) -> HistoryScorer:
         """A scorer for one split of a data set: "valid" knows the train events, "test" train and validation events.
 
         Raises: ValueError, another split.
@@ -79,7 +90,7 @@ class HistoryScorer:
 
 
 def history_scores(
-    model: HistoryModel, keys: Tensor, indptr: Tensor, items: Tensor, queries: Tensor | None = None
+    model: HistoryModel | HistoryRanker, keys: Tensor, indptr: Tensor, items: Tensor, queries: Tensor | None = None
 ) -> Tensor:
     """Scores [B, I] of all items after histories in time order, given as CSR.
 
@@ -87,11 +98,15 @@ def history_scores(
         keys: [I, D] of the model.
         queries: [B, D] of the histories, where somebody else has them; None takes those of the model.
     """
-    if hasattr(model, "history_scores"):
-        return model.history_scores(indptr, items, **({} if queries is None else {"queries": queries}))
-    return dot_products(model.embed(indptr, items) if queries is None else queries, keys)
+    by_itself = getattr(model, "history_scores", None)
+    if by_itself is not None:
+        return by_itself(indptr, items, **({} if queries is None else {"queries": queries}))
+    embedding = cast("HistoryModel", model)
+    return dot_products(embedding.embed(indptr, items) if queries is None else queries, keys)
 
 
-def evaluate_histories(model: HistoryModel, dataset: Dataset, split: str = "test", **options) -> RankingResult:
+def evaluate_histories(
+    model: HistoryModel | HistoryRanker, dataset: Dataset, split: str = "test", **options
+) -> RankingResult:
     """`evaluate_dataset` of a model that embeds histories: `HistoryScorer.of(model, dataset, split)` is scored."""
     return evaluate_dataset(HistoryScorer.of(model, dataset, split), dataset, split=split, **options)

@@ -170,7 +170,7 @@ def get_protocol(protocol: str | Protocol) -> Protocol:
     preset = PROTOCOLS.get(name)
     if preset is None or (colon and preset.candidates is None):
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
-    if not colon:
+    if not colon or preset.candidates is None:
         return preset
     if not (count.isascii() and count.isdigit()):
         raise ValueError(f"protocol {name!r} must have a number of candidates after the colon, got {protocol!r}")

@@ -15,7 +15,7 @@ import torch
 from hellm.data import Histories
 
 from .candidates import draw_candidates
-from .protocols import Protocol, get_protocol
+from .protocols import Candidates, Protocol, get_protocol
 from .result import RankingResult
 from .tables import AccuracyTable, ListTable, checked_counts, is_member
 
@@ -233,7 +233,7 @@ class _Ranking:
                 scores, users, self.mask, self.accuracy.target_keys if self.protocol.unmask_targets else None
             )
         if self.protocol.candidates is not None:
-            scores = self._drawn(users, scores)
+            scores = self._drawn(self.protocol.candidates, users, scores)
         top = top_items(scores, self.k).cpu().numpy()
         self.accuracy.add(users, top)
         for table in self.groups.values():
@@ -242,12 +242,10 @@ class _Ranking:
         if self.lists is not None:
             self.lists.add(top)
 
-    def _drawn(self, users: np.ndarray, scores: torch.Tensor) -> torch.Tensor:
+    def _drawn(self, candidates: Candidates, users: np.ndarray, scores: torch.Tensor) -> torch.Tensor:
         """A copy of scores [B, I] with -inf at everything but targets and drawn candidates."""
         excluded = [self.targets] if self.mask is None else [self.targets, self.mask]
-        drawn = draw_candidates(
-            self.protocol.candidates, users, self.num_items, excluded=excluded, item_counts=self.weights
-        )
+        drawn = draw_candidates(candidates, users, self.num_items, excluded=excluded, item_counts=self.weights)
         row, place = np.nonzero(drawn >= 0)
         targets = self.targets.take(users)
         rows = np.concatenate([row, targets.owners])
@@ -288,7 +286,7 @@ def _score_block(score, users: np.ndarray, num_items: int | None) -> torch.Tenso
         raise ValueError(f"scorer must return scores of shape {expected}, got {list(block.shape)}")
     if not block.is_floating_point():
         block = block.to(torch.float64)
-    broken = block.amax(dim=1).isnan().nonzero() if block.shape[1] else []
+    broken = block.amax(dim=1).isnan().nonzero() if block.shape[1] else block[:0]
     if len(broken):
         raise ValueError(f"scores must not be NaN, got NaN for user {users[int(broken[0, 0])]}")
     return block
