@@ -10,17 +10,28 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
 
-from hellm.data import Histories
+from hellm.data import Dataset, Histories
 
-if TYPE_CHECKING:
-    from hellm.data import Dataset
 
-Interactions: TypeAlias = "Dataset | tuple[np.ndarray, np.ndarray]"
+@runtime_checkable
+class Events(Protocol):
+    """What is read of a `Dataset`."""
+
+    @property
+    def num_users(self) -> int: ...
+
+    @property
+    def num_items(self) -> int: ...
+
+    def pairs(self, split: str) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+Interactions: TypeAlias = Events | tuple[np.ndarray, np.ndarray]
 
 
 class Baseline:
@@ -42,7 +53,7 @@ class Baseline:
         Returns: self.
         Raises: ValueError, sizes missing or exceeded, or no events. ImportError, without the `implicit` library.
         """
-        if hasattr(data, "pairs"):
+        if isinstance(data, Events):
             users, items = data.pairs("train")
             num_users, num_items = data.num_users, data.num_items
         else:
@@ -131,14 +142,17 @@ class ItemKNN(Baseline):
             from implicit.nearest_neighbours import ItemItemRecommender, bm25_weight, normalize, tfidf_weight
         self.history = _interaction_matrix(users, items, self.num_users, self.num_items)
         weigh = {
-            "bm25": lambda vectors: bm25_weight(vectors, K1=1.2, B=0.75),
+            # Its type is read off the default, which is a whole number.
+            "bm25": lambda vectors: bm25_weight(vectors, K1=1.2, B=0.75),  # pyright: ignore[reportArgumentType]
             "tfidf": lambda vectors: normalize(tfidf_weight(vectors)),
             "cosine": normalize,
         }[self.weighting]
         # The library counts an item among its own neighbours.
         model = ItemItemRecommender(K=self.num_neighbors + 1)
         model.fit(weigh(self.history.T.astype(np.float64)).T.tocsr(), show_progress=False)
-        similarity = model.similarity.astype(np.float32)
+        similarity = model.similarity
+        assert similarity is not None  # as `fit` leaves it
+        similarity = similarity.astype(np.float32)
         similarity.setdiag(0)
         similarity.eliminate_zeros()
         self.similarity = similarity

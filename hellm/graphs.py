@@ -134,11 +134,11 @@ def item_hypergraph(
         except ValueError as error:
             raise ValueError(f"features[{modality!r}]: {error}") from None
         kept = neighbour >= 0 if keep_nonpositive else (neighbour >= 0) & (similarity > 0)
-        item = torch.arange(num_items, device=x.device).unsqueeze(1).expand_as(neighbour)
+        item = torch.arange(len(x), device=x.device).unsqueeze(1).expand_as(neighbour)
         vertices.append(item[kept])
-        edges.append(neighbour[kept] + block * num_items)
+        edges.append(neighbour[kept] + block * len(x))
         values.append(torch.where(similarity > 0, 1.0, similarity)[kept])
-        weights.append(torch.ones(num_items, device=x.device))
+        weights.append(torch.ones(len(x), device=x.device))
     for name, index in attributes.items():
         index_name = f"attributes[{name!r}]"
         item, column = checked_index(index, index_name)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from hellm._arrays import as_count, as_tensor, check_flag
 from hellm._degrees import any_repeated, csr, inverse, inverse_root, pair_sum, rows
 from hellm._interchange import Interchange, Labels
 from hellm.ops.incidence import RowSchedule, Scales
+
+KeptT = TypeVar("KeptT", bound=tuple)
 
 NORMALIZATIONS = ("symmetric", "row", "none")
 # Indices are stored as int32.
@@ -80,12 +83,14 @@ class Hypergraph(Interchange):
         self._repeated = any_repeated(self.vertex_indptr, self.vertex_edges)
         self.vertex_schedule, self.edge_schedule = map(RowSchedule.of, (self.vertex_indptr, self.edge_indptr))
         # Values in both orders, or the learned ones as given and where both orders find them.
-        self._values = self._learned_values = self._value_orders = None
+        self._values: tuple[Tensor, Tensor] | None = None
+        self._learned_values: Tensor | None = None
+        self._value_orders: tuple[Tensor, Tensor] | None = None
         if value is not None and _learned(value):
             self._learned_values, self._value_orders = value, (vertex_order, edge_order)
         elif value is not None:
             self._values = _as_values(value[vertex_order]), _as_values(value[edge_order])
-        self._cache: dict[tuple, tuple] = {}
+        self._cache: dict[tuple, Any] = {}
         self._weighted_cache: dict[tuple, tuple[Tensor, Scales]] = {}
 
     @property
@@ -118,7 +123,7 @@ class Hypergraph(Interchange):
         return self._values_in_order(1)
 
     def _values_in_order(self, direction: int) -> Tensor | None:
-        if self._learned_values is not None:
+        if self._learned_values is not None and self._value_orders is not None:
             return _as_values(self._learned_values[self._value_orders[direction]])
         return None if self._values is None else self._values[direction]
 
@@ -183,7 +188,8 @@ class Hypergraph(Interchange):
         if self.device.type == "meta":
             raise ValueError("a Hypergraph on the meta device has no incidence to save")
         index, values = self.hyperedge_index, self.vertex_values
-        if self._learned_values is not None:  # as given, so that what it is shared with stays shared
+        if self._learned_values is not None and self._value_orders is not None:
+            # As given, so that what it is shared with stays shared.
             order, values = self._value_orders[0], self._learned_values
             index = torch.empty_like(index).index_copy_(1, order, index)
         sizes = {"num_vertices": self.num_vertices, "num_hyperedges": self.num_hyperedges}
@@ -238,7 +244,7 @@ class Hypergraph(Interchange):
 
         return compute() if self._learned_values is not None else self._kept(("bipartite", dtype), compute)
 
-    def _kept(self, key: tuple, compute: Callable[[], tuple]) -> tuple:
+    def _kept(self, key: tuple, compute: Callable[[], KeptT]) -> KeptT:
         """What depends on constant incidence alone. Only plain tensors are kept: nothing that was traced or faked."""
         found = self._cache.get(key)
         if found is not None:
@@ -251,13 +257,13 @@ class Hypergraph(Interchange):
 
     def _kept_for(self, weight: Tensor, arguments: tuple) -> Scales:
         """Scales for a plain weight on the CPU, kept for as long as its numbers are what they were."""
-        then, found = self._weighted_cache.get(arguments, (None, None))
-        if then is None or then.dtype != weight.dtype or not torch.equal(then, weight):
+        kept = self._weighted_cache.get(arguments)
+        if kept is None or kept[0].dtype != weight.dtype or not torch.equal(kept[0], weight):
             with torch.inference_mode(False):
                 then = weight.detach().clone()
-                found = self.with_weight(then)._compute_scales(*arguments)
-            self._weighted_cache[arguments] = then, found
-        return found
+                kept = then, self.with_weight(then)._compute_scales(*arguments)
+            self._weighted_cache[arguments] = kept
+        return kept[1]
 
     def _compute_scales(self, normalization: str, divide: bool, self_loops: bool, dtype: torch.dtype) -> Scales:
         size = self.hyperedge_degree
@@ -371,13 +377,13 @@ def _as_values(value: Tensor) -> Tensor:
 
 def _learned(value: Tensor) -> bool:
     """Whether a derivative of any kind may be asked for."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
+    wrapped = is_functorch_wrapped_tensor(value)
     return value.requires_grad or wrapped or forward_ad.unpack_dual(value).tangent is not None
 
 
 def _eager() -> bool:
     """Whether torch computes what it is told, now: nothing is traced, faked or transformed."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     return not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
 
