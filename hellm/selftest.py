@@ -87,7 +87,7 @@ def _apart(op: str, arguments: Sequence[str], seconds: float) -> list[dict[str, 
 def _cpu_kernels() -> Iterator[tuple[str, str | None]]:
     """Every usable backend and instruction set, in use while yielded; what was in use before is restored."""
     if backends.BACKENDS["native"].available(torch.device("cpu")):
-        extension = loaders.native()
+        extension = loaders.extension()
         before = extension.instruction_set()
         try:
             for name in extension.instruction_sets():

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hellm.ops._dtypes import FLOATING
 
-T = TypeVar("T")
+T = TypeVar("T", bound=NamedTuple)
 
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "rows": FLOATING,

@@ -40,7 +40,7 @@ class Derivatives:
         raise NotImplementedError
 
     @staticmethod
-    def jvp(ctx: Any, saved: list[Tensor | None], tangents: Any) -> Any:
+    def jvp(ctx: Any, saved: list[Any], tangents: Any) -> Any:
         """Tangents of the outputs; `saved` is what was saved, free of its own tangents."""
         raise NotImplementedError
 

@@ -7,8 +7,9 @@ they are of is said by their argument tuples.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -111,13 +112,15 @@ def second_order(
     missing is zero.
     """
     inputs = {name: x for name, x in inputs.items() if x is not None}
-    along = [torch.zeros_like(x) if directions.get(name) is None else directions[name] for name, x in inputs.items()]
+    along = [
+        torch.zeros_like(x) if (direction := directions.get(name)) is None else direction for name, x in inputs.items()
+    ]
     numbers = tuple(range(len(inputs)))
 
     def slope(*arguments: Tensor) -> Tensor:
         *at, row_grad = arguments
         found = torch.func.grad(lambda *at: dot(row_loss(*at), row_grad), numbers)(*at)
-        return sum(map(dot, found, along))
+        return functools.reduce(torch.add, map(dot, found, along))
 
     found = torch.func.grad(slope, (*numbers, len(inputs)))(*inputs.values(), row_grad)
     return dict(zip((*inputs, "row_grad"), found, strict=True))
@@ -125,7 +128,9 @@ def second_order(
 
 def change(gradients: Sequence[Tensor], tangents: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
     """Of a scalar loss, from its gradients and the changes of what they are in."""
-    return sum(dot(g, t).to(dtype) for g, t in zip(gradients, tangents, strict=True) if t is not None)
+    return functools.reduce(
+        torch.add, [dot(g, t).to(dtype) for g, t in zip(gradients, tangents, strict=True) if t is not None]
+    )
 
 
 def dot(left: Tensor, right: Tensor) -> Tensor:
@@ -204,7 +209,7 @@ def _second_order(arguments: GradientArguments, directions: Mapping[str, Tensor 
     return second_order(arguments.definition(), _by_input(arguments, arguments), arguments.row_grad, directions)
 
 
-def _by_input(values: NamedTuple, arguments: LossArguments | GradientArguments) -> dict[str, Any]:
+def _by_input(values: object, arguments: LossArguments | GradientArguments) -> dict[str, Any]:
     """Those of `values`, a tuple of the same names, that belong to inputs."""
     return {name: getattr(values, name) for name in arguments.INPUTS}
 

@@ -6,7 +6,7 @@ V = users, M = items, D = columns.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,7 +131,8 @@ class _Derivatives(Derivatives):
         return tuple(batch(x, info.batch_size) for x in found), (1, 1)
 
 
-def _sides(arguments: PropagateArguments) -> dict[str, Tensor]:
+def _sides(arguments: Any) -> dict[str, Any]:
+    """Of `PropagateArguments`, or of what there is for each of them."""
     return {"user_x": arguments.user_x, "item_x": arguments.item_x}
 
 
@@ -144,9 +145,10 @@ def cases(samples: Samples) -> Iterator[Case]:
         def defined(user_x: Tensor, item_x: Tensor, graph: SampleGraph = graph) -> tuple[Tensor, Tensor]:
             there = graph.at(user_x.device)
             csr = (*there.vertex_csr[:2], *there.edge_csr[:2])
-            schedules = (*there.vertex_schedule, *there.edge_schedule)
             scales = there.bipartite_scales(user_x.dtype)
-            return definition(PropagateArguments(user_x, item_x, *csr, *scales, 2, *schedules))
+            return definition(
+                PropagateArguments(user_x, item_x, *csr, *scales, 2, *there.vertex_schedule, *there.edge_schedule)
+            )
 
         rows = [graph.vertices, graph.hyperedges]
         yield Case("bipartite_propagate", graph.name, rows, propagate, defined, **graph.settings)

@@ -199,10 +199,11 @@ def _changes(arguments: ConvArguments, layer: _Layer, change: _Layer, rows: Tens
         for name in ("in_scale", "out_scale")
         if getattr(change, name) is not None
     ]
-    if change.edge_scale is not None or change.diagonal is not None:
-        num_hyperedges = arguments.edge_indptr.shape[0] - 1
-        edge_scale = change.diagonal.new_zeros(num_hyperedges) if change.edge_scale is None else change.edge_scale
-        changed.append(layer._replace(edge_scale=edge_scale, diagonal=change.diagonal))
+    edge_scale, diagonal = change.edge_scale, change.diagonal
+    if edge_scale is None and diagonal is not None:
+        edge_scale = diagonal.new_zeros(arguments.edge_indptr.shape[0] - 1)
+    if edge_scale is not None:
+        changed.append(layer._replace(edge_scale=edge_scale, diagonal=diagonal))
     found = [_convolve(arguments, rows, other) for other in changed]
     if change.vertex_values is not None:
         # H and H^T change together: their products, and derivatives of these, take one for the other transposed.
@@ -251,7 +252,8 @@ def _gradients(arguments: ConvArguments, needs: ConvArguments, grad: Tensor) -> 
     for name, terms in needed.items():
         factor = getattr(layer, name)
         # Nothing depends on the factors of no layers.
-        grads[name] = total(terms).to(factor.dtype) if terms else torch.zeros_like(factor)
+        summed = total(terms)
+        grads[name] = torch.zeros_like(factor) if summed is None else summed.to(factor.dtype)
     return grads
 
 
@@ -264,9 +266,10 @@ def cases(samples: Samples) -> Iterator[Case]:
         def defined(x: Tensor, graph: SampleGraph = graph) -> Tensor:
             there = graph.at(x.device)
             scales = there.scales(self_loops=False, dtype=x.dtype)
-            schedules = (*there.vertex_schedule, *there.edge_schedule)
             csr = (*there.vertex_csr, *there.edge_csr)
-            return definition(ConvArguments(x, *csr, *scales, graph.num_layers, *schedules))
+            return definition(
+                ConvArguments(x, *csr, *scales, graph.num_layers, *there.vertex_schedule, *there.edge_schedule)
+            )
 
         yield Case("hypergraph_conv", graph.name, [graph.vertices], conv, defined, **graph.settings)
 

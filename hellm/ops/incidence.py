@@ -35,7 +35,7 @@ class RowSchedule(NamedTuple):
     def of(cls, indptr: Tensor) -> RowSchedule:
         """From [R + 1] int64; reads the device once."""
         count = indptr.diff()
-        group = sum((count <= limit).int() for limit in (HUB_ENTRIES, LONG_ROW, MEDIUM_ROW))
+        group = (count <= HUB_ENTRIES).int() + (count <= LONG_ROW).int() + (count <= MEDIUM_ROW).int()
         chunks = torch.where(group == 0, (count + HUB_CHUNK - 1) // HUB_CHUNK, 0)
         totals = torch.stack([(group == 0).sum(), (group <= 1).sum(), chunks.sum()])
         num_hubs, num_long, num_hub_chunks = totals.tolist()
@@ -88,6 +88,9 @@ class Incidence:
 
     @property
     def device(self) -> torch.device:
+        raise NotImplementedError
+
+    def to(self, device: torch.device | str) -> Incidence:
         raise NotImplementedError
 
     @property

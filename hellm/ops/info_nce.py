@@ -187,7 +187,9 @@ class InfoNCEGradientArguments(NamedTuple):
         return dict.fromkeys(self.INPUTS, True)
 
     def definition(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return lambda *inputs: definition(*inputs, self.rows, self.intra_view_negatives)
+        return lambda anchor, positive, temperature: definition(
+            anchor, positive, temperature, self.rows, self.intra_view_negatives
+        )
 
     def gradients(self) -> tuple[Tensor, ...]:
         return torch.ops.hellm.info_nce_backward(*self)

@@ -183,7 +183,7 @@ def by_blocks(
     """
     hidden, item_embedding, target, bias, row_grad, hidden_grad, items_grad = arguments
     compute = accumulation_dtype(hidden)
-    h, e, b = (None if t is None else t.to(compute) for t in (hidden, item_embedding, bias))
+    h, e, b = hidden.to(compute), item_embedding.to(compute), None if bias is None else bias.to(compute)
     hidden_grad, items_grad = hidden_grad and row_grad is not None, items_grad and row_grad is not None
     row_loss = h.new_empty(h.shape[0])
     grad_h, grad_e = (t.new_zeros(t.shape if need else 0) for t, need in ((h, hidden_grad), (e, items_grad)))
@@ -199,7 +199,7 @@ def by_blocks(
         total = logits.sub_(top.unsqueeze(1)).exp_().sum(1)
         margin = total.log() + top - aligned
         row_loss[chosen] = torch.logaddexp(margin, torch.zeros_like(margin))
-        if not (hidden_grad or items_grad):
+        if row_grad is None or not (hidden_grad or items_grad):
             continue
         weight = row_grad[chosen].to(compute) * torch.sigmoid(margin)
         share = logits.mul_((weight / total.clamp_min(torch.finfo(compute).tiny)).unsqueeze(1))

@@ -8,7 +8,7 @@ operator; schedules of matrices, which only GPU kernels read, may be left out.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -40,7 +40,7 @@ __all__ = [
     "knn_by_panels",
 ]
 
-T = TypeVar("T")
+T = TypeVar("T", bound=NamedTuple)
 incidence_dot = _sparse.csr_dot
 
 
@@ -78,4 +78,4 @@ def knn_by_panels(x: Tensor, k: int, panel_bytes: int = 2**28) -> tuple[Tensor, 
 
 def _without_schedules(kind: type[T], arguments: tuple) -> T:
     fields = len(kind._fields)
-    return kind(*(*arguments, *[None] * fields)[:fields])
+    return kind._make((*arguments, *[None] * fields)[:fields])

@@ -37,9 +37,7 @@ def select(device: torch.device) -> Backend:
     """
     name = chosen()
     if name is None:
-        for one in BACKENDS.values():
-            if one.verified(device) and one.available(device):
-                return one
+        return next(one for one in BACKENDS.values() if one.verified(device) and one.available(device))
     reason = BACKENDS[name].unavailable(device)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}; see `hellm info`")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -72,7 +72,7 @@ class GpuBackend(Backend):
         here = Path(__file__).resolve().parent
         operators, shared = here.parent.glob("*.py"), [Path(__file__), here / "_pointers.py"]
         classes = [cls for cls in type(self).__mro__ if issubclass(cls, GpuBackend) and cls is not GpuBackend]
-        calls = [Path(sys.modules[cls.__module__].__file__) for cls in classes]
+        calls = [Path(inspect.getfile(cls)) for cls in classes]
         return verified.digest([*sorted(operators), *shared, *dict.fromkeys(calls), *sorted(self.kernels())])
 
     @functools.cache  # noqa: B019

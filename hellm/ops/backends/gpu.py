@@ -94,7 +94,7 @@ class Gpu(GpuBackend):
         out = torch.empty_like(x)
         schedules = (_address_schedule(a.vertex_schedule), _address_schedule(a.edge_schedule))
         sizes = (x.shape[0], a.edge_indptr.numel() - 1, x.shape[1], a.num_layers, DTYPE_CODE[x.dtype])
-        num_bytes = loaders.native().hypergraph_conv_workspace(*schedules, self._cache_bytes, *sizes)
+        num_bytes = loaders.extension().hypergraph_conv_workspace(*schedules, self._cache_bytes, *sizes)
         workspace = x.new_empty(num_bytes, dtype=torch.uint8)
         tensors = (x, a.vertex_indptr, a.vertex_edges, a.edge_indptr, a.edge_vertices, *factors, out, workspace)
         arguments = (*addresses(*tensors), *schedules, self._cache_bytes, *sizes)
@@ -111,7 +111,7 @@ class Gpu(GpuBackend):
         user_out, item_out = torch.empty_like(user_x), torch.empty_like(item_x)
         schedules = (_address_schedule(a.vertex_schedule), _address_schedule(a.edge_schedule))
         sizes = (user_x.shape[0], item_x.shape[0], user_x.shape[1], a.num_layers, DTYPE_CODE[user_x.dtype])
-        num_bytes = loaders.native().bipartite_propagate_workspace(*schedules, self._cache_bytes, *sizes)
+        num_bytes = loaders.extension().bipartite_propagate_workspace(*schedules, self._cache_bytes, *sizes)
         workspace = user_x.new_empty(num_bytes, dtype=torch.uint8)
         csr = (a.vertex_indptr, a.vertex_edges, a.edge_indptr, a.edge_vertices)
         tensors = (user_x, item_x, *csr, *scales, user_out, item_out, workspace)
@@ -140,18 +140,19 @@ class Gpu(GpuBackend):
         row_loss = anchor.new_empty(num_rows, dtype=torch.float32)
         # d loss / d (1 / temperature) of each row, already times row_grad.
         row_slope = anchor.new_empty(num_rows if gradients else 0, dtype=torch.float32)
-        grads = [torch.empty_like(t) if gradients else t.new_empty(0) for t in (anchor, positive)]
+        grad_anchor, grad_positive = (torch.empty_like(t) if gradients else t.new_empty(0) for t in (anchor, positive))
         held = self._processors(anchor.device), self._shared_bytes(anchor.device)
         settings = (a.intra_view_negatives, highest, *held, DTYPE_CODE[anchor.dtype])
-        num_bytes = loaders.native().info_nce_workspace(num_keys, num_rows, dim, gradients, *settings)
+        num_bytes = loaders.extension().info_nce_workspace(num_keys, num_rows, dim, gradients, *settings)
         workspace = anchor.new_empty(num_bytes, dtype=torch.uint8)
-        tensors = (anchor, positive, rows, row_order, row_begin, row_grad, row_loss, *grads, row_slope, workspace)
+        written = (row_loss, grad_anchor, grad_positive, row_slope, workspace)
+        tensors = (anchor, positive, rows, row_order, row_begin, row_grad, *written)
         arguments = (*addresses(*tensors), num_keys, num_rows, dim, *addresses(on_device), *settings)
         self._launch("info_nce", arguments, anchor.device)
         if not gradients:
-            return row_loss, *grads, temperature.new_empty(0)
+            return row_loss, grad_anchor, grad_positive, temperature.new_empty(0)
         slope = -row_slope.sum(dtype=torch.float64) / on_device**2
-        return row_loss, *grads, slope.to(temperature.dtype)
+        return row_loss, grad_anchor, grad_positive, slope.to(temperature.dtype)
 
     @checked(CrossEntropyGradientArguments)
     def item_cross_entropy(self, a: CrossEntropyGradientArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -173,13 +174,16 @@ class Gpu(GpuBackend):
         held = self._processors(hidden.device), self._shared_bytes(hidden.device)
         settings = (highest, *held, DTYPE_CODE[hidden.dtype])
         sizes = (num_rows, num_items, dim)
-        num_bytes = loaders.native().item_cross_entropy_workspace(*sizes, hidden_grad, items_grad, *settings)
+        num_bytes = loaders.extension().item_cross_entropy_workspace(*sizes, hidden_grad, items_grad, *settings)
         workspace = hidden.new_empty(num_bytes, dtype=torch.uint8)
         grads = (grad_hidden, grad_items, grad_bias)
         tensors = (hidden, items, target, row_order, row_begin, values, row_grad, row_loss, *grads, workspace)
         self._launch("item_cross_entropy", (*addresses(*tensors), *sizes, *settings), hidden.device)
         alike = (hidden, items, row_loss if bias is None else bias)
-        return row_loss, *(t.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, alike, strict=True))
+        of_hidden, of_items, of_bias = (
+            t.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, alike, strict=True)
+        )
+        return row_loss, of_hidden, of_items, of_bias
 
     @checked(KnnArguments)
     def knn(self, a: KnnArguments) -> tuple[Tensor, Tensor]:
@@ -199,7 +203,7 @@ class Gpu(GpuBackend):
         index = x.new_empty(num_rows, k, dtype=torch.int64)
         similarity = x.new_empty(num_rows, k, dtype=torch.float32)
         settings = (num_rows, dim, k, self._processors(device), self._shared_bytes(device), DTYPE_CODE[x.dtype])
-        workspace = x.new_empty(loaders.native().knn_scan_workspace(*settings), dtype=torch.uint8)
+        workspace = x.new_empty(loaders.extension().knn_scan_workspace(*settings), dtype=torch.uint8)
         self._launch("knn_scan", (*addresses(x, index, similarity, workspace), *settings), device)
         return index, similarity
 
@@ -245,7 +249,7 @@ class Cuda(Gpu):
             return reason
         if isinstance(loaders.native(), ImportError):
             return f"the compiled extension hellm._C cannot be loaded: {loaders.native()}"
-        built = loaders.native().cuda_architectures()
+        built = loaders.extension().cuda_architectures()
         if not built:
             return (
                 "the extension was built without GPU kernels; building it where nvcc is, with HELLM_CUDA=ON, adds them"
@@ -264,12 +268,12 @@ def launch_compiled(plan: str, arguments: tuple[Any, ...], device: torch.device)
     """
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream().cuda_stream
-        getattr(loaders.native(), f"cuda_{plan}")(*arguments, torch.cuda.current_device(), stream)
+        getattr(loaders.extension(), f"cuda_{plan}")(*arguments, torch.cuda.current_device(), stream)
 
 
 def _runs_on(entry: str, capability: int) -> bool:
     """Whether a GPU (90 for sm_90) runs what was compiled for an entry like "90", "90a" or "80+PTX"."""
-    number = int(re.match(r"\d+", entry)[0])
+    number = int(re.split(r"\D", entry, maxsplit=1)[0])
     # A later GPU of the same generation runs the machine code, any later one what it can compile from PTX.
     return number <= capability and (entry.endswith("+PTX") or number // 10 == capability // 10)
 

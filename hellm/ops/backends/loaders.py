@@ -24,6 +24,11 @@ def native() -> ModuleType | ImportError:
     return _C
 
 
+def extension() -> ModuleType:
+    """The compiled extension. Raises: ImportError, where it cannot be loaded."""
+    return _loaded(native())
+
+
 @functools.cache
 def triton() -> ModuleType | ImportError:
     """The Triton kernels, or the error that says why they cannot be loaded."""
@@ -38,9 +43,21 @@ def triton() -> ModuleType | ImportError:
     if not source.is_file():
         return ImportError("this installation has no hellm.kernels", name="hellm.kernels")
     spec = importlib.util.spec_from_file_location("hellm.kernels", source)
+    assert spec is not None and spec.loader is not None  # of a file that is there
     module = sys.modules["hellm.kernels"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def triton_kernels() -> ModuleType:
+    """The Triton kernels. Raises: ImportError, where they cannot be loaded."""
+    return _loaded(triton())
+
+
+def _loaded(found: ModuleType | ImportError) -> ModuleType:
+    if isinstance(found, ImportError):
+        raise found
+    return found
 
 
 def device_code() -> Path:

@@ -76,7 +76,7 @@ class Native(Backend):
         x, num_rows, dim = a.x, a.indptr.numel() - 1, a.x.shape[1]
         out = x.new_empty(num_rows, dim)
         tensors = (x, a.indptr, a.indices, *like(x, a.values), out)
-        loaders.native().incidence_product(*addresses(*tensors), num_rows, dim, DTYPE_CODE[x.dtype], _num_threads())
+        loaders.extension().incidence_product(*addresses(*tensors), num_rows, dim, DTYPE_CODE[x.dtype], _num_threads())
         return out
 
     @checked(ConvArguments, schedules=False)
@@ -91,7 +91,7 @@ class Native(Backend):
         num_rows = num_hyperedges + (num_vertices if a.num_layers > 1 else 0)
         workspace = _take_workspace(num_rows * dim * accumulation_dtype(x).itemsize)
         tensors = (x, a.vertex_indptr, a.vertex_edges, a.edge_indptr, a.edge_vertices, *factors, out, workspace)
-        loaders.native().hypergraph_conv(
+        loaders.extension().hypergraph_conv(
             *addresses(*tensors), num_vertices, num_hyperedges, dim, a.num_layers, DTYPE_CODE[x.dtype], _num_threads()
         )
         _keep_workspace(workspace)
@@ -109,7 +109,7 @@ class Native(Backend):
         workspace = _take_workspace(2 * (num_users + num_items) * dim * accumulation_dtype(user_x).itemsize)
         csr = (a.vertex_indptr, a.vertex_edges, a.edge_indptr, a.edge_vertices)
         tensors = (user_x, item_x, *csr, *scales, user_out, item_out, workspace)
-        loaders.native().bipartite_propagate(
+        loaders.extension().bipartite_propagate(
             *addresses(*tensors), num_users, num_items, dim, a.num_layers, DTYPE_CODE[user_x.dtype], _num_threads()
         )
         _keep_workspace(workspace)
@@ -124,22 +124,22 @@ class Native(Backend):
         dtype = accumulation_dtype(anchor)
         if num_rows == 0:
             # Empty tensors have no address, and a missing address means that no gradient is wanted.
-            grads = [torch.zeros_like(t) if gradients else t.new_empty(0) for t in (anchor, positive, temperature)]
-            return anchor.new_empty(0, dtype=dtype), *grads
+            allocate = torch.zeros_like if gradients else lambda t: t.new_empty(0)
+            return anchor.new_empty(0, dtype=dtype), allocate(anchor), allocate(positive), allocate(temperature)
         row_loss = anchor.new_empty(num_rows, dtype=dtype)
         # d loss / d (1 / temperature) of each row, already times row_grad.
         row_slope = anchor.new_empty(num_rows, dtype=dtype) if gradients else None
-        grads = [torch.empty_like(t) if gradients else t.new_empty(0) for t in (anchor, positive)]
-        written = (row_loss, *(grads if gradients else (None, None)), row_slope)
-        loaders.native().info_nce(
+        grad_anchor, grad_positive = (torch.empty_like(t) if gradients else t.new_empty(0) for t in (anchor, positive))
+        written = (row_loss, *((grad_anchor, grad_positive) if gradients else (None, None)), row_slope)
+        loaders.extension().info_nce(
             *addresses(anchor, positive, rows, *like(anchor, a.row_grad), *written),
             num_keys, num_rows, dim, float(temperature), a.intra_view_negatives, a.precision == "highest",
             DTYPE_CODE[anchor.dtype], _num_threads(),
         )  # fmt: skip
-        if not gradients:
-            return row_loss, *grads, temperature.new_empty(0)
+        if row_slope is None:
+            return row_loss, grad_anchor, grad_positive, temperature.new_empty(0)
         slope = row_slope.sum(dtype=torch.float64) * (-1.0 / float(temperature) ** 2)
-        return row_loss, *grads, slope.to(temperature.dtype)
+        return row_loss, grad_anchor, grad_positive, slope.to(temperature.dtype)
 
     @checked(CrossEntropyGradientArguments)
     def item_cross_entropy(self, a: CrossEntropyGradientArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -155,7 +155,7 @@ class Native(Backend):
         grad_bias = allocate(items.shape[0] if items_grad and bias is not None else 0, dtype=row_loss.dtype)
         if num_rows:
             tensors = (hidden, items, a.target, values, row_grad, row_loss, grad_hidden, grad_items, grad_bias)
-            loaders.native().item_cross_entropy(
+            loaders.extension().item_cross_entropy(
                 *addresses(*tensors), num_rows, items.shape[0], dim, DTYPE_CODE[hidden.dtype], _num_threads()
             )
         return row_loss, grad_hidden, grad_items, grad_bias if bias is None else grad_bias.to(bias.dtype)
@@ -166,5 +166,5 @@ class Native(Backend):
         num_rows, dim = x.shape
         index = x.new_empty((num_rows, k), dtype=torch.int64)
         similarity = x.new_empty((num_rows, k), dtype=accumulation_dtype(x))
-        loaders.native().knn(*addresses(x, index, similarity), num_rows, dim, k, DTYPE_CODE[x.dtype], _num_threads())
+        loaders.extension().knn(*addresses(x, index, similarity), num_rows, dim, k, DTYPE_CODE[x.dtype], _num_threads())
         return index, similarity

@@ -73,7 +73,7 @@ def source(name: str) -> str:
 @functools.cache
 def _kernel(file: str, name: str, device: int):
     """One kernel, loaded on the current device; compiled by itself, so that the first call waits for little."""
-    import cupy
+    import cupy  # pyright: ignore[reportMissingImports] (an extra)
 
     module = cupy.RawModule(code=source(file), options=OPTIONS, name_expressions=(name,))
     return module.get_function(name)
@@ -81,14 +81,14 @@ def _kernel(file: str, name: str, device: int):
 
 def launch(plan: str, arguments: tuple[Any, ...], device: torch.device) -> None:
     """Run a launch plan on the current stream of a device."""
-    import cupy
+    import cupy  # pyright: ignore[reportMissingImports] (an extra)
     import numpy as np
 
     index = torch.cuda.current_device() if device.index is None else device.index
     stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, index)
     with cupy.cuda.Device(index), stream:
-        for name, grid, threads, shared_bytes, parameters in getattr(loaders.native(), f"plan_{plan}")(*arguments):
-            kernel = _kernel(loaders.native().device_code[plan], name, index)
+        for name, grid, threads, shared_bytes, parameters in getattr(loaders.extension(), f"plan_{plan}")(*arguments):
+            kernel = _kernel(loaders.extension().device_code[plan], name, index)
             if shared_bytes > 48 * 1024:
                 kernel.max_dynamic_shared_size_bytes = shared_bytes
             # CuPy passes an array of one structure by value.

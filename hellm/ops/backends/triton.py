@@ -51,21 +51,21 @@ class Triton(GpuBackend):
     def unavailable(self, device: torch.device) -> str | None:
         if isinstance(loaders.triton(), ImportError):
             return f"Triton cannot be loaded: {loaders.triton()}"
-        if device.type == "cpu" and not loaders.triton().INTERPRETED:
+        if device.type == "cpu" and not loaders.triton_kernels().INTERPRETED:
             return (
                 "Triton needs a GPU; its interpreter runs on the CPU where TRITON_INTERPRET=1 was set before the start"
             )
         return too_old(device)
 
     def kernels(self) -> Iterable[Path]:
-        return Path(loaders.triton().__file__).parent.glob("*.py")
+        return Path(str(loaders.triton_kernels().__file__)).parent.glob("*.py")
 
     @checked(ProductArguments)
     @_on_device_of_first
     def incidence_product(self, a: ProductArguments) -> Tensor:
         x = a.x
         out = x.new_empty(a.indptr.numel() - 1, x.shape[1])
-        loaders.triton().hypergraph_conv.incidence_product(
+        loaders.triton_kernels().hypergraph_conv.incidence_product(
             x, a.indptr, a.indices, *like(x, a.values), out, a.matrix.schedule
         )
         return out
@@ -82,7 +82,7 @@ class Triton(GpuBackend):
         vertex = (a.vertex_indptr, a.vertex_edges, *like(x, a.vertex_values))
         edge = (a.edge_indptr, a.edge_vertices, *like(x, a.edge_values))
         scales = like(x, a.in_scale, a.edge_scale, a.out_scale, a.diagonal)
-        loaders.triton().hypergraph_conv.hypergraph_conv(
+        loaders.triton_kernels().hypergraph_conv.hypergraph_conv(
             x, *vertex, *edge, *scales, out, workspace, a.num_layers, a.vertex_schedule, a.edge_schedule
         )
         return out
@@ -96,7 +96,7 @@ class Triton(GpuBackend):
         user_out, item_out = torch.empty_like(user_x), torch.empty_like(item_x)
         num_rows = user_x.shape[0] + item_x.shape[0]
         workspace = user_x.new_empty(2 * num_rows, user_x.shape[1], dtype=accumulation_dtype(user_x))
-        loaders.triton().hypergraph_conv.bipartite_propagate(
+        loaders.triton_kernels().hypergraph_conv.bipartite_propagate(
             user_x, item_x, a.vertex_indptr, a.vertex_edges, None, a.edge_indptr, a.edge_vertices, None,
             *like(user_x, a.user_scale, a.item_scale), user_out, item_out, workspace, a.num_layers,
             a.vertex_schedule, a.edge_schedule,
@@ -112,17 +112,17 @@ class Triton(GpuBackend):
             return info_nce_by_blocks(a)
         rows = None if a.rows is None else a.rows.to(torch.int64)
         row_loss = anchor.new_empty(num_rows, dtype=torch.float32)
-        grads = row_slope = None
+        grad_anchor = grad_positive = row_slope = None
         if a.row_grad is not None:
-            grads, row_slope = [torch.empty_like(t) for t in (anchor, positive)], torch.empty_like(row_loss)
-        loaders.triton().info_nce.info_nce(
-            anchor, positive, rows, *like(anchor, a.row_grad), row_loss, *(grads or (None, None)), row_slope,
+            grad_anchor, grad_positive, row_slope = map(torch.empty_like, (anchor, positive, row_loss))
+        loaders.triton_kernels().info_nce.info_nce(
+            anchor, positive, rows, *like(anchor, a.row_grad), row_loss, grad_anchor, grad_positive, row_slope,
             temperature, a.intra_view_negatives, a.precision,
         )  # fmt: skip
-        if grads is None:
+        if grad_anchor is None or grad_positive is None or row_slope is None:
             return row_loss, anchor.new_empty(0), positive.new_empty(0), temperature.new_empty(0)
         slope = -row_slope.sum(dtype=torch.float64) / temperature.double() ** 2
-        return row_loss, *grads, slope.to(temperature.dtype)
+        return row_loss, grad_anchor, grad_positive, slope.to(temperature.dtype)
 
     @checked(CrossEntropyGradientArguments)
     @_on_device_of_first
@@ -137,14 +137,15 @@ class Triton(GpuBackend):
         grad_hidden = torch.empty_like(hidden) if hidden_grad else None
         grad_items = torch.empty_like(items) if items_grad else None
         grad_bias = row_loss.new_empty(items.shape[0]) if items_grad and bias is not None else None
-        loaders.triton().item_cross_entropy.item_cross_entropy(
+        loaders.triton_kernels().item_cross_entropy.item_cross_entropy(
             hidden, items, a.target, *like(hidden, bias, a.row_grad), row_loss,
             grad_hidden, grad_items, grad_bias, precision,
         )  # fmt: skip
         alike = (hidden, items, hidden if bias is None else bias)
         found = zip((grad_hidden, grad_items, grad_bias), alike, strict=True)
-        return row_loss, *(t.new_empty(0) if grad is None else grad.to(t.dtype) for grad, t in found)
+        of_hidden, of_items, of_bias = (t.new_empty(0) if grad is None else grad.to(t.dtype) for grad, t in found)
+        return row_loss, of_hidden, of_items, of_bias
 
 
 def _fits(x: Tensor, precision: str) -> bool:
-    return x.dtype != torch.float64 and 0 < x.shape[1] <= loaders.triton().WIDEST[precision]
+    return x.dtype != torch.float64 and 0 < x.shape[1] <= loaders.triton_kernels().WIDEST[precision]
