@@ -138,6 +138,12 @@ class FinetuneConfig(LoopConfig):
     patience: int = 2
     checkpoint_every: int = 1
 
+    @property
+    def named_inputs(self) -> tuple[str, ...]:
+        """`item_inputs` once they are named, as they are when a run begins."""
+        assert self.item_inputs is not None
+        return self.item_inputs
+
     def __post_init__(self) -> None:
         super().__post_init__()
         inputs = self.item_inputs

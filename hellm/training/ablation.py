@@ -63,10 +63,10 @@ class Ablation:
 
     def overrides(self, config: FinetuneConfig) -> tuple[str, ...]:
         """The changes of `config`, as `override_config` takes them."""
-        inputs = [name for name in config.item_inputs if name != self.without_input]
+        inputs = [name for name in config.named_inputs if name != self.without_input]
         if self.with_input is not None and self.with_input not in inputs:
             inputs.append(self.with_input)
-        changed = (f"item_inputs=[{', '.join(inputs)}]",) if tuple(inputs) != config.item_inputs else ()
+        changed = (f"item_inputs=[{', '.join(inputs)}]",) if tuple(inputs) != config.named_inputs else ()
         return changed + self.settings
 
 
@@ -164,17 +164,17 @@ def _planned(name: str, config: FinetuneConfig, dataset: Dataset, graph: Path_ |
     overrides = ablation.overrides(config)
     changed = override_config(config, overrides)
     resolve_finetune_config(changed, dataset)
-    absent = [one for one in changed.item_inputs if one not in ("graph", "sequence", *dataset.item_content)]
+    absent = [one for one in changed.named_inputs if one not in ("graph", "sequence", *dataset.item_content)]
     if absent:
         raise ValueError(f"data set {dataset.name!r} has no item features {absent[0]!r}")
     if ablation.permuted and not reads_content(changed):
         raise ValueError(
-            f"item_inputs must hold features where titles are not read, got {', '.join(config.item_inputs)}"
+            f"item_inputs must hold features where titles are not read, got {', '.join(config.named_inputs)}"
         )
     if not ablation.stage_1:
         return PlannedRow(name, changed, overrides, permuted=ablation.permuted)
-    if "graph" not in config.item_inputs:
-        raise ValueError(f"item_inputs must hold 'graph', got {', '.join(config.item_inputs)}")
+    if "graph" not in config.named_inputs:
+        raise ValueError(f"item_inputs must hold 'graph', got {', '.join(config.named_inputs)}")
     before = _stage_1_of(graph)
     stage_1 = override_config(before, ablation.stage_1)
     return PlannedRow(name, changed, overrides, None if stage_1 == before else stage_1)
@@ -182,7 +182,7 @@ def _planned(name: str, config: FinetuneConfig, dataset: Dataset, graph: Path_ |
 
 def reads_content(config: FinetuneConfig) -> bool:
     """Whether a language model with named `item_inputs` reads features or titles itself."""
-    return config.model.titles or any(name not in ("graph", "sequence") for name in config.item_inputs)
+    return config.model.titles or any(name not in ("graph", "sequence") for name in config.named_inputs)
 
 
 def _stage_1_of(graph: Path_ | None) -> PretrainConfig:
@@ -263,7 +263,7 @@ def run_ablations(
     for row in planned:
         row_graph, stage_1 = graph, None
         if row.stage_1 is not None:
-            row_graph, stage_1 = _train_stage_1(row, config, dataset, Path(out))
+            row_graph, stage_1 = _train_stage_1(row, row.stage_1, config, dataset, Path(out))
         runs = {}
         for seed in seeds:
             place += 1
@@ -289,14 +289,16 @@ def _data_of(row: PlannedRow, dataset: Dataset) -> Dataset:
     return dataset.with_permuted_content() if row.permuted else dataset
 
 
-def _train_stage_1(row: PlannedRow, config: FinetuneConfig, dataset: Dataset, out: Path) -> tuple[Path, dict[str, Any]]:
+def _train_stage_1(
+    row: PlannedRow, stage_1: PretrainConfig, config: FinetuneConfig, dataset: Dataset, out: Path
+) -> tuple[Path, dict[str, Any]]:
     """The run of `row.stage_1`, trained on the device of the fine-tuning, and what is told of it."""
     from hellm.training.pretrain import pretrain
 
     run = out / f"stage1-{row.name}"
     here = {name: getattr(config, name) for name in ("device", "num_threads", "tensorboard")}
     logger.info("%s: training stage 1 into %s", row.name, run)
-    pretrain(replace(row.stage_1, **here), dataset, run, resume=True)
+    pretrain(replace(stage_1, **here), dataset, run, resume=True)
     return run, {"run": run.name, "overrides": list(ABLATIONS[row.name].stage_1), "seconds": _seconds(run)}
 
 

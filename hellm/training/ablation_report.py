@@ -84,8 +84,9 @@ def _intervals(tests: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]
 
 def _test_result(row: Mapping[str, Any], protocol, out: Path):
     """The row's test with each user's mean over the seeds; None where a run has no values of single users."""
-    found = [read_test_users(out / one["run"]) for one in row["runs"].values()]
-    if any(one is None for one in found):
+    asked = [read_test_users(out / one["run"]) for one in row["runs"].values()]
+    found = [one for one in asked if one is not None]
+    if len(found) < len(asked):
         return None
     num_items = next(iter(row["runs"].values()))["test"]["num_items"]
     return mean_result(

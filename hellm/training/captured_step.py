@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hellm.training.processes import Processes
-from hellm.training.step import Step
+from hellm.training.step import Step, total_loss
 
 __all__ = ["CapturedStep"]
 
@@ -95,7 +95,7 @@ class CapturedStep(Step):
 
     def _train(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         terms = self._losses(*inputs)
-        sum(terms.values()).backward()
+        total_loss(terms).backward()
         self.optimizer.step()
         # No gradient outlives the step: in a capture all live in memory of the graph.
         self.optimizer.zero_grad(set_to_none=True)
@@ -108,8 +108,9 @@ class CapturedStep(Step):
 
 
 @contextlib.contextmanager
-def _on(stream: torch.cuda.Stream) -> Iterator[None]:
+def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
     """Another stream, as torch asks of the steps before a capture, between what comes before and after on this one."""
+    assert stream is not None  # on a GPU
     outer = torch.cuda.current_stream()
     stream.wait_stream(outer)
     with torch.cuda.stream(stream):

@@ -30,7 +30,7 @@ __all__ = [
 
 def model_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """What a checkpoint keeps of a model: all of it, or what is trained where the model tells that apart."""
-    return model.trainable_state_dict() if hasattr(model, "trainable_state_dict") else model.state_dict()
+    return getattr(model, "trainable_state_dict", model.state_dict)()
 
 
 def save_checkpoint(
@@ -126,7 +126,8 @@ def read_model(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any]
 def saved_weights(tensors: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights among the tensors of a checkpoint, by the names that they have in `model`."""
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    return model.renamed_state_dict(weights) if hasattr(model, "renamed_state_dict") else weights
+    renamed = getattr(model, "renamed_state_dict", None)
+    return weights if renamed is None else renamed(weights)
 
 
 def _load_model(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

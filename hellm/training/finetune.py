@@ -278,7 +278,7 @@ def build_optimizer(config: FinetuneConfig, model: RecommenderLLM) -> torch.opti
         if named
     ]
     fused = True if model.device.type == "cuda" else None
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas), fused=fused)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.betas[0], config.betas[1]), fused=fused)
 
 
 def rate_schedule(config: FinetuneConfig, num_steps: int) -> Callable[[int, int], float]:

@@ -73,12 +73,12 @@ def load_item_inputs(
     content: dict[str, WhitenedContent] = {}
     residual = config.model.sequence_residual
     model, there = None, dataset.item_content
-    if "sequence" in config.item_inputs or residual:
+    if "sequence" in config.named_inputs or residual:
         model = SASRec.load(_checked_run(sequence, "sequence", "hellm sasrec", dataset))
-    for name in config.item_inputs:
+    for name in config.named_inputs:
         if name == "graph":
             tables[name] = _read_table(_checked_run(graph, "graph", "hellm pretrain", dataset), "item")
-        elif name == "sequence":
+        elif name == "sequence" and model is not None:
             tables[name] = model.item_keys()
         elif name in there:
             features = torch.from_numpy(there[name].values)
@@ -91,7 +91,8 @@ def load_item_inputs(
     for name, table in tables.items():
         if not torch.isfinite(table).all():
             row = int((~torch.isfinite(table)).any(dim=1).nonzero()[0])
-            of = f"run {Path(sources[name])}" if name in sources else f"data set {dataset.name!r}"
+            source = sources.get(name)
+            of = f"data set {dataset.name!r}" if source is None else f"run {Path(source)}"
             raise ValueError(
                 f"input {name!r} must be finite, but its table in {of} holds NaN or infinity, first for item "
                 f"{dataset.item_ids.ids[row]!r}"

@@ -189,8 +189,8 @@ def fit(
                     where = f"after epoch {epoch}" if ended else f"in epoch {epoch} after step {stop}"
                     raise Interrupted(caught[0], f"stopped {where}; saved {run.last}")
     if validate is None:
-        progress.best_epoch = progress.epoch - 1
-        processes.on_first(lambda: _save_best(model, run, {"epoch": progress.best_epoch}))
+        progress.best_epoch = last = progress.epoch - 1
+        processes.on_first(lambda: _save_best(model, run, {"epoch": last}))
     return progress
 
 

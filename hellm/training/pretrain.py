@@ -40,7 +40,7 @@ from hellm.training.stage import (
     write_curves,
     write_tables,
 )
-from hellm.training.step import EagerStep
+from hellm.training.step import EagerStep, total_loss
 from hellm.training.warm_start import fingerprint_of, started_from, warm_start
 
 __all__ = [
@@ -275,7 +275,8 @@ def build_captured_step(
             rows = _contrastive_rows(config, choices, epoch, step)
             return [*map(torch.from_numpy, sampler.sample(epoch, step)), *rows.values()]
 
-        def losses(users: Tensor, positives: Tensor, negatives: Tensor, *rows: Tensor) -> Mapping[str, Tensor]:
+        def losses(*inputs: Tensor) -> Mapping[str, Tensor]:
+            users, positives, negatives, *rows = inputs
             return losses_of(Triples(users, positives, negatives), rows)
 
     else:
@@ -284,8 +285,8 @@ def build_captured_step(
         def inputs(epoch: int, step: int) -> list[Tensor]:
             return [on_device.keys(epoch, step)]
 
-        def losses(keys: Tensor) -> Mapping[str, Tensor]:
-            return losses_of(*on_device.draw(keys))
+        def losses(*inputs: Tensor) -> Mapping[str, Tensor]:
+            return losses_of(*on_device.draw(*inputs))
 
     rate, capture = _learning_rate(config), bool(config.capture)
     return CapturedStep(model, optimizer, inputs, losses, sampler.num_steps, learning_rate=rate, capture=capture)
@@ -302,7 +303,7 @@ def _fit(
         return _losses(model, config, sampler.sample(epoch, step), rows)
 
     if on_plan is not None:
-        seconds = seconds_of_step(model, lambda: sum(losses(0, 0).values()))
+        seconds = seconds_of_step(model, lambda: total_loss(losses(0, 0)))
         on_plan(plan_of_steps(seconds, sampler.num_steps, config.max_epochs))
 
     def validate(scorer: GraphEncoder) -> Mapping[str, float]:
@@ -395,7 +396,7 @@ def _write_outputs(
     tensors = {name: value.float() for name, value in output.items() if value is not None}
     modalities = None
     if config.model.item_hypergraph:
-        modalities = [*(config.model.modalities or ()), *config.model.attributes]
+        modalities = [*(config.model.modalities or ()), *(config.model.attributes or ())]
     write_embeddings(run.path, "graph", tensors, metadata | {"modalities": json.dumps(modalities)})
     write_tables(run, dataset, modalities=modalities, k=config.model.knn_k, device=str(model.device))
     write_curves(run, metrics=config.monitor, best_epoch=progress.best_epoch, title=f"{dataset.name}: pre-training")

@@ -9,7 +9,7 @@ import atexit
 import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,7 +40,9 @@ class Processes:
     """
 
     def __init__(self, accelerator: Accelerator | None = None, *, seed: int = 0) -> None:
-        self._accelerator, self._seed = accelerator, seed
+        # What it gathers and sums has the type of what it was given, which its annotations do not say.
+        self._accelerator: Any = accelerator
+        self._seed = seed
         self.index = 0 if accelerator is None else accelerator.process_index
         self.count = 1 if accelerator is None else accelerator.num_processes
 
@@ -50,7 +52,7 @@ class Processes:
             return work()
         from accelerate.utils import broadcast_object_list
 
-        outcome = [None, None]
+        outcome: list[Any] = [None, None]
         if self.index == 0:
             try:
                 outcome = [work(), None]

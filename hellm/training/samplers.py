@@ -129,7 +129,7 @@ class TripleSampler:
                 return negatives
             negatives[open_rows] = self._draw_items(len(open_rows), rng)
         for row in open_rows[self._is_known(users[open_rows], negatives[open_rows])]:
-            negatives[row] = self._draw_free_item(users[row], rng)
+            negatives[row] = self._draw_free_item(int(users[row]), rng)
         return negatives
 
     def _draw_items(self, size: int, rng: np.random.Generator) -> np.ndarray:

@@ -36,7 +36,7 @@ from hellm.training.stage import (
     write_curves,
     write_tables,
 )
-from hellm.training.step import EagerStep
+from hellm.training.step import EagerStep, total_loss
 from hellm.training.trained_items import TrainedItems, next_item_loss
 from hellm.training.warm_start import fingerprint_of, started_from, warm_start
 
@@ -111,7 +111,8 @@ def _train(opened: OpenedRun, start, on_plan: OnPlan | None, on_epoch: OnEpoch |
     result = common_result("sasrec", model, dataset, run, progress, test=test, device=config.device)
     masked = None
     if result["test"] is not None and config.protocol != "standard":
-        masked = _evaluate(model, replace(config, protocol="standard"), dataset, "test").to_dict(level=0.95)
+        by_standard = _evaluate(model, replace(config, protocol="standard"), dataset, "test")
+        masked = None if by_standard is None else by_standard.to_dict(level=0.95)
     result |= {"test_masked": masked, "notes": opened.notes} | started_from(start, fresh)
     model.save(run.path)
     write_tables(run, dataset, device=str(model.device))
@@ -224,11 +225,13 @@ def _fit(model, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler
         return sasrec_losses(model, sampler.sample(epoch, step), config.loss, trained)
 
     if on_plan is not None:
-        seconds = seconds_of_step(model, lambda: sum(losses(0, 0).values()))
+        seconds = seconds_of_step(model, lambda: total_loss(losses(0, 0)))
         on_plan(plan_of_steps(seconds, sampler.num_steps, config.max_epochs))
 
     def validate(model: SASRec) -> Mapping[str, float]:
-        return _evaluate(model, config, dataset, "valid").metrics
+        found = _evaluate(model, config, dataset, "valid")
+        assert found is not None  # only where there are events to validate on
+        return found.metrics
 
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     step = EagerStep(model, optimizer, losses, sampler.num_steps, learning_rate=_schedule(config, sampler.num_steps))

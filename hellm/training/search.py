@@ -173,7 +173,7 @@ class _Search:
         )
         note = study.user_attrs.get("note")
         if words is None:
-            words = list(SPACES[type(config)]) if note is None else note["space"]
+            words = list[str](SPACES[type(config)] if note is None else note["space"])
         now = {
             "stage": stage,
             "space": words,
@@ -233,7 +233,7 @@ class _Search:
         waiting = self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
         if known is not None and not waiting:
             self.study.enqueue_trial(known)
-        trial = self.study.ask(self.space)
+        trial = self.study.ask({**self.space})
         trial.set_user_attr("place", done)
         outcome = self._outcome(trial, self.out / f"trial-{done}")
         self.study.tell(trial, outcome, state=optuna.trial.TrialState.PRUNED if outcome is None else None)

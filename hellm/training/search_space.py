@@ -6,12 +6,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from hellm.config import FinetuneConfig, PretrainConfig, SASRecConfig, config_from_dict, config_to_dict, setting_type
 
 if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    Distribution: TypeAlias = CategoricalDistribution | FloatDistribution | IntDistribution
 
 __all__ = ["SPACES", "is_dimension", "parse_space", "plain_values", "point_of", "with_settings"]
 
@@ -63,7 +65,7 @@ def is_dimension(value: str) -> bool:
         return False
 
 
-def parse_space(words: Iterable[str], config: Any) -> dict[str, BaseDistribution]:
+def parse_space(words: Iterable[str], config: Any) -> dict[str, Distribution]:
     """Name -> distribution, of words NAME=LOW..HIGH, NAME=LOW..HIGH:log or NAME=VALUE,VALUE,...
 
     Values are read as YAML and are kept as their text; a range is of whole numbers for a setting that is one.
@@ -74,7 +76,7 @@ def parse_space(words: Iterable[str], config: Any) -> dict[str, BaseDistribution
     Raises: ValueError, naming the setting: unknown, given twice, one that trials are compared by, a range of what is
         no number, or values that it cannot have.
     """
-    space: dict[str, BaseDistribution] = {}
+    space: dict[str, Distribution] = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not (name and equals and text):
@@ -117,13 +119,13 @@ def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
-def point_of(config: Any, space: Mapping[str, BaseDistribution]) -> dict[str, Any] | None:
+def point_of(config: Any, space: Mapping[str, Distribution]) -> dict[str, Any] | None:
     """The values that `config` has in a space; None where one of them is outside."""
     from optuna.distributions import CategoricalDistribution
 
-    point = {}
+    point: dict[str, Any] = {}
     for name, one in space.items():
-        value = config_to_dict(config)
+        value: Any = config_to_dict(config)
         for part in name.split("."):
             value = value[part]
         if isinstance(one, CategoricalDistribution):
@@ -138,7 +140,7 @@ def point_of(config: Any, space: Mapping[str, BaseDistribution]) -> dict[str, An
     return point
 
 
-def _range(name: str, text: str, kind: type) -> BaseDistribution:
+def _range(name: str, text: str, kind: type) -> Distribution:
     from optuna.distributions import FloatDistribution, IntDistribution
 
     match = _RANGE.fullmatch(text)
@@ -154,15 +156,15 @@ def _range(name: str, text: str, kind: type) -> BaseDistribution:
         numbers_are = "whole numbers" if kind is int else "numbers"
         raise ValueError(f"{name} must be LOW..HIGH or LOW..HIGH:log of {numbers_are}, got {text!r}")
     low, high = numbers
-    log = match["scale"] == "log"
+    log = text.endswith(":log")
     if low >= high:
         raise ValueError(f"{name} must have LOW < HIGH, got {text!r}")
     if log and low <= 0:
         raise ValueError(f"{name} must have LOW > 0 with :log, got {text!r}")
-    return IntDistribution(low, high, log=log) if kind is int else FloatDistribution(low, high, log=log)
+    return IntDistribution(int(low), int(high), log=log) if kind is int else FloatDistribution(low, high, log=log)
 
 
-def _values(name: str, text: str) -> BaseDistribution:
+def _values(name: str, text: str) -> Distribution:
     from optuna.distributions import CategoricalDistribution
 
     try:
@@ -189,7 +191,7 @@ def _choices(text: str) -> list[str]:
     return [value if isinstance(value, str) else json.dumps(value, default=str) for value in values]
 
 
-def _ends(distribution: BaseDistribution) -> list[Any]:
+def _ends(distribution: Distribution) -> list[Any]:
     from optuna.distributions import CategoricalDistribution
 
     if isinstance(distribution, CategoricalDistribution):

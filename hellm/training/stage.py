@@ -21,7 +21,7 @@ from hellm.artifact.evaluation_log import TRAINING, log_test_evaluation
 from hellm.artifact.files import CONTENT
 from hellm.artifact.run_directory import RunDirectory, check_run, environment, peak_memory_bytes
 from hellm.artifact.test_users import write_test_users
-from hellm.config.loop import LoopConfig
+from hellm.config.loop import LoopConfig, StageConfig
 from hellm.data import Dataset, load_dataset
 from hellm.evaluate import RankingResult
 from hellm.evaluate.compare import slices_summary
@@ -49,7 +49,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-ConfigT = TypeVar("ConfigT")
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
+ContentT = TypeVar("ContentT")
 # Called with a record of metrics.jsonl, see `hellm.training.loop.fit`.
 OnEpoch = Callable[[Mapping[str, Any]], None]
 # Called with what a training will cost, before its first epoch.
@@ -345,10 +346,11 @@ def write_tables(
         device: where neighbours are searched.
     """
     run.write_tables(dataset)
-    features, attributes = (
-        {name: one for name, one in there.items() if modalities is None or name in modalities}
-        for there in (dataset.item_features, dataset.attribute_sets)
-    )
+
+    def kept(there: Mapping[str, ContentT]) -> dict[str, ContentT]:
+        return {name: one for name, one in there.items() if modalities is None or name in modalities}
+
+    features, attributes = kept(dataset.item_features), kept(dataset.attribute_sets)
     if features or attributes:
         encoders = {name: one for name, one in dataset.encoders.items() if name in features}
         content = ItemContent.of(features, k, device, attributes=attributes, encoders=encoders)

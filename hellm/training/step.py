@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from hellm.training.processes import Processes
 
-__all__ = ["EagerStep", "Step"]
+__all__ = ["EagerStep", "Step", "total_loss"]
 
 
 class Step:
@@ -74,7 +75,7 @@ class EagerStep(Step):
         self.processes.seed_step(epoch, step)
         terms = self._losses(epoch, step)
         first = step - step % self.accumulate
-        loss = sum(terms.values()) / (min(first + self.accumulate, self.num_steps) - first)
+        loss = total_loss(terms) / (min(first + self.accumulate, self.num_steps) - first)
         # A step with fewer histories than there are processes leaves some without a share.
         if self.processes.count == 1 or loss.requires_grad:
             loss.backward()
@@ -90,3 +91,8 @@ class EagerStep(Step):
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def total_loss(terms: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the terms of a loss."""
+    return functools.reduce(torch.add, terms.values())

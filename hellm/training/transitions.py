@@ -136,6 +136,7 @@ def _chosen(
             other = settings | {name: value}
             candidate = _counted(config, dataset, pairs, other)
             found = _evaluate(candidate, dataset, config, "valid")
+            assert found is not None  # of the same events
             tried.append({**other, monitor: found.metrics[monitor]})
             if found.metrics[monitor] > valid.metrics[monitor]:
                 model, valid, settings = candidate, found, other
