@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -34,7 +34,11 @@ def nearest_names(name: str, known: Sequence[str]) -> list[str]:
     return difflib.get_close_matches(name, known, n=3, cutoff=0.5)
 
 
-def id_list(ids: Iterable[str], what: str, *, missing: bool = False) -> list[str | None]:
+@overload
+def id_list(ids: Iterable[str], what: str) -> list[str]: ...
+@overload
+def id_list(ids: Iterable[str | None], what: str, *, missing: Literal[True]) -> list[str | None]: ...
+def id_list(ids: Iterable[str | None], what: str, *, missing: bool = False) -> Any:
     """Ids (or with `missing`, titles, some of them None) as texts.
 
     Raises: ValueError, one text in place of several, whose letters would be taken for ids; or lists within.
@@ -59,7 +63,7 @@ def history_lists(histories: Sequence[str] | Sequence[Sequence[str]]) -> list[li
             f"histories must be a list of item ids or of such lists, got "
             f"{'the text ' * isinstance(histories, str)}{histories!r}"
         )
-    lists = list(histories)
+    lists: list[Any] = list(histories)
     nested = [_is_list(one) for one in lists]
     if any(nested) and not all(nested):
         odd = lists[nested.index(not nested[0])]

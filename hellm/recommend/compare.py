@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hellm._files import read_json
 from hellm.artifact.files import LANGUAGE_MODEL, RESULT
-from hellm.baselines import BASELINES, fit_baseline
+from hellm.baselines import BASELINES, ItemKNN, fit_baseline
 from hellm.evaluate import Protocol, Row, log_test_evaluation, read_test_evaluations
 from hellm.evaluate import compare as compare_rows
 from hellm.evaluate.datasets import KNOWN_SPLITS
@@ -170,7 +170,7 @@ def _stage(name: str, kind: str) -> str | None:
 
 def _baseline(name: str, dataset: Dataset, split: str, *, seed: int):
     baseline = fit_baseline(name, dataset, seed=seed)
-    if dataset.has_cold_users and name == "itemknn":
+    if dataset.has_cold_users and isinstance(baseline, ItemKNN):
         return baseline.with_histories(*dataset.histories(*KNOWN_SPLITS[split]))
     return baseline
 

@@ -135,13 +135,14 @@ class _Fused:
     def inputs_of(self, run: Path, name: str) -> dict[str, Path]:
         """The runs that a language model reads. Raises: ValueError, one that is not given and no tower is."""
         config = self.settings(run, "finetune")
-        needed = {"graph": "graph" in config.item_inputs}
-        needed["sequence"] = "sequence" in config.item_inputs or config.model.sequence_residual
+        needed = {"graph": "graph" in config.named_inputs}
+        needed["sequence"] = "sequence" in config.named_inputs or config.model.sequence_residual
         return {role: self._input(run, name, role) for role, is_needed in needed.items() if is_needed}
 
     def _input(self, run: Path, name: str, role: str) -> Path:
-        if self.inputs.get(role) is not None:
-            return Path(self.inputs[role])
+        given = self.inputs.get(role)
+        if given is not None:
+            return Path(given)
         stage = {"graph": "pretrain", "sequence": "sasrec"}[role]
         for other in self.of_stage(stage):
             if role == "sequence" or _same_table(run, self.towers[other]):

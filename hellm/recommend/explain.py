@@ -56,7 +56,7 @@ def choose(
     place = np.arange(len(shared))
     rankings = [np.lexsort((place, -similarity, -shared)).tolist()]
     for modality in dict.fromkeys(name for link in links or () for name in link):
-        linked = [(i, link[modality]) for i, link in enumerate(links) if modality in link]
+        linked = [(i, link[modality]) for i, link in enumerate(links or ()) if modality in link]
         linked = [(i, link) for i, link in linked if link.similarity > 0 or link.shared_hyperedges]
         linked.sort(key=lambda one: (-one[1].shared_hyperedges, -one[1].similarity, one[0]))
         rankings.append([i for i, _ in linked])
@@ -68,8 +68,6 @@ def choose(
     return list(chosen)
 
 
-def cosines(table: Tensor | None, row: int, rows: np.ndarray) -> np.ndarray | None:
-    """Cosines [len(rows)] of row `row` with others; None without a table."""
-    if table is None:
-        return None
+def cosines(table: Tensor, row: int, rows: np.ndarray) -> np.ndarray:
+    """Cosines [len(rows)] of row `row` with others."""
     return F.cosine_similarity(table[row : row + 1], table[torch.from_numpy(rows)]).numpy()

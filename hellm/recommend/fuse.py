@@ -228,18 +228,21 @@ def _result(
     config: FuseConfig,
 ) -> tuple[dict[str, Any], RankingResult | None]:
     """What result.json holds but for the test of the sum and the time, and that test."""
-    parts = {}
+    parts: dict[str, tuple[RankingResult, RankingResult | None, float | None]] = {}
     for name, model in models.items():
         valid, _ = _evaluate(model, dataset, config, "valid")
         test, seconds = _evaluate(model, dataset, config, "test")
+        assert valid is not None  # the weights come of it
         parts[name] = (valid, test, seconds)
     valid, _ = _evaluate(fused, dataset, config, "valid")
+    assert valid is not None
     test, seconds = _evaluate(fused, dataset, config, "test")
     without = {}
     if test is not None and len(fused.weights) > 1:
         for name in fused.weights:
             rest = {other: weight for other, weight in fused.weights.items() if other != name}
             other, _ = _evaluate(ServedFused({one: models[one] for one in rest}, rest), dataset, config, "test")
+            assert other is not None  # of the events of `test`
             without[name] = _differences(test, other)
     result = {
         "stage": "fuse",
@@ -255,7 +258,7 @@ def _result(
                 "valid": one_valid.metrics,
                 "test": None if one_test is None else one_test.metrics,
                 "seconds_per_1000_users": one_seconds,
-                "difference_to_fused": None if test is None else _differences(one_test, test),
+                "difference_to_fused": None if test is None or one_test is None else _differences(one_test, test),
             }
             for name, (one_valid, one_test, one_seconds) in parts.items()
         },

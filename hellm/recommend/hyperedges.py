@@ -213,6 +213,7 @@ def _replaced(model: Any, content: ItemContent, less: ItemContent, trained: Tens
 def _convolved(graph: ServedGraph, content: ItemContent, trained: Tensor) -> dict[str, Tensor]:
     """Those tensors [I, D] of a graph model that depend on the hypergraph, made of it again."""
     branch, tensors, count = graph.branch, graph.tensors, content.num_placing
+    assert branch is not None  # see `missing_hypergraph`
     hypergraph = content.hypergraph(graph.modalities, branch.k)
     untrained = ~trained[:count] & branch.place_untrained
 

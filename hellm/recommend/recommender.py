@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -145,7 +146,13 @@ class Recommender:
         return len(self.item_ids)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "cpu", language_model: str | Path | None = None) -> Recommender:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: str = "cpu",
+        language_model: str | os.PathLike[str] | None = None,
+    ) -> Recommender:
         """The recommender of a finished run of stage 1, SASRec or fine-tuning, or one that `save` wrote.
 
         Args:
@@ -320,7 +327,8 @@ class Recommender:
             return []
         shared = explain.shared_users(current.events.users, current.events.items, row, rows)
         links = explain.content_links(current.content, row, rows)
-        keys, view = (explain.cosines(table, row, rows) for table in (current.keys, current.model.graph_view))
+        keys, graph_view = explain.cosines(current.keys, row, rows), current.model.graph_view
+        view = None if graph_view is None else explain.cosines(graph_view, row, rows)
         return [
             Reason(
                 current.ids.ids[rows[i]],
@@ -413,7 +421,7 @@ class Recommender:
         """The events that a user is known by, or those of a history, in time order."""
         if (user is None) == (history is None):
             raise ValueError(f"give either user or history, got {'neither' if user is None else 'both'}")
-        if user is None:
+        if history is not None:
             return rows_of(current.ids, id_list(history, "history"), "item")
         row = rows_of(current.user_ids, [str(user)], "user")[0]
         _, read = current.known(np.array([row]))
@@ -545,13 +553,14 @@ def _allowed(
         if not len(rows):
             raise ValueError("candidates must hold at least one item, got none")
         mask[torch.from_numpy(rows)] = True
-    if attributes and items.content is None:
-        raise ValueError(f"attributes need item content, and the run holds no {CONTENT}")
     for name, values in attributes.items():
+        if items.content is None:
+            raise ValueError(f"attributes need item content, and the run holds no {CONTENT}")
         mask &= items.content.has_value(name, id_list(values, f"attributes[{name!r}]"))
     mask[torch.from_numpy(rows_of(items.ids, exclude, "item"))] = False
-    for row in mask.nonzero().squeeze(1).tolist() if filter is not None else ():
-        mask[row] = bool(filter(items.ids.ids[row]))
+    if filter is not None:
+        for row in mask.nonzero().squeeze(1).tolist():
+            mask[row] = bool(filter(items.ids.ids[row]))
     return mask
 
 

@@ -97,9 +97,15 @@ class ServedModel(Protocol):
     kind: str
     label: str
     words: str
-    reads_content: bool
-    user: Tensor | None
-    graph_view: Tensor | None
+
+    @property
+    def reads_content(self) -> bool: ...
+
+    @property
+    def user(self) -> Tensor | None: ...
+
+    @property
+    def graph_view(self) -> Tensor | None: ...
 
     def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
         """Queries [B, D] float32 of histories in time order, given as CSR."""
@@ -444,7 +450,8 @@ class ServedFused:
         return self
 
 
-SERVED: dict[str, type[ServedModel]] = {
+# Not of `type[ServedModel]`: one of them has no queries.
+SERVED: dict[str, Any] = {
     one.kind: one for one in (ServedGraph, ServedSASRec, ServedTransitions, ServedLLM, ServedFused)
 }
 """Kind -> what serves a run of it."""

@@ -103,20 +103,22 @@ class State:
             histories: Of the users.
             read: [B] bool: who is known by the history; others by the trained embedding.
         """
-        if read.all():
+        user = self.model.user
+        if user is None or read.all():
             return self.history_scores(histories)
         by_row = torch.from_numpy(rows[~read])
         if not read.any():
-            return dot_products(self.model.user[by_row], self.keys)
+            return dot_products(user[by_row], self.keys)
         scores = torch.empty(len(rows), len(self.ids))
-        scores[torch.from_numpy(~read)] = dot_products(self.model.user[by_row], self.keys)
+        scores[torch.from_numpy(~read)] = dot_products(user[by_row], self.keys)
         scores[torch.from_numpy(read)] = self.history_scores(histories.take(np.flatnonzero(read)))
         return scores
 
     def history_scores(self, histories: Histories) -> Tensor:
         """Scores [B, I] of all items after histories."""
         queries = None if self.encoder is None else self._queries(self.encoder, histories)
-        return history_scores(self.model, self.keys, *(torch.from_numpy(part) for part in histories), queries)
+        indptr, items = (torch.from_numpy(part) for part in histories)
+        return history_scores(self.model, self.keys, indptr, items, queries)
 
     def _queries(self, encoder: QueryEncoder, histories: Histories) -> Tensor:
         """[B, D] of an encoder, and of the model where a history has items that the encoder does not know."""
@@ -136,7 +138,7 @@ class State:
 
     def without_hyperedge(self, modality: str, name: str) -> State:
         """See `Recommender.without_hyperedge`."""
-        if self.missing_hypergraph is not None:
+        if self.content is None or self.missing_hypergraph is not None:
             raise ValueError(self.missing_hypergraph)
         row = hyperedge_row(self.content, self.ids, modality, name)
         trained = self.popularity > 0
@@ -183,10 +185,10 @@ class State:
         tensors = dict(sorted(tensors.items(), key=lambda pair: places.get(pair[0], len(places))))
         known = self.ids.copy()
         names = _new_ids(ids, known, self.ids)
-        titles = (
-            [None] * len(names) if titles is None else [one or None for one in id_list(titles, "titles", missing=True)]
-        )
-        counts = {"titles": len(titles)} | {f"features[{key!r}]": len(x) for key, x in tensors.items()}
+        texts: list[str | None] = [None] * len(names)
+        if titles is not None:
+            texts = [one or None for one in id_list(titles, "titles", missing=True)]
+        counts = {"titles": len(texts)} | {f"features[{key!r}]": len(x) for key, x in tensors.items()}
         for name, count in counts.items():
             if count != len(names):
                 raise ValueError(f"{name} must be of the {len(names)} new items, got {count}")
@@ -205,12 +207,12 @@ class State:
                 len(alone),
                 names[int(alone[0])],
             )
-        model = self.model.extended(NewItems(tensors, titles, content, nearest, weights))
+        model = self.model.extended(NewItems(tensors, texts, content, nearest, weights))
         rows = {
             "side": ["item"] * len(names),
             "index": [*range(len(self.ids), len(known))],
             "id": names,
-            "title": titles,
+            "title": texts,
         }
         return replace(
             self,
@@ -218,7 +220,7 @@ class State:
             content=content.extended(tensors, nearest),
             table=pl.concat([self.table, pl.DataFrame(rows, schema=self.table.schema)]),
             ids=known,
-            titles=self.titles + titles,
+            titles=self.titles + texts,
             keys=model.item_keys(),
             popularity=torch.cat([self.popularity, torch.zeros(len(names))]),
             scorers={},
