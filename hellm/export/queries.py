@@ -6,6 +6,7 @@ B = histories, D = embedding width.
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ class OnnxEncoder:
         without queries. DataError, damaged files. ImportError, without onnxruntime.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         folder = Path(folder)
         report = read_json(folder / "export.json")
         if report.get("to") != "onnx":

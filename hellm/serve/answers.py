@@ -25,7 +25,7 @@ Answer = dict[str, Any] | BaseException
 
 
 def one_by_one(
-    question: Callable[[Snapshot, Any], dict[str, Any]],
+    question: Callable[[Snapshot, Any], Any],
 ) -> Callable[[Snapshot, Sequence[Any]], list[Answer]]:
     """A question that is answered for one request at a time."""
 
@@ -70,7 +70,8 @@ class _Ids:
             self.users = [user if user in kept else None for user in request.users]
         else:
             self.histories = [
-                self._items(one, f"histories[{number}]", "histories") for number, one in enumerate(request.histories)
+                self._items(one, f"histories[{number}]", "histories")
+                for number, one in enumerate(request.histories or ())
             ]
         self.exclude = self._items(request.exclude, "exclude")
         self.candidates = None if request.candidates is None else self._items(request.candidates, "candidates")
@@ -79,10 +80,16 @@ class _Ids:
         return self._kept(ids, self.snapshot.recommender.item_ids, self.snapshot.nearest_items, field, counted)
 
     def _kept(
-        self, ids: Sequence[str], known: IdMap, nearest: Nearest, field: str, counted: str | None = None, **kind: str
+        self,
+        ids: Sequence[str],
+        known: IdMap,
+        nearest: Nearest,
+        field: str,
+        counted: str | None = None,
+        kind: str = "item",
     ) -> list[str]:
         if not self.ignore:
-            known_ids(ids, known, nearest, field + "[{place}]", **kind)
+            known_ids(ids, known, nearest, field + "[{place}]", kind=kind)
             return list(ids)
         kept = [one for one in ids if one in known]
         if len(kept) < len(ids):
@@ -112,7 +119,7 @@ def recommend(snapshot: Snapshot, requests: Sequence[RecommendRequest]) -> list[
         try:
             lists = iter(_lists(snapshot.recommender, request, [ids for _, ids in call]))
             for number, ids in call:
-                own = [next(lists) for _ in (ids.users if ids.users is not None else ids.histories)]
+                own = [next(lists) for _ in (ids.users if ids.users is not None else ids.histories or ())]
                 answers[number] = _answer(snapshot, requests[number], ids, own)
         except Exception as error:
             for number, _ in call:
@@ -161,8 +168,8 @@ def _lists(recommender: Recommender, request: RecommendRequest, asked: Sequence[
         "attributes": request.filters,
     }
     if request.users is None:
-        return recommender.recommend(histories=[one for ids in asked for one in ids.histories], **options)
-    users = [user for ids in asked for user in ids.users]
+        return recommender.recommend(histories=[one for ids in asked for one in ids.histories or ()], **options)
+    users = [user for ids in asked for user in ids.users or ()]
     known = [user for user in users if user is not None]
     lists = iter(recommender.recommend(known, **options) if known else [])
     if len(known) == len(users):
@@ -177,7 +184,7 @@ def _answer(snapshot: Snapshot, request: RecommendRequest, ids: _Ids, lists: Seq
     for place, (name, one) in enumerate(zip(names, lists, strict=True)):
         value = {"user": name, "basis": one.basis, "items": [vars(item) for item in one.items]}
         if request.explain:
-            owner = {"history": ids.histories[place]} if ids.users is None else {"user": ids.users[place]}
+            owner = {"user": ids.users[place]} if ids.users is not None else {"history": (ids.histories or ())[place]}
             value["items"] = [
                 item | {"reasons": _reasons(snapshot, item["item"], one.basis, owner, request.explain)}
                 for item in value["items"]
@@ -219,7 +226,7 @@ def explain(snapshot: Snapshot, request: ExplainRequest) -> dict[str, Any]:
     known_ids([request.item], recommender.item_ids, snapshot.nearest_items, "item")
     if request.user is not None:
         known_ids([request.user], recommender.user_ids, snapshot.nearest_users, "user", kind="user")
-    else:
+    elif request.history is not None:
         known_ids(request.history, recommender.item_ids, snapshot.nearest_items, "history[{place}]")
     reasons = recommender.explain(request.item, user=request.user, history=request.history, k=request.k)
     return {"item": request.item, "reasons": [one.to_dict() for one in reasons], **snapshot.receipt()}

@@ -76,7 +76,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = message | {"headers": [*message.get("headers", ()), *_HEADERS]}
+                message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
             await send(message)
 
         try:
@@ -170,6 +170,7 @@ class _ClientGoneError(Exception):
 def _time_limit(seconds: float) -> Iterator[None]:
     """Raises: RequestError, what is within takes longer. A task of its own, as `asyncio.wait_for` makes, costs more."""
     task, is_late = asyncio.current_task(), False
+    assert task is not None  # a server is one
 
     def give_up() -> None:
         nonlocal is_late
@@ -182,9 +183,10 @@ def _time_limit(seconds: float) -> Iterator[None]:
     except asyncio.CancelledError:
         if not is_late:
             raise
-        if hasattr(task, "uncancel"):
-            # Of Python 3.11: nobody is to think that the task is still to end.
-            task.uncancel()
+        # Of Python 3.11: nobody is to think that the task is still to end.
+        uncancel = getattr(task, "uncancel", None)
+        if uncancel is not None:
+            uncancel()
         raise RequestError(408, f"a request must have been sent after {seconds:g} seconds") from None
     finally:
         timer.cancel()

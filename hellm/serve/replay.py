@@ -165,8 +165,8 @@ class _States:
 def _model_of(logged: _Logged) -> tuple[str, bool, int, int]:
     """The run, whether onnxruntime has read histories, from where on the store counts, and threads (0: unknown)."""
     receipt, threads = logged.receipt, logged.computed_by.get("threads")
-    known = isinstance(threads, int) and 1 <= threads <= _MAX_THREADS
-    return receipt.run_hash, receipt.model_version.endswith(BY_ONNX), receipt.learned, threads if known else 0
+    known = threads if isinstance(threads, int) and 1 <= threads <= _MAX_THREADS else 0
+    return receipt.run_hash, receipt.model_version.endswith(BY_ONNX), receipt.learned, known
 
 
 def _outcome(logged: _Logged, states: _States, here: dict[str, Any]) -> Outcome:

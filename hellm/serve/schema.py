@@ -128,12 +128,16 @@ class ItemRequest(_Request):
     id: Id
     title: Annotated[str, Field(max_length=2000)] | None = None
     description: Annotated[str, Field(max_length=20_000)] | None = None
-    picture: Annotated[str, Field(max_length=20_000_000)] | None = Field(None, description="An image file in base64.")
+    picture: Annotated[str, Field(max_length=20_000_000)] | None = Field(
+        default=None, description="An image file in base64."
+    )
     attributes: Annotated[dict[Value, Annotated[list[Value], Field(max_length=100)]], Field(max_length=16)] = {}
     features: Annotated[
         dict[Value, Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=16_384)]],
         Field(max_length=16),
-    ] = Field({}, description="Modality -> features, as the run's own were made, in place of what the server encodes.")
+    ] = Field(
+        default={}, description="Modality -> features, as the run's own were made, in place of what the server encodes."
+    )
 
 
 class Receipt(BaseModel):

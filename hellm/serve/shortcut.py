@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -33,7 +34,7 @@ class Shortcut:
 
     def __init__(self, app: ASGIApp, endpoints: dict[str, tuple[type[BaseModel], Endpoint]], router: APIRouter) -> None:
         self.app = app
-        routes = {route.path: route for route in router.routes}
+        routes = {route.path: route for route in router.routes if isinstance(route, APIRoute)}
         self._endpoints = {path: (*found, routes[path]) for path, found in endpoints.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

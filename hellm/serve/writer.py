@@ -56,9 +56,10 @@ def write(
     Returns: What is to be served now, and for each job a `Stored` or an exception.
     """
     known = {}
-    for kind in ("event", "item") if store is not None else ():
-        found = store.find(kind, [one.key for one in _entries(jobs) if one.kind == kind])
-        known |= {(kind, key): entry for key, entry in found.items()}
+    if store is not None:
+        for kind in ("event", "item"):
+            found = store.find(kind, [one.key for one in _entries(jobs) if one.kind == kind])
+            known |= {(kind, key): entry for key, entry in found.items()}
     change = _Change(snapshot)
     results: list[Any] = []
     for job in jobs:
@@ -68,13 +69,14 @@ def write(
             results.append(error)
     new = change.applied()
     if change.entries:
+        assert store is not None  # which alone has entries
         try:
             new = replace(new, revision=store.append(change.entries))
         except WriteError as error:
             logger.error("nothing can be stored: %s", error)
             failure = Overloaded("nothing can be stored at the moment", retry_after=10)
             return snapshot, [one if isinstance(one, Exception) else failure for one in results]
-    done = [Stored(*one, new) if isinstance(one, tuple) else one for one in results]
+    done = [Stored(one[0], one[1], one[2], new) if isinstance(one, tuple) else one for one in results]
     return new, done
 
 

@@ -125,15 +125,20 @@ def _repeated(data: Dataset) -> np.ndarray:
     return _where(first[inverse] != np.arange(data.num_events))
 
 
+def _times(data: Dataset) -> np.ndarray:
+    assert data.timestamps is not None  # where a finding is about time
+    return data.timestamps
+
+
 def _inverted(data: Dataset) -> np.ndarray:
     last = np.full(data.num_users, -np.inf)
     train = data.split == 0
-    np.maximum.at(last, data.users[train], data.timestamps[train])
-    return _where((data.timestamps < last[data.users]) & ~train)
+    np.maximum.at(last, data.users[train], _times(data)[train])
+    return _where((_times(data) < last[data.users]) & ~train)
 
 
 def _tied(data: Dataset) -> np.ndarray:
-    equal = (np.diff(data.users) == 0) & (np.diff(data.timestamps) == 0)
+    equal = (np.diff(data.users) == 0) & (np.diff(_times(data)) == 0)
     return _where(np.concatenate([[False], equal]) | np.concatenate([equal, [False]]))
 
 
@@ -153,6 +158,6 @@ _ROWS: dict[str, tuple[str, Callable[[Dataset], np.ndarray]]] = {
     "users_without_events": ("users", lambda data: _where(_lengths(data) == 0)),
     "items_without_events": ("items", lambda data: _where(_counts(data) == 0)),
     "short_histories": ("users", lambda data: _where((_lengths(data) > 0) & (_lengths(data) < 3))),
-    "titles": ("items", lambda data: _where([not one for one in data.item_titles])),
-    "largest_user": ("users", lambda data: _lengths(data).argmax(keepdims=True)),
+    "titles": ("items", lambda data: _where([not one for one in data.item_titles or ()])),
+    "largest_user": ("users", lambda data: np.atleast_1d(_lengths(data).argmax())),
 }

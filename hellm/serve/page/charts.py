@@ -49,7 +49,9 @@ class Interval(NamedTuple):
         return (self.value, self.value) if self.low is None or self.high is None else (self.low, self.high)
 
     def __str__(self) -> str:
-        return number(self.value) + ("" if self.low is None else f", {number(self.low)} to {number(self.high)}")
+        if self.low is None or self.high is None:
+            return number(self.value)
+        return f"{number(self.value)}, {number(self.low)} to {number(self.high)}"
 
 
 def number(value: float) -> str:
@@ -92,7 +94,9 @@ def _in_words(line: Line) -> str:
     (first, start), (last, end) = line.points[0], line.points[-1]
     told = f"{line.name}: from {number(start)} at {number(first)} to {number(end)} at {number(last)}"
     best = next((y for x, y in line.points if x == line.best), None)
-    return told + (f", chosen {number(best)} at {number(line.best)}." if best is not None else ".")
+    if best is None or line.best is None:
+        return told + "."
+    return told + f", chosen {number(best)} at {number(line.best)}."
 
 
 def interval_chart(

@@ -27,7 +27,7 @@ def reason_in_words(reason: dict[str, Any]) -> str:
     said, number = [], reason["shared_users"]
     if number:
         said.append("1 customer has both" if number == 1 else f"{number:,} customers have both")
-    alike = [_NAMES.get(name, name) for name, link in (reason["content"] or {}).items() if link["shared_hyperedges"]]
+    alike = [_NAMES.get(name) or name for name, link in (reason["content"] or {}).items() if link["shared_hyperedges"]]
     if alike:
         said.append(f"alike in {' and '.join([', '.join(alike[:-1]), alike[-1]] if len(alike) > 1 else alike)}")
     return ", ".join(said) or "near each other in what the model has learnt"

@@ -194,7 +194,7 @@ def data(request: Request, finding: Words = "", page: Page = 1) -> Response:
     if not finding:
         return render(request, "data.html", catalogue=catalogue)
     found = catalogue.finding(finding) if catalogue is not None else None
-    if found is None:
+    if catalogue is None or found is None:
         raise RequestError(404, f"there is no finding {finding!r} in the data of this server")
     part = page_of(found.rows, page, _EVENTS if found.kind == "events" else _ITEMS)
     rows = [_row(catalogue, found.kind, row) for row in part["rows"].tolist()]
@@ -372,8 +372,8 @@ async def _sent(request: Request, given: dict[str, Any]) -> tuple[ItemRequest, b
         except (binascii.Error, ValueError):
             raise RequestError(422, "the picture must be base64", field="picture") from None
     attributes = {name: [value] for name, value in given["attributes"].items()}
-    texts = {name: given[name] or None for name in ("title", "description")}
-    return ItemRequest(id=given["id"], attributes=attributes, **texts), upload or None
+    title, description = given["title"] or None, given["description"] or None
+    return ItemRequest(id=given["id"], attributes=attributes, title=title, description=description), upload or None
 
 
 def _text(form: FormData, name: str) -> str:

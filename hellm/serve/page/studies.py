@@ -81,7 +81,8 @@ def item_hyperedges(snapshot: Snapshot, request: HyperedgeRequest) -> dict[str, 
     found: dict[str, Any] = {"item": named(snapshot, [row])[0], "missing": missing, "effect": None, "rank": None}
     if request.user is not None:
         found["rank"] = recommender.rank(request.item, user=request.user)
-        found["has_it"] = bool((recommender.histories.take(np.array([_user(recommender, request)])).items == row).any())
+        user = recommender.user_ids.index(request.user)
+        found["has_it"] = bool((recommender.histories.take(np.array([user])).items == row).any())
     if request.user is not None and missing is None and chosen is not None:
         less = recommender.without_hyperedge(chosen.modality, chosen.name)
         ranks[chosen.modality, chosen.name] = less.rank(request.item, user=request.user)
@@ -97,10 +98,6 @@ def item_hyperedges(snapshot: Snapshot, request: HyperedgeRequest) -> dict[str, 
         "untried": len(hyperedges) - len(ranks) if request.try_all and ranks else 0,
         "events": int(recommender.popularity[row]),
     }
-
-
-def _user(recommender: Recommender, request: HyperedgeRequest) -> int:
-    return recommender.user_ids.index(request.user)
 
 
 def _chosen(hyperedges: Sequence[Hyperedge], request: HyperedgeRequest) -> Hyperedge | None:
@@ -144,7 +141,8 @@ def _members(snapshot: Snapshot, chosen: Hyperedge, request: HyperedgeRequest) -
     similarities = [None] * len(rows) if chosen.similarities is None else chosen.similarities[: len(rows)].tolist()
     had = set()
     if request.user is not None:
-        had = set(recommender.histories.take(np.array([_user(recommender, request)])).items.tolist())
+        user = recommender.user_ids.index(request.user)
+        had = set(recommender.histories.take(np.array([user])).items.tolist())
     return [
         one
         | {
@@ -209,17 +207,18 @@ class Comparison:
         if tested:
             comparison.metric = next((name for name in tested if name.startswith("ndcg")), next(iter(tested)))
             users, *values = tested[comparison.metric]
-            comparison.metrics = tuple(dict(zip(users, one, strict=True)) for one in values)
+            first, second = (dict(zip(users, one, strict=True)) for one in values)
+            comparison.metrics = first, second
         return comparison
 
     def advance(self) -> None:
         """Compare some more users."""
         until = time.monotonic() + _SECONDS / 2
-        recommenders = [snapshot.recommender for snapshot in self.snapshots]
+        first, second = (snapshot.recommender for snapshot in self.snapshots)
         while not self.is_done:
             begun, part = time.monotonic(), self.users[len(self.found) :][: self._chunk]
             # Another list each time: a page may be reading the one before.
-            self.found = self.found + disagreements(*recommenders, part, LENGTH)
+            self.found = self.found + disagreements(first, second, part, LENGTH)
             if time.monotonic() > until:
                 break
             if time.monotonic() - begun < _SECONDS / 20:
@@ -236,7 +235,8 @@ class Comparison:
                 return one
         for snapshot in self.snapshots:
             known_ids([user], snapshot.recommender.user_ids, snapshot.nearest_users, "user", kind="user", status=404)
-        return disagreements(*(snapshot.recommender for snapshot in self.snapshots), [user], LENGTH)[0]
+        first, second = (snapshot.recommender for snapshot in self.snapshots)
+        return disagreements(first, second, [user], LENGTH)[0]
 
 
 def _tested_users(one: Snapshot, other: Snapshot) -> dict[str, tuple[list[str], np.ndarray, np.ndarray]]:
@@ -247,19 +247,19 @@ def _tested_users(one: Snapshot, other: Snapshot) -> dict[str, tuple[list[str], 
     facts = [snapshot.recommender.training for snapshot in (one, other)]
     same = [(fact.get("data") or {}).get("fingerprint") for fact in facts]
     protocols = [(fact.get("test") or {}).get("protocol") for fact in facts]
-    kept = [read_test_users(snapshot.folder) for snapshot in (one, other)]
-    if not all(kept) or same[0] is None or same[0] != same[1] or protocols[0] != protocols[1]:
+    here, there = read_test_users(one.folder), read_test_users(other.folder)
+    if here is None or there is None or same[0] is None or same[0] != same[1] or protocols[0] != protocols[1]:
         return {}
     places = []
-    for snapshot, (rows, _) in zip((one, other), kept, strict=True):
+    for snapshot, (rows, _) in ((one, here), (other, there)):
         ids = snapshot.recommender.user_ids.ids
         places.append({ids[row]: place for place, row in enumerate(rows.tolist())})
     users = [user for user in places[0] if user in places[1]]
     if not users:
         return {}
     index = [[place[user] for user in users] for place in places]
-    names = [name for name in kept[0][1] if name in kept[1][1]]
-    return {name: (users, kept[0][1][name][index[0]], kept[1][1][name][index[1]]) for name in names}
+    names = [name for name in here[1] if name in there[1]]
+    return {name: (users, here[1][name][index[0]], there[1][name][index[1]]) for name in names}
 
 
 # ---- items in a plane
@@ -339,15 +339,11 @@ class Studies:
         other = self._service.compared_with(snapshot)
         if other is None:
             return [None] * len(requests)
-        before = self._comparison
-        is_of_these = before is not None and [one.run_hash for one in before.snapshots] == [
-            snapshot.run_hash,
-            other.run_hash,
-        ]
-        if any(requests) or not is_of_these:
-            self._comparison = Comparison.of(snapshot, other)
-        self._comparison.advance()
-        return [self._comparison] * len(requests)
+        comparison, runs = self._comparison, [snapshot.run_hash, other.run_hash]
+        if any(requests) or comparison is None or [one.run_hash for one in comparison.snapshots] != runs:
+            comparison = self._comparison = Comparison.of(snapshot, other)
+        comparison.advance()
+        return [comparison] * len(requests)
 
     def differences(self, snapshot: Snapshot, requests: Sequence[Any]) -> list[dict[str, tuple[float, float, float]]]:
         """Metric -> mean paired difference of the served run and the other in the test, with its interval.
