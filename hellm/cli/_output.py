@@ -41,6 +41,8 @@ def printable(stream: Any) -> Iterator[None]:
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
     signs = error.object[error.start : error.end]
     plain = (_PLAIN.get(sign, sign.encode("ascii", "backslashreplace").decode()) for sign in signs)
     return "".join(plain), error.end

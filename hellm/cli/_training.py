@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hellm.artifact.files import CONFIG
 from hellm.cli._output import count, duration, print_json, table
@@ -15,7 +15,10 @@ from hellm.config import config_from_dict, config_to_dict, load_config, load_sav
 
 __all__ = ["parse_settings", "print_result", "run_training", "settings_parser"]
 
-ConfigT = TypeVar("ConfigT")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 
 def run_training(

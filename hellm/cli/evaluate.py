@@ -64,8 +64,9 @@ def run(argv: Sequence[str]) -> int:
     check_metrics(args.metrics, "--metrics")
     rows = named_rows(args.models)
     # Here --split names the held-out events; how the data are split is --data-split, or as the runs have it.
-    split = args.data_split or split_of_runs(rows)
-    dataset = load_dataset(args.data, **reading_options(args) | {"split": split})
+    reading = reading_options(args)
+    reading["split"] = args.data_split or split_of_runs(rows)
+    dataset = load_dataset(args.data, **reading)
     if max(args.ks) > dataset.num_items:
         logger.warning("list lengths (--ks) cut to the %d items there are", dataset.num_items)
     comparison = compare(

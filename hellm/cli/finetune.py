@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hellm.cli._output import count, duration
@@ -31,7 +31,7 @@ def _train(config: FinetuneConfig, dataset, out: str, **options) -> dict[str, An
 
     from hellm.training.finetune import finetune
 
-    def show(plan: dict[str, Any]) -> None:
+    def show(plan: Mapping[str, Any]) -> None:
         for line in _plan_lines(plan, config.max_epochs):
             print(line, file=sys.stderr)
 
@@ -75,7 +75,7 @@ def _print_plan(plan: dict[str, Any], dataset) -> None:
     print("Nothing was trained or written (--dry-run).")
 
 
-def _plan_lines(plan: dict[str, Any], max_epochs: int) -> list[str]:
+def _plan_lines(plan: Mapping[str, Any], max_epochs: int) -> list[str]:
     gigabytes = ", ".join(f"{value / 1e9:.1f} GB ({name})" for name, value in plan["memory_bytes"].items())
     return [
         f"  parameters       {count(plan['num_trained_parameters'])} trained of {count(plan['num_parameters'])}",

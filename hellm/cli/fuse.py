@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from hellm.cli._output import difference, duration, print_json, table
@@ -54,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def print_plan(plan: dict[str, Any], file: TextIO | None = None) -> None:
+def print_plan(plan: Mapping[str, Any], file: TextIO | None = None) -> None:
     """What a fusion is likely to cost, before it starts; on standard output if there is no `file`."""
     speeds = ", ".join(f"{name} {seconds:.2g} s" for name, seconds in plan["seconds_per_1000_users"].items())
     print(
@@ -64,7 +65,7 @@ def print_plan(plan: dict[str, Any], file: TextIO | None = None) -> None:
     )
 
 
-def print_fusion(result: dict[str, Any], out: str) -> None:
+def print_fusion(result: dict[str, Any], out: str | os.PathLike[str]) -> None:
     """What was chosen, what it comes to, and what each tower adds, for people."""
     names = [name for name in result["valid"]["metrics"] if name.startswith(("recall", "ndcg"))]
     k = names[len(names) // 2].partition("@")[2] if names else ""

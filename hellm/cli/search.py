@@ -80,7 +80,7 @@ def _parser(stage: str, config_class: type, inputs: Mapping[str, str]):
         dry_run="only print what would be searched",
         json="print search.json as one line, the last of the output",
     )
-    parser.usage = parser.usage.replace("--out DIR ", "--out DIR --trials N ", 1) + " [SETTING=SPACE ...]"
+    parser.usage = str(parser.usage).replace("--out DIR ", "--out DIR --trials N ", 1) + " [SETTING=SPACE ...]"
     parser.add_argument("--trials", type=int, metavar="N", help="trials in all, those before --resume counted")
     return parser
 

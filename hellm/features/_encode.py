@@ -59,7 +59,9 @@ def encode_rows(
     for start in tqdm(range(0, len(pending), batch_size), desc=name, unit="batch", disable=None):
         rows = pending[start : start + batch_size]
         encoded = [
-            (keys[row], value) for row, value in zip(rows, encode(rows), strict=True) if not np.isnan(value).any()
+            (key, value)
+            for row, value in zip(rows, encode(rows), strict=True)
+            if (key := keys[row]) is not None and not np.isnan(value).any()
         ]
         if cache is not None:
             cache.put(encoded)

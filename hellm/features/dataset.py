@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def add_features(
     text_fields: Sequence[str] = TEXT_FIELDS,
     batch_size: int = 32,
     device: str = "auto",
-    cache: str | Path | None = None,
+    cache: str | os.PathLike[str] | None = None,
     **text_options: Any,
 ) -> Dataset:
     """The data set with the item features "text" and "image" encoded anew; its other features stay.

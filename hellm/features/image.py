@@ -215,7 +215,7 @@ class ImageEncoder:
             )
         error_of = {key: errors[path] for path, key in zip(paths, keys, strict=True) if key and path in errors}
         for path, key in zip(paths, keys, strict=True):
-            error = errors.get(path) or error_of.get(key)
+            error = errors.get(path) or (None if key is None else error_of.get(key))
             if error is not None and on_unreadable is not None:
                 on_unreadable(path, error)
         return features
@@ -267,7 +267,7 @@ class _VisionModel(ImageEncoder):
 
 
 def _preprocessor_config(name: str, revision: str | None) -> dict[str, Any]:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path = cached_file(name, "preprocessor_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
     return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))

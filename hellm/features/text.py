@@ -190,7 +190,8 @@ class _TextModel(TextEncoder):
         if limits[2]:
             # RoBERTa's kind counts positions from behind that of padding.
             places = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
-            limits[2] -= 1 + places.padding_idx if getattr(places, "padding_idx", None) is not None else 0
+            padding = getattr(places, "padding_idx", None)
+            limits[2] -= 0 if padding is None else 1 + padding
         self.max_length = min(limit for limit in limits if limit)
         self.dim = self.encode(self.tokens(["a"])).shape[1]
         self.key = encoder_key(model.state_dict(), {"kind": "text", "pooling": "mean"} | _precision(bfloat16))

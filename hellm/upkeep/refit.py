@@ -101,17 +101,18 @@ def _steps(pipeline: Pipeline, dataset: Dataset):
 def _refit_stage(run: Path, dataset: Dataset, out: Path, resume, overwrite):
     if not (run / RESULT).is_file():
         raise FileNotFoundError(f"{run} holds no {RESULT}: it is no run directory, or the run is not finished")
-    stage = read_json(run / RESULT).get("stage")
-    if stage not in STAGES or STAGES[stage].inputs:
+    name = read_json(run / RESULT).get("stage")
+    stage = STAGES.get(name) if isinstance(name, str) else None
+    if stage is None or stage.inputs:
         raise ValueError(
-            f"{run} must be a run of all stages, stage 1, SASRec or transitions, got stage {stage!r}, which builds on "
+            f"{run} must be a run of all stages, stage 1, SASRec or transitions, got stage {name!r}, which builds on "
             "other runs; refit those and repeat its command, or refit the run of all stages"
         )
     check_continues(run, dataset)
-    config = load_saved_config(STAGES[stage].config, run / CONFIG)
+    config = load_saved_config(stage.config, run / CONFIG)
     # One that is not warm is fitted anew, as transitions are in seconds.
-    start = {"start": run} if STAGES[stage].warm else {}
-    STAGES[stage].train(config, dataset, out, resume=resume, overwrite=overwrite, **start)
+    start = {"start": run} if stage.warm else {}
+    stage.train(config, dataset, out, resume=resume, overwrite=overwrite, **start)
     return run, out, (config.monitor[0], config.protocol)
 
 

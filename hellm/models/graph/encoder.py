@@ -159,11 +159,13 @@ class GraphEncoder(nn.Module):
         )
 
     def _item_view(self, num_layers: int) -> Tensor:
+        table, hypergraph = self.item_branch_table, self.item_hypergraph
+        assert table is not None and hypergraph is not None
         if num_layers == 0:
-            return self.item_branch_table.weight
+            return table.weight
         return ops.hypergraph_conv(
-            self.item_branch_table.weight,
-            self.item_hypergraph,
+            table.weight,
+            hypergraph,
             normalization="symmetric",
             hyperedge_degree=False,
             num_layers=num_layers,
@@ -210,9 +212,9 @@ class GraphEncoder(nn.Module):
         folded = self.backbone.fold_in(self.user_table.weight, self.item_table.weight, self.user_hypergraph)
         source, exponent = (self.backbone_items(), 1.0) if folded is None else folded
         view = None
-        if self.user_branch_table is not None:
+        neighbours = self._user_view(self.num_user_layers - 1)
+        if neighbours is not None:
             # The sum over users points the same way as their mean, and only its direction is used.
-            neighbours = self._user_view(self.num_user_layers - 1)
             view = self._placed(ops.incidence_product(neighbours, self.user_hypergraph, transpose=True))
         return FoldIn(self._placed(source.detach()), view, exponent)
 

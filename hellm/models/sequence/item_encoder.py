@@ -144,6 +144,7 @@ class ItemEncoder(nn.Module):
                 # A hidden layer makes something of nothing.
                 projected = projected * x.any(dim=1, keepdim=True)
             total = projected if total is None else total + projected
+        assert total is not None  # ids or features: see `__init__`
         return total
 
     def extended(self, content: Mapping[str, Tensor], mean: Callable[[Tensor], Tensor]) -> ItemEncoder:

@@ -144,8 +144,7 @@ class SASRec(nn.Module):
         row = order[row]
         groups = _groups(length, fixed=not self.training)
         place = torch.cat([group.place for group in groups])
-        table = self.items() if table is None else table
-        x = F.embedding(items[row, column], table) + self.position_embedding(place)
+        x = F.embedding(items[row, column], self.items() if table is None else table) + self.position_embedding(place)
         x = self.dropout(self.norm(x))
         if not self.training:
             # With fixed widths of attention as well, a history has the same bits whatever others are beside it.
@@ -206,7 +205,7 @@ class SASRec(nn.Module):
             mean: [I, D] trained embeddings -> [n, D] those that the new items get.
         """
         items = self.items.extended(content, mean)
-        settings = self.settings | {"num_items": items.num_items}
+        settings: dict[str, Any] = self.settings | {"num_items": items.num_items}
         other = SASRec(**settings, content={modality: items.content(modality) for modality in items.modalities})
         state = self.state_dict() | {f"items.{name}": value for name, value in items.state_dict().items()}
         other.load_state_dict(state)

@@ -177,12 +177,13 @@ class TransitionModel:
         kind, tensors, metadata = read_embeddings(run_directory)
         if kind != "transitions":
             raise ValueError(f"{Path(run_directory) / EMBEDDINGS} must hold transitions, got a model of kind {kind!r}")
-        transitions, similar = (
-            ItemPairs(*(tensors.get(f"{name}.{part}") for part in ItemPairs._fields))
-            for name in ("transitions", "similar")
-        )
+
+        def pairs(name: str) -> ItemPairs:
+            return ItemPairs(*(tensors[f"{name}.{part}"] for part in ItemPairs._fields))
+
+        similar = pairs("similar") if "similar.source" in tensors else None
         settings = {name: float(metadata[name]) for name in _SETTINGS}
-        return cls(int(metadata["num_items"]), transitions, None if similar.source is None else similar, **settings)
+        return cls(int(metadata["num_items"]), pairs("transitions"), similar, **settings)
 
     def _spread(self, x: Tensor, *, transpose: bool) -> Tensor:
         """A^T x, or A x with `transpose`, of [I, B]: weight that goes to the nearest items, or is read from them."""
