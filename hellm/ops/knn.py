@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hellm._arrays import as_count
+from hellm._rows import largest
 from hellm.ops._cases import Case, Samples
 from hellm.ops._checks import checked_rows
 from hellm.ops._dtypes import accumulation_dtype, wide
@@ -83,15 +84,11 @@ def by_panels(arguments: KnnArguments, panel_bytes: int = 2**28) -> tuple[Tensor
 
 
 def _nearest(unit: Tensor, present: Tensor, start: int, stop: int, k: int) -> tuple[Tensor, Tensor]:
-    """The k best columns of some rows of unit unit^T; of equals the first ones, which topk does not promise."""
+    """The k best columns of some rows of unit unit^T; of equals the first ones."""
     similarity = (unit[start:stop] @ unit.T).masked_fill_(~present, float("-inf"))
     similarity[~present[start:stop]] = float("-inf")
-    least = similarity.topk(k, dim=1).values[:, -1:]
-    better, equal = similarity > least, similarity == least
-    room = k - better.sum(1, keepdim=True)
-    column = (better | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, k)
-    value, order = similarity.gather(1, column).sort(dim=1, descending=True, stable=True)
-    return column.gather(1, order), value
+    value, column = largest(similarity, k)
+    return column, value
 
 
 def _run(method: Callable, arguments: KnnArguments) -> tuple[Tensor, Tensor]:

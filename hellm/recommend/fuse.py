@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from hellm.evaluate import (
 )
 from hellm.recommend.compare import check_run_of
 from hellm.recommend.recommender import Recommender
-from hellm.recommend.served import ServedFused, ServedModel
+from hellm.recommend.served import Placing, ServedFused, ServedModel
 from hellm.training.fusion import Selection, TowerScores, select_towers
 from hellm.training.stage import OpenedRun, open_run, resolve_common, tested, write_tables
 
@@ -86,13 +86,15 @@ def fuse(
         if not _NAME.fullmatch(name):
             raise ValueError(f"names of towers must be letters, digits, '_', '-' and '.', got {name!r}")
 
-    def prepare(config: FuseConfig, dataset: Dataset) -> dict[str, ServedModel]:
-        models = {}
+    def prepare(config: FuseConfig, dataset: Dataset) -> _Towers:
+        found = _Towers({}, {})
         for name, run in towers.items():
             recommender = Recommender.load(run, device=config.device)
             check_run_of(recommender, run, dataset)
-            models[name] = recommender.model
-        return models
+            found.models[name] = recommender.model
+            if recommender.content is not None:
+                found.placing[name] = Placing.of(recommender.content)
+        return found
 
     with open_run(
         config or FuseConfig(),
@@ -108,15 +110,27 @@ def fuse(
         return _fuse(opened, towers, on_plan) if opened.finished is None else opened.finished
 
 
+class _Towers(NamedTuple):
+    """What a sum is made of, by name.
+
+    Attributes:
+        models: All that were given.
+        placing: What they place new items by, where they know any content.
+    """
+
+    models: dict[str, ServedModel]
+    placing: dict[str, Placing]
+
+
 def _resolve(config: FuseConfig, dataset: Dataset) -> tuple[FuseConfig, list[str]]:
     if not (dataset.split == 1).any():
         raise ValueError(f"data set {dataset.name!r} must have validation events to choose and weigh by, got none")
     return resolve_common(config, dataset)
 
 
-def _fingerprint(models: Mapping[str, ServedModel]) -> str:
+def _fingerprint(towers: _Towers) -> str:
     digest = hashlib.sha256()
-    for name, model in models.items():
+    for name, model in towers.models.items():
         keys = model.item_keys()
         digest.update(f"{name} {list(keys.shape)} ".encode() + keys.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -149,14 +163,15 @@ def plan_fusion(models: Mapping[str, ServedModel], dataset: Dataset, config: Fus
 def _fuse(
     opened: OpenedRun, towers: Mapping[str, PathLike_], on_plan: Callable[[Mapping[str, Any]], None] | None
 ) -> dict[str, Any]:
-    config, dataset, models, run = opened.config, opened.dataset, opened.inputs, opened.run
+    config, dataset, (models, placing), run = opened.config, opened.dataset, opened.inputs, opened.run
     if on_plan is not None:
         on_plan(plan_fusion(models, dataset, config))
     started = time.perf_counter()
     scores = _tower_scores(models, dataset, config)
     new = [name for name, model in models.items() if model.reads_content]
     selection = select_towers(scores, *config.monitor, level=config.level, seed=config.seed, rank_new_items=new)
-    fused = ServedFused({name: models[name] for name in selection.weights}, selection.weights)
+    placing = {name: one for name, one in placing.items() if name in selection.weights}
+    fused = ServedFused({name: models[name] for name in selection.weights}, selection.weights, placing)
     result, test = _result(models, fused, selection, towers, dataset, config)
     seconds = time.perf_counter() - started
     result |= {"test": tested(run, test, dataset), "notes": opened.notes, "seconds": seconds}
@@ -170,7 +185,9 @@ def _fuse(
         if (course := Path(towers[name]) / METRICS).is_file():
             with atomic_path(run.path / TOWERS / name / METRICS) as temporary:
                 temporary.write_bytes(course.read_bytes())
-    write_tables(run, dataset, device=config.device)
+    # As many neighbours as any tower needs to place an item as it would alone.
+    k = max((one.k for one in placing.values()), default=1)
+    write_tables(run, dataset, k=k, device=config.device)
     run.write_result(result)
     return result
 

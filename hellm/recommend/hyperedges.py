@@ -5,7 +5,6 @@ I = items, D = embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,8 +196,9 @@ _FOLD_IN = ("fold_in_source", "fold_in_view")
 
 def _replaced(model: Any, content: ItemContent, less: ItemContent, trained: Tensor) -> Any:
     if isinstance(model, ServedFused):
-        towers = {name: _replaced(tower, content, less, trained) for name, tower in model.towers.items()}
-        return ServedFused(towers, model.weights)
+        return model.with_towers(
+            {name: _replaced(tower, content, less, trained) for name, tower in model.towers.items()}
+        )
     if not _graphs(model):
         return model
     before, after = (_convolved(model, one, trained) for one in (content, less))
@@ -224,15 +224,13 @@ def _convolved(graph: ServedGraph, content: ItemContent, trained: Tensor) -> dic
 
     source = convolved(tensors["item_hypergraph_input"][:count].contiguous(), branch.num_layers - 1)
     view = convolved(source, 1)
-    item = placed(tensors["item_backbone"][:count], untrained, hypergraph) + F.normalize(view, dim=1)
-    if branch.unit_items:
-        item = F.normalize(item, dim=1)
-    later = _later_views(content, source, graph.modalities)
+    later = _later_views(content, source, graph)
+    view, backbone = torch.cat([view, later]), tensors["item_backbone"]
+    item = torch.cat([placed(backbone[:count], untrained, hypergraph), backbone[count:]]) + F.normalize(view, dim=1)
     made = {
-        "item_hypergraph": torch.cat([view, later]),
+        "item_hypergraph": view,
         "item_hypergraph_source": torch.cat([source, torch.zeros_like(later)]),
-        # An item that came after training is the mean of others, and need not have unit length.
-        "item": torch.cat([item, tensors["item_backbone"][count:] + F.normalize(later, dim=1)]),
+        "item": F.normalize(item, dim=1) if branch.unit_items else item,
     }
     folded = {name: tensors[name] for name in _FOLD_IN if name in tensors}
     return made | {
@@ -240,15 +238,16 @@ def _convolved(graph: ServedGraph, content: ItemContent, trained: Tensor) -> dic
     }
 
 
-def _later_views(content: ItemContent, source: Tensor, modalities: Sequence[str] | None) -> Tensor:
+def _later_views(content: ItemContent, source: Tensor, graph: ServedGraph) -> Tensor:
     """[n, D] views of the items that came after training, as when they came."""
     count = content.num_placing
     if content.num_items == count:
         return source[:0]
     # As `ItemContent.extended` lists them: a new item is its own nearest.
-    nearest = {name: Neighbours(listed[count:, 1:], torch.empty(0)) for name, listed in content.neighbours.items()}
+    k = graph.branch.k
+    nearest = {name: Neighbours(listed[count:, 1:k], torch.empty(0)) for name, listed in content.neighbours.items()}
     features = {name: table[count:] for name, table in content.features.items()}
-    return content.convolve(source, nearest, features, modalities)
+    return content.convolve(source, nearest, features, graph.modalities, k)
 
 
 def _graphs(model: Any) -> list[ServedGraph]:

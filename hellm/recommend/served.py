@@ -27,6 +27,7 @@ from hellm.models.sequence import TransitionModel, WhitenedContent
 __all__ = [
     "SERVED",
     "NewItems",
+    "Placing",
     "SavedModel",
     "ServedFused",
     "ServedGraph",
@@ -38,6 +39,23 @@ __all__ = [
 ]
 
 
+class Placing(NamedTuple):
+    """What a model was trained to know items by, and so places new ones by.
+
+    Attributes:
+        modalities: Features and attributes.
+        k: Neighbours of an item in each, itself included.
+    """
+
+    modalities: tuple[str, ...]
+    k: int
+
+    @classmethod
+    def of(cls, content: ItemContent) -> Placing:
+        """By all that a run holds of its items."""
+        return cls(tuple(content.modalities), content.num_neighbours)
+
+
 class NewItems(NamedTuple):
     """Items that came after training, and where they stand among the others.
 
@@ -45,19 +63,57 @@ class NewItems(NamedTuple):
         features: modality -> [n, dim] float32, as they came.
         titles: [n].
         content: Of the items there are.
-        nearest: modality -> their neighbours among those.
+        trained: [num_placing] bool: items with training events.
+        placing: What the items are placed by.
+        nearest: modality -> their neighbours among the items there are.
         weights: Of `ItemContent.weights`, over the neighbours that have training events.
     """
 
     features: dict[str, Tensor]
     titles: list[str | None]
     content: ItemContent
+    trained: Tensor
+    placing: Placing
     nearest: dict[str, Neighbours]
     weights: Tensor
+
+    @classmethod
+    def of(
+        cls, features: dict[str, Tensor], titles: list[str | None], content: ItemContent, trained: Tensor
+    ) -> NewItems:
+        """Placed by all that they have. Raises: ValueError, as `ItemContent.nearest`."""
+        nearest = content.nearest(features)
+        weights = content.weights(nearest, trained)
+        return cls(features, titles, content, trained, Placing.of(content), nearest, weights)
+
+    def placed_by(self, placing: Placing) -> NewItems:
+        """The same items as a model places them. An item that has none of its modalities stays where it is."""
+        if placing == self.placing:
+            return self
+        # Of a smaller k, the nearest are the first ones.
+        most = max(1, placing.k - 1)
+        nearest = {
+            name: Neighbours(found.rows[:, :most], found.similarities[:, :most]) for name, found in self.nearest.items()
+        }
+        own, weights = {name: one for name, one in nearest.items() if name in placing.modalities}, self.weights
+        if own:
+            known = torch.stack([self.features[name].any(dim=1) for name in own]).any(dim=0)
+            weights = _rows_where(known, self.content.weights(own, self.trained), weights)
+        return self._replace(placing=placing, nearest=nearest, weights=weights)
 
     def mean(self, table: Tensor) -> Tensor:
         """[n, D] weighted means of the neighbours' rows of [I, D]."""
         return (self.weights @ table[: self.weights.shape[1]].float()).to(table)
+
+
+def _rows_where(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Rows of one sparse [n, m] where they are chosen, [n] bool, and of the other elsewhere."""
+    parts = []
+    for table, kept in ((one, chosen), (other, ~chosen)):
+        own = kept[table.indices()[0]]
+        parts.append((table.indices()[:, own], table.values()[own]))
+    index, value = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+    return torch.sparse_coo_tensor(index, value, one.shape, check_invariants=True).coalesce()
 
 
 class SavedModel(NamedTuple):
@@ -138,11 +194,11 @@ class ServedGraph:
 
     The key of a new item v is
 
-        item_v = sum_u w_u (item_u - normalize(view_u)) + normalize(view_v)
+        item_v = sum_u w_u backbone_u + normalize(view_v)
 
     w are the shares of the nearest items by content, so the collaborative part is that of an average neighbour, and
     view_v is what the trained convolution gives a vertex that has joined the hyperedges of its neighbours and values
-    (`ItemContent.convolve`). Nothing of the other items changes.
+    (`ItemContent.convolve`). Where items have unit length, so has a new one. Nothing of the other items changes.
 
     Args:
         tensors: As in embeddings.safetensors: "user" [U, D], "item" [I, D], "fold_in_source" [I, D], and where the run
@@ -151,6 +207,7 @@ class ServedGraph:
         fold_in_exponent: See `hellm.models.FoldIn`.
         modalities: What the item hypergraph was built from; None is all that there is.
         branch: How it was convolved; None is not known, or there is none.
+        unit_items: Whether items have unit length; None is as the branch says.
     """
 
     kind = label = "graph"
@@ -163,9 +220,11 @@ class ServedGraph:
         fold_in_exponent: float,
         modalities: Sequence[str] | None = None,
         branch: ItemBranch | None = None,
+        unit_items: bool | None = None,
     ) -> None:
         self.tensors, self.exponent, self.modalities = dict(tensors), fold_in_exponent, modalities
         self.branch = branch
+        self.unit_items = branch is not None and branch.unit_items if unit_items is None else unit_items
         self.user = self.tensors["user"]
 
     @property
@@ -189,9 +248,13 @@ class ServedGraph:
             rows["item"] = new.mean(item)
         else:
             source = self.tensors.get("item_hypergraph_source", view)
-            rows["item_hypergraph"] = new.content.convolve(source, new.nearest, new.features, self.modalities)
-            rows["item_backbone"] = new.mean(item - F.normalize(view, dim=1))
-            rows["item"] = rows["item_backbone"] + F.normalize(rows["item_hypergraph"], dim=1)
+            convolved = new.content.convolve(source, new.nearest, new.features, self.modalities, new.placing.k)
+            # Runs of earlier versions did not keep it. Of items of unit length, it cannot be had from them.
+            backbone = self.tensors.get("item_backbone", item - F.normalize(view, dim=1))
+            rows |= {"item_hypergraph": convolved, "item_backbone": new.mean(backbone)}
+            rows["item"] = rows["item_backbone"] + F.normalize(convolved, dim=1)
+        if self.unit_items:
+            rows["item"] = F.normalize(rows["item"], dim=1)
         for name in ("item_hypergraph_source", "item_hypergraph_input"):
             rows[name] = torch.zeros_like(rows["item"])
         longer = {name: torch.cat([table, rows[name]]) for name, table in self.tensors.items() if name in rows}
@@ -199,10 +262,10 @@ class ServedGraph:
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> ServedGraph:
         """With others in place of those of the same names."""
-        return ServedGraph(self.tensors | dict(tensors), self.exponent, self.modalities, self.branch)
+        return ServedGraph(self.tensors | dict(tensors), self.exponent, self.modalities, self.branch, self.unit_items)
 
     def save(self, folder: Path) -> None:
-        metadata = {"fold_in_exponent": str(self.exponent)}
+        metadata = {"fold_in_exponent": str(self.exponent), "unit_items": json.dumps(self.unit_items)}
         if self.modalities is not None:
             metadata["modalities"] = json.dumps(self.modalities)
         if self.branch is not None:
@@ -214,7 +277,8 @@ class ServedGraph:
         _, tensors, metadata = saved.stored
         modalities = json.loads(metadata["modalities"]) if "modalities" in metadata else None
         branch = ItemBranch(**json.loads(metadata["item_branch"])) if "item_branch" in metadata else None
-        return cls(tensors, float(metadata["fold_in_exponent"]), modalities, branch)
+        unit_items = json.loads(metadata.get("unit_items", "null"))
+        return cls(tensors, float(metadata["fold_in_exponent"]), modalities, branch, unit_items)
 
     def to(self, device: str) -> None:
         """Nothing to do: the queries of users are stored, and folding in a history is a few additions."""
@@ -384,6 +448,7 @@ class ServedFused:
     Args:
         towers: Name -> model, all of the same items.
         weights: Name -> weight >= 0.
+        placing: Name -> what a tower places new items by; those without places them by all that the run knows.
     """
 
     kind = "fused"
@@ -391,8 +456,13 @@ class ServedFused:
     words = "a weighted sum of models"
     user = None
 
-    def __init__(self, towers: Mapping[str, ServedModel], weights: Mapping[str, float]) -> None:
-        self.model = FusedModel(towers, weights)
+    def __init__(
+        self,
+        towers: Mapping[str, ServedModel],
+        weights: Mapping[str, float],
+        placing: Mapping[str, Placing] | None = None,
+    ) -> None:
+        self.model, self.placing = FusedModel(towers, weights), dict(placing or {})
         self.keys = self.model.item_keys()
 
     @property
@@ -425,21 +495,33 @@ class ServedFused:
         return self.model.parts(indptr, items)
 
     def extended(self, new: NewItems) -> ServedFused:
-        return ServedFused({name: tower.extended(new) for name, tower in self.towers.items()}, self.weights)
+        return self.with_towers(
+            {
+                name: tower.extended(new.placed_by(self.placing.get(name, new.placing)))
+                for name, tower in self.towers.items()
+            }
+        )
+
+    def with_towers(self, towers: Mapping[str, ServedModel]) -> ServedFused:
+        """With others in place of those of the same names."""
+        return ServedFused(towers, self.weights, self.placing)
 
     def save(self, folder: Path) -> None:
         """Write every tower into towers/NAME, and what they add up to."""
         for name, tower in self.towers.items():
             (folder / TOWERS / name).mkdir(parents=True, exist_ok=True)
             tower.save(folder / TOWERS / name)
-        write_embeddings(folder, self.kind, {"item_keys": self.keys}, {"fusion": json.dumps(self.weights)})
+        metadata = {"fusion": json.dumps(self.weights), "placing": json.dumps(self.placing)}
+        write_embeddings(folder, self.kind, {"item_keys": self.keys}, metadata)
 
     @classmethod
     def load(cls, saved: SavedModel) -> ServedFused:
         weights = json.loads(saved.stored.metadata["fusion"])
+        found = json.loads(saved.stored.metadata.get("placing", "{}"))
+        placing = {name: Placing(tuple(modalities), k) for name, (modalities, k) in found.items()}
         folders = {name: saved.folder / TOWERS / name for name in weights}
         towers = {name: load_served(folder, saved.titles, saved.language_model) for name, folder in folders.items()}
-        return cls(towers, weights)
+        return cls(towers, weights, placing)
 
     def to(self, device: str) -> None:
         for tower in self.towers.values():

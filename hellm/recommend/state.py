@@ -194,20 +194,24 @@ class State:
                 raise ValueError(f"{name} must be of the {len(names)} new items, got {count}")
         if not names:
             return self
-        nearest = content.nearest(tensors)
+        new = NewItems.of(tensors, texts, content, self.popularity[: content.num_placing] > 0)
         placed = torch.stack([x.any(dim=1) for x in tensors.values()]).any(dim=0)
         if not placed.all():
             lost = names[int((~placed).nonzero()[0])]
             raise ValueError(f"features must place every item, but item {lost!r} has none in {', '.join(tensors)}")
-        weights = content.weights(nearest, self.popularity[: content.num_placing] > 0)
-        alone = np.setdiff1d(np.arange(len(names)), weights.indices()[0].numpy())
+        alone = np.setdiff1d(np.arange(len(names)), new.weights.indices()[0].numpy())
         if len(alone):
             logger.warning(
                 "%d new items, %s first, are like no item with training events: they rank by content alone",
                 len(alone),
                 names[int(alone[0])],
             )
-        model = self.model.extended(NewItems(tensors, texts, content, nearest, weights))
+        model = self.model.extended(new)
+        keys = model.item_keys()
+        broken = (~torch.isfinite(keys[len(self.keys) :]).all(dim=1)).nonzero()
+        if len(broken):
+            lost = names[int(broken[0])]
+            raise ValueError(f"features must give every item a finite key, but item {lost!r} gets NaN or infinity")
         rows = {
             "side": ["item"] * len(names),
             "index": [*range(len(self.ids), len(known))],
@@ -217,11 +221,11 @@ class State:
         return replace(
             self,
             model=model,
-            content=content.extended(tensors, nearest),
+            content=content.extended(tensors, new.nearest),
             table=pl.concat([self.table, pl.DataFrame(rows, schema=self.table.schema)]),
             ids=known,
             titles=self.titles + texts,
-            keys=model.item_keys(),
+            keys=keys,
             popularity=torch.cat([self.popularity, torch.zeros(len(names))]),
             scorers={},
         )

@@ -386,7 +386,7 @@ def _write_outputs(
     fold_in = model.fold_in_tables()
     output = dict(zip(names, model.embeddings(), strict=True))
     output |= {"fold_in_source": fold_in.source, "fold_in_view": fold_in.view}
-    metadata = {"fold_in_exponent": str(fold_in.exponent)}
+    metadata = {"fold_in_exponent": str(fold_in.exponent), "unit_items": json.dumps(model.unit_items)}
     if model.item_branch_table is not None:
         output["item_hypergraph_source"] = model.item_view_source()
         output["item_hypergraph_input"] = model.item_branch_table.weight

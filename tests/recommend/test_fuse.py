@@ -12,13 +12,15 @@ import torch
 from support.command_line import last_json
 
 from hellm.cli import main
-from hellm.config import CONTENT_TOWER, FuseConfig, PretrainConfig, SASRecConfig
+from hellm.config import CONTENT_TOWER, FuseConfig, PretrainConfig, SASRecConfig, TransitionsConfig
 from hellm.data import DataError, load_dataset, write_sample_shop
 from hellm.evaluate import evaluate_histories, read_test_evaluations
 from hellm.recommend import Recommender
 from hellm.recommend.fuse import fuse
+from hellm.training.fusion import Selection
 from hellm.training.pretrain import pretrain
 from hellm.training.sasrec import train_sasrec
+from hellm.training.transitions import fit_transitions
 
 FAST = {"num_threads": 1, "tensorboard": False, "validate_every": 2}
 
@@ -90,6 +92,65 @@ def test_scores_are_the_weighted_sums_of_the_towers(fused, runs):
         model = Recommender.load(runs[name]).model
         expected = expected + weight * model.embed(*history) @ model.item_keys().T
     torch.testing.assert_close(recommender.model.embed(*history) @ recommender.item.T, expected)
+
+
+@pytest.fixture(scope="module")
+def differing(runs, dataset, tmp_path_factory):
+    """Towers that know items by other modalities and other numbers of neighbours, and their sum."""
+    top = tmp_path_factory.mktemp("differing")
+    graph = PretrainConfig(max_epochs=2, batch_size=512, **FAST)
+    text = replace(graph, model=replace(graph.model, knn_k=4, modalities=("text",), attributes=()))
+    pretrain(text, dataset, top / "text")
+    pretrain(replace(graph, loss="softmax", model=replace(graph.model, knn_k=13)), dataset, top / "unit")
+    pretrain(replace(graph, loss="softmax", model=replace(graph.model, item_hypergraph=False)), dataset, top / "plain")
+    fit_transitions(
+        TransitionsConfig(content=("image",), content_neighbours=6, num_threads=1), dataset, top / "transitions"
+    )
+    towers = {name: top / name for name in ("text", "unit", "plain", "transitions")} | runs
+    # All of them, whatever validation would say.
+    selection = Selection(dict.fromkeys(towers, 1.0), {}, 0.0, [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hellm.recommend.fuse.select_towers", lambda *_, **__: selection)
+        fuse(towers, dataset, top / "sum", FuseConfig(num_threads=1))
+    return towers, top / "sum"
+
+
+@pytest.mark.parametrize("name", ["graph", "text", "unit", "plain", "transitions", "sequence", "content"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_tower_of_a_sum_places_a_new_item_as_it_does_alone(differing, dataset, tmp_path, name, saved):
+    towers, path = differing
+    fused, alone = Recommender.load(path), Recommender.load(towers[name])
+    if saved:
+        fused = Recommender.load(fused.save(tmp_path / "saved"))
+    draw = np.random.default_rng(0)
+    rows, ids = draw.choice(dataset.num_items, 5), [f"new {place}" for place in range(5)]
+    features = {
+        modality: one.values[rows] + draw.normal(size=one.values[rows].shape) / 20
+        for modality, one in dataset.item_features.items()
+    }
+    attributes = {attribute: [one[row] for row in rows] for attribute, one in dataset.item_attributes.items()}
+    assert len(features) > 1 and fused.content.attributes
+    for recommender in (fused, alone):
+        known = recommender.content
+        recommender.add_items(
+            {modality: one for modality, one in features.items() if modality in known.features},
+            ids,
+            attributes={attribute: one for attribute, one in attributes.items() if attribute in known.attributes},
+        )
+    tower, history = fused.model.towers[name], (torch.tensor([0, 2]), torch.tensor([3, dataset.num_items]))
+    assert torch.equal(tower.item_keys(), alone.item)
+    read = "history_scores" if name == "transitions" else "embed"
+    assert torch.equal(getattr(tower, read)(*history), getattr(alone.model, read)(*history))
+
+
+def test_a_tower_places_an_item_without_its_modalities_by_those_that_the_sum_knows(differing, dataset):
+    fused, row = Recommender.load(differing[1]), int(np.flatnonzero(dataset.item_features["image"].mask)[0])
+    image, content = torch.from_numpy(dataset.item_features["image"].values[[row]]), fused.content
+    shares = content.weights(content.nearest({"image": image}), fused.popularity > 0)
+    expected = (shares @ fused.model.towers["text"].tensors["fold_in_source"])[0]
+    fused.add_items({"image": image}, ["new"])
+    found = fused.model.towers["text"].tensors["fold_in_source"][-1]
+    assert found.any() and torch.equal(found, expected)
 
 
 def test_cost_is_told_before_anything_is_scored(runs, dataset, tmp_path, monkeypatch):

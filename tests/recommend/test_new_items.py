@@ -13,8 +13,9 @@ from support.paper_recommender import ITEMS, TEXTS, make_recommender, named
 
 from hellm.data import DataError, ItemFeatures
 from hellm.data.attributes import AttributeSet
+from hellm.models.graph import ItemBranch
 from hellm.models.graph.content import ItemContent
-from hellm.recommend import ContentLink, Recommender
+from hellm.recommend import ContentLink, Recommender, ServedGraph
 
 
 class TestContent:
@@ -153,6 +154,29 @@ class TestNewItems:
         # p0 alone is near. Its hyperedge holds p0, of degree 2 + 2 by text and 1 + 3 by image, and p1, of 2 + 2.
         expected = torch.nn.functional.normalize(view[0] / 8**0.5 + view[1] / 4**0.5, dim=0)
         torch.testing.assert_close(recommender.item[5], ITEMS[0] - torch.tensor([1.0, 0]) + expected)
+
+    def test_where_items_have_unit_length_so_has_a_new_one(self, content):
+        """Of a normalised sum nothing can be taken off: the backbone is what stage 1 keeps of it."""
+        view, backbone = torch.tensor([[3.0, 0], [0, 2], [0, 4], [1, 0], [0, 1]]), 3 * ITEMS.flip(1)
+        normalize = torch.nn.functional.normalize
+        plain = make_recommender(view, content)
+        tensors = plain.model.tensors | {"item_backbone": backbone, "item": normalize(backbone + normalize(view))}
+        tables = plain._current.table, plain.events
+        for graph in (
+            ServedGraph(tensors, 1.0, unit_items=True),
+            ServedGraph(tensors, 1.0, branch=ItemBranch(2, 2, unit_items=True)),
+        ):
+            recommender = Recommender(graph, *tables, content)
+            recommender.add_items({"text": np.array([[1.0, 0, 0]])}, ["new"])
+            expected = normalize(view[0] / 8**0.5 + view[1] / 4**0.5, dim=0)
+            torch.testing.assert_close(recommender.item[5], normalize(backbone[0] + expected, dim=0))
+
+    def test_a_key_that_is_not_finite_is_no_item(self, content):
+        recommender = make_recommender(content=content)
+        recommender.model.tensors["item"] = torch.full_like(ITEMS, torch.nan)
+        with pytest.raises(ValueError, match="every item a finite key, but item 'new' gets NaN or infinity"):
+            recommender.add_items({"text": np.array([[1.0, 0, 0]])}, ["new"])
+        assert recommender.num_items == 5
 
     def test_in_one_go_or_in_two(self, content):
         one, two = make_recommender(content=content), make_recommender(content=content)

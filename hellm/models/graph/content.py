@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hellm._files import atomic_path
+from hellm._rows import largest
 from hellm.data import DataError, ItemFeatures
 from hellm.data.attributes import AttributeSet, indicators
 from hellm.graphs import Neighbours, nearest_items
@@ -91,6 +92,11 @@ class ItemContent:
         return list(self.features)
 
     @property
+    def num_neighbours(self) -> int:
+        """K."""
+        return max((one.shape[1] for one in self.neighbours.values()), default=0)
+
+    @property
     def num_items(self) -> int:
         return len(next(iter(self.features.values()))) if self.features else 0
 
@@ -131,7 +137,7 @@ class ItemContent:
         return torch.isin(self.neighbours[modality][rows], own[own >= 0]).sum(dim=1)
 
     def nearest(self, features: Mapping[str, Tensor]) -> dict[str, Neighbours]:
-        """The K - 1 items of each modality nearest to new ones, which are the K-th themselves.
+        """The K - 1 items of each modality nearest to new ones, which are the K-th themselves; of equals the first.
 
         Args:
             features: modality -> [n, dim] float; a row of zeros lacks the modality.
@@ -142,9 +148,8 @@ class ItemContent:
         for modality, x in features.items():
             table = self.features[modality][: self.num_placing].float()
             k = min(max(1, self.neighbours[modality].shape[1] - 1), len(table))
-            blocks = [torch.topk(block @ table.T, k) for block in F.normalize(x.float(), dim=1).split(_BLOCK)]
-            rows = torch.cat([block.indices for block in blocks])
-            similarity = torch.cat([block.values for block in blocks])
+            blocks = [largest(block @ table.T, k) for block in F.normalize(x.float(), dim=1).split(_BLOCK)]
+            similarity, rows = (torch.cat(part) for part in zip(*blocks, strict=True))
             near = similarity > 0
             found[modality] = Neighbours(torch.where(near, rows, -1), torch.where(near, similarity, 0.0))
         return found
@@ -187,6 +192,7 @@ class ItemContent:
         nearest: Mapping[str, Neighbours],
         features: Mapping[str, Tensor],
         modalities: Sequence[str] | None = None,
+        k: int | None = None,
     ) -> Tensor:
         """What the item hypergraph convolution gives new vertices, up to the length of the rows.
 
@@ -200,12 +206,13 @@ class ItemContent:
             nearest: Of the new items.
             features: What they were found by.
             modalities: Those that the hypergraph was built from; None is all.
+            k: Neighbours of an item that it was built from, at most those that are known; None is all.
         Returns: [n, D].
         """
         x = x[: self.num_placing]
         degree, hyperedges = x.new_zeros(len(x)), {}
         for modality in self.modalities if modalities is None else modalities:
-            vertex, edge, weight = self._hyperedges(modality)
+            vertex, edge, weight = self._hyperedges(modality, k)
             size = torch.bincount(edge, minlength=len(weight)).to(x.dtype)
             degree.index_add_(0, vertex, (weight * size)[edge])
             hyperedges[modality] = vertex, edge, weight
