@@ -23,6 +23,7 @@ python -m benchmarks.scale        # cost against size      -> results/scale.json
 python -m benchmarks.batch        # memory of hellm batch for a million users, killed and resumed
 python -m benchmarks.serve        # hellm serve: speed, latency, processor time, overload; --runs NAME=RUN ...
 python -m benchmarks.serve --soak 600   # ten minutes with events, items and reloads: answers, memory
+python -m benchmarks.fresh        # new items while a server runs: recall, time until they are in a list
 python -m benchmarks.index        # from how many items a search index pays
 python -m benchmarks.llm          # fine-tuning, scoring -> results/llm.json
 python -m benchmarks.gpu          # on a GPU machine       -> results/gpu.json
