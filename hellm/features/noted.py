@@ -50,6 +50,10 @@ class NotedEncoder:
         """Whether nothing is fetched, or read from a place that somebody named: weights come in a package, if any."""
         return self.name in (("efficientnet", "colours") if self.is_of_pictures else ENCODERS)
 
+    def gives_as(self, other: NotedEncoder) -> bool:
+        """Whether features of both can stand in one table: by the same encoder, whatever it was given to read."""
+        return (self.name, self.options) == (other.name, other.options)
+
     def texts(self, titles: list[str] | None, fields: Mapping[str, list[str]]) -> list[str] | None:
         """One text per item; None where the items have none of the fields."""
         return item_texts(titles, dict(fields), self.text_fields)

@@ -156,7 +156,10 @@ async def items(request: Request) -> Response:
 
 async def new_item(request: Request, item: ItemRequest, picture: bytes | None) -> Entry:
     """An item as it would be stored, with its features."""
-    features = await service_of(request).encode(item, picture)
+    service = service_of(request)
+    features = await service.encode(item, picture)
+    content = service.snapshot.recommender.content
+    encoders = {name: content.encoders[name] for name in features if name in content.encoders}
     given = json.dumps(item.features, sort_keys=True).encode()
     body = {
         "title": item.title,
@@ -164,7 +167,7 @@ async def new_item(request: Request, item: ItemRequest, picture: bytes | None) -
         "attributes": item.attributes,
         "given": hashlib.sha256(given).hexdigest() if item.features else None,
     }
-    return Entry("item", item.id, body, features, picture)
+    return Entry("item", item.id, body, features, picture, encoders=encoders)
 
 
 async def store_item(request: Request, entry: Entry) -> Stored:

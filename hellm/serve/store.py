@@ -59,6 +59,7 @@ class Entry(NamedTuple):
         features: Of an item: modality -> [dim] float32.
         picture: The image file of an item, as it came.
         number: In the log; 0 for one that is not there yet.
+        encoders: Of an item: modality -> what its features are by, as the run had it then (`Dataset.encoders`).
     """
 
     kind: str
@@ -67,6 +68,7 @@ class Entry(NamedTuple):
     features: Mapping[str, np.ndarray] = MappingProxyType({})
     picture: bytes | None = None
     number: int = 0
+    encoders: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
     def same_as(self, other: Entry) -> bool:
         """Whether the sender said the same, whatever an encoder made of it."""
@@ -202,7 +204,7 @@ class Store:
         Returns: The number of the last.
         """
         now = time.time()
-        rows = [(one.kind, one.key, json.dumps(one.body), _packed(one.features), one.picture, now) for one in entries]
+        rows = [(one.kind, one.key, json.dumps(one.body), _packed(one), one.picture, now) for one in entries]
         with self._told():
             self._database.execute("BEGIN IMMEDIATE")
             try:
@@ -227,16 +229,25 @@ class Store:
             self._database.execute("INSERT OR REPLACE INTO learned VALUES (?, ?)", [run_hash, number])
 
 
-def _packed(features: Mapping[str, np.ndarray]) -> bytes | None:
+_ENCODERS = "encoders"
+
+
+def _packed(entry: Entry) -> bytes | None:
     from safetensors.numpy import save
 
-    if not features:
+    if not entry.features:
         return None
-    return save({name: np.ascontiguousarray(values, np.float32) for name, values in features.items()})
+    tensors = {name: np.ascontiguousarray(values, np.float32) for name, values in entry.features.items()}
+    return save(tensors, {_ENCODERS: json.dumps(dict(entry.encoders))})
 
 
 def _entry(row: tuple) -> Entry:
     from safetensors.numpy import load
 
-    kind, key, body, features, picture, number = row
-    return Entry(kind, key, json.loads(body), {} if features is None else load(features), picture, number)
+    kind, key, body, packed, picture, number = row
+    if packed is None:
+        return Entry(kind, key, json.loads(body), {}, picture, number)
+    # A safetensors file: the length of its header, the header as JSON, the numbers.
+    header = json.loads(packed[8 : 8 + int.from_bytes(packed[:8], "little")])
+    encoders = json.loads(header.get("__metadata__", {}).get(_ENCODERS, "{}"))
+    return Entry(kind, key, json.loads(body), load(packed), picture, number, encoders)

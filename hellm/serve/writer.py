@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from hellm._files import WriteError
+from hellm.features.noted import NotedEncoder
+from hellm.models.graph.content import ItemContent
 from hellm.serve.answers import known_ids
 from hellm.serve.errors import Overloaded, RequestError
 from hellm.serve.state import Snapshot
@@ -125,15 +127,29 @@ class _Change:
 
 
 def with_item(snapshot: Snapshot, entry: Entry) -> Snapshot:
-    """A snapshot that ranks an item as well. Raises: ValueError, one that the model cannot take."""
-    features = {name: values[None] for name, values in entry.features.items()}
+    """A snapshot that ranks an item as well.
+
+    Features that were made for a run with another encoder are left out, as those of one width may mean anything.
+
+    Raises: ValueError, one that the model cannot take.
+    """
     content = snapshot.recommender.content
+    features = {
+        name: values[None] for name, values in entry.features.items() if content is None or _fits(content, entry, name)
+    }
     known = content.attributes if content is not None else {}
     attributes = {name: [values] for name, values in entry.body["attributes"].items() if name in known}
     return snapshot.changed(
         lambda recommender: recommender.add_items(features, [entry.key], [entry.body["title"]], attributes=attributes),
         [entry],
     )
+
+
+def _fits(content: ItemContent, entry: Entry, modality: str) -> bool:
+    """Whether features of an item are by the encoder of a run; those of earlier versions do not say."""
+    if modality not in entry.encoders:
+        return True
+    return NotedEncoder.of(entry.encoders, modality).gives_as(NotedEncoder.of(content.encoders, modality))
 
 
 def _entries(jobs: Sequence[Any]) -> list[Entry]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hellm.artifact.files import CONTENT
 from hellm.config import SASRecConfig
 from hellm.data import Dataset
 from hellm.evaluate import RankingResult, evaluate_histories
-from hellm.models import SASRec
+from hellm.models import ItemContent, SASRec
 from hellm.models.histories import pad_histories
 from hellm.models.sequence import WhitenedContent
 from hellm.training.checkpoint import read_model
@@ -38,11 +40,12 @@ from hellm.training.stage import (
 )
 from hellm.training.step import EagerStep, total_loss
 from hellm.training.trained_items import TrainedItems, next_item_loss
-from hellm.training.warm_start import fingerprint_of, started_from, warm_start
+from hellm.training.warm_start import fingerprint_of, same_columns, started_from, warm_start
 
 __all__ = [
     "build_sasrec",
     "build_sequence_sampler",
+    "continued_sasrec",
     "resolve_sasrec_config",
     "sasrec_losses",
     "train_sasrec",
@@ -71,8 +74,8 @@ def train_sasrec(
         out: run directory, see `hellm.artifact.run_directory`.
         resume: go on from the last checkpoint in `out`, or start if there is none. A finished run is returned as it is.
         overwrite: replace a run in `out`.
-        start: run of earlier data that these continue, whose weights training begins with; its content stays whitened
-            as it was.
+        start: run of earlier data that these continue, whose weights training begins with. Content stays whitened as it
+            was, where it is of the same encoder or values; what reads other content begins anew.
         on_plan: called before the first epoch with what it will cost at most, from one timed step: "steps_per_epoch",
             "max_steps", "seconds_of_step", "expected_seconds_per_epoch" and "expected_seconds".
         on_epoch: called with each record of metrics.jsonl, as by `hellm.training.loop.fit`.
@@ -102,8 +105,10 @@ def train_sasrec(
 def _train(opened: OpenedRun, start, on_plan: OnPlan | None, on_epoch: OnEpoch | None) -> dict[str, Any]:
     config, dataset, sampler, run = opened.config, opened.dataset, opened.inputs, opened.run
     with readable_memory_errors("training SASRec", "lower batch_size, max_length, embedding_dim or eval_batch_size"):
-        model = build_sasrec(config, dataset, None if start is None else SASRec.load(start)).to(config.device)
-        fresh = [] if start is None else warm_start(model, start)
+        if start is None:
+            model, fresh = build_sasrec(config, dataset).to(config.device), []
+        else:
+            model, fresh = continued_sasrec(config, dataset, start)
         progress = _fit(model, config, dataset, sampler, run, on_plan, on_epoch)
         read_model(run.best, model)
         model.eval()
@@ -138,17 +143,37 @@ def resolve_sasrec_config(config: SASRecConfig, dataset: Dataset) -> tuple[SASRe
     return config, notes
 
 
-def build_sasrec(config: SASRecConfig, dataset: Dataset, start: SASRec | None = None) -> SASRec:
+def continued_sasrec(config: SASRecConfig, dataset: Dataset, run: str | os.PathLike[str]) -> tuple[SASRec, list[str]]:
+    """The model with the weights of an earlier run, and which of its own are fresh.
+
+    Content whose columns mean the same is whitened as there, as weights go with the axes; other content begins anew.
+    """
+    before, file = SASRec.load(run).items, Path(run) / CONTENT
+    same = same_columns(ItemContent.load(file), dataset) if file.is_file() else set()
+    whitened = {name: before.content(name) for name in before.modalities if name in same}
+    model = build_sasrec(config, dataset, whitened).to(config.device)
+    now = {name: place for place, name in enumerate(model.items.modalities) if name in whitened}
+    places = {
+        f"items.projectors.{place}.": f"items.projectors.{now[name]}." if name in now else None
+        for place, name in enumerate(before.modalities)
+    }
+    return model, warm_start(model, run, places)
+
+
+def build_sasrec(
+    config: SASRecConfig, dataset: Dataset, whitened: Mapping[str, WhitenedContent] | None = None
+) -> SASRec:
     """The untrained model of `config` for the items of `dataset`, on the CPU.
 
-    Content is whitened as in `start`, where that has features of the same width: weights go with the axes.
+    Args:
+        config, dataset: As they will run.
+        whitened: Modality -> content of the same columns, whose map is taken; that of others is fitted.
     """
-    there, content = dataset.item_content, {}
+    there, content, whitened = dataset.item_content, {}, whitened or {}
     for modality in _modalities(config, dataset):
         features = torch.from_numpy(there[modality].values)
-        before = start.items.content(modality) if start is not None and modality in start.items.modalities else None
-        if before is not None and len(before.mean) == features.shape[1]:
-            content[modality] = before.of_others(features)
+        if modality in whitened:
+            content[modality] = whitened[modality].of_others(features)
         else:
             content[modality] = WhitenedContent.of(features, config.content_components)
     return SASRec(

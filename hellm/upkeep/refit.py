@@ -24,7 +24,7 @@ from hellm.evaluate.datasets import KNOWN_SPLITS
 from hellm.pipeline import Pipeline, Step
 from hellm.recommend import Recommender
 from hellm.training.trainers import STAGES
-from hellm.training.warm_start import check_continues
+from hellm.training.warm_start import check_continues, same_columns
 from hellm.upkeep.append import data_of
 
 __all__ = ["EarlierScorer", "compare_with_served", "refit"]
@@ -198,11 +198,20 @@ def _take_new_items(served: Recommender, dataset: Dataset) -> list[str]:
     if content is None:
         return [f"{len(new)} newer items are in no list of the served run, which has no content of items"]
     rows = dataset.item_ids.indices(new)
-    kinds = {name: one for name, one in dataset.item_features.items() if name in content.features}
+    same = same_columns(content, dataset)
+    kinds = {name: one for name, one in dataset.item_features.items() if name in same}
+    notes = [
+        f"the served run does not know newer items by {name}, which is by another encoder than its own"
+        for name in dataset.item_features
+        if name in content.features and name not in same
+    ]
     values = {name: dataset.item_attributes[name] for name in content.attributes if name in dataset.item_attributes}
     placed = np.zeros(len(new), bool)
     for one in kinds.values():
         placed |= one.mask[rows]
+    for name, lists in values.items():
+        known = set(content.attributes[name])
+        placed |= [not known.isdisjoint(lists[row]) for row in rows]
     rows = rows[placed]
     try:
         served.add_items(
@@ -211,9 +220,9 @@ def _take_new_items(served: Recommender, dataset: Dataset) -> list[str]:
             attributes={name: [lists[row] for row in rows] for name, lists in values.items()},
         )
     except (DataError, ValueError) as error:
-        return [f"{len(new)} newer items are in no list of the served run: {error}"]
+        return [*notes, f"{len(new)} newer items are in no list of the served run: {error}"]
     lost = len(new) - len(rows)
-    return [f"{lost} newer items without features are in no list of the served run"] if lost else []
+    return notes + ([f"{lost} newer items without features are in no list of the served run"] if lost else [])
 
 
 def _without_trained(served: Recommender, dataset: Dataset) -> tuple[Dataset, int]:

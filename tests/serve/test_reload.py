@@ -15,6 +15,7 @@ from served import DATA, MODELS, features, graph, same, save_run, serving
 from hellm.artifact.files import EMBEDDINGS
 from hellm.artifact.run_hash import run_hash
 from hellm.data import DataError
+from hellm.models.graph.content import ItemContent
 from hellm.recommend import Recommender
 from hellm.serve.state import load_snapshot
 
@@ -76,6 +77,36 @@ def test_the_run_of_reload_from_takes_over(runs):
     with serving(runs[0], source={"reload_from": runs[1]}) as client:
         assert same(client.post("/admin/reload", {}))["run_hash"] == run_hash(runs[1])
         assert same(client.post("/recommend", ASKED))["lists"] == lists_of(runs[1])
+
+
+def test_an_item_is_not_known_by_features_of_another_encoder(link, tmp_path):
+    """They are as wide as those of the run that takes over, and mean something else."""
+    content = Recommender.load(link).content
+    other = ItemContent(
+        content.features, content.neighbours, attributes=content.attributes, encoders={"text": {"encoder": "another"}}
+    )
+    after, store = save_run(tmp_path / "after", content=other), tmp_path / "store.sqlite"
+    vector = features(1, 7)[0].tolist()
+    items = [
+        {"id": "both", "features": {"text": vector}, "attributes": {"colour": ["red"]}},
+        {"id": "text", "features": {"text": vector}},
+    ]
+    with serving(link, store) as client:
+        for item in items:
+            assert same(client.post("/items", item))["stored"]
+        point(link, after)
+        assert same(client.post("/admin/reload"))["skipped"] == 1
+        found = client.recommender
+        assert "both" in found.item_ids and "text" not in found.item_ids
+        expected = Recommender.load(after)
+        expected.add_items({}, ["both"], attributes={"colour": [["red"]]})
+        assert torch.equal(found.item, expected.item)
+    # So it is after a start, and the encoder that they are by takes them.
+    with serving(after, store) as client:
+        assert torch.equal(client.recommender.item, expected.item)
+    before = save_run(tmp_path / "before")
+    with serving(before, store) as client:
+        assert {"both", "text"} <= set(client.recommender.item_ids.ids)
 
 
 def test_a_run_that_cannot_be_served_leaves_the_one_before(link, runs, tmp_path):

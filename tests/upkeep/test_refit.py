@@ -21,9 +21,9 @@ from hellm.data import IdMap, load_dataset, save_dataset, write_sample_shop
 from hellm.evaluate import HistoryScorer, evaluate_dataset
 from hellm.models import SASRec
 from hellm.recommend import Recommender
-from hellm.training.checkpoint import read_model
+from hellm.training.checkpoint import load_checkpoint, read_model
 from hellm.training.pretrain import build_encoder, pretrain, resolve_config
-from hellm.training.sasrec import build_sasrec, resolve_sasrec_config, train_sasrec
+from hellm.training.sasrec import build_sasrec, continued_sasrec, resolve_sasrec_config, train_sasrec
 from hellm.training.transitions import fit_transitions
 from hellm.training.warm_start import check_continues, warm_start
 from hellm.upkeep.append import append
@@ -86,7 +86,7 @@ class TestWarmStart:
         dataset, served = load_dataset(grown.grown), SASRec.load(runs["sasrec"])
         config, _ = resolve_sasrec_config(replace(STAGES["sasrec"][1], content=("text",)), dataset)
         assert "text" in served.items.modalities
-        model = build_sasrec(config, dataset, served)
+        model, _ = continued_sasrec(config, dataset, runs["sasrec"])
         now, before = (one.items.content("text").table[: served.num_items] for one in (model, served))
         torch.testing.assert_close(now, before, atol=1e-5, rtol=0)
         assert torch.equal(model.items.content("text").matrix, served.items.content("text").matrix)
@@ -96,8 +96,43 @@ class TestWarmStart:
 
     def test_weights_of_another_width_stay_fresh(self, grown, runs):
         config, _ = resolve_sasrec_config(replace(STAGES["sasrec"][1], embedding_dim=8), load_dataset(grown.grown))
-        fresh = warm_start(build_sasrec(config, load_dataset(grown.grown)), runs["sasrec"])
+        _, fresh = continued_sasrec(config, load_dataset(grown.grown), runs["sasrec"])
         assert "position_embedding.weight" in fresh and "items.id_embedding.weight" in fresh
+
+    @pytest.mark.parametrize("changed", ["values", "encoder"])
+    def test_columns_of_one_number_that_mean_something_else_begin_anew(self, grown, runs, changed):
+        dataset, before = load_dataset(grown.data), SASRec.load(runs["sasrec"]).items
+        if changed == "values":
+            name = next(name for name, one in dataset.attribute_sets.items() if len(one.values) > 2)
+            # The first value is another from now on, and so stands in the last column.
+            first = dataset.attribute_sets[name].values[0]
+            texts = [text.replace(first, f"~{first}") for text in dataset.item_fields[name]]
+            other = replace(dataset, item_fields=dataset.item_fields | {name: texts})
+            assert len(other.attribute_sets[name].values) == len(dataset.attribute_sets[name].values)
+        else:
+            name, text = "text", dataset.item_features["text"]
+            other = replace(
+                dataset,
+                item_features=dataset.item_features | {name: replace(text, values=text.values[:, ::-1].copy())},
+                encoders=dataset.encoders | {name: {"encoder": "another of this width"}},
+            )
+        config, _ = resolve_sasrec_config(STAGES["sasrec"][1], other)
+        model, fresh = continued_sasrec(config, other, runs["sasrec"])
+        place = model.items.modalities.index(name)
+        weights = [f"items.projectors.{place}.{one}" for one, _ in model.items.projectors[place].named_parameters()]
+        assert fresh == weights and len(model.items.modalities) > 1
+        assert continued_sasrec(config, dataset, runs["sasrec"])[1] == []
+        for one in model.items.modalities:
+            assert torch.equal(model.items.content(one).mean, before.content(one).mean) is (one != name)
+
+    def test_weights_go_with_their_modality_and_not_with_its_place(self, grown, runs):
+        dataset, before = load_dataset(grown.data), SASRec.load(runs["sasrec"]).items
+        best, _ = load_checkpoint(runs["sasrec"] / "checkpoint" / "best.safetensors")
+        name = before.modalities[-1]
+        config, _ = resolve_sasrec_config(replace(STAGES["sasrec"][1], content=(name,)), dataset)
+        model, fresh = continued_sasrec(config, dataset, runs["sasrec"])
+        expected = best[f"model.items.projectors.{len(before.modalities) - 1}.1.weight"]
+        assert fresh == [] and torch.equal(model.items.projectors[0][1].weight, expected)
 
     def test_data_that_do_not_continue_are_refused(self, grown, runs):
         check_continues(runs["sasrec"], load_dataset(grown.grown))
@@ -182,6 +217,26 @@ class TestVerdict:
         dataset, served = load_dataset(grown.grown), Recommender.load(runs["pretrain"])
         scores = EarlierScorer(served, dataset, "valid").scores(torch.arange(3))
         torch.testing.assert_close(scores[:, : served.num_items], served.model.user[:3] @ served.item.T)
+
+    def test_newer_items_are_not_known_by_features_of_another_encoder(self, grown, runs):
+        dataset = load_dataset(grown.grown)
+        dataset = replace(dataset, encoders=dataset.encoders | {"text": {"encoder": "another of this width"}})
+        served, expected = (Recommender.load(runs["sasrec"]) for _ in range(2))
+        assert "text" in served.content.features and len(served.content.attributes) > 1
+        notes = hellm.upkeep.refit._take_new_items(served, dataset)
+        assert "the served run does not know newer items by text, which is by another encoder than its own" in notes
+        new = served.item_ids.ids[expected.num_items :]
+        rows = dataset.item_ids.indices(new)
+        attributes = {
+            name: [dataset.item_attributes[name][row] for row in rows] for name in expected.content.attributes
+        }
+        kept = {
+            name: one.values[rows]
+            for name, one in dataset.item_features.items()
+            if name in expected.content.features and name != "text"
+        }
+        expected.add_items(kept, new, attributes=attributes)
+        assert new and torch.equal(served.item, expected.item)
 
     def test_items_without_content_are_in_no_list_of_the_served_run(self, grown, runs):
         dataset = load_dataset(grown.grown)
