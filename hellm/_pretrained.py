@@ -14,8 +14,8 @@ __all__ = ["LOADING", "NO_CODE", "NO_PICKLES", "CodeRefusedError", "safe_loading
 LOADING = threading.RLock()
 # For configurations, tokenizers, processors and models; without it, transformers asks on standard input.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
-# For models: weights that are not in safetensors are read as tensors and nothing else.
-NO_PICKLES: dict[str, Any] = {"weights_only": True}
+# For models: pickles are not read at all. PyTorch before 2.10 is not safe from them even where it reads tensors alone.
+NO_PICKLES: dict[str, Any] = {"use_safetensors": True}
 
 
 class CodeRefusedError(ValueError):

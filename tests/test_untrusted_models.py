@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
-import pickle
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from saved_llm import save_tiny_llm
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", reason='needs the extra: pip install "hellm[smollm2]"')
+
+
+PACKAGE = Path(__file__).resolve().parents[1] / "hellm"
 
 
 class Evil:
@@ -32,6 +36,17 @@ def edit(path, **values):
 @pytest.fixture
 def mark(tmp_path):
     return tmp_path / "EXECUTED"
+
+
+@pytest.fixture
+def no_torch_load(monkeypatch):
+    """Whoever calls `torch.load` fails the test."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("torch.load is called")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(torch.serialization, "load", refuse)
 
 
 def tokenizer_with_code(folder, mark):
@@ -100,14 +115,70 @@ def test_code_of_a_model_is_neither_run_nor_offered(load, change, tmp_path, mark
     assert not mark.exists() and not questions
 
 
+@pytest.mark.parametrize("content", ["code", "tensors"])
 @pytest.mark.parametrize("load", [language_model, text_encoder, image_encoder])
-def test_pickled_weights_run_nothing(load, tmp_path, mark, questions):
+def test_pickled_weights_are_not_read(load, content, tmp_path, mark, questions, no_torch_load):
     folder = save_tiny_llm(tmp_path / "evil")
     (folder / "model.safetensors").unlink()
-    torch.save({"model.norm.weight": Evil(mark)}, folder / "pytorch_model.bin")
-    with pytest.raises((ValueError, OSError, pickle.UnpicklingError)):
+    weights = {"code": Evil(mark), "tensors": torch.ones(2)}[content]
+    torch.save({"model.norm.weight": weights}, folder / "pytorch_model.bin")
+    with pytest.raises((OSError, ValueError), match="safetensors"):
         load(folder)
     assert not mark.exists() and not questions
+
+
+def test_torch_load_is_called_for_the_weights_of_an_installed_package_alone():
+    calls = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "load" and ast.unparse(node.value) == "torch"
+    }
+    imports = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        and (
+            any(one.name.split(".")[0] in ("pickle", "dill", "joblib", "cloudpickle") for one in node.names)
+            or (
+                getattr(node, "module", None) in ("torch", "torch.serialization")
+                and "load" in {one.name for one in node.names}
+            )
+        )
+    }
+    assert calls == {"features/image.py"} and not imports
+
+
+def test_nothing_that_is_served_comes_through_torch_load(tmp_path, no_torch_load):
+    """A sum: trained, added up, saved, loaded, asked, written as lists, exported and served, with a new item."""
+    pytest.importorskip("fastapi", reason='needs the extra: pip install "hellm[serve]"')
+    from hellm.config import FuseConfig, PretrainConfig, SASRecConfig
+    from hellm.data import load_dataset, write_sample_shop
+    from hellm.export import export
+    from hellm.recommend import Recommender
+    from hellm.recommend.batch import batch
+    from hellm.recommend.fuse import fuse
+    from hellm.serve.state import load_snapshot
+    from hellm.training.pretrain import pretrain
+    from hellm.training.sasrec import train_sasrec
+
+    data, fast = load_dataset(write_sample_shop(tmp_path / "shop", num_users=60, num_items=160)), {"max_epochs": 1}
+    fast |= {"num_threads": 1, "tensorboard": False}
+    pretrain(PretrainConfig(batch_size=512, **fast), data, tmp_path / "graph")
+    pretrain(PretrainConfig(batch_size=512, **fast | {"max_epochs": 2}), data, tmp_path / "graph", resume=True)
+    train_sasrec(SASRecConfig(embedding_dim=16, feedforward_dim=16, **fast), data, tmp_path / "sequence")
+    fuse({name: tmp_path / name for name in ("graph", "sequence")}, data, tmp_path / "sum", FuseConfig(num_threads=1))
+    recommender = Recommender.load(tmp_path / "sum")
+    features = {name: one.values[:1] for name, one in data.item_features.items()}
+    recommender.add_items(features, ["new"])
+    saved = recommender.save(tmp_path / "saved")
+    assert "new" in [
+        one.item for one in Recommender.load(saved).recommend(histories=[["new"]], k=161, exclude_seen=False)[0]
+    ]
+    assert batch(saved, tmp_path / "lists.parquet", k=3)["lists"] == data.num_users
+    export(saved, tmp_path / "vectors", to="parquet")
+    assert load_snapshot(saved).recommender.num_items == data.num_items + 1
 
 
 def test_a_run_whose_model_has_code_is_refused(tmp_path, mark, questions):
