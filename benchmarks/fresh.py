@@ -255,8 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="write the data without the cold items, and stop")
     parser.add_argument("--encoder", action="append", default=[], metavar="MODALITY=NAME", help="see hellm serve")
     parser.add_argument("--users", type=int, default=2000, help="of the sample shop")
-    parser.add_argument("--items", type=int, default=1000, help="of the sample shop")
-    parser.add_argument("--epochs", type=int, default=20, help="of models on the sample shop")
+    parser.add_argument("--items", type=int, default=400, help="of the sample shop")
+    parser.add_argument("--epochs", type=int, default=10, help="of models on the sample shop")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     from hellm.data import load_dataset, save_dataset
@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.data is None:
             data, run = sample(Path(folder), args.users, args.items, args.epochs)
-            about = f"sample shop, {args.users} users"
+            about = f"sample shop, {args.users} users, {args.items} items"
         else:
             data, run, about = load_dataset(args.data), args.run, args.data.name
         result = {"data": about, **measured(data, run, options), "environment": environment()}
