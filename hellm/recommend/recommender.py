@@ -6,6 +6,7 @@ U = users, I = items, D = embedding width, B = users asked for at once.
 from __future__ import annotations
 
 import copy
+import math
 import operator
 import os
 import threading
@@ -274,8 +275,9 @@ class Recommender:
             attributes: Attribute -> values, e.g. {"brand": ["acme"]}: an item must have one of them, of each attribute.
             filter: Item id -> whether it may be recommended; asked once for each candidate.
         Returns: One list per user or history, in their order, none for none; equal scores by item row.
-        Raises: ValueError, both or neither of `users` and `histories`, k out of range, no candidates, or an attribute
-            or value that the run does not know. DataError, an unknown id (naming the nearest ones).
+        Raises: ValueError, both or neither of `users` and `histories`, k out of range, no candidates, an attribute or
+            value that the run does not know, or a score that is not finite. DataError, an unknown id (naming the
+            nearest ones).
         """
         if (users is None) == (histories is None):
             raise ValueError(f"give either users or histories, got {'neither' if users is None else 'both'}")
@@ -329,7 +331,7 @@ class Recommender:
         links = explain.content_links(current.content, row, rows)
         keys, graph_view = explain.cosines(current.keys, row, rows), current.model.graph_view
         view = None if graph_view is None else explain.cosines(graph_view, row, rows)
-        return [
+        reasons = [
             Reason(
                 current.ids.ids[rows[i]],
                 current.titles[rows[i]],
@@ -340,6 +342,9 @@ class Recommender:
             )
             for i in explain.choose(shared, links, keys, k)
         ]
+        for one in reasons:
+            _check_finite(one.item, similarity=one.similarity, content_similarity=one.content_similarity)
+        return reasons
 
     def hyperedges(self, item: str) -> list[Hyperedge]:
         """The hyperedges of the item hypergraph that hold an item; none where the run has no item content.
@@ -534,7 +539,17 @@ def _best(
 def _named(items: State, rows: Tensor, scores: Tensor) -> list[RecommendedItem]:
     rows = rows[rows >= 0]
     pairs = zip(rows.tolist(), scores[rows].tolist(), strict=True)
-    return [RecommendedItem(items.ids.ids[row], items.titles[row], score) for row, score in pairs]
+    found = [RecommendedItem(items.ids.ids[row], items.titles[row], score) for row, score in pairs]
+    for one in found:
+        _check_finite(one.item, score=one.score)
+    return found
+
+
+def _check_finite(item: str, **numbers: float | None) -> None:
+    """What leaves a recommender is finite: JSON has no other numbers, and nothing can be ranked by them."""
+    for name, value in numbers.items():
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{name} of item {item!r} must be finite, got {value}: the run has numbers that are not")
 
 
 def _allowed(

@@ -114,7 +114,9 @@ def recommend(snapshot: Snapshot, requests: Sequence[RecommendRequest]) -> list[
         alike = snapshot.is_row_exact and not (request.exclude or request.candidates is not None or request.filters)
         key = (request.users is None, request.k, request.exclude_seen) if alike else number
         calls.setdefault(key, []).append((number, ids))
-    for call in calls.values():
+    waiting = list(calls.values())
+    while waiting:
+        call = waiting.pop()
         request = requests[call[0][0]]
         try:
             lists = iter(_lists(snapshot.recommender, request, [ids for _, ids in call]))
@@ -122,8 +124,11 @@ def recommend(snapshot: Snapshot, requests: Sequence[RecommendRequest]) -> list[
                 own = [next(lists) for _ in (ids.users if ids.users is not None else ids.histories or ())]
                 answers[number] = _answer(snapshot, requests[number], ids, own)
         except Exception as error:
-            for number, _ in call:
-                answers[number] = error
+            if len(call) > 1:
+                # One that has no answer does not take others along.
+                waiting += [[one] for one in call]
+            else:
+                answers[call[0][0]] = error
     return answers
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from hellm.recommend import Recommender
 from hellm.selftest import selftest
 
 __all__ = ["NotReadyError", "check_operators", "is_row_exact"]
+
+logger = logging.getLogger(__name__)
 
 _LISTS = 17
 _K = 10
@@ -29,7 +33,18 @@ def check_operators() -> None:
 
 
 def is_row_exact(recommender: Recommender) -> bool:
-    """Whether users and histories get the same bits alone and in calls of several sizes, tried on some of them."""
+    """Whether users and histories get the same bits alone and in calls of several sizes, tried on some of them.
+
+    Where one of them has no answer, requests are better not mixed, and all others are answered nevertheless.
+    """
+    try:
+        return _is_row_exact(recommender)
+    except ValueError as error:
+        logger.warning("requests do not share calls of the model: %s", error)
+        return False
+
+
+def _is_row_exact(recommender: Recommender) -> bool:
     k = min(_K, recommender.num_items)
     draw = np.random.default_rng(0)
     if not recommender.num_users:

@@ -156,6 +156,14 @@ class TestRecommend:
         assert recommender.recommend([], k=1) == recommender.recommend(histories=[], k=1) == []
         assert recommender.recommend(np.array([], dtype=str), k=1, candidates=["p1"]) == []
 
+    @pytest.mark.parametrize("number", [math.nan, math.inf])
+    def test_a_score_that_is_not_finite_is_no_answer(self, recommender, number):
+        recommender.model.user = torch.tensor([[number, 0.0], [0.0, 1.0], [7.0, 7.0]])
+        for question in (recommender.recommend, recommender.history):
+            with pytest.raises(ValueError, match=r"score of item 'p[0-4]' must be finite, got (nan|inf)"):
+                question("anna", **({"k": 2} if question == recommender.recommend else {}))
+        assert math.isfinite(recommender.recommend("bert", k=2)[0].items[0].score)
+
     def test_no_candidates(self, recommender):
         with pytest.raises(ValueError, match="candidates must hold at least one item, got none"):
             recommender.recommend("anna", k=1, candidates=[])

@@ -9,10 +9,14 @@ import re
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
+import torch
 from served import DATA, features, same, save_run, serving
+
+from hellm.recommend import Recommender
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEY = "a-key-of-some-length"
@@ -208,6 +212,26 @@ def test_events_and_items_are_taken_once(run, tmp_path):
         refused(client.post("/items", item | {"features": {"text": features(1, 3)[0].tolist()}}), 409)
         history = same(client.get("/users/u1/history"))["items"]
         assert [one["item"] for one in history].count("i5") == 1 and client.service.store.last == 2
+
+
+def test_a_score_that_is_not_finite_is_refused_by_item_and_alone(tmp_path):
+    """JSON has no such number. Others that have come at the same time get their answers."""
+    from hellm.serve.answers import recommend
+    from hellm.serve.schema import RecommendRequest
+
+    path = save_run(tmp_path / "run")
+    recommender = Recommender.load(path)
+    recommender.model.user[1] = torch.nan
+    spoilt = recommender.save(tmp_path / "spoilt")
+    with serving(spoilt) as client:
+        error = refused(client.post("/recommend", {"users": ["u1"]}), 422)
+        assert re.search(r"score of item 'i\d+' must be finite, got nan", error["message"])
+        assert client.post("/recommend", {"users": ["u2"]}).status_code == 200
+        snapshot = replace(client.service.snapshot, is_row_exact=True)
+        asked = [RecommendRequest(users=[user]) for user in ("u0", "u1", "u2")]
+        first, second, third = recommend(snapshot, asked)
+        assert isinstance(second, ValueError)
+        assert [first] == recommend(snapshot, asked[:1]) and [third] == recommend(snapshot, asked[2:])
 
 
 def test_a_refused_event_keeps_the_others_out(run, tmp_path):
