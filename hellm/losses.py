@@ -34,7 +34,7 @@ def softmax_loss(
     positive: torch.Tensor,
     temperature: float = 0.2,
     *,
-    candidates: torch.Tensor | None = None,
+    log_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of each positive among all items: mean_b -log softmax_i(cos(u_b, i) / temperature) at p_b.
 
@@ -43,14 +43,14 @@ def softmax_loss(
         item: [I, D] of unit length.
         positive: [B] int64 rows of items the user has.
         temperature: > 0.
-        candidates: [I] bool, the items that the softmax is over; None is all. Positives must be among them.
+        log_weight: [I] floating point, the logarithm of the number of items that each stands for, -inf to leave it out;
+            None is one each.
     Returns: scalar.
     Raises: ValueError, a temperature that is not > 0, and as `hellm.ops.item_cross_entropy`.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    bias = None if candidates is None else torch.where(candidates, 0.0, -torch.inf)
-    return ops.item_cross_entropy(F.normalize(user, dim=1) / temperature, item, positive, bias=bias)
+    return ops.item_cross_entropy(F.normalize(user, dim=1) / temperature, item, positive, bias=log_weight)
 
 
 def l2_loss(*rows: torch.Tensor) -> torch.Tensor:
@@ -76,6 +76,7 @@ def synergistic_contrastive_loss(
     *,
     precision: str | None = None,
     rows: torch.Tensor | None = None,
+    keys: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Contrast of each node's fused embedding (anchor) with its hypergraph embedding (positive), over all nodes.
 
@@ -86,11 +87,23 @@ def synergistic_contrastive_loss(
         hypergraph_view: [N, D], output of the hypergraph convolution.
         temperature: > 0.
         precision: see `hellm.ops.info_nce`.
-        rows: [M] int64 anchors to average over (keys stay all N); None is all of them.
+        rows: [R] int64 anchors to average over; None is all keys.
+        keys: [K] int64 nodes, ascending, K >= 2, drawn evenly; the anchors must be among them. The negatives among them
+            stand for those of all N, and the sum over these is estimated without bias. None is all N.
     Returns: scalar.
-    Raises: ValueError as `hellm.ops.info_nce` does.
+    Raises: ValueError as `hellm.ops.info_nce` does, and for fewer than two keys.
     """
-    return ops.info_nce(fused, hypergraph_view, temperature, precision=precision, rows=rows)
+    if keys is None or len(keys) == len(fused):
+        return ops.info_nce(fused, hypergraph_view, temperature, precision=precision, rows=rows)
+    if len(keys) < 2:
+        raise ValueError(f"keys must be at least 2 nodes, got {len(keys)}")
+    places = None if rows is None else torch.searchsorted(keys, rows)
+    # F.embedding sums repeated rows of the gradient in a fixed order, plain indexing does not on CUDA.
+    views = F.embedding(keys, fused), F.embedding(keys, hypergraph_view)
+    loss = ops.info_nce(*views, temperature, precision=precision, rows=places, reduction="none")
+    # A loss is log(1 + x), x the negatives' share of the positive: of r times x, which keeps the digits of a tiny loss.
+    more = (len(fused) - 1) / (len(keys) - 1) - 1
+    return (loss + torch.log1p(more * -torch.expm1(-loss))).mean()
 
 
 def _check_rows(**tensors: torch.Tensor) -> None:

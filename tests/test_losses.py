@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -40,10 +41,10 @@ def test_bpr_loss_stays_finite_and_keeps_its_gradient_for_large_differences():
 
 def test_softmax_loss_is_the_cross_entropy_of_cosines_over_the_candidates():
     user, item, positive = rows(6, 4), F.normalize(rows(5, 4, seed=1), dim=1), torch.tensor([0, 3, 3, 1, 0, 4])
-    candidates = torch.tensor([True, True, False, True, True])
     cosine = F.cosine_similarity(user[:, None], item[None], dim=2) / 0.3
-    for given, logits in ((None, cosine), (candidates, cosine.masked_fill(~candidates, -torch.inf))):
-        value = softmax_loss(user, item, positive, 0.3, candidates=given)
+    for log_weight in (None, torch.tensor([0.0, 0.0, -torch.inf, 0.0, 1.5])):
+        logits = cosine if log_weight is None else cosine + log_weight
+        value = softmax_loss(user, item, positive, 0.3, log_weight=log_weight)
         torch.testing.assert_close(value, F.cross_entropy(logits, positive), rtol=1e-6, atol=0.0)
 
 
@@ -68,6 +69,44 @@ def test_contrastive_loss_is_the_published_formula_with_its_gradients(temperatur
         torch.autograd.grad(ours, (first, second)), torch.autograd.grad(published, (first, second)), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_the_sum_of_negatives_is_estimated_without_bias_by_some_keys():
+    first, second, temperature = rows(7, 4), rows(7, 4, seed=1), 0.5
+    # exp(loss) - 1 is the sum of the negatives over the positive: linear in what is estimated.
+    whole = torch.expm1(torch.stack([published_row(first, second, temperature, i) for i in range(7)]))
+    found = torch.zeros(7, dtype=torch.float64)
+    for keys in itertools.combinations(range(7), 4):
+        for anchor in keys:
+            chosen = {"rows": torch.tensor([anchor]), "keys": torch.tensor(keys)}
+            found[anchor] += torch.expm1(synergistic_contrastive_loss(first, second, temperature, **chosen))
+    # Each anchor is in 20 of the 35 draws.
+    torch.testing.assert_close(found / 20, whole, rtol=1e-12, atol=0.0)
+
+
+def published_row(first, second, temperature, anchor):
+    """The published loss of one anchor."""
+    first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
+    within, across = (torch.exp(one @ first[anchor] / temperature) for one in (first, second))
+    return -torch.log(across[anchor] / (within.sum() + across.sum() - within[anchor]))
+
+
+def test_a_tiny_loss_of_some_keys_keeps_its_digits_and_gradient():
+    first = torch.eye(4, dtype=torch.float64)
+    second = first.clone().requires_grad_()
+    loss = synergistic_contrastive_loss(first, second, 0.02, keys=torch.tensor([0, 2]))
+    # 2 negatives of similarity 0 among the keys, 6 in all, beside exp(50).
+    assert loss.item() == pytest.approx(6 * math.exp(-50), rel=1e-9)
+    loss.backward()
+    assert torch.isfinite(second.grad).all() and second.grad[0, 2].item() > 0
+
+
+def test_keys_that_are_all_or_too_few():
+    first, second = rows(6, 4), rows(6, 4, seed=1)
+    whole = synergistic_contrastive_loss(first, second, 0.5)
+    assert torch.equal(synergistic_contrastive_loss(first, second, 0.5, keys=torch.arange(6)), whole)
+    with pytest.raises(ValueError, match="keys must be at least 2 nodes, got 1"):
+        synergistic_contrastive_loss(first, second, 0.5, keys=torch.tensor([3]))
 
 
 def test_contrastive_rows_average_to_the_whole():

@@ -99,6 +99,8 @@ class FinetuneConfig(LoopConfig):
         item_inputs: tables that make the item token: "graph" (stage 1), "sequence" (SASRec), names of item features,
             which are whitened. null takes the graph and all features, or the sequence model where there are none.
         content_components: whitened directions of each of the features that are kept; null keeps all.
+        sampled_items: items drawn anew for every step that stand for the whole catalogue in the softmax, without bias
+            in what it divides by; null takes all items.
         learning_rate: AdamW step size after the warm-up.
         min_learning_rate: where the cosine ends, at `max_epochs`.
         warmup_epochs: epochs of linear growth from 0.
@@ -123,6 +125,7 @@ class FinetuneConfig(LoopConfig):
     mixed_precision: Literal["no", "bf16"] = "no"
     item_inputs: tuple[str, ...] | None = None
     content_components: int | None = 256
+    sampled_items: int | None = None
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-5
     warmup_epochs: float = 0.5
@@ -163,7 +166,7 @@ class FinetuneConfig(LoopConfig):
         )
         for name in ("batch_tokens", "accumulate"):
             require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        for name in ("llm_layers", "batch_size", "steps_per_epoch", "validate_steps"):
+        for name in ("llm_layers", "sampled_items", "batch_size", "steps_per_epoch", "validate_steps"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "null or >= 1", value)
         norm = self.max_grad_norm

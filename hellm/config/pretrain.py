@@ -66,12 +66,16 @@ class PretrainConfig(LoopConfig):
         loss: "bpr" with one negative per interaction (the paper), or "softmax": cross-entropy of the cosines with all
             items that have training events, which learns more of each interaction where items are many.
         softmax_temperature: of "softmax"; smaller is sharper.
+        sampled_items: items drawn anew for every step that stand for the whole catalogue in "softmax", without bias
+            in what it divides by; null takes all items.
         l2_weight: weight of the L2 penalty on the fused embedding rows of a batch.
         user_contrastive_weight: weight of the contrast between fused and hypergraph user embeddings; 0 skips it.
         item_contrastive_weight: the same for items.
         temperature: of both contrastive losses; smaller is sharper.
         contrastive_rows: anchors per step drawn uniformly, against all keys (an unbiased estimate); null means all,
             and so does compat.
+        contrastive_keys: nodes drawn uniformly for every step, the anchors among them, that stand for all as keys,
+            without bias in the sum of negatives; null means all, and so does compat.
         precision: of the contrastive similarities, "highest", "high" or "medium"; null follows torch.
         sampler: "user-uniform" (distinct users, then one of their items) or "interaction-uniform" (every interaction
             once per epoch). A GPU draws "user-uniform" triples with "uniform" negatives itself: the same distribution,
@@ -89,11 +93,13 @@ class PretrainConfig(LoopConfig):
     batch_size: int = 1024
     loss: Literal["bpr", "softmax"] = "bpr"
     softmax_temperature: float = 0.2
+    sampled_items: int | None = None
     l2_weight: float = 1e-3
     user_contrastive_weight: float = 0.03
     item_contrastive_weight: float = 0.07
     temperature: float = 0.6
     contrastive_rows: int | None = 512
+    contrastive_keys: int | None = None
     precision: Literal["highest", "high", "medium"] | None = None
     sampler: Literal["user-uniform", "interaction-uniform"] = "user-uniform"
     negatives: Literal["uniform", "popularity"] = "uniform"
@@ -118,5 +124,10 @@ class PretrainConfig(LoopConfig):
             require(isfinite(getattr(self, name)) and getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
         require(self.batch_size >= 1, "batch_size", ">= 1", self.batch_size)
         require(self.compat is None or self.loss == "bpr", "loss", "bpr with compat", self.loss)
-        rows = self.contrastive_rows
+        rows, keys = self.contrastive_rows, self.contrastive_keys
         require(rows is None or rows >= 1, "contrastive_rows", "null or >= 1", rows)
+        least = 2 if rows is None else max(2, rows)
+        require(keys is None or keys >= least, "contrastive_keys", f"null or >= {least}, the anchors among them", keys)
+        items = self.sampled_items
+        require(items is None or items >= 1, "sampled_items", "null or >= 1", items)
+        require(items is None or self.loss == "softmax", "sampled_items", "null with loss bpr", items)

@@ -31,6 +31,8 @@ class SASRecConfig(LoopConfig):
         dropout: probability at the input, in attention and after each part of a block.
         norm_first: normalise what each part of a block reads, instead of what it leaves.
         loss: "cross_entropy" over the whole catalogue, or "bce" with one uniform negative per position (the paper).
+        sampled_items: items drawn anew for every step that stand for the whole catalogue in the softmax, without bias
+            in what it divides by; null takes all items.
         learning_rate: Adam step size, the largest of a schedule.
         schedule: of the step size: "constant", or "cosine", which ends near 0 at `max_epochs` and so wants those set to
             the epochs that are meant.
@@ -53,6 +55,7 @@ class SASRecConfig(LoopConfig):
     dropout: float = 0.5
     norm_first: bool = False
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    sampled_items: int | None = None
     learning_rate: float = 1e-3
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_epochs: float = 1.0
@@ -76,6 +79,9 @@ class SASRecConfig(LoopConfig):
         require(components is None or components >= 1, "content_components", ">= 1 or null", components)
         require(self.item_id or self.content != (), "content", "not empty where item_id is false", self.content)
         require(isfinite(self.learning_rate) and self.learning_rate > 0, "learning_rate", "> 0", self.learning_rate)
+        sampled = self.sampled_items
+        require(sampled is None or sampled >= 1, "sampled_items", "null or >= 1", sampled)
+        require(sampled is None or self.loss == "cross_entropy", "sampled_items", "null with loss bce", sampled)
         require(isfinite(self.warmup_epochs) and self.warmup_epochs >= 0, "warmup_epochs", ">= 0", self.warmup_epochs)
         require(self.batch_size >= self.max_length, "batch_size", f">= max_length {self.max_length}", self.batch_size)
 

@@ -26,6 +26,7 @@ from hellm.models.histories import pad_histories
 from hellm.models.llm.checkpoint import base_identity, check_base
 from hellm.models.llm.language_model import load_language_model
 from hellm.models.llm.recommender import RecommenderLLM
+from hellm.training.candidates import CandidateItems, Candidates, next_item_loss
 from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, HistorySampler
 from hellm.training.item_inputs import ItemInputs, load_item_inputs, resolve_item_inputs
@@ -47,7 +48,6 @@ from hellm.training.stage import (
     write_tables,
 )
 from hellm.training.step import EagerStep
-from hellm.training.trained_items import TrainedItems, next_item_loss
 
 __all__ = [
     "MEMORY_ADVICE",
@@ -249,8 +249,8 @@ def _as_read(config: FinetuneConfig, dataset: Dataset) -> Dataset:
     return dataset.of_events(from_last <= config.model.max_length)
 
 
-def finetune_loss(model: RecommenderLLM, batch: HistoryBatch, trained: TrainedItems | None = None) -> Tensor:
-    """Mean cross-entropy of the items that came next, over all items that are `trained`."""
+def finetune_loss(model: RecommenderLLM, batch: HistoryBatch, candidates: Candidates | None = None) -> Tensor:
+    """Mean cross-entropy of the items that came next, over all `candidates`; None is all items."""
     indptr, items, targets = (torch.from_numpy(np.ascontiguousarray(one)) for one in batch[:3])
     # Padded on the CPU: sizes that follow from values would make a GPU wait.
     padded, mask = pad_histories(indptr, items)
@@ -262,7 +262,8 @@ def finetune_loss(model: RecommenderLLM, batch: HistoryBatch, trained: TrainedIt
         query = model.all_queries(padded, mask).flatten(0, 1)[place]
     else:
         query = model.queries(padded, mask)
-    return next_item_loss(query, model.item_keys_trainable(), targets, trained)
+    keys = model.item_keys_trainable(None if candidates is None else candidates.rows)
+    return next_item_loss(query, keys, targets, candidates)
 
 
 def build_optimizer(config: FinetuneConfig, model: RecommenderLLM) -> torch.optim.AdamW:
@@ -344,9 +345,8 @@ def _fit(
     processes: Processes,
     on_epoch: OnEpoch | None,
 ) -> Progress:
-    # The published loss is over the whole catalogue.
-    trained = None if config.model.compat == "official" else TrainedItems.of(dataset, model.device)
-    candidates = {} if trained is None else {"trained": trained}
+    candidates = CandidateItems.of(dataset, model.device, count=config.sampled_items, seed=config.seed)
+    official = config.model.compat == "official"
 
     def losses(epoch: int, step: int) -> Mapping[str, Tensor]:
         batch = sampler.sample(epoch, step)
@@ -354,7 +354,8 @@ def _fit(
         if not len(share.targets):
             return {"cross_entropy": torch.zeros((), device=model.device)}
         with _autocast(config):
-            loss = finetune_loss(model, share, **candidates)
+            # The published loss is over the whole catalogue.
+            loss = finetune_loss(model, share, None if official else candidates.of_step(epoch, step, batch.targets))
         # Shares have different numbers of targets; the mean of the step is over all of them.
         return {"cross_entropy": loss * (len(share.targets) / len(batch.targets))}
 

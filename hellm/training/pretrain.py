@@ -22,6 +22,7 @@ from hellm.graphs import item_hypergraph, nearest_items, user_hypergraph
 from hellm.losses import bpr_loss, l2_loss, softmax_loss, synergistic_contrastive_loss
 from hellm.models import FoldIn, GraphEncoder
 from hellm.models.graph import ItemBranch
+from hellm.training.candidates import CandidateItems, Candidates
 from hellm.training.captured_step import CapturedStep
 from hellm.training.checkpoint import read_model
 from hellm.training.loop import Progress
@@ -123,10 +124,11 @@ def resolve_config(config: PretrainConfig, dataset: Dataset) -> tuple[PretrainCo
     if model.item_hypergraph and model.knn_k > dataset.num_items:
         notes.append(f"model.knn_k {model.knn_k} cut to the {dataset.num_items} items there are")
         model = replace(model, knn_k=dataset.num_items)
-    if config.compat == "official" and config.contrastive_rows is not None:
-        notes.append(f"the published loss runs over all nodes: contrastive_rows {config.contrastive_rows} is not used")
-        config = replace(config, contrastive_rows=None)
-    return replace(config, model=model, capture=_resolve_capture(config.capture, config.device)), notes
+    for name in ("contrastive_rows", "contrastive_keys") if config.compat == "official" else ():
+        if getattr(config, name) is not None:
+            notes.append(f"the published loss runs over all nodes: {name} {getattr(config, name)} is not used")
+            config = replace(config, **{name: None})
+    return replace(config, model=model, capture=_resolve_capture(config)), notes
 
 
 def _attributes(config: PretrainConfig, dataset: Dataset) -> tuple[str, ...]:
@@ -141,11 +143,18 @@ def _attributes(config: PretrainConfig, dataset: Dataset) -> tuple[str, ...]:
     return chosen
 
 
-def _resolve_capture(capture: bool | None, device: str) -> bool:
-    on_gpu = torch.device(device).type == "cuda"
-    if capture and not on_gpu:
-        raise ValueError(f"capture must be null or false without a GPU, got true with device {device!r}")
-    return on_gpu if capture is None else capture
+def _resolve_capture(config: PretrainConfig) -> bool:
+    on_gpu, sampled = torch.device(config.device).type == "cuda", _is_sampled(config)
+    if config.capture and not on_gpu:
+        raise ValueError(f"capture must be null or false without a GPU, got true with device {config.device!r}")
+    if config.capture and sampled:
+        raise ValueError("capture must be null or false with sampled_items or contrastive_keys, got true")
+    return on_gpu and not sampled if config.capture is None else config.capture
+
+
+def _is_sampled(config: PretrainConfig) -> bool:
+    """Whether a step is over items or keys drawn for it, whose number may change."""
+    return config.sampled_items is not None or config.contrastive_keys is not None
 
 
 def build_encoder(config: PretrainConfig, dataset: Dataset, device: torch.device | str = "cpu") -> GraphEncoder:
@@ -216,14 +225,18 @@ def pretrain_losses(
     temperature: float,
     softmax_temperature: float | None = None,
     precision: str | None = None,
+    candidates: Candidates | None = None,
     user_rows: Tensor | None = None,
     item_rows: Tensor | None = None,
+    user_keys: Tensor | None = None,
+    item_keys: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Weighted loss terms of one step, whose sum stage 1 minimises: "bpr_loss", "l2_loss", "contrastive_loss".
 
-    With a `softmax_temperature`, "softmax_loss" stands in place of "bpr_loss", and negatives are not used. A
-    contrastive term of weight 0, or of a hypergraph the model does not use, is not computed. `user_rows` and
-    `item_rows` [M] int64 are the contrastive anchors; None is all.
+    With a `softmax_temperature`, "softmax_loss" over the `candidates` (None is all items) stands in place of
+    "bpr_loss", and negatives are not used. A contrastive term of weight 0, or of a hypergraph the model does not use,
+    is not computed. `user_rows` and `item_rows` [R] int64 are the contrastive anchors; None is all. `user_keys` and
+    `item_keys`: see `hellm.losses.synergistic_contrastive_loss`.
     """
     output = model()
     users, positives, negatives = (torch.as_tensor(ids).to(model.device) for ids in triples)
@@ -233,17 +246,18 @@ def pretrain_losses(
         rows = (user, positive, F.embedding(negatives, output.item))
         ranking = {"bpr_loss": bpr_loss(*rows)}
     else:
-        # An item without events would only be pushed away from everybody.
-        trained = model.user_hypergraph.edge_indptr.diff() > 0
-        rows = (user, positive)
-        ranking = {"softmax_loss": softmax_loss(user, output.item, positives, softmax_temperature, candidates=trained)}
+        rows, items, places, log_weight = (user, positive), output.item, positives, None
+        if candidates is not None:
+            items, places = F.embedding(candidates.rows, items), candidates.places(positives)
+            log_weight = candidates.log_weight
+        ranking = {"softmax_loss": softmax_loss(user, items, places, softmax_temperature, log_weight=log_weight)}
     contrastive = user.new_zeros(())
     for weight, fused, view, chosen in (
-        (user_contrastive_weight, output.user, output.user_view, user_rows),
-        (item_contrastive_weight, output.item, output.item_view, item_rows),
+        (user_contrastive_weight, output.user, output.user_view, {"rows": user_rows, "keys": user_keys}),
+        (item_contrastive_weight, output.item, output.item_view, {"rows": item_rows, "keys": item_keys}),
     ):
         if weight > 0 and view is not None:
-            loss = synergistic_contrastive_loss(fused, view, temperature, precision=precision, rows=chosen)
+            loss = synergistic_contrastive_loss(fused, view, temperature, precision=precision, **chosen)
             contrastive = contrastive + weight * loss
     return {
         **ranking,
@@ -264,10 +278,10 @@ def build_captured_step(
     model: GraphEncoder, config: PretrainConfig, sampler: TripleSampler, optimizer: torch.optim.Optimizer
 ) -> CapturedStep:
     """The step of stage 1 for a GPU. Published triples and the contrastive anchors are drawn there as well."""
-    choices = _contrastive_choices(config, model)
+    choices, candidates = _contrastive_choices(config, model), _candidates(config, model)
 
     def losses_of(triples: Triples, rows: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        return _losses(model, config, triples, dict(zip(choices, rows, strict=True)))
+        return _losses(model, config, triples, dict(zip(choices, rows, strict=True)), candidates(0, 0, triples))
 
     if not sampler.is_published:
 
@@ -296,11 +310,11 @@ def _fit(
     model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: RunDirectory, on_plan, on_epoch
 ) -> Progress:
     sampler, optimizer = build_sampler(config, dataset), build_optimizer(config, model)
-    choices = _contrastive_choices(config, model)
+    choices, candidates = _contrastive_choices(config, model), _candidates(config, model)
 
     def losses(epoch: int, step: int) -> Mapping[str, Tensor]:
-        rows = _contrastive_rows(config, choices, epoch, step)
-        return _losses(model, config, sampler.sample(epoch, step), rows)
+        triples, rows = sampler.sample(epoch, step), _contrastive_rows(config, choices, epoch, step)
+        return _losses(model, config, triples, rows, candidates(epoch, step, triples))
 
     if on_plan is not None:
         seconds = seconds_of_step(model, lambda: total_loss(losses(0, 0)))
@@ -309,14 +323,20 @@ def _fit(
     def validate(scorer: GraphEncoder) -> Mapping[str, float]:
         return _evaluate(scorer, config, dataset, "valid").metrics
 
-    if model.device.type == "cuda":
+    if model.device.type == "cuda" and not _is_sampled(config):
         step = build_captured_step(model, config, sampler, optimizer)
     else:
         step = EagerStep(model, optimizer, losses, sampler.num_steps, learning_rate=_learning_rate(config))
     return fit_stage(step, config, dataset, run, validate, on_epoch)
 
 
-def _losses(model: GraphEncoder, config: PretrainConfig, triples: Triples, rows: Mapping[str, Tensor]):
+def _losses(
+    model: GraphEncoder,
+    config: PretrainConfig,
+    triples: Triples,
+    rows: Mapping[str, Tensor],
+    candidates: Candidates | None = None,
+) -> dict[str, Tensor]:
     return pretrain_losses(
         model,
         triples,
@@ -326,8 +346,18 @@ def _losses(model: GraphEncoder, config: PretrainConfig, triples: Triples, rows:
         temperature=config.temperature,
         softmax_temperature=config.softmax_temperature if config.loss == "softmax" else None,
         precision=config.precision,
+        candidates=candidates,
         **rows,
     )
+
+
+def _candidates(config: PretrainConfig, model: GraphEncoder) -> Callable[[int, int, Triples], Candidates | None]:
+    """(epoch, step, triples) -> what the softmax of a step is over; None is all items."""
+    if config.loss != "softmax":
+        return lambda epoch, step, triples: None
+    events = model.user_hypergraph.edge_indptr.diff().cpu().numpy()
+    items = CandidateItems(events, count=config.sampled_items, seed=config.seed, device=model.device)
+    return lambda epoch, step, triples: items.of_step(epoch, step, triples.positives)
 
 
 def _learning_rate(config: PretrainConfig) -> Callable[[int, int], float]:
@@ -336,17 +366,27 @@ def _learning_rate(config: PretrainConfig) -> Callable[[int, int], float]:
 
 
 def _contrastive_choices(config: PretrainConfig, model: GraphEncoder) -> dict[str, tuple[int, int]]:
-    """(of how many rows, how many) are drawn as anchors; empty where all are."""
-    size, counts = config.contrastive_rows, {"user_rows": model.num_users, "item_rows": model.num_items}
-    return {name: (count, size) for name, count in counts.items() if size is not None and size < count}
+    """(of how many nodes, how many) are drawn as anchors, or as keys with the anchors among them; empty for all."""
+    choices = {}
+    for kind, count in (("user", model.num_users), ("item", model.num_items)):
+        for name, size in (("keys", config.contrastive_keys), ("rows", config.contrastive_rows)):
+            if size is not None and size < count:
+                choices[f"{kind}_{name}"] = (count, size)
+                break
+    return choices
 
 
 def _contrastive_rows(
     config: PretrainConfig, choices: Mapping[str, tuple[int, int]], epoch: int, step: int
 ) -> dict[str, Tensor]:
     # A stream of its own beside the sampler's (seed, epoch, step).
-    rng = np.random.default_rng((config.seed, epoch, step, 1))
-    return {name: torch.from_numpy(rng.choice(count, size, replace=False)) for name, (count, size) in choices.items()}
+    rng, chosen = np.random.default_rng((config.seed, epoch, step, 1)), {}
+    for name, (count, size) in choices.items():
+        drawn = rng.choice(count, size, replace=False)
+        if name.endswith("keys"):
+            chosen[name.replace("keys", "rows")], drawn = drawn[: config.contrastive_rows], np.sort(drawn)
+        chosen[name] = drawn
+    return {name: torch.from_numpy(drawn) for name, drawn in chosen.items()}
 
 
 class _FoldedIn(NamedTuple):

@@ -19,6 +19,7 @@ from hellm.evaluate import RankingResult, evaluate_histories
 from hellm.models import ItemContent, SASRec
 from hellm.models.histories import pad_histories
 from hellm.models.sequence import WhitenedContent
+from hellm.training.candidates import CandidateItems, Candidates, next_item_loss
 from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, SequenceSampler
 from hellm.training.loop import Progress
@@ -39,7 +40,6 @@ from hellm.training.stage import (
     write_tables,
 )
 from hellm.training.step import EagerStep, total_loss
-from hellm.training.trained_items import TrainedItems, next_item_loss
 from hellm.training.warm_start import fingerprint_of, same_columns, started_from, warm_start
 
 __all__ = [
@@ -222,32 +222,40 @@ def build_sequence_sampler(config: SASRecConfig, dataset: Dataset) -> SequenceSa
 
 
 def sasrec_losses(
-    model: SASRec, batch: HistoryBatch, loss: str, trained: TrainedItems | None = None
+    model: SASRec, batch: HistoryBatch, loss: str, candidates: Candidates | None = None
 ) -> dict[str, Tensor]:
     """The loss of one step, by its name.
 
     It is the mean over all positions of
 
-    "cross_entropy"   -log softmax(scores of all items that are `trained`)[target]
+    "cross_entropy"   -log softmax(scores of all `candidates`)[target]; None is all items
     "bce"             -log sigmoid(score of the target) - log(1 - sigmoid(score of the negative))
     """
     indptr, items, targets = (torch.from_numpy(one).to(model.device) for one in batch[:3])
+    if candidates is not None and candidates.log_weight is not None:
+        # Of a large catalogue, only what the step reads is made.
+        rows, place = torch.unique(torch.cat([items, candidates.rows]), return_inverse=True)
+        table, items, keys = model.items(rows), place[: len(items)], place[len(items) :]
+    else:
+        table, keys = model.items(), None if candidates is None else candidates.rows
     padded, mask = pad_histories(indptr, items)
     # The mask reads rows in order, as CSR has them.
-    table = model.items()
     hidden = model(padded, mask, table)[mask]
     if loss == "cross_entropy":
-        return {"cross_entropy": next_item_loss(hidden, table, targets, trained)}
+        # F.embedding sums gradients in a fixed order, plain indexing does not on CUDA.
+        table = table if keys is None else F.embedding(keys, table)
+        return {"cross_entropy": next_item_loss(hidden, table, targets, candidates)}
     negatives = torch.from_numpy(batch.negatives).to(model.device)
     positive, negative = ((hidden * F.embedding(rows, table)).sum(1) for rows in (targets, negatives))
     return {"bce": (F.softplus(-positive) + F.softplus(negative)).mean()}
 
 
 def _fit(model, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler, run, on_plan, on_epoch) -> Progress:
-    trained = TrainedItems.of(dataset, model.device)
+    candidates = CandidateItems.of(dataset, model.device, count=config.sampled_items, seed=config.seed)
 
     def losses(epoch: int, step: int) -> Mapping[str, Tensor]:
-        return sasrec_losses(model, sampler.sample(epoch, step), config.loss, trained)
+        batch = sampler.sample(epoch, step)
+        return sasrec_losses(model, batch, config.loss, candidates.of_step(epoch, step, batch.targets))
 
     if on_plan is not None:
         seconds = seconds_of_step(model, lambda: total_loss(losses(0, 0)))

@@ -17,6 +17,7 @@ from hellm.evaluate import HistoryScorer, evaluate_histories
 from hellm.models import RecommenderLLM, SASRec
 from hellm.recommend import Recommender
 from hellm.training import finetune as module
+from hellm.training.candidates import CandidateItems
 from hellm.training.finetune import (
     build_history_sampler,
     build_optimizer,
@@ -28,7 +29,6 @@ from hellm.training.finetune import (
 )
 from hellm.training.item_inputs import load_item_inputs
 from hellm.training.loop import Interrupted
-from hellm.training.trained_items import TrainedItems
 
 
 def run(config, dataset, out, runs, **options):
@@ -253,17 +253,15 @@ def test_an_item_that_training_knows_nothing_of_is_no_candidate(config, small_da
     config = override_config(config, ["max_epochs=1", "item_inputs=[text]", "model.graph_context=none"])
     model = build_recommender_llm(config, held, load_item_inputs(config, held)).eval()
     batch = build_history_sampler(config, held, model).sample(0, 0)
-    trained = TrainedItems.of(held)
+    trained = CandidateItems.of(held).of_step(0, 0, batch.targets)
     assert 5 not in trained.rows.tolist() and len(trained.rows) == held.num_items - 1
     whole, known = finetune_loss(model, batch).item(), finetune_loss(model, batch, trained).item()
     assert known < whole
     given = []
-    monkeypatch.setattr(
-        module, "finetune_loss", lambda *args, **named: given.append(named) or finetune_loss(*args, **named)
-    )
+    monkeypatch.setattr(module, "finetune_loss", lambda *args: given.append(args) or finetune_loss(*args))
     finetune(config, held, tmp_path / "run")
     # Two steps of the plan come first.
-    assert all(torch.equal(one["trained"].rows, trained.rows) for one in given[2:]) and len(given) > 2
+    assert all(torch.equal(one[2].rows, trained.rows) for one in given[2:]) and len(given) > 2
 
 
 def test_loss_of_all_positions_is_the_mean_over_single_histories(config, small_dataset, runs):

@@ -18,6 +18,7 @@ from hellm.models.graph.backbone import NGCF
 from hellm.models.graph.content import ItemContent
 from hellm.recommend import Recommender
 from hellm.training import pretrain as module
+from hellm.training.candidates import CandidateItems
 from hellm.training.checkpoint import read_model
 from hellm.training.loop import Interrupted
 from hellm.training.pretrain import build_encoder, pretrain, pretrain_losses, resolve_config
@@ -100,6 +101,7 @@ class TestSoftmax:
             item_contrastive_weight=0.0,
             temperature=0.5,
             softmax_temperature=0.2,
+            candidates=CandidateItems.of(dataset).of_step(0, 0, triples.positives.numpy()),
         )
         losses["softmax_loss"].backward()
         gradient = encoder.item_table.weight.grad
@@ -446,6 +448,44 @@ def test_sampled_anchors_estimate_the_whole_contrast(small_dataset):
         sampled.append(pretrain_losses(model, triples, **weights, **rows)["contrastive_loss"].item())
     assert np.std(sampled) > 0
     assert np.mean(sampled) == pytest.approx(whole, abs=4 * np.std(sampled) / 200**0.5)
+
+
+def test_sampled_keys_estimate_the_whole_contrast(small_dataset):
+    model = build_encoder(CONFIG, small_dataset)
+    triples = Triples(*(np.array([0]), np.array([1]), np.array([2])))
+    # Losses are logarithms: with keys that are alike enough, that of a mean is the mean of theirs.
+    weights = {"l2_weight": 0.0, "user_contrastive_weight": 1.0, "item_contrastive_weight": 1.0, "temperature": 4.0}
+    whole = pretrain_losses(model, triples, **weights)["contrastive_loss"].item()
+    config, sampled = changed("contrastive_rows=6", "contrastive_keys=12"), []
+    choices = module._contrastive_choices(config, model)
+    for step in range(200):
+        chosen = module._contrastive_rows(config, choices, 0, step)
+        for kind in ("user", "item"):
+            rows, keys = chosen[f"{kind}_rows"].tolist(), chosen[f"{kind}_keys"].tolist()
+            assert len(rows) == 6 and len(set(keys)) == 12 and keys == sorted(keys) and set(rows) <= set(keys)
+        sampled.append(pretrain_losses(model, triples, **weights, **chosen)["contrastive_loss"].item())
+    assert np.std(sampled) > 0
+    assert np.mean(sampled) == pytest.approx(whole, abs=4 * np.std(sampled) / 200**0.5)
+
+
+@pytest.mark.parametrize(
+    "overrides", [("contrastive_rows=8", "contrastive_keys=16"), ("loss=softmax", "sampled_items=7")]
+)
+def test_training_with_samples_learns_and_goes_on_like_without_a_break(small_dataset, tmp_path, overrides):
+    config = changed(*overrides, "max_epochs=6")
+    whole = run(config, small_dataset, tmp_path / "whole")
+    run(replace(config, max_epochs=2), small_dataset, tmp_path / "parts")
+    parts = run(config, small_dataset, tmp_path / "parts", resume=True)
+    assert parts["test"] == whole["test"] and records(tmp_path / "parts") == records(tmp_path / "whole")
+    losses = [one["loss"] for one in records(tmp_path / "whole")]
+    assert losses[-1] < losses[0]
+
+
+def test_samples_and_a_captured_step_exclude_each_other():
+    with pytest.raises(ValueError, match="capture must be null or false with sampled_items or contrastive_keys, got"):
+        module._resolve_capture(changed("device=cuda", "contrastive_rows=8", "contrastive_keys=8", "capture=true"))
+    assert module._resolve_capture(changed("device=cuda"))
+    assert not module._resolve_capture(changed("device=cuda", "loss=softmax", "sampled_items=8"))
 
 
 def test_too_little_memory_says_how_much_was_asked_for(small_dataset, tmp_path, monkeypatch):

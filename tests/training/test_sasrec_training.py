@@ -18,11 +18,11 @@ from hellm.models import SASRec
 from hellm.models.histories import pad_histories
 from hellm.recommend import Recommender
 from hellm.training import sasrec as module
+from hellm.training.candidates import CandidateItems, Candidates
 from hellm.training.history_sampler import HistoryBatch, SequenceSampler
 from hellm.training.loop import Interrupted
 from hellm.training.sasrec import build_sasrec, sasrec_losses, train_sasrec
 from hellm.training.step import EagerStep
-from hellm.training.trained_items import TrainedItems
 
 NUM_USERS, NUM_ITEMS = 48, 12
 CONFIG = SASRecConfig(
@@ -274,8 +274,9 @@ def test_interrupted_run_ends_like_an_uninterrupted_one(walks, tmp_path, monkeyp
 def test_an_item_that_training_knows_nothing_of_is_no_candidate(walks):
     # 3 and 9 are only asked for after training.
     held = walks.of_events(~np.isin(walks.items, [3, 9]) | (walks.split > 0))
-    trained = TrainedItems.of(held)
-    assert TrainedItems.of(walks) is None and trained.rows.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 10, 11]
+    trained = CandidateItems.of(held).of_step(0, 0, np.array([1]))
+    assert CandidateItems.of(walks).of_step(0, 0, np.array([1])) is None
+    assert trained.log_weight is None and trained.rows.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 10, 11]
     model = build_sasrec(changed("dropout=0"), held)
     batch = HistoryBatch(np.array([0, 3, 4]), np.array([5, 1, 2, 7]), np.array([1, 2, 6, 0]), None)
     loss = sasrec_losses(model, batch, "cross_entropy", trained)["cross_entropy"]
@@ -287,6 +288,34 @@ def test_an_item_that_training_knows_nothing_of_is_no_candidate(walks):
     loss.backward()
     (table,) = (parameter for name, parameter in model.items.named_parameters() if parameter.shape[0] == NUM_ITEMS)
     assert not table.grad[[3, 9]].any() and table.grad[[4, 8]].any(dim=1).all()
+
+
+def test_some_items_stand_for_the_catalogue(walks):
+    model = build_sasrec(changed("dropout=0"), walks)
+    batch = HistoryBatch(np.array([0, 3, 4]), np.array([5, 1, 2, 7]), np.array([1, 2, 6, 0]), None)
+    padded, mask = pad_histories(*(torch.from_numpy(one) for one in batch[:2]))
+    candidates = Candidates(torch.tensor([0, 1, 2, 6, 9]), torch.tensor([0.0, 0.0, 0.0, 0.0, 0.7]))
+    scores = (model(padded, mask)[mask] @ model.items().T)[:, candidates.rows] + candidates.log_weight
+    expected = torch.nn.functional.cross_entropy(scores, torch.tensor([1, 2, 3, 0]))
+    expected.backward()
+    wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    loss = sasrec_losses(model, batch, "cross_entropy", candidates)["cross_entropy"]
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-6)
+
+
+def test_training_with_sampled_items_learns_and_goes_on_like_without_a_break(walks, tmp_path):
+    config = changed("sampled_items=4", "max_epochs=6")
+    whole = run(config, walks, tmp_path / "whole")
+    run(replace(config, max_epochs=2), walks, tmp_path / "parts")
+    parts = run(config, walks, tmp_path / "parts", resume=True)
+    assert parts["test"] == whole["test"] and records(tmp_path / "parts") == records(tmp_path / "whole")
+    every = run(changed("max_epochs=6"), walks, tmp_path / "every")
+    found, wanted = (one["test"]["recall@1"] for one in (whole, every))
+    assert found > 0.5 and found == pytest.approx(wanted, abs=0.15)
 
 
 def test_cost_is_told_first_and_changes_nothing(walks, tmp_path):

@@ -33,9 +33,9 @@ class TiedHead(nn.Module):
         self.projector = nn.Linear(width, width)
         self.log_scale = nn.Parameter(torch.zeros(()))
 
-    def keys(self, items: ItemTokens) -> Tensor:
-        """[I, W]."""
-        return items.keys()
+    def keys(self, items: ItemTokens, rows: Tensor | None = None) -> Tensor:
+        """[I, W], or [n, W] of the items `rows` [n] int64."""
+        return items.keys(rows)
 
     def query(self, hidden: Tensor) -> Tensor:
         """[..., W] of hidden states [..., W]."""
@@ -58,9 +58,9 @@ class TableHead(nn.Module):
         super().__init__()
         self.weight = nn.Linear(width, num_items, bias=False).weight.requires_grad_(trained)
 
-    def keys(self, items: ItemTokens) -> Tensor:
-        """[I, W]."""
-        return self.weight
+    def keys(self, items: ItemTokens, rows: Tensor | None = None) -> Tensor:
+        """[I, W], or [n, W] of the items `rows` [n] int64."""
+        return self.weight if rows is None else F.embedding(rows, self.weight)
 
     def query(self, hidden: Tensor) -> Tensor:
         """The hidden states themselves."""

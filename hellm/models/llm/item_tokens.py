@@ -84,9 +84,9 @@ class ItemTokens(nn.Module):
         """Graph embeddings of `items`, at the scale in which they enter the model."""
         return self.features[items, self._graph]
 
-    def keys(self) -> Tensor:
-        """[I, W] projected items."""
-        return self._project(slice(None))
+    def keys(self, rows: Tensor | None = None) -> Tensor:
+        """[I, W] projected items, or [n, W] of the items `rows` [n] int64."""
+        return self._project(slice(None) if rows is None else rows)
 
     def _project(self, rows: Tensor | slice) -> Tensor:
         projected = self.projector(self.dropout(self.features[rows]))

@@ -176,9 +176,9 @@ class RecommenderLLM(nn.Module):
         """Final hidden states [B, T, W] after each item, as `all_queries` uses them."""
         return self.context.after_each(self.prompted, self.items, items, mask, self.context.shared(self.prompted))
 
-    def item_keys_trainable(self) -> Tensor:
-        """[I, D] keys of all items, differentiable in the projector or head."""
-        return self.residual.keys(self.head.keys(self.items))
+    def item_keys_trainable(self, rows: Tensor | None = None) -> Tensor:
+        """[I, D] keys of all items, or [n, D] of `rows` [n] int64, differentiable in the projector or head."""
+        return self.residual.keys(self.head.keys(self.items, rows), rows)
 
     # ---- serving interface
 

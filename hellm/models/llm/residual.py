@@ -25,8 +25,8 @@ class NoResidual(nn.Module):
         super().__init__()
         self.sequence_model: nn.Module | None = None
 
-    def keys(self, own: Tensor) -> Tensor:
-        """[I, D'] keys of the sum, of the language model's keys [I, D]."""
+    def keys(self, own: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[I, D'] keys of the sum, of the language model's keys [I, D]; or those of the items `rows` [n] int64."""
         return own
 
     def after_each(self, own: Tensor, items: Tensor, mask: Tensor) -> Tensor:
@@ -64,8 +64,9 @@ class SequenceResidual(NoResidual):
         self.sequence_model.eval()
         return self
 
-    def keys(self, own: Tensor) -> Tensor:
-        return torch.cat([own, self.sequence_model.item_keys().to(own)], dim=1)
+    def keys(self, own: Tensor, rows: Tensor | None = None) -> Tensor:
+        keys = self.sequence_model.item_keys()
+        return torch.cat([own, (keys if rows is None else keys[rows]).to(own)], dim=1)
 
     def after_each(self, own: Tensor, items: Tensor, mask: Tensor) -> Tensor:
         return self._beside(own, self._sequence_hidden(items, mask))

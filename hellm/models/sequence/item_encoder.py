@@ -134,11 +134,14 @@ class ItemEncoder(nn.Module):
         place = self.modalities.index(modality)
         return WhitenedContent(*(getattr(self, f"{part}_{place}") for part in WhitenedContent._fields))
 
-    def forward(self) -> Tensor:
-        """[I, D] float32."""
-        total = None if self.id_embedding is None else self.id_embedding.weight
+    def forward(self, rows: Tensor | None = None) -> Tensor:
+        """[I, D] float32, or [n, D] of the items `rows` [n] int64."""
+        total = None
+        if self.id_embedding is not None:
+            total = self.id_embedding.weight if rows is None else self.id_embedding(rows)
         for place, projector in enumerate(self.projectors):
             x = getattr(self, f"table_{place}")
+            x = x if rows is None else x[rows]
             projected = projector(x)
             if self.hidden_dim:
                 # A hidden layer makes something of nothing.
