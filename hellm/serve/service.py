@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from hellm.data import IdMap
 from hellm.serve.batcher import Batcher
 from hellm.serve.encoding import Encoders
 from hellm.serve.errors import RequestError
+from hellm.serve.memory import release_memory
 from hellm.serve.metrics import Metrics
 from hellm.serve.readiness import is_row_exact
 from hellm.serve.schema import ItemRequest
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 Question = Callable[[Snapshot, Sequence[Any]], Sequence[Any]]
 # Items that wait to be encoded, writes that share a transaction, and studies that wait.
 _MAX_ENCODED, _MAX_WRITES, _MAX_STUDIES = 64, 256, 16
+# New catalogues, by an item or a run, after which freed memory is given back.
+_RELEASE_AFTER = 16
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Service:
         self._studies = Batcher(self._answer, name="study", max_batch=1, **limits)
         self._encode_item = Encoders(source.encoders)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="reload")
-        self._reloading = False
+        self._reloading, self._catalogues = False, 0
         metrics.waiting.set_function(lambda: len(self._readers))
 
     @property
@@ -223,10 +227,18 @@ class Service:
         return answers
 
     def _write(self, jobs: Sequence[Any]) -> list[Any]:
-        snapshot, results = write(self._snapshot, self._store, jobs)
-        self._snapshot = snapshot
+        before = self._snapshot
+        self._snapshot, results = write(before, self._store, jobs)
         self._told()
+        self._release(before.recommender.item_ids)
         return results
+
+    def _release(self, before: IdMap) -> None:
+        """Now and then, once the catalogue is another than `before`."""
+        self._catalogues += self._snapshot.recommender.item_ids is not before
+        if self._catalogues >= _RELEASE_AFTER:
+            self._catalogues = 0
+            release_memory()
 
     def _encode(self, jobs: Sequence[tuple[ItemRequest, bytes | None]]) -> list[Any]:
         content = self._snapshot.recommender.content
