@@ -19,7 +19,7 @@ sys.path.append(str(ROOT))
 
 pytest.importorskip("scipy", reason='the peers need scipy: pip install "hellm[dev]"')
 
-from benchmarks import ceilings, inputs, measure, memory, report, scale  # noqa: E402
+from benchmarks import catalogue, ceilings, inputs, measure, memory, report, scale  # noqa: E402
 from benchmarks.cases import CASES, TARGETS  # noqa: E402
 from benchmarks.ops import hypergraph_conv, info_nce  # noqa: E402
 from benchmarks.registry import (  # noqa: E402
@@ -306,6 +306,15 @@ def test_scale_runs_each_size_in_its_own_process(scale_run):
     assert [record["num_incidences"] for record in scale_run["sizes"]] == [500, 1000]
     assert all(record["peak_bytes"] > 50e6 for record in scale_run["sizes"])
     assert set(scale_run["growth"]) == {"build_seconds", "forward_seconds", "backward_seconds", "gather_seconds"}
+
+
+@pytest.mark.parametrize("stage", catalogue.STAGES)
+def test_a_step_over_some_items_of_a_catalogue(stage):
+    found = catalogue.run_steps(stage, 600, 50, 1)
+    assert found["seconds_of_epoch"] == found["seconds_of_step"] * found["steps_per_epoch"]
+    assert np.isfinite(found["losses"]).all() and found["peak_bytes"] > 50e6
+    data = catalogue.shop(600)
+    assert (data.num_users, data.num_items, data.num_events) == (450, 600, 3600)
 
 
 def test_growth_of_a_square_is_two():

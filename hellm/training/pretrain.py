@@ -52,6 +52,7 @@ __all__ = [
     "pretrain",
     "pretrain_losses",
     "resolve_config",
+    "step_losses",
 ]
 
 
@@ -310,12 +311,7 @@ def _fit(
     model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: RunDirectory, on_plan, on_epoch
 ) -> Progress:
     sampler, optimizer = build_sampler(config, dataset), build_optimizer(config, model)
-    choices, candidates = _contrastive_choices(config, model), _candidates(config, model)
-
-    def losses(epoch: int, step: int) -> Mapping[str, Tensor]:
-        triples, rows = sampler.sample(epoch, step), _contrastive_rows(config, choices, epoch, step)
-        return _losses(model, config, triples, rows, candidates(epoch, step, triples))
-
+    losses = step_losses(config, model, sampler)
     if on_plan is not None:
         seconds = seconds_of_step(model, lambda: total_loss(losses(0, 0)))
         on_plan(plan_of_steps(seconds, sampler.num_steps, config.max_epochs))
@@ -328,6 +324,19 @@ def _fit(
     else:
         step = EagerStep(model, optimizer, losses, sampler.num_steps, learning_rate=_learning_rate(config))
     return fit_stage(step, config, dataset, run, validate, on_epoch)
+
+
+def step_losses(
+    config: PretrainConfig, model: GraphEncoder, sampler: TripleSampler
+) -> Callable[[int, int], dict[str, Tensor]]:
+    """(epoch, step) -> the terms of `pretrain_losses`, all that is drawn for them included."""
+    choices, candidates = _contrastive_choices(config, model), _candidates(config, model)
+
+    def losses(epoch: int, step: int) -> dict[str, Tensor]:
+        triples, rows = sampler.sample(epoch, step), _contrastive_rows(config, choices, epoch, step)
+        return _losses(model, config, triples, rows, candidates(epoch, step, triples))
+
+    return losses
 
 
 def _losses(
