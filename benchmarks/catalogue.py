@@ -67,7 +67,8 @@ def graph_step(data: Dataset, sampled: int | None) -> tuple[Any, Callable[[int],
     from hellm.training import pretrain
 
     settings = ["loss=softmax", "batch_size=4096", "model.item_hypergraph=false"]
-    settings += [f"sampled_items={sampled}", f"contrastive_keys={sampled}"] if sampled else []
+    if sampled:
+        settings += [f"contrastive_rows={min(512, sampled)}", f"contrastive_keys={sampled}", f"sampled_items={sampled}"]
     config = override_config(PretrainConfig(), settings)
     model, sampler = pretrain.build_encoder(config, data), pretrain.build_sampler(config, data)
     losses = pretrain.step_losses(config, model, sampler)
@@ -89,7 +90,7 @@ def run_steps(stage: str, num_items: int, sampled: int | None, rounds: int) -> d
     # The first step makes Adam's moments and what else is made once.
     for step in range(rounds + 1):
         started = time.perf_counter()
-        loss = sum(losses(step).values())
+        loss = sum(losses(step % num_steps).values())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
