@@ -46,6 +46,8 @@ VERBS = {
     "info": ("hellm.cli.info", "what is installed and usable here; --selftest checks the operators"),
     "demo": ("hellm.cli.demo", "the whole way on a made-up shop, in some minutes"),
 }
+# Verbs that torchrun or accelerate launch may start.
+_PARALLEL = ("pretrain", "sasrec", "finetune")
 _HELP = """usage: hellm VERB [options]      hellm VERB --help for the options of a verb
 
 {verbs}
@@ -108,10 +110,9 @@ def _dispatch(argv: list[str]) -> int:
         nearest = difflib.get_close_matches(argv[0], VERBS, n=1, cutoff=0.5)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"verb must be one of {', '.join(VERBS)}, got {argv[0]!r}{hint}")
-    if argv[0] != "finetune" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"only finetune runs in several processes (WORLD_SIZE {os.environ['WORLD_SIZE']}), got {argv[0]}"
-        )
+    if argv[0] not in _PARALLEL and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        size, able = os.environ["WORLD_SIZE"], ", ".join(_PARALLEL)
+        raise ValueError(f"only {able} run in several processes (WORLD_SIZE {size}), got {argv[0]}")
     return importlib.import_module(VERBS[argv[0]][0]).run(argv[1:])
 
 

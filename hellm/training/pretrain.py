@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hellm._devices import resolve_device
 from hellm.artifact import write_embeddings
 from hellm.artifact.run_directory import RunDirectory
 from hellm.config import PretrainConfig
@@ -26,6 +27,7 @@ from hellm.training.candidates import CandidateItems, Candidates
 from hellm.training.captured_step import CapturedStep
 from hellm.training.checkpoint import read_model
 from hellm.training.loop import Progress
+from hellm.training.processes import Processes, launched_processes
 from hellm.training.samplers import DeviceTripleSampler, Triples, TripleSampler
 from hellm.training.stage import (
     OnEpoch,
@@ -69,6 +71,9 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train the graph encoder, choose by validation, score the test split once, and leave a run directory.
 
+    Started by `accelerate launch` or torchrun, several processes share the rows of every loss, which changes nothing;
+    each of them propagates the whole graph, and the first does the rest.
+
     Args:
         config: settings; see `hellm.config`.
         data: a data set, or a path for `hellm.data.load_dataset`.
@@ -86,23 +91,40 @@ def pretrain(
         MemoryError: a step needs more memory than there is; says how much it asked for and what to lower.
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
-    of_start = {"fingerprint": fingerprint_of(start), "read": [start]}
-    with open_run(config, data, out, resolve_config, resume=resume, overwrite=overwrite, **of_start) as opened:
-        return _train(opened, start, on_plan, on_epoch) if opened.finished is None else opened.finished
+    # Every process makes all embeddings, so dropout must leave out the same in all of them.
+    processes = launched_processes(resolve_device(config.device), seed=None)
+    with open_run(
+        config,
+        data,
+        out,
+        resolve_config,
+        fingerprint=fingerprint_of(start),
+        read=[start],
+        resume=resume,
+        overwrite=overwrite,
+        processes=processes,
+    ) as opened:
+        return _train(opened, processes, start, on_plan, on_epoch) if opened.finished is None else opened.finished
 
 
-def _train(opened: OpenedRun, start, on_plan: OnPlan | None, on_epoch: OnEpoch | None) -> dict[str, Any]:
+def _train(
+    opened: OpenedRun, processes: Processes, start, on_plan: OnPlan | None, on_epoch: OnEpoch | None
+) -> dict[str, Any]:
     config, dataset, run = opened.config, opened.dataset, opened.run
+
+    def finish() -> dict[str, Any]:
+        read_model(run.best, model)
+        result = _result(model, config, dataset, run, progress)
+        result |= {"notes": opened.notes, "num_processes": processes.count} | started_from(start, fresh)
+        _write_outputs(model, config, dataset, run, progress)
+        run.write_result(result)
+        return result
+
     with readable_memory_errors("pre-training", "lower contrastive_rows, model.embedding_dim or eval_batch_size"):
         model = build_encoder(config, dataset, config.device)
         fresh = [] if start is None else warm_start(model, start)
-        progress = _fit(model, config, dataset, run, on_plan, on_epoch)
-        read_model(run.best, model)
-        result = _result(model, config, dataset, run, progress)
-    result |= {"notes": opened.notes} | started_from(start, fresh)
-    _write_outputs(model, config, dataset, run, progress)
-    run.write_result(result)
-    return result
+        progress = _fit(model, config, dataset, run, processes, on_plan, on_epoch)
+        return processes.on_first(finish)
 
 
 def resolve_config(config: PretrainConfig, dataset: Dataset) -> tuple[PretrainConfig, list[str]]:
@@ -308,35 +330,72 @@ def build_captured_step(
 
 
 def _fit(
-    model: GraphEncoder, config: PretrainConfig, dataset: Dataset, run: RunDirectory, on_plan, on_epoch
+    model: GraphEncoder,
+    config: PretrainConfig,
+    dataset: Dataset,
+    run: RunDirectory,
+    processes: Processes,
+    on_plan,
+    on_epoch,
 ) -> Progress:
     sampler, optimizer = build_sampler(config, dataset), build_optimizer(config, model)
-    losses = step_losses(config, model, sampler)
-    if on_plan is not None:
+    losses = step_losses(config, model, sampler, processes)
+    if on_plan is not None and processes.index == 0:
         seconds = seconds_of_step(model, lambda: total_loss(losses(0, 0)))
         on_plan(plan_of_steps(seconds, sampler.num_steps, config.max_epochs))
 
     def validate(scorer: GraphEncoder) -> Mapping[str, float]:
         return _evaluate(scorer, config, dataset, "valid").metrics
 
-    if model.device.type == "cuda" and not _is_sampled(config):
+    if model.device.type == "cuda" and not _is_sampled(config) and processes.count == 1:
         step = build_captured_step(model, config, sampler, optimizer)
     else:
-        step = EagerStep(model, optimizer, losses, sampler.num_steps, learning_rate=_learning_rate(config))
+        rate = _learning_rate(config)
+        step = EagerStep(model, optimizer, losses, sampler.num_steps, learning_rate=rate, processes=processes)
     return fit_stage(step, config, dataset, run, validate, on_epoch)
 
 
 def step_losses(
-    config: PretrainConfig, model: GraphEncoder, sampler: TripleSampler
+    config: PretrainConfig, model: GraphEncoder, sampler: TripleSampler, processes: Processes | None = None
 ) -> Callable[[int, int], dict[str, Tensor]]:
-    """(epoch, step) -> the terms of `pretrain_losses`, all that is drawn for them included."""
+    """(epoch, step) -> the terms of `pretrain_losses`, all that is drawn for them included.
+
+    Of several processes each has its share of the triples and of the anchors, and the sum of what they give is what one
+    process would.
+    """
     choices, candidates = _contrastive_choices(config, model), _candidates(config, model)
 
     def losses(epoch: int, step: int) -> dict[str, Tensor]:
         triples, rows = sampler.sample(epoch, step), _contrastive_rows(config, choices, epoch, step)
-        return _losses(model, config, triples, rows, candidates(epoch, step, triples))
+        chosen = candidates(epoch, step, triples)
+        if processes is None or processes.count == 1:
+            return _losses(model, config, triples, rows, chosen)
+        return _shared_losses(model, config, triples, rows, chosen, processes)
 
     return losses
+
+
+def _shared_losses(
+    model: GraphEncoder,
+    config: PretrainConfig,
+    triples: Triples,
+    rows: dict[str, Tensor],
+    candidates: Candidates | None,
+    processes: Processes,
+) -> dict[str, Tensor]:
+    """What this process has of the losses of a step. All of them are means, whose rows are shared out."""
+    own, weights = processes.share(len(triples.users)), {}
+    part = (own.stop - own.start) / len(triples.users)
+    if part == 0:
+        # A mean needs a row, which counts for nothing then.
+        own = slice(0, 1)
+    for side, count in (("user", model.num_users), ("item", model.num_items)):
+        anchors, weight = rows.get(f"{side}_rows", torch.arange(count)), f"{side}_contrastive_weight"
+        share = anchors[processes.share(len(anchors))]
+        rows[f"{side}_rows"] = share
+        weights[weight] = getattr(config, weight) * len(share) / len(anchors)
+    terms = _losses(model, replace(config, **weights), Triples(*(ids[own] for ids in triples)), rows, candidates)
+    return {name: term if name == "contrastive_loss" else term * part for name, term in terms.items()}
 
 
 def _losses(

@@ -32,19 +32,24 @@ class Processes:
 
     Args:
         accelerator: connects the processes; None is this process alone.
-        seed: of the dropout of all processes but the first, which goes on with torch's generator.
+        seed: of the dropout of all processes but the first, which goes on with torch's generator. None: all draw alike,
+            for a model that every process makes whole.
 
     Attributes:
         index: of this process. The first, 0, is the one that writes, prints and validates.
         count: of all processes.
     """
 
-    def __init__(self, accelerator: Accelerator | None = None, *, seed: int = 0) -> None:
+    def __init__(self, accelerator: Accelerator | None = None, *, seed: int | None = 0) -> None:
         # What it gathers and sums has the type of what it was given, which its annotations do not say.
         self._accelerator: Any = accelerator
         self._seed = seed
         self.index = 0 if accelerator is None else accelerator.process_index
         self.count = 1 if accelerator is None else accelerator.num_processes
+
+    def share(self, length: int) -> slice:
+        """The rows of this process among `length`; some may have none."""
+        return slice(length * self.index // self.count, length * (self.index + 1) // self.count)
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Do `work` in the first process alone; every process waits, and returns or raises what it did."""
@@ -93,14 +98,16 @@ class Processes:
         return signum > 0
 
     def seed_step(self, epoch: int, step: int) -> None:
-        """Give every process dropout of its own, the same in a resumed run."""
-        if self.index > 0:
+        """Give every process dropout of its own, the same in a resumed run, unless all draw alike."""
+        if self.index > 0 and self._seed is not None:
             state = np.random.SeedSequence((self._seed, self.index, epoch, step)).generate_state(1)
             torch.manual_seed(int(state[0]))
 
 
-def launched_processes(device: str, *, seed: int) -> Processes:
+def launched_processes(device: str, *, seed: int | None) -> Processes:
     """The processes that a launcher started, each on its own GPU with "cuda"; this one alone without a launcher.
+
+    `seed`: see `Processes`.
 
     Raises: ValueError, a `device` with a number, which would be the same for all processes.
     """

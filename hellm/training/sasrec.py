@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hellm._devices import resolve_device
 from hellm.artifact.files import CONTENT
 from hellm.config import SASRecConfig
 from hellm.data import Dataset
@@ -23,6 +24,7 @@ from hellm.training.candidates import CandidateItems, Candidates, next_item_loss
 from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, SequenceSampler
 from hellm.training.loop import Progress
+from hellm.training.processes import Processes, launched_processes
 from hellm.training.schedule import constant_schedule, cosine_schedule
 from hellm.training.stage import (
     MAY_CHANGE,
@@ -66,7 +68,9 @@ def train_sasrec(
     """Train SASRec, choose by validation, score the test split once, and leave a run directory.
 
     Validation knows the training events of a user, the test the validation event as well. Beside what `pretrain`
-    leaves, embeddings.safetensors holds the whole model: `SASRec.load(out)` gives it back.
+    leaves, embeddings.safetensors holds the whole model: `SASRec.load(out)` gives it back. Started by torchrun or
+    `accelerate launch`, several processes share the sequences of every step, which changes nothing but the dropout, and
+    the first does the rest.
 
     Args:
         config: settings; see `hellm.config`.
@@ -87,6 +91,7 @@ def train_sasrec(
         MemoryError: a step needs more memory than there is; says what to lower.
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
+    processes = launched_processes(resolve_device(config.device), seed=config.seed)
     with open_run(
         config,
         data,
@@ -98,18 +103,30 @@ def train_sasrec(
         may_change=MAY_CHANGE - ({"max_epochs"} if config.schedule == "cosine" else set()),
         resume=resume,
         overwrite=overwrite,
+        processes=processes,
     ) as opened:
-        return _train(opened, start, on_plan, on_epoch) if opened.finished is None else opened.finished
+        return _train(opened, processes, start, on_plan, on_epoch) if opened.finished is None else opened.finished
 
 
-def _train(opened: OpenedRun, start, on_plan: OnPlan | None, on_epoch: OnEpoch | None) -> dict[str, Any]:
-    config, dataset, sampler, run = opened.config, opened.dataset, opened.inputs, opened.run
+def _train(
+    opened: OpenedRun, processes: Processes, start, on_plan: OnPlan | None, on_epoch: OnEpoch | None
+) -> dict[str, Any]:
+    config, dataset = opened.config, opened.dataset
     with readable_memory_errors("training SASRec", "lower batch_size, max_length, embedding_dim or eval_batch_size"):
         if start is None:
             model, fresh = build_sasrec(config, dataset).to(config.device), []
         else:
             model, fresh = continued_sasrec(config, dataset, start)
-        progress = _fit(model, config, dataset, sampler, run, on_plan, on_epoch)
+        progress = _fit(model, opened, processes, on_plan, on_epoch)
+    return processes.on_first(lambda: _finished(model, opened, progress, processes.count, start, fresh))
+
+
+def _finished(
+    model: SASRec, opened: OpenedRun, progress: Progress, num_processes: int, start, fresh: list[str]
+) -> dict[str, Any]:
+    """Test the best weights and write what a run holds."""
+    config, dataset, run = opened.config, opened.dataset, opened.run
+    with readable_memory_errors("scoring the test split", "lower eval_batch_size"):
         read_model(run.best, model)
         model.eval()
         test = _evaluate(model, config, dataset, "test")
@@ -118,7 +135,8 @@ def _train(opened: OpenedRun, start, on_plan: OnPlan | None, on_epoch: OnEpoch |
     if result["test"] is not None and config.protocol != "standard":
         by_standard = _evaluate(model, replace(config, protocol="standard"), dataset, "test")
         masked = None if by_standard is None else by_standard.to_dict(level=0.95)
-    result |= {"test_masked": masked, "notes": opened.notes} | started_from(start, fresh)
+    result |= {"test_masked": masked, "notes": opened.notes, "num_processes": num_processes}
+    result |= started_from(start, fresh)
     model.save(run.path)
     write_tables(run, dataset, device=str(model.device))
     write_curves(run, metrics=config.monitor, best_epoch=progress.best_epoch, title=f"{dataset.name}: SASRec")
@@ -250,14 +268,20 @@ def sasrec_losses(
     return {"bce": (F.softplus(-positive) + F.softplus(negative)).mean()}
 
 
-def _fit(model, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler, run, on_plan, on_epoch) -> Progress:
+def _fit(model: SASRec, opened: OpenedRun, processes: Processes, on_plan, on_epoch) -> Progress:
+    config, dataset, sampler = opened.config, opened.dataset, opened.inputs
     candidates = CandidateItems.of(dataset, model.device, count=config.sampled_items, seed=config.seed)
 
     def losses(epoch: int, step: int) -> Mapping[str, Tensor]:
         batch = sampler.sample(epoch, step)
-        return sasrec_losses(model, batch, config.loss, candidates.of_step(epoch, step, batch.targets))
+        share = batch.share(processes.index, processes.count)
+        if not len(share.targets):
+            return {config.loss: torch.zeros((), device=model.device)}
+        terms = sasrec_losses(model, share, config.loss, candidates.of_step(epoch, step, batch.targets))
+        # Shares have different numbers of targets; the mean of the step is over all of them.
+        return {name: term * (len(share.targets) / len(batch.targets)) for name, term in terms.items()}
 
-    if on_plan is not None:
+    if on_plan is not None and processes.index == 0:
         seconds = seconds_of_step(model, lambda: total_loss(losses(0, 0)))
         on_plan(plan_of_steps(seconds, sampler.num_steps, config.max_epochs))
 
@@ -267,8 +291,9 @@ def _fit(model, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler
         return found.metrics
 
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    step = EagerStep(model, optimizer, losses, sampler.num_steps, learning_rate=_schedule(config, sampler.num_steps))
-    return fit_stage(step, config, dataset, run, validate, on_epoch)
+    rate = _schedule(config, sampler.num_steps)
+    step = EagerStep(model, optimizer, losses, sampler.num_steps, learning_rate=rate, processes=processes)
+    return fit_stage(step, config, dataset, opened.run, validate, on_epoch)
 
 
 def _schedule(config: SASRecConfig, num_steps: int) -> Callable[[int, int], float]:
