@@ -5,6 +5,7 @@ I = items, D = embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,7 +225,7 @@ def _convolved(graph: ServedGraph, content: ItemContent, trained: Tensor) -> dic
 
     source = convolved(tensors["item_hypergraph_input"][:count].contiguous(), branch.num_layers - 1)
     view = convolved(source, 1)
-    later = _later_views(content, source, graph)
+    later = _later_views(content, source, graph.modalities, branch.k)
     view, backbone = torch.cat([view, later]), tensors["item_backbone"]
     item = torch.cat([placed(backbone[:count], untrained, hypergraph), backbone[count:]]) + F.normalize(view, dim=1)
     made = {
@@ -238,16 +239,15 @@ def _convolved(graph: ServedGraph, content: ItemContent, trained: Tensor) -> dic
     }
 
 
-def _later_views(content: ItemContent, source: Tensor, graph: ServedGraph) -> Tensor:
+def _later_views(content: ItemContent, source: Tensor, modalities: Sequence[str] | None, k: int) -> Tensor:
     """[n, D] views of the items that came after training, as when they came."""
     count = content.num_placing
     if content.num_items == count:
         return source[:0]
     # As `ItemContent.extended` lists them: a new item is its own nearest.
-    k = graph.branch.k
     nearest = {name: Neighbours(listed[count:, 1:k], torch.empty(0)) for name, listed in content.neighbours.items()}
     features = {name: table[count:] for name, table in content.features.items()}
-    return content.convolve(source, nearest, features, graph.modalities, k)
+    return content.convolve(source, nearest, features, modalities, k)
 
 
 def _graphs(model: Any) -> list[ServedGraph]:

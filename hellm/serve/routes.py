@@ -159,7 +159,8 @@ async def new_item(request: Request, item: ItemRequest, picture: bytes | None) -
     service = service_of(request)
     features = await service.encode(item, picture)
     content = service.snapshot.recommender.content
-    encoders = {name: content.encoders[name] for name in features if name in content.encoders}
+    known = {} if content is None else content.encoders
+    encoders = {name: known[name] for name in features if name in known}
     given = json.dumps(item.features, sort_keys=True).encode()
     body = {
         "title": item.title,

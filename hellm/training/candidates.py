@@ -77,7 +77,7 @@ class CandidateItems:
         events = np.bincount(dataset.pairs("train")[1], minlength=dataset.num_items)
         return cls(events, count=count, seed=seed, device=device)
 
-    def of_step(self, epoch: int, step: int, targets: np.ndarray) -> Candidates | None:
+    def of_step(self, epoch: int, step: int, targets: np.ndarray | Tensor) -> Candidates | None:
         """The candidates of a step, its targets [N] int64 among them. None is all items there are."""
         if self.count is None:
             return self._all
@@ -86,9 +86,9 @@ class CandidateItems:
         drawn = (np.arange(self.count) + rng.random(self.count)) / self.count * self._stop[-1]
         place, times = np.unique(np.searchsorted(self._stop, drawn, side="right"), return_counts=True)
         place = np.minimum(place, len(self._trained) - 1)
+        targets = np.unique(np.asarray(targets))
         other = ~np.isin(self._trained[place], targets)
         weight = times[other] / (self.count * self._probability[place[other]])
-        targets = np.unique(targets)
         rows = np.concatenate([targets, self._trained[place[other]]])
         log_weight = np.concatenate([np.zeros(len(targets)), np.log(weight)])
         order = np.argsort(rows)
