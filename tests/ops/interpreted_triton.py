@@ -30,9 +30,18 @@ HUB = GraphCase(
     5,
     20,
 )
+# Fewer rows than a block has: a hub of three whole chunks, an empty row, and the smallest hub there is.
+_MEMBERS = torch.cat(
+    [torch.stack([torch.full((size,), row), torch.arange(size)]) for row, size in ((0, 1536), (2, 1025))], 1
+)
+FEW_VERTICES = GraphCase(_MEMBERS, 3, 1537, 3)
+FEW_HYPEREDGES = GraphCase(_MEMBERS.flip(0), 1537, 3, 3)
+ONE_VERTEX = GraphCase(torch.stack([torch.zeros(2000, dtype=torch.int64), torch.arange(2000)]), 1, 2000, 1)
 GRAPH_NAMES = ["three", "one-column", "empty-hyperedge", "alone-in-hyperedges", "repeated", "more-hyperedges"]
 GRAPH_NAMES += ["no-incidence", "no-vertex", "no-hyperedge", "valued"]
 CASES = [pytest.param(GRAPHS[name], id=name) for name in GRAPH_NAMES] + [pytest.param(HUB, id="hub")]
+FEW = {"few-vertices": FEW_VERTICES, "few-hyperedges": FEW_HYPEREDGES, "one-vertex-hub": ONE_VERTEX}
+CASES += [pytest.param(case, id=name) for name, case in FEW.items()]
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +109,7 @@ def test_hypergraph_conv_matches_reference(case, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_incidence_product_matches_reference(dtype):
-    for case in (GRAPHS["valued"], HUB):
+    for case in (GRAPHS["valued"], HUB, *FEW.values()):
         graph = case.build()
         for transpose, csr in ((False, graph.vertex_csr), (True, graph.edge_csr)):
             x = rows(graph.num_vertices if transpose else graph.num_hyperedges, case.dim, dtype=dtype)
