@@ -1,4 +1,4 @@
-"""Lengths and directions of rows in plain torch."""
+"""Lengths, directions and largest entries of rows in plain torch."""
 
 from __future__ import annotations
 
@@ -28,3 +28,16 @@ def unit_rows_and_lengths(x: Tensor) -> tuple[Tensor, Tensor]:
 def _largest(x: Tensor) -> Tensor:
     """[N, 1]; no square of entries overflows or is lost where they were divided by it first."""
     return x.detach().abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(x.shape[0], 1)
+
+
+def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row [N, M] and their columns, descending; of equals the first, which topk does not promise.
+
+    So those of a smaller k stand at the beginning of those of a larger one.
+    """
+    least = x.topk(k, dim=1).values[:, -1:]
+    better, equal = x > least, x == least
+    room = k - better.sum(1, keepdim=True)
+    column = (better | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, k)
+    value, order = x.gather(1, column).sort(dim=1, descending=True, stable=True)
+    return value, column.gather(1, order)

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from hellm._arrays import as_count
-from hellm._rows import largest
 from hellm.ops._cases import Case, Samples
 from hellm.ops._checks import checked_rows
 from hellm.ops._dtypes import accumulation_dtype, wide
 from hellm.ops._operator import Derivatives, Operator
-from hellm.ops._rows import unit_rows
+from hellm.ops._rows import largest, unit_rows
 
 
 def knn(x: Tensor, k: int, *, metric: str = "cosine") -> tuple[Tensor, Tensor]:

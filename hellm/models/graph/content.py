@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hellm._files import atomic_path
-from hellm._rows import largest
 from hellm.data import DataError, ItemFeatures
 from hellm.data.attributes import AttributeSet, indicators
 from hellm.graphs import Neighbours, nearest_items
 from hellm.hypergraph import Hypergraph
+from hellm.ops._rows import largest
 
 __all__ = ["ItemContent"]
 
