@@ -16,6 +16,7 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # hadolint ignore=DL3013
 RUN pip install --constraint constraints.txt --index-url "$TORCH_INDEX" torch
 COPY pyproject.toml CMakeLists.txt README.md LICENSE ./
+COPY licenses licenses
 COPY csrc csrc
 COPY kernels kernels
 COPY hellm hellm
