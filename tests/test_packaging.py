@@ -1,0 +1,132 @@
+"""What is published: wheels and what they bundle, the source distribution, the kernels for the hub."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+tomllib = pytest.importorskip("tomllib")  # Python 3.11 has it
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+SBOM = re.sub(
+    r"@(\w+)@",
+    lambda found: "" if found[1].endswith("CUDA") else "1.2.3",
+    (ROOT / "licenses/sbom.cdx.json.in").read_text(),
+)
+COMPONENTS = {one["name"]: one for one in json.loads(SBOM)["components"]}
+
+
+def test_a_wheel_is_built_for_each_python_that_the_project_names():
+    named = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    wheels = PYPROJECT["tool"]["cibuildwheel"]["build"].split()
+    assert wheels == [f"cp{version.replace('.', '')}-manylinux*" for version in named]
+    assert PROJECT["requires-python"] == f">={named[0]}"
+    assert f"Python {named[0]} to {named[-1]}" in (ROOT / "README.md").read_text()
+
+
+def test_a_wheel_is_tried_with_the_oldest_torch():
+    oldest = next(one for one in PROJECT["dependencies"] if one.startswith("torch")).partition(">=")[2]
+    assert f"torch=={oldest}.*" in PYPROJECT["tool"]["cibuildwheel"]["test-command"]
+
+
+def test_no_torch_in_the_extension():
+    """One wheel serves every version of torch only as long as that holds."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    included = {name for path in sources for name in re.findall(r"#include\s*<([^>]+)>", path.read_text())}
+    assert included and not [name for name in included if re.match(r"(torch|ATen|c10)\b", name)]
+    assert not re.search(r"find_package\(Torch", (ROOT / "CMakeLists.txt").read_text(), re.IGNORECASE)
+
+
+def bundled() -> dict[str, str]:
+    """Name of what others wrote -> where it was found: files beside a licence of their own, headers of libraries."""
+    found = {}
+    for path in (ROOT / "hellm").rglob("LICENSE-*"):
+        found[path.name.removeprefix("LICENSE-")] = path.parent.relative_to(ROOT).as_posix()
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file():
+            found |= {name: "hellm/_C" for name in re.findall(r"#include\s*<([^/>]+)/", path.read_text())}
+    return found
+
+
+def test_the_bill_of_materials_names_all_that_a_wheel_bundles():
+    assert COMPONENTS.keys() == bundled().keys() >= {"htmx", "pybind11"}
+    for name, place in bundled().items():
+        (occurrence,) = COMPONENTS[name]["evidence"]["occurrences"]
+        assert occurrence["location"].startswith(place)
+    minified = [path.relative_to(ROOT).as_posix() for path in (ROOT / "hellm").rglob("*.min.*")]
+    assert minified == [COMPONENTS["htmx"]["evidence"]["occurrences"][0]["location"]]
+
+
+def test_the_bill_of_materials_has_the_files_as_they_are():
+    htmx = COMPONENTS["htmx"]
+    content = (ROOT / htmx["evidence"]["occurrences"][0]["location"]).read_bytes()
+    assert [one["content"] for one in htmx["hashes"]] == [hashlib.sha256(content).hexdigest()]
+    assert f'version="{htmx["version"]}"'.encode() in content
+    assert htmx["purl"].endswith(f"@{htmx['version']}")
+
+
+def test_licences_of_all_that_a_wheel_bundles_are_in_it():
+    licences = {one["license"]["id"] for component in COMPONENTS.values() for one in component["licenses"]}
+    assert set(PROJECT["license"].split(" AND ")) == {"Apache-2.0", *licences}
+    table = (ROOT / "licenses/README.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
+    listed = {row[0].partition(",")[0]: (row[2], re.findall(r"`([^`]+)`", row[3])) for row in rows[2:]}
+    assert listed.keys() == {"hellm", "libgomp", *COMPONENTS}
+    for name, component in COMPONENTS.items():
+        assert listed[name][0] == component["licenses"][0]["license"]["id"]
+    for _, texts in listed.values():
+        for text in texts:
+            assert (ROOT / text).stat().st_size > 400
+            assert any(fnmatch.fnmatch(text, pattern) for pattern in PROJECT["license-files"])
+
+
+def test_the_source_distribution_has_what_a_build_needs_and_nothing_that_was_built(tmp_path):
+    pytest.importorskip("scikit_build_core")
+    program = "import sys; from scikit_build_core.build import build_sdist; print(build_sdist(sys.argv[1]))"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    listed = subprocess.run(["tar", "tzf", archive], check=True, capture_output=True, text=True).stdout.splitlines()
+    names = {name.partition("/")[2] for name in listed}
+    needed = [path for folder in ("csrc", "hellm", "kernels", "licenses") for path in (ROOT / folder).rglob("*")]
+    needed = [path for path in needed if path.is_file() and path.suffix not in (".pyc", ".so")]
+    needed += [ROOT / name for name in ("CMakeLists.txt", "LICENSE", "README.md", "pyproject.toml")]
+    assert {path.relative_to(ROOT).as_posix() for path in needed} <= names
+    unwanted = r"\.(so|pyc)$|^(\.ci|\.git|\.venv|build|dist|demo|runs|benchmarks/results)/"
+    assert not [name for name in names if re.search(unwanted, name)]
+    assert archive.stat().st_size < 5e6
+
+
+# Loads the package under another name and from another place, as the loader of the hub does.
+HUB = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_hellm_kernels_0123", sys.argv[1])
+module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(sorted(name for name in sys.modules if name.startswith(spec.name) or name.startswith("hellm")))
+"""
+
+
+def test_triton_kernels_load_from_the_layout_of_the_hub(tmp_path):
+    pytest.importorskip("triton")
+    subprocess.run(["make", "--silent", "--directory", ROOT, "hub", f"HUB={tmp_path}"], check=True, timeout=60)
+    built = tomllib.loads((tmp_path / "build.toml").read_text())
+    package = built["general"]["name"].replace("-", "_")
+    (init,) = tmp_path.glob("torch-ext/*/__init__.py")
+    assert init.parent.name == package and built["general"]["license"] == "Apache-2.0" and "torch-noarch" in built
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, init], cwd=tmp_path, check=True, capture_output=True, text=True, timeout=120
+    )
+    modules = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"__init__"}
+    assert eval(done.stdout) == sorted({"_hellm_kernels_0123", *(f"_hellm_kernels_0123.{name}" for name in modules)})
