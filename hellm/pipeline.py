@@ -31,7 +31,7 @@ _WARM = ("stage1", "lightgcn", "sasrec", "content")
 _STAGES = ("stage1", "lightgcn", "transitions", "sasrec", "content", "llm", "fused")
 LAYOUT = (
     *(CONFIG, REFIT, "source.json", "comparison.json", "recommendations.json"),
-    *("data/dataset.json", "data/*.parquet", "data/features/*.npy"),
+    *("data/dataset.json", "data/*.parquet", "data/*/*.npy"),
     *(f"{stage}/{file}" for stage in _STAGES for file in RUN_LAYOUT),
 )
 """Files of a run of all stages, as `hellm._folders.mark_folder` takes them."""

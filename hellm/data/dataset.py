@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise, starmap
+from operator import lt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hellm._files import DataError
 from hellm.data.histories import Histories
+from hellm.data.texts import Texts
 
 if TYPE_CHECKING:
     from hellm.data.attributes import AttributeSet
@@ -21,24 +25,32 @@ SPLITS = ("train", "valid", "test")
 # Events of users whom nothing is trained on: known when their held-out events are to be found. Label 3.
 HISTORY = "history"
 _LABELS = (*SPLITS, HISTORY)
+# Rows of features, and events, of which something is made anew at once.
+_ROWS, _EVENTS = 1 << 14, 1 << 20
 
 
 class IdMap:
     """Append-only map between external string ids and the indices 0..n-1.
 
-    An id keeps its index for ever: `add` appends what is new and moves nothing.
+    An id keeps its index for ever: `add` appends what is new and moves nothing. `Texts` whose ids rise, by text or by
+    length and then text as numbers do, are kept as they are and looked up by halving; other ids go into a list and a
+    dictionary, which take about 200 bytes an id.
 
     Args:
         ids: Distinct ids, in index order.
+
+    Attributes:
+        ids: [n] the ids in index order.
 
     Raises:
         DataError: An id occurs twice.
     """
 
     def __init__(self, ids: Iterable[str] = ()) -> None:
-        self.ids: list[str] = [str(one) for one in ids]
         self._index: dict[str, int] | None = None
-        if len(self._positions) != len(self.ids):
+        self._key = _rising(ids) if isinstance(ids, Texts) else None
+        self.ids: Sequence[str] = ids if self._key is not None else [str(one) for one in ids]
+        if self._key is None and len(self._positions) != len(self.ids):
             seen: set[str] = set()
             twice = next(one for one in self.ids if one in seen or seen.add(one))
             raise DataError(f"ids must be distinct, got {twice!r} twice")
@@ -54,11 +66,17 @@ class IdMap:
             self._index = {one: position for position, one in enumerate(self.ids)}
         return self._index
 
+    def _find(self, one: str) -> int | None:
+        if self._key is None or self._index is not None:
+            return self._positions.get(one)
+        place = bisect_left(self.ids, self._key(one), key=self._key)
+        return place if place < len(self.ids) and self.ids[place] == one else None
+
     def __len__(self) -> int:
         return len(self.ids)
 
     def __contains__(self, one: object) -> bool:
-        return one in self._positions
+        return isinstance(one, str) and self._find(one) is not None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, IdMap) and self.ids == other.ids
@@ -72,28 +90,76 @@ class IdMap:
         Raises:
             DataError: The id is not in the map.
         """
-        try:
-            return self._positions[str(one)]
-        except KeyError:
-            raise DataError(f"id {str(one)!r} is not one of the {len(self)} known ids") from None
+        place = self._find(str(one))
+        if place is None:
+            raise DataError(f"id {str(one)!r} is not one of the {len(self)} known ids")
+        return place
 
     def indices(self, ids: Iterable[str]) -> np.ndarray:
         """Indices [n] int64 of several ids. Raises DataError as `index` does."""
+        if ids is self.ids:
+            return np.arange(len(self))
+        self._expect(ids)
         return np.fromiter((self.index(one) for one in ids), dtype=np.int64)
 
     def add(self, ids: Iterable[str]) -> np.ndarray:
         """Append the ids not yet known, in their order, and return the indices [n] int64 of all of them."""
-        positions = self._positions
+        if not len(self) and isinstance(ids, Texts):
+            self.__init__(ids)
+            return np.arange(len(self))
+        self._expect(ids)
         found = []
         for one in map(str, ids):
-            if one not in positions:
-                positions[one] = len(self.ids)
-                self.ids.append(one)
-            found.append(positions[one])
+            place = self._find(one)
+            if place is None:
+                place = self._append(one)
+            found.append(place)
         return np.array(found, dtype=np.int64)
 
+    def _append(self, one: str) -> int:
+        positions = self._positions
+        if self._key is not None:
+            # What other maps share is left as it is.
+            self.ids, self._key = list(self.ids), None
+        positions[one] = len(self.ids)
+        self.ids.append(one)
+        return positions[one]
+
+    def _expect(self, ids: Iterable[str]) -> None:
+        """Make the dictionary where so many ids are asked for that it pays."""
+        if isinstance(ids, Sized) and len(ids) > len(self) // _LOOKUPS:
+            _ = self._positions
+
     def copy(self) -> IdMap:
-        return IdMap(self.ids)
+        copied = IdMap()
+        copied._index, copied._key = None, self._key
+        copied.ids = list(self.ids) if self._key is None else self.ids
+        return copied
+
+
+# Ids for each one asked for, below which a dictionary of all is made.
+_LOOKUPS = 50
+
+
+def _same(one: str) -> str:
+    return one
+
+
+def _by_length(one: str) -> tuple[int, str]:
+    return len(one), one
+
+
+def _rising(texts: Texts) -> Callable[[str], Any] | None:
+    """The key by which every text lies above the one before it, if there is one; then all are distinct."""
+    keys: list[Callable[[str], Any]] = [_same, _by_length]
+    before: list[str] = []
+    for chunk in texts.chunks():
+        chunk = before + chunk
+        keys = [key for key in keys if all(starmap(lt, pairwise(map(key, chunk))))]
+        if not keys:
+            return None
+        before = chunk[-1:]
+    return keys[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +182,10 @@ class ItemFeatures:
             raise ValueError(f"values must be [num_items, dim], got shape {list(self.values.shape)}")
         if self.mask.shape != self.values.shape[:1] or self.mask.dtype != np.bool_:
             raise ValueError(f"mask must be [{len(self.values)}] bool, got {list(self.mask.shape)} {self.mask.dtype}")
-        finite = np.isfinite(self.values).all(axis=1)
-        if not finite.all():
-            raise ValueError(f"values must be finite, got NaN or infinity in row {int(np.argmin(finite))}")
+        for start in range(0, len(self.values), _ROWS):
+            finite = np.isfinite(self.values[start : start + _ROWS]).all(axis=1)
+            if not finite.all():
+                raise ValueError(f"values must be finite, got NaN or infinity in row {start + int(np.argmin(finite))}")
 
     @classmethod
     def from_values(cls, values: np.ndarray) -> ItemFeatures:
@@ -199,7 +266,10 @@ class Dataset:
         for name in splits:
             if name not in _LABELS:
                 raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {name!r}")
-        return np.isin(self.split, [_LABELS.index(name) for name in splits])
+        chosen = np.zeros(self.num_events, bool)
+        for name in set(splits):
+            chosen |= self.split == _LABELS.index(name)
+        return chosen
 
     def pairs(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Users and items, both [n] int64, of the events of one split ("train", "valid", "test" or "history").
@@ -218,8 +288,10 @@ class Dataset:
         Raises:
             ValueError: Unknown split.
         """
-        chosen = self._select((*splits, HISTORY) if "train" in splits else splits or _LABELS)
-        return Histories.of_events(self.users[chosen], self.items[chosen], self.num_users)
+        if not splits:
+            return Histories.of_events(self.users, self.items, self.num_users)
+        chosen = self._select((*splits, HISTORY) if "train" in splits else splits)
+        return Histories.of_events(self.users, self.items, self.num_users, chosen)
 
     @cached_property
     def item_attributes(self) -> dict[str, list[tuple[str, ...]]]:
@@ -306,7 +378,7 @@ class Dataset:
         """Hex digest of each part that a model or its answers depend on, by what the part is called."""
         parts = {
             "events": {"users": self.users, "items": self.items},
-            "times": {} if self.timestamps is None else {"timestamps": self.timestamps.astype(np.float64)},
+            "times": {} if self.timestamps is None else {"timestamps": self.timestamps},
             "split": {"split": self.split},
             "item features": {
                 f"{modality} {name}": values
@@ -317,8 +389,7 @@ class Dataset:
         found = {name: hashlib.sha256() for name in parts}
         for name, arrays in parts.items():
             for key, values in arrays.items():
-                found[name].update(f"{key} {values.dtype.str} {values.shape}".encode())
-                found[name].update(np.ascontiguousarray(values).data)
+                _add_array(found[name], key, values)
         if self.attribute_sets:
             found["attributes"] = hashlib.sha256()
             for name, one in self.attribute_sets.items():
@@ -326,7 +397,8 @@ class Dataset:
                 found["attributes"].update(np.stack(one.indicators.nonzero()).tobytes())
         texts = {"user ids": self.user_ids.ids, "item ids": self.item_ids.ids, "item titles": self.item_titles or []}
         for name, values in texts.items():
-            found[name] = hashlib.sha256(json.dumps([one or "" for one in values] if any(values) else []).encode())
+            found[name] = hashlib.sha256()
+            _add_texts(found[name], values)
         return {name: digest.hexdigest()[:16] for name, digest in found.items()}
 
     @cached_property
@@ -335,11 +407,32 @@ class Dataset:
         digest = hashlib.sha256(f"{self.num_users} {self.num_items}".encode())
         parts = {"users": self.users, "items": self.items, "split": self.split}
         if self.timestamps is not None:
-            parts["timestamps"] = self.timestamps.astype(np.float64)
+            parts["timestamps"] = self.timestamps
         for modality, features in sorted(self.item_features.items()):
             parts[f"{modality} values"] = features.values
             parts[f"{modality} mask"] = features.mask
         for name, values in parts.items():
-            digest.update(f"{name} {values.dtype.str} {values.shape}".encode())
-            digest.update(np.ascontiguousarray(values).data)
+            _add_array(digest, name, values)
         return digest.hexdigest()[:32]
+
+
+def _add_array(digest: Any, name: str, values: np.ndarray) -> None:
+    """Add an array and what it is to a digest of `hashlib`; times as float64, whether they are whole or not."""
+    dtype = np.dtype(np.float64) if name == "timestamps" else values.dtype
+    digest.update(f"{name} {dtype.str} {values.shape}".encode())
+    for start in range(0, len(values), step := _ROWS if values.ndim > 1 else _EVENTS):
+        digest.update(np.ascontiguousarray(values[start : start + step], dtype).data)
+
+
+def _add_texts(digest: Any, values: Sequence[str | None]) -> None:
+    """Add texts as one JSON list, which is empty if all of them are."""
+    digest.update(b"[")
+    between = ""
+    for chunk in _chunks(values) if any(values) else ():
+        digest.update(f"{between}{json.dumps([one or '' for one in chunk])[1:-1]}".encode())
+        between = ", "
+    digest.update(b"]")
+
+
+def _chunks(values: Sequence[str | None]) -> Iterator[Sequence[str | None]]:
+    return (values[start : start + _ROWS] for start in range(0, len(values), _ROWS))

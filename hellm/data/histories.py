@@ -7,7 +7,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Histories"]
+__all__ = ["Histories", "user_counts"]
+
+# Events that are looked at once.
+_EVENTS = 1 << 20
+
+
+def user_counts(users: np.ndarray, num_users: int, chosen: np.ndarray | None = None, *, divisor: int = 1) -> np.ndarray:
+    """[num_users] int64 events of each user: of all, or of those that are chosen, [n] bool.
+
+    It counts what `np.bincount(users // divisor, minlength=num_users)` counts, a block at a time.
+    """
+    counts = np.zeros(num_users, np.int64)
+    for start in range(0, len(users), _EVENTS):
+        block = users[start : start + _EVENTS]
+        if divisor != 1:
+            block = block // divisor
+        if chosen is not None:
+            block = block[chosen[start : start + _EVENTS]]
+        if len(block):
+            low = int(block.min())
+            found = np.bincount(block - low)
+            counts[low : low + len(found)] += found
+    return counts
 
 
 class Histories(NamedTuple):
@@ -24,11 +46,13 @@ class Histories(NamedTuple):
     items: np.ndarray
 
     @classmethod
-    def of_events(cls, users: np.ndarray, items: np.ndarray, num_users: int) -> Histories:
-        """Of events that are grouped by user, ascending, and in time order within a user."""
+    def of_events(
+        cls, users: np.ndarray, items: np.ndarray, num_users: int, chosen: np.ndarray | None = None
+    ) -> Histories:
+        """Of events that are grouped by user, ascending, and in time order within a user; or of some, [n] bool."""
         indptr = np.zeros(num_users + 1, dtype=np.int64)
-        np.cumsum(np.bincount(users, minlength=num_users), out=indptr[1:])
-        return cls(indptr, items)
+        np.cumsum(user_counts(users, num_users, chosen), out=indptr[1:])
+        return cls(indptr, items if chosen is None else items[chosen])
 
     @classmethod
     def of_lists(cls, lists: Sequence[Sequence[int] | np.ndarray]) -> Histories:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import polars as pl
 import pytest
-from support.datasets import make_dataset
+from support.datasets import make_dataset, save_version_1
 
 from hellm.data import DataError, load_dataset, save_dataset
 
@@ -255,25 +255,84 @@ def replace_events(folder, **columns):
     table.write_parquet(folder / "events.parquet")
 
 
+def replace_array(folder, name, change):
+    np.save(folder / name, change(np.load(folder / name)))
+
+
+_DAMAGE = [
+    (lambda folder: damage_json(folder, version=9), "dataset.json: version must be 1 or 2, got 9"),
+    (lambda folder: damage_json(folder, form="x"), "dataset.json: must be an object with form 'hellm'"),
+    (lambda folder: (folder / "items.parquet").unlink(), "items.parquet: no such file, but dataset.json stands beside"),
+    (
+        lambda folder: np.save(folder / "features" / "image.mask.npy", np.ones(2, bool)),
+        r"image.mask.npy: must be \[6\] bool",
+    ),
+    (
+        lambda folder: replace_array(folder, "features/image.npy", lambda image: image[:, 0]),
+        r"image.npy: must be \[6, dim\] float32, got \[6\] float32",
+    ),
+    (
+        lambda folder: replace_array(folder, "features/image.npy", lambda image: image + np.inf),
+        "image.npy: row 0, column 0: must be finite, got inf",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: damage_json(folder, version=9), "dataset.json: version must be 1, got 9"),
-        (lambda folder: damage_json(folder, form="x"), "dataset.json: must be an object with form 'hellm'"),
+        *_DAMAGE,
         (
-            lambda folder: (folder / "items.parquet").unlink(),
-            "items.parquet: no such file, but dataset.json stands beside",
+            lambda folder: replace_array(folder, "events/items.npy", lambda items: items + 77),
+            r"events: column 'item' must lie in 0..5, got 77..81",
         ),
-        (lambda folder: replace_events(folder, item=pl.lit(77)), "column 'item' must lie in 0..5, got 77..77"),
-        (lambda folder: replace_events(folder, split=pl.lit(5)), "column 'split' must be 0, 1 or 2"),
         (
-            lambda folder: np.save(folder / "features" / "image.mask.npy", np.ones(2, bool)),
-            r"image.mask.npy: must be \[6\] bool",
+            lambda folder: replace_array(folder, "events/split.npy", lambda split: split + np.int8(5)),
+            "column 'split' must be 0, 1 or 2",
+        ),
+        (
+            lambda folder: replace_array(folder, "events/items.npy", lambda items: items[1:]),
+            r"items.npy: must be \[\d+\] int64, got \[\d+\] int64",
+        ),
+        (
+            lambda folder: replace_array(folder, "events/users.npy", lambda users: users.astype(np.float32)),
+            r"users.npy: must be \[num_events\] int64, got \[\d+\] float32",
+        ),
+        (
+            lambda folder: replace_array(folder, "events/timestamps.npy", lambda times: times * np.nan),
+            "timestamps.npy: must be finite",
+        ),
+        (
+            lambda folder: replace_array(folder, "users/starts.npy", lambda starts: starts[::-1].copy()),
+            r"starts.npy: starts must rise from 0 to the \d+ bytes of the texts",
+        ),
+        (
+            lambda folder: replace_array(folder, "users/text.npy", lambda text: text | 0x80),
+            "text.npy: must be UTF-8",
+        ),
+        (
+            lambda folder: replace_array(folder, "users/text.npy", lambda text: text * 0 + 65),
+            "users: ids must be distinct, got 'A+' twice",
         ),
     ],
 )
 def test_damaged_built_form(tmp_path, damage, message):
     folder = save_dataset(make_dataset(), tmp_path / "x")
+    damage(folder)
+    with pytest.raises(DataError, match=message):
+        load_dataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        *_DAMAGE,
+        (lambda folder: replace_events(folder, item=pl.lit(77)), "column 'item' must lie in 0..5, got 77..77"),
+        (lambda folder: replace_events(folder, split=pl.lit(5)), "column 'split' must be 0, 1 or 2"),
+    ],
+)
+def test_damaged_built_form_of_version_1(tmp_path, damage, message):
+    folder = save_version_1(make_dataset(), tmp_path / "x")
     damage(folder)
     with pytest.raises(DataError, match=message):
         load_dataset(folder)
@@ -296,11 +355,12 @@ def test_a_write_that_fails_leaves_the_old_state(tmp_path, monkeypatch, there):
     if there:
         save_dataset(make_dataset(), path)
 
-    def full(*_):
+    def full(path, _):
+        path.touch()
         raise OSError("no space left on device")
 
     monkeypatch.setattr("hellm.data.forms.built.np.save", full)
-    with pytest.raises(OSError, match=r"x.\w+\.\w+ cannot be written: the disk is full"):
+    with pytest.raises(OSError, match=r"x.events.users.npy cannot be written: the disk is full"):
         save_dataset(make_dataset(), path, overwrite=there)
     monkeypatch.undo()
     assert [one.name for one in tmp_path.iterdir()] == (["x"] if there else [])

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import polars as pl
 import pytest
-from support.datasets import ITEMS, make_dataset, triples
+from support.datasets import ITEMS, make_dataset, save_version_1, triples
 
 from hellm.data import IdMap, convert, form_names, load_dataset, save_dataset
 
@@ -82,6 +82,24 @@ def test_built_form_keeps_everything(tmp_path):
     assert back.item_titles == dataset.item_titles
     assert back.item_fields == dataset.item_fields
     assert json.loads((tmp_path / "x" / "dataset.json").read_text())["split_counts"] == dataset.split_counts()
+
+
+def test_built_form_is_mapped_and_its_files_are_never_written_to(tmp_path):
+    save_dataset(make_dataset(), tmp_path / "x")
+    back = load_dataset(tmp_path / "x")
+    arrays = [back.users, back.items, back.split, back.timestamps, back.item_features["image"].values]
+    for values in arrays:
+        assert isinstance(values.base, np.memmap) or isinstance(values.base.base, np.memmap)
+        values[...] = 0
+    assert load_dataset(tmp_path / "x").fingerprint == make_dataset().fingerprint
+
+
+@pytest.mark.parametrize("timestamps", [True, False])
+def test_folders_of_version_1_are_read(tmp_path, timestamps):
+    dataset = make_dataset(timestamps=timestamps)
+    back = load_dataset(save_version_1(dataset, tmp_path / "x"))
+    assert back.fingerprints == dataset.fingerprints
+    assert (back.user_ids, back.item_fields) == (dataset.user_ids, dataset.item_fields)
 
 
 def test_built_form_remembers_which_split_it_was(tmp_path):

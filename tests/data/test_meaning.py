@@ -8,7 +8,7 @@ import resource
 import numpy as np
 import polars as pl
 import pytest
-from support.datasets import make_dataset, triples, write
+from support.datasets import make_dataset, save_version_1, triples, write
 
 from hellm.data import DataError, IdMap, check_dataset, form_names, load_dataset, save_dataset
 from hellm.data.attributes import split_values
@@ -274,9 +274,14 @@ def test_categories_and_numbers_of_json(tmp_path):
         load_dataset(tmp_path, encoding="latin-1")
 
 
-def test_damaged_files_are_named(tmp_path):
-    save_dataset(make_dataset(), tmp_path / "x")
-    for name in ("events.parquet", "users.parquet", "features/image.npy", "features/image.mask.npy", "dataset.json"):
+@pytest.mark.parametrize("save", [save_dataset, save_version_1])
+def test_damaged_files_are_named(tmp_path, save):
+    files = {
+        save_dataset: ("events/users.npy", "events/timestamps.npy", "users/text.npy", "users/starts.npy"),
+        save_version_1: ("events.parquet", "users.parquet"),
+    }
+    save(make_dataset(), tmp_path / "x")
+    for name in (*files[save], "items.parquet", "features/image.npy", "features/image.mask.npy", "dataset.json"):
         path = tmp_path / "x" / name
         whole = path.read_bytes()
         for cut in (0, 1, len(whole) // 2, len(whole) - 1):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
+import json
+import shutil
+from pathlib import Path
 
-from hellm.data import Dataset, IdMap, ItemFeatures
+import numpy as np
+import polars as pl
+
+from hellm.data import Dataset, IdMap, ItemFeatures, save_dataset
 from hellm.data.splits import leave_two_out
 
 # user -> items in time order; user "c" is short, item "q" (index 5) is never sold
@@ -50,6 +55,21 @@ def write(folder, **files) -> None:
     for name, content in files.items():
         path = folder / ".".join(name.rsplit("_", 1))
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def save_version_1(dataset: Dataset, folder: Path) -> Path:
+    """The form "hellm" as its version 1 had it."""
+    save_dataset(dataset, folder)
+    columns = {"user": dataset.users.astype(np.uint32), "item": dataset.items.astype(np.uint32)}
+    if dataset.timestamps is not None:
+        columns["timestamp"] = dataset.timestamps
+    pl.DataFrame({**columns, "split": dataset.split}).write_parquet(folder / "events.parquet")
+    pl.DataFrame({"id": list(dataset.user_ids.ids)}).write_parquet(folder / "users.parquet")
+    for name in ("events", "users"):
+        shutil.rmtree(folder / name)
+    about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    (folder / "dataset.json").write_text(json.dumps(about | {"version": 1}), encoding="utf-8")
+    return folder
 
 
 def make_blocks(num_users=60, num_items=24, num_blocks=3, seed=0) -> Dataset:

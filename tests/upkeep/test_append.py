@@ -190,7 +190,7 @@ def test_split_can_be_chosen(old, new):
 class TestFolders:
     def test_new_folder_is_read_back_and_the_old_one_stays(self, old, new, tmp_path, call):
         save_dataset(old, tmp_path / "run" / "data")
-        before = (tmp_path / "run" / "data" / "events.parquet").read_bytes()
+        before = (tmp_path / "run" / "data" / "events" / "items.npy").read_bytes()
         assert data_of(tmp_path / "run") == tmp_path / "run" / "data" and data_of(new) == new
         argv = ["append", tmp_path / "run", "--events", new, "--out", tmp_path / "grown"]
         code, out, err = call(*argv, "--json")
@@ -199,7 +199,7 @@ class TestFolders:
         assert report["new_events"] == 4 and report["num_items"] == 5
         grown = load_dataset(tmp_path / "grown")
         assert grown.fingerprint == append_events(old, new)[0].fingerprint and grown.split_name == "leave-two-out"
-        assert (tmp_path / "run" / "data" / "events.parquet").read_bytes() == before
+        assert (tmp_path / "run" / "data" / "events" / "items.npy").read_bytes() == before
         code, _, err = call(*argv)
         assert code == 2 and "is not empty" in err
         code, out, _ = call(*argv, "--overwrite")

@@ -146,13 +146,19 @@ def load_table_features(path: Path, table: Path, num_items: int, notes: list[str
 
 def load_feature_file(path: Path, num_items: int) -> ItemFeatures:
     """One feature file as float32; all-zero rows become missing. Raises as `load_features`."""
-    values = _open_array(path)
+    values = open_array(path)
     if values.ndim != 2 or values.dtype.kind not in "fiu":
         raise DataError(f"{path}: must be a 2-d array of numbers, got {values.ndim}-d {values.dtype}")
     if len(values) != num_items:
         raise DataError(f"{path}: must have one row per item, got {len(values)} rows for {num_items} items")
     with np.errstate(over="ignore"):
         values = np.array(values, dtype=np.float32, order="C")
+    check_finite(path, values)
+    return ItemFeatures.from_values(values)
+
+
+def check_finite(path: Path, values: np.ndarray) -> None:
+    """Refuse features [num_items, dim] of which one is not finite. Raises DataError naming its row and column."""
     # A row sum is not finite if an entry is not, and needs no [num_items, dim] temporary.
     suspects = np.flatnonzero(~np.isfinite(values.sum(axis=1, dtype=np.float64)))
     if len(suspects):
@@ -160,30 +166,34 @@ def load_feature_file(path: Path, num_items: int) -> ItemFeatures:
         raise DataError(
             f"{path}: row {suspects[0]}, column {column}: must be finite, got {values[suspects[0], column]}"
         )
-    return ItemFeatures.from_values(values)
 
 
 def feature_rows(folder: Path) -> int:
     """Largest row count among the `*_feat.npy` of a folder, read from the headers; 0 if there are none."""
     rows = 0
     for path in folder.glob("*_feat.npy"):
-        shape = _open_array(path).shape
+        shape = open_array(path).shape
         rows = max(rows, shape[0] if shape else 0)
     return rows
 
 
-def _open_array(path: Path) -> np.ndarray:
-    """A `.npy` file, mapped: a header that promises more than the file holds is refused before memory is taken."""
+def open_array(path: Path) -> np.ndarray:
+    """A `.npy` file, mapped: a header that promises more than the file holds is refused before memory is taken.
+
+    What is written to it stays in memory and never reaches the file.
+
+    Raises: DataError, no such array.
+    """
     # A damaged header goes through Python's own parser, which raises nearly anything.
     try:
-        return np.lib.format.open_memmap(path, mode="r")
+        return np.lib.format.open_memmap(path, mode="c").view(np.ndarray)
     except Exception as error:
         raise DataError(f"{path}: not a plain .npy array ({error})") from None
 
 
 def load_mask(path: Path, num_items: int) -> np.ndarray:
     """[num_items] bool of a `.npy` file. Raises DataError for anything else."""
-    mask = _open_array(path)
+    mask = open_array(path)
     if mask.shape != (num_items,) or mask.dtype != np.bool_:
         raise DataError(f"{path}: must be [{num_items}] bool, got {list(mask.shape)} {mask.dtype}")
     return np.array(mask)
