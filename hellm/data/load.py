@@ -16,6 +16,8 @@ from hellm.data.forms import Form, Source, detect, form_names, get_form
 from hellm.data.forms._times import remarks
 
 FEATURES = ("auto", "simple", "none")
+# Events that are looked at once.
+_EVENTS = 1 << 20
 
 
 def load_dataset(
@@ -211,19 +213,18 @@ def _add_simple_features(source: Source) -> None:
 def _build(source: Source, kind: Form, name: str, split, seed, ratios, cold_share) -> Dataset:
     if not len(source.users):
         raise DataError(f"{name}: there are no events")
-    users, items = source.users.astype(np.int64), source.items.astype(np.int64)
     if source.timestamps is not None and kind.name != "hellm":
         source.notes += remarks(source.timestamps)
-    order = _time_order(users, source.timestamps)
-    if order is not None:
-        users, items = users[order], items[order]
-    timestamps = source.timestamps if source.timestamps is None or order is None else source.timestamps[order]
-    labels = source.labels if source.labels is None or order is None else source.labels[order]
+    order = _time_order(source.users, source.timestamps)
+
+    users, items = (_taken(source, name, order).astype(np.int64, copy=False) for name in ("users", "items"))
+    timestamps, labels = (_taken(source, name, order) for name in ("timestamps", "labels"))
+    del order
     split_name = split or ("given" if labels is not None else "leave-two-out")
     if split_name == "given":
         if labels is None:
             raise ValueError(f'split="given" needs a label per event, and form {kind.name!r} of {name!r} has none')
-        assigned, split_name = labels.astype(np.int8), source.split_name
+        assigned, split_name = labels.astype(np.int8, copy=False), source.split_name
     elif split_name == "leave-two-out":
         assigned = splits.leave_two_out(users)
     elif split_name == "ratio":
@@ -255,12 +256,24 @@ def _build(source: Source, kind: Form, name: str, split, seed, ratios, cold_shar
     )
 
 
+def _taken(source: Source, name: str, order: np.ndarray | None) -> np.ndarray | None:
+    """A column in order; the source lets go of it, so that no more than one is there twice at any time."""
+    values = getattr(source, name)
+    setattr(source, name, None)
+    return values if values is None or order is None else values[order]
+
+
 def _time_order(users: np.ndarray, timestamps: np.ndarray | None) -> np.ndarray | None:
     """Stable order by user, then time; None if the events stand so already."""
-    step = np.diff(users)
-    grouped = not (step < 0).any()
-    if timestamps is None:
-        return None if grouped else np.argsort(users, kind="stable")
-    if grouped and not ((np.diff(timestamps) < 0) & (step == 0)).any():
+    grouped = ordered = True
+    for start in range(0, len(users), _EVENTS):
+        block = slice(start, start + _EVENTS + 1)
+        before, after = users[block][:-1], users[block][1:]
+        grouped &= not (after < before).any()
+        if timestamps is not None and grouped and ordered:
+            ordered = not ((timestamps[block][1:] < timestamps[block][:-1]) & (before == after)).any()
+        if not grouped:
+            break
+    if grouped and ordered:
         return None
-    return np.lexsort((timestamps, users))
+    return np.argsort(users, kind="stable") if timestamps is None else np.lexsort((timestamps, users))

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import numpy as np
 
+from hellm.data.histories import user_counts
+
 SPLIT_NAMES = ("given", "leave-two-out", "ratio", "time", "item-cold", "user-cold")
 MIN_EVENTS = 3
 
 
-def _ranks(users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Position of each event in its user's history, and the length of that history, both [num_events] int64."""
-    if not len(users):
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    counts = np.bincount(users)
-    starts = np.cumsum(counts) - counts
-    return np.arange(len(users)) - starts[users], counts[users]
+# Events that are looked at once.
+_EVENTS = 1 << 20
+
+
+def _ends(users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Length of each user's history, and the place of the event after its last, both [largest user + 1] int64."""
+    lengths = user_counts(users, int(users[-1]) + 1 if len(users) else 0)
+    return lengths, np.cumsum(lengths)
 
 
 def leave_two_out(users: np.ndarray) -> np.ndarray:
@@ -32,10 +35,11 @@ def leave_two_out(users: np.ndarray) -> np.ndarray:
 
     Returns: [num_events] int8.
     """
-    position, length = _ranks(users)
-    from_end = length - 1 - position
-    split = np.where(from_end == 0, 2, np.where(from_end == 1, 1, 0))
-    return np.where(length >= MIN_EVENTS, split, 0).astype(np.int8)
+    length, end = _ends(users)
+    end = end[length >= MIN_EVENTS]
+    split = np.zeros(len(users), np.int8)
+    split[end - 1], split[end - 2] = 2, 1
+    return split
 
 
 def ratio(users: np.ndarray, ratios: tuple[float, float, float] = (0.8, 0.1, 0.1)) -> np.ndarray:
@@ -52,14 +56,20 @@ def ratio(users: np.ndarray, ratios: tuple[float, float, float] = (0.8, 0.1, 0.1
     Raises: ValueError: Shares that are negative, leave train empty or do not add up to 1.
     """
     _check_ratios(ratios)
-    position, length = _ranks(users)
+    length, end = _ends(users)
     # 1e-9: 0.1 * 30 must count as 3 although the product may lie just below it.
     valid = np.maximum(np.floor(length * ratios[1] + 1e-9), ratios[1] > 0)
     test = np.maximum(np.floor(length * ratios[2] + 1e-9), ratios[2] > 0)
     valid = np.minimum(valid, length - 1 - (ratios[2] > 0))
     test = np.minimum(test, length - valid - 1)
-    split = (position >= length - valid - test).astype(np.int8) + (position >= length - test)
-    return np.where(length >= MIN_EVENTS, split, 0).astype(np.int8)
+    enough = length >= MIN_EVENTS
+    first, second = (np.where(enough, end - held, end).astype(np.int64) for held in (valid + test, test))
+    split = np.zeros(len(users), np.int8)
+    for start in range(0, len(users), _EVENTS):
+        owner = users[start : start + _EVENTS]
+        place = np.arange(start, start + len(owner))
+        split[start : start + _EVENTS] = (place >= first[owner]).astype(np.int8) + (place >= second[owner])
+    return split
 
 
 def time_cut(timestamps: np.ndarray | None, ratios: tuple[float, float, float] = (0.8, 0.1, 0.1)) -> np.ndarray:
@@ -105,12 +115,12 @@ def item_cold(items: np.ndarray, num_items: int, *, share: float = 0.2, seed: in
     """
     if not 0 < share < 1:
         raise ValueError(f"cold_share must lie between 0 and 1, got {share}")
-    sold = np.flatnonzero(np.bincount(items, minlength=num_items))
+    sold = np.flatnonzero(user_counts(items, num_items))
     chosen = np.random.default_rng(seed).permutation(sold)[: max(2, round(share * len(sold)))]
     label = np.zeros(num_items, np.int8)
     label[chosen[: len(chosen) // 2]] = 1
     label[chosen[len(chosen) // 2 :]] = 2
-    return label[items]
+    return _of_each(label, items)
 
 
 def user_cold(users: np.ndarray, *, share: float = 0.2, seed: int = 0) -> np.ndarray:
@@ -129,14 +139,23 @@ def user_cold(users: np.ndarray, *, share: float = 0.2, seed: int = 0) -> np.nda
     """
     if not 0 < share < 1:
         raise ValueError(f"cold_share must lie between 0 and 1, got {share}")
-    position, length = _ranks(users)
-    enough = np.unique(users[length >= MIN_EVENTS])
+    length, end = _ends(users)
+    enough = np.flatnonzero(length >= MIN_EVENTS)
     chosen = np.random.default_rng(seed).permutation(enough)[: max(2, round(share * len(enough)))]
-    target = np.zeros(int(users.max()) + 1 if len(users) else 0, np.int8)
-    target[chosen[: len(chosen) // 2]] = 1
-    target[chosen[len(chosen) // 2 :]] = 2
-    held = target[users]
-    return np.where((held > 0) & (position < length - 1), 3, held).astype(np.int8)
+    history = np.zeros(len(length), np.int8)
+    history[chosen] = 3
+    split = _of_each(history, users)
+    split[end[chosen[: len(chosen) // 2]] - 1] = 1
+    split[end[chosen[len(chosen) // 2 :]] - 1] = 2
+    return split
+
+
+def _of_each(label: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """[n] int8: the label of the owner of each event."""
+    split = np.empty(len(owners), np.int8)
+    for start in range(0, len(owners), _EVENTS):
+        split[start : start + _EVENTS] = label[owners[start : start + _EVENTS]]
+    return split
 
 
 def _check_ratios(ratios: tuple[float, float, float]) -> None:

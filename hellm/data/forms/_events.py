@@ -114,7 +114,7 @@ class Events:
     """Events of one table in the order of its rows, those that are none left out.
 
     Attributes:
-        users, items: [n] int64 indices, or the numbers of a form that numbers its rows.
+        users, items: [n] int32 indices, or the int64 numbers of a form that numbers its rows.
         times: [n] float64, None where the table has none.
         plain: [n] bool, which times are plain numbers rather than seconds.
         split: [n] int8, or None.
@@ -182,10 +182,11 @@ def read_events(
         raise DataError(f"{table.path}: the table has a header but no rows")
 
     kept = _kept(table, rows, roles, notes, event_types, min_rating)
-    columns = {
-        role: ids[role].indices(rows[role]) if role in ids else rows[role].fill_null(-1).to_numpy()
-        for role in ("user", "item")
-    }
+    columns = {}
+    for role in ("user", "item"):
+        columns[role] = ids[role].indices(rows[role]) if role in ids else rows[role].fill_null(-1).to_numpy()
+        if len(ids) == 2:
+            rows = rows.drop(role)
     for role in ids:
         missing = columns[role] < 0
         if role == "user":
@@ -215,11 +216,16 @@ def read_events(
         if bad.any():
             otherwise = f"row {int(bad.argmax()) + 1}: column {roles['split']!r} must be {labels[1][1]}"
             table.refuse(rules, otherwise)
-        split = rows["split"].fill_null(0).to_numpy()[kept]
+        split = _taken(rows["split"].fill_null(0).to_numpy(), kept)
     times = plain = None
     if "time" in roles:
         times, plain = _times_of(table, roles["time"], rows, kept, plain_times)
-    return Events(columns["user"][kept], columns["item"][kept], times, plain, split)
+    return Events(_taken(columns.pop("user"), kept), _taken(columns.pop("item"), kept), times, plain, split)
+
+
+def _taken(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Those that are kept; not a copy where they are all."""
+    return values if kept.all() else values[kept]
 
 
 def _blank(rows: pl.DataFrame) -> np.ndarray:
@@ -297,33 +303,50 @@ def _of_types(table: Table, rows: pl.DataFrame, column: str | None, notes: list[
 
 
 def _time_expressions(table: Table, column: str):
-    """Expressions for the times that polars reads and for the texts that it leaves over; whether times are numbers."""
+    """Expressions for the times that polars reads, and for whether a text has any; whether times are numbers."""
     import polars as pl
 
     dtype, source = table.dtype(column), pl.col(column)
-    nothing = pl.lit(None, dtype=pl.String).alias("other time")
-    if dtype in (pl.Date, pl.Datetime):
-        return [(source.cast(pl.Datetime("us")).dt.epoch("us") / 1e6).alias("time"), nothing], False
+    if _is_time(dtype) and not dtype.is_numeric():
+        return [(source.cast(pl.Datetime("us")).dt.epoch("us") / 1e6).alias("time")], False
     if dtype.is_numeric():
         value = source.cast(pl.Float64)
-        return [pl.when(value.is_finite()).then(value).alias("time"), nothing], True
+        return [pl.when(value.is_finite()).then(value).alias("time")], True
     if dtype.is_temporal() or dtype == pl.Boolean:
         raise DataError(f"{table.path}: column {column!r} must be {_times.WANTED}, got {dtype}")
     text = table.text(column)
     head = table.collect(lambda frame: frame.select(text.alias("time")).head(1000))["time"]
     parsed, numbers = _times.fast_expression(head, text)
-    return [parsed.alias("time"), pl.when(parsed.is_null()).then(text).alias("other time")], numbers
+    return [parsed.alias("time"), pl.when(text.is_not_null()).then(True).alias("time is given")], numbers
+
+
+def _is_time(dtype: pl.DataType) -> bool:
+    """Whether polars has read the times, and leaves over none."""
+    import polars as pl
+
+    return dtype in (pl.Date, pl.Datetime) or dtype.is_numeric()
+
+
+def _other_times(table: Table, column: str, unread: np.ndarray, left: np.ndarray) -> list[str | None]:
+    """Texts of the times that polars did not read, [n] bool, in some of those rows."""
+    if not len(left) or _is_time(table.dtype(column)):
+        return [None] * len(left)
+    (parsed, _), _ = _time_expressions(table, column)
+    texts = table.collect(lambda frame: frame.filter(parsed.is_null()).select(table.text(column).alias("time")))["time"]
+    return texts.gather((np.cumsum(unread) - 1)[left]).to_list()
 
 
 def _times_of(
     table: Table, column: str, rows: pl.DataFrame, kept: np.ndarray, numbers: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Times of the kept rows, and which of them are plain numbers."""
-    times = rows["time"].fill_null(np.nan).to_numpy().copy()
-    plain = np.full(len(times), numbers)
     unread = rows["time"].is_null().to_numpy()
     left = np.flatnonzero(unread & kept)
-    texts = rows["other time"].gather(left).to_list()
+    texts = _other_times(table, column, unread, left)
+    times = rows["time"].fill_null(np.nan).to_numpy()
+    # Where nothing was null, what polars gives is its own.
+    times = times.copy() if not times.flags.writeable else times
+    plain = np.full(len(times), numbers)
     day_first, how = _times.day_order([text for text in texts if text])
     hint = "; 1/2/2024 may be two days" if how == "undecided" else ""
 
@@ -343,7 +366,7 @@ def _times_of(
         if text is None or value is None:
             refuse(row)
         times[row], plain[row] = value, _times.is_number(text.strip())
-    return times[kept], plain[kept]
+    return _taken(times, kept), _taken(plain, kept)
 
 
 def unused_note(table: Table, used: Sequence[str], notes: list[str], *, option: str = "") -> None:

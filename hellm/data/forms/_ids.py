@@ -13,6 +13,7 @@ import numpy as np
 from hellm.data.dataset import DataError, Dataset, IdMap
 from hellm.data.forms._tables import Table
 from hellm.data.forms._text import line_with
+from hellm.data.texts import Texts
 
 if TYPE_CHECKING:
     import polars as pl
@@ -23,6 +24,8 @@ _INVISIBLE = " \t\r\n\u00a0\u200b\ufeff"
 # Rows that integer ids may leave empty, whatever the data: below this a gap costs nothing.
 _SPARE_ROWS = 1_000_000
 _SPARE_PER_ID = 4
+# Events that are looked at once.
+_EVENTS = 1 << 20
 
 
 @dataclass
@@ -30,9 +33,10 @@ class IdColumn:
     """The ids of a column.
 
     Attributes:
-        ids: Map of the clean ids: known ones first and in their order, then the others in `sorted_ids` order.
+        ids: Map of the clean ids: known ones first and in their order, then the others, by value where all are
+            plain integers, else by code point.
         raw: Distinct texts of the column.
-        index: [len(raw)] int64, which id each text is; -1 = it stands for none.
+        index: [len(raw)] int32, which id each text is; -1 = it stands for none.
     """
 
     ids: IdMap
@@ -54,11 +58,15 @@ class IdColumn:
         return ", ".join(repr(text[:20]) for text in texts[:most]) or "empty"
 
     def indices(self, positions: pl.Series) -> np.ndarray:
-        """Places in `raw` -> indices [n] int64 of ids, -1 where there is none."""
+        """Places in `raw` -> indices [n] int32 of ids, -1 where there is none."""
         import polars as pl
 
-        lookup = np.append(self.index, -1)
-        return lookup[positions.cast(pl.Int64).fill_null(len(self.index)).to_numpy()]
+        lookup = np.append(self.index, -1).astype(np.int32, copy=False)
+        found = np.empty(len(positions), np.int32)
+        for start in range(0, len(found), _EVENTS):
+            block = positions.slice(start, _EVENTS).cast(pl.Int64).fill_null(len(self.index))
+            found[start : start + _EVENTS] = lookup[block.to_numpy()]
+        return found
 
 
 def clean(raw: pl.Series, where: str = "", notes: list[str] | None = None) -> pl.Series:
@@ -106,10 +114,30 @@ def read_ids(table: Table, column: str, notes: list[str], known: Iterable[str] =
     """
     raw = table.collect(lambda frame: frame.select(table.text(column).alias("id").unique()))["id"].drop_nulls()
     cleaned = clean(raw, f"{table.path.name}: column {column!r}", notes)
-    ids = IdMap(known)
-    ids.add(sorted_ids(cleaned))
-    positions = [-1 if one is None else ids.index(one) for one in cleaned.to_list()]
-    return IdColumn(ids, raw, np.array(positions, dtype=np.int64))
+    return _numbered(raw, cleaned, list(known))
+
+
+def _numbered(raw: pl.Series, cleaned: pl.Series, known: list[str]) -> IdColumn:
+    """The known ids and then the others of a column, without a Python object for each."""
+    import polars as pl
+
+    frame = pl.DataFrame({"raw": raw, "id": cleaned})
+    key = pl.col("id").cast(pl.Int64) if _are_numbers(cleaned) else pl.col("id")
+    frame = frame.sort(key, nulls_last=True)
+    # The ids that there are stand first, and the same ones together.
+    ids = frame["id"].head(len(frame) - frame["id"].null_count())
+    first = ids.ne_missing(ids.shift(1))
+    place = np.full(len(frame), -1, np.int32)
+    np.cumsum(first.to_numpy(), dtype=np.int32, out=place[: len(ids)])
+    place[: len(ids)] -= 1
+    distinct = ids.filter(first)
+    if not known:
+        return IdColumn(IdMap(Texts.of(distinct)), frame["raw"], place)
+    old = pl.DataFrame({"id": known, "old": np.arange(len(known), dtype=np.int32)}, schema_overrides={"id": pl.String})
+    places = distinct.to_frame("id").join(old, on="id", how="left", maintain_order="left")["old"]
+    new = places.is_null().to_numpy()
+    lookup = np.append(np.where(new, len(known) + np.cumsum(new) - 1, places.fill_null(0).to_numpy()), -1)
+    return IdColumn(IdMap([*known, *distinct.filter(new).to_list()]), frame["raw"], lookup[place].astype(np.int32))
 
 
 def without_unused(ids: IdMap, num_known: int, indices: np.ndarray) -> tuple[IdMap, np.ndarray]:
@@ -118,27 +146,23 @@ def without_unused(ids: IdMap, num_known: int, indices: np.ndarray) -> tuple[IdM
     Args:
         ids: All ids.
         num_known: The first of them, which stay in any case.
-        indices: [n] int64 of the events that are kept.
+        indices: [n] of the events that are kept.
 
     Returns: The smaller map, and the indices into it.
     """
-    used = np.bincount(indices, minlength=len(ids)) > 0
+    used = np.zeros(len(ids), bool)
     used[:num_known] = True
+    for start in range(0, len(indices), _EVENTS):
+        used[indices[start : start + _EVENTS]] = True
     if used.all():
         return ids, indices
-    return IdMap(compress(ids.ids, used)), (np.cumsum(used) - 1)[indices]
+    kept = compress(ids.ids, used)
+    return IdMap(Texts.of(kept) if isinstance(ids.ids, Texts) else kept), (np.cumsum(used) - 1)[indices]
 
 
-def sorted_ids(ids: pl.Series) -> list[str]:
-    """Distinct ids in a fixed order: by value where all are plain integers, else by code point."""
-    import polars as pl
-
-    ids = ids.drop_nulls().unique()
-    if len(ids) and ids.str.contains(r"^(0|[1-9]\d{0,17})$").all():
-        ids = ids.cast(pl.Int64).sort().cast(pl.String)
-    else:
-        ids = ids.sort()
-    return ids.to_list()
+def _are_numbers(ids: pl.Series) -> bool:
+    """Whether all that are there are plain integers, and there are some."""
+    return ids.null_count() < len(ids) and bool(ids.str.contains(r"^(0|[1-9]\d{0,17})$").all())
 
 
 def check_ids_writable(dataset: Dataset, form: str, forbidden: str = "\0") -> None:
@@ -152,13 +176,11 @@ def check_ids_writable(dataset: Dataset, form: str, forbidden: str = "\0") -> No
     Raises:
         ValueError: Naming the first such id.
     """
-    import polars as pl
-
     for side, ids in (("user", dataset.user_ids.ids), ("item", dataset.item_ids.ids)):
         for one in ids:
             if any(mark in one for mark in forbidden) or any("\ud800" <= mark <= "\udfff" for mark in one):
                 raise ValueError(f"form {form!r} cannot hold {side} id {one!r}; rename it, or write form 'hellm'")
-        texts = pl.Series(ids, dtype=pl.String)
+        texts = Texts.of(ids).series()
         changed = (clean(texts) != texts).fill_null(True) | texts.str.contains(r"^-?(0|[1-9]\d*)\.0+$")
         if changed.any():
             one = ids[int(changed.to_numpy().argmax())]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date, datetime, timedelta, timezone
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,8 @@ _UNITS = ((1e17, 1e9, "nanoseconds"), (1e14, 1e6, "microseconds"), (1e11, 1e3, "
 # Before 1990 nobody logged clicks; what stands there is a counter, a default or another unit.
 _EARLIEST = 631_152_000
 _DAY = 86_400
+# Times that are looked at once.
+_EVENTS = 1 << 20
 # chrono reads years of any length.
 _YEAR_1000, _YEAR_10000 = -30_610_224_000, 253_402_300_800
 
@@ -159,13 +161,13 @@ def to_seconds(times: np.ndarray, notes: list[str], *, plain: np.ndarray | bool 
     """Times as seconds, int64 where whole; milli-, micro- and nanoseconds are recognised by their size.
 
     Args:
-        times: [n] float64.
+        times: [n] float64, which may be written to.
         notes: Gains what was assumed.
         plain: [n] bool, which of them are plain numbers; the others are seconds already.
     """
-    times = np.array(times, dtype=np.float64)
+    times = np.require(times, np.float64, ["C", "W"])
     plain = np.broadcast_to(np.asarray(plain), times.shape)
-    numbers = times[plain]
+    numbers = times if plain.all() else times[plain]
     if len(numbers) and _are_dates(numbers):
         notes.append("times are taken as dates written YYYYMMDD")
         days = numbers.astype(np.int64)
@@ -173,29 +175,42 @@ def to_seconds(times: np.ndarray, notes: list[str], *, plain: np.ndarray | bool 
         stamps = np.array([f"{one[:4]}-{one[4:6]}-{one[6:]}" for one in text.tolist()], dtype="datetime64[s]")
         times[plain] = stamps.astype(np.int64)
     elif len(numbers):
-        typical = float(np.median(np.abs(numbers)))
+        typical = float(np.median(np.abs(numbers), overwrite_input=True))
         for limit, divisor, unit in _UNITS:
             if typical > limit:
                 notes.append(f"timestamps are taken as {unit} since 1970")
-                numbers = numbers / divisor
+                numbers /= divisor
                 break
         mixed = 0
-        for limit, divisor, _ in _UNITS:
-            # Those that one unit for all leaves impossibly far away have a unit of their own.
-            far = np.abs(numbers) > limit
-            mixed += int(far.sum())
-            numbers = np.where(far, numbers / divisor, numbers)
+        for block in _blocks(numbers):
+            for limit, divisor, _ in _UNITS:
+                # Those that one unit for all leaves impossibly far away have a unit of their own.
+                far = np.abs(block) > limit
+                mixed += int(far.sum())
+                block[far] /= divisor
         if mixed:
             notes.append(f"{mixed} timestamps are of another size than the rest and are taken as another unit")
-        times[plain] = numbers
+        if numbers is not times:
+            times[plain] = numbers
     with np.errstate(invalid="ignore"):
-        whole = times.astype(np.int64)
-    return whole if np.array_equal(whole, times) else times
+        if not all(np.array_equal(block.astype(np.int64), block) for block in _blocks(times)):
+            return times
+    # In the same memory.
+    whole = times.view(np.int64)
+    for block, seconds in zip(_blocks(whole), _blocks(times), strict=True):
+        block[:] = seconds.astype(np.int64)
+    return whole
+
+
+def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Views of some values at a time."""
+    return (values[start : start + _EVENTS] for start in range(0, len(values), _EVENTS))
 
 
 def _are_dates(numbers: np.ndarray) -> bool:
-    if not ((numbers >= 19_000_101) & (numbers <= 21_001_231) & (numbers % 1 == 0)).all():
-        return False
+    for block in _blocks(numbers):
+        if not ((block >= 19_000_101) & (block <= 21_001_231) & (block % 1 == 0)).all():
+            return False
     try:
         for one in np.unique(numbers).tolist():
             date(int(one) // 10_000, int(one) // 100 % 100, int(one) % 100)
