@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,13 @@ from hellm.data.dataset import SPLITS, Dataset
 from hellm.data.forms import detect
 from hellm.data.forms._base import MissingItemsError
 from hellm.data.forms._times import day
+from hellm.data.histories import user_counts
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
+# Splits that should have no pair in common.
+_LEAKS = ((0, 1), (0, 2), (1, 2))
+# Events that are looked at once, or those of one user where they are more.
+_EVENTS = 1 << 20
 
 
 def check_dataset(data: str | Path | Dataset, **options) -> dict[str, Any]:
@@ -54,9 +59,9 @@ def check_dataset(data: str | Path | Dataset, **options) -> dict[str, Any]:
     missing_items = None
     if not isinstance(data, Dataset):
         data, missing_items = load_leniently(data, **options)
-    lengths = np.bincount(data.users, minlength=data.num_users)
+    lengths, sold = user_counts(data.users, data.num_users), user_counts(data.items, data.num_items)
     counts = data.split_counts()
-    pairs, first, inverse = _pair_index(data)
+    pairs = _distinct_pairs(data)
     return {
         "name": data.name,
         "form": data.form,
@@ -64,9 +69,9 @@ def check_dataset(data: str | Path | Dataset, **options) -> dict[str, Any]:
         "users": data.num_users,
         "items": data.num_items,
         "events": {**counts, "total": data.num_events},
-        "density": len(pairs) / max(data.num_users * data.num_items, 1),
-        "duplicates": _duplicates(data, first, inverse),
-        "leakage": _leakage(data, inverse, len(pairs)),
+        "density": len(pairs.users) / max(data.num_users * data.num_items, 1),
+        "duplicates": pairs.duplicates,
+        "leakage": pairs.leakage,
         "time": _times(data),
         "order": {"by": _order(data), "inversions": _inversions(data)},
         "columns": dict(data.columns),
@@ -74,11 +79,11 @@ def check_dataset(data: str | Path | Dataset, **options) -> dict[str, Any]:
         "cold": _cold(data),
         "without_events": {
             "users": int((lengths == 0).sum()),
-            "items": data.num_items - len(np.unique(data.items)),
+            "items": int((sold == 0).sum()),
         },
         "short_histories": int(((lengths > 0) & (lengths < 3)).sum()),
         "history_length": _quantiles(lengths[lengths > 0]),
-        "five_core": _k_core(pairs // data.num_items, pairs % data.num_items, inverse),
+        "five_core": _k_core(pairs.users, pairs.items, pairs.counts),
         "features": {
             name: {"dim": one.values.shape[1], "missing": int((~one.mask).sum())}
             for name, one in data.item_features.items()
@@ -156,41 +161,70 @@ def load_leniently(path: str | os.PathLike[str], **options) -> tuple[Dataset, di
     return load_dataset(path, missing_items="keep", **options), missing
 
 
-def _pair_index(data: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct pair keys, index of the first event of each, and the pair of each event."""
-    return np.unique(data.users * data.num_items + data.items, return_index=True, return_inverse=True)
+def _blocks_of_users(data: Dataset) -> Iterator[slice]:
+    """Events in order, some of them at a time, and never a part of a user's."""
+    start = 0
+    while start < data.num_events:
+        stop = min(start + _EVENTS, data.num_events)
+        if stop < data.num_events:
+            stop = int(np.searchsorted(data.users, data.users[stop - 1], side="right"))
+        yield slice(start, stop)
+        start = stop
 
 
-def _duplicates(data: Dataset, first: np.ndarray, inverse: np.ndarray) -> dict[str, int]:
-    original = first[inverse]
-    repeats = original != np.arange(data.num_events)
-    within = repeats & (data.split == data.split[original])
-    return {
-        "repeats": int(repeats.sum()),
-        "within_split": int(within.sum()),
-        "across_splits": int(repeats.sum() - within.sum()),
-    }
+class _Pairs(NamedTuple):
+    """Distinct pairs of user and item.
+
+    Attributes:
+        users, items, counts: [n] int32; how many events each pair has.
+        duplicates, leakage: As `check_dataset` has them.
+    """
+
+    users: np.ndarray
+    items: np.ndarray
+    counts: np.ndarray
+    duplicates: dict[str, int]
+    leakage: dict[str, int]
 
 
-def _leakage(data: Dataset, inverse: np.ndarray, num_pairs: int) -> dict[str, int]:
-    # What is only history is known like a train event.
-    held = np.zeros((3, num_pairs), bool)
-    held[data.split % 3, inverse] = True
-    return {
-        f"{SPLITS[one]}_{SPLITS[other]}": int((held[one] & held[other]).sum())
-        for one, other in ((0, 1), (0, 2), (1, 2))
-    }
+def _distinct_pairs(data: Dataset) -> _Pairs:
+    found, count = np.empty((3, data.num_events), np.int32), 0
+    repeats = within = 0
+    leakage = {f"{SPLITS[one]}_{SPLITS[other]}": 0 for one, other in _LEAKS}
+    for block in _blocks_of_users(data):
+        users, split = data.users[block].astype(np.int64), data.split[block]
+        keys = users * data.num_items + data.items[block]
+        pairs, first, inverse, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+        for row, values in zip(found, (*np.divmod(pairs, data.num_items), counts), strict=True):
+            row[count : count + len(pairs)] = values
+        count += len(pairs)
+        original = first[inverse]
+        repeated = original != np.arange(len(keys))
+        repeats += int(repeated.sum())
+        within += int((repeated & (split == split[original])).sum())
+        # What is only history is known like a train event.
+        held = np.zeros((3, len(pairs)), bool)
+        held[split % 3, inverse] = True
+        for one, other in _LEAKS:
+            leakage[f"{SPLITS[one]}_{SPLITS[other]}"] += int((held[one] & held[other]).sum())
+    return _Pairs(
+        *found[:, :count],
+        duplicates={"repeats": repeats, "within_split": within, "across_splits": repeats - within},
+        leakage=leakage,
+    )
 
 
 def _times(data: Dataset) -> dict[str, Any]:
     if data.timestamps is None or not data.num_events:
         return {"known": False, "tied_share": None}
-    # Events are in time order within a user, so a tie is an equal neighbour.
-    equal = (np.diff(data.users) == 0) & (np.diff(data.timestamps) == 0)
-    tied = np.concatenate([[False], equal]) | np.concatenate([equal, [False]])
+    tied = 0
+    for block in _blocks_of_users(data):
+        # Events are in time order within a user, so a tie is an equal neighbour.
+        equal = (np.diff(data.users[block]) == 0) & (np.diff(data.timestamps[block]) == 0)
+        tied += int((np.concatenate([[False], equal]) | np.concatenate([equal, [False]])).sum())
     return {
         "known": True,
-        "tied_share": float(tied.mean()),
+        "tied_share": tied / data.num_events,
         "first": float(data.timestamps.min()),
         "last": float(data.timestamps.max()),
         "first_day": day(data.timestamps.min()),
@@ -219,16 +253,22 @@ def _largest_user(data: Dataset, lengths: np.ndarray) -> dict[str, Any] | None:
 def _inversions(data: Dataset) -> int | None:
     if data.timestamps is None:
         return None
-    last_train = np.full(data.num_users, -np.inf)
-    train = data.split == 0
-    np.maximum.at(last_train, data.users[train], data.timestamps[train])
-    return int((data.timestamps < last_train[data.users])[~train].sum())
+    found = 0
+    for block in _blocks_of_users(data):
+        users, times, train = data.users[block], data.timestamps[block], data.split[block] == 0
+        users = users - users[0]
+        last_train = np.full(users[-1] + 1, -np.inf)
+        np.maximum.at(last_train, users[train], times[train])
+        found += int((times < last_train[users])[~train].sum())
+    return found
 
 
 def _cold(data: Dataset) -> dict[str, dict[str, int]]:
-    train_users, train_items = data.pairs("train")
-    user_known = np.bincount(train_users, minlength=data.num_users) > 0
-    item_known = np.bincount(train_items, minlength=data.num_items) > 0
+    user_known, item_known = np.zeros(data.num_users, bool), np.zeros(data.num_items, bool)
+    for block in _blocks_of_users(data):
+        train = data.split[block] == 0
+        user_known[data.users[block][train]] = True
+        item_known[data.items[block][train]] = True
     report = {}
     for split in ("valid", "test"):
         users, items = data.pairs(split)
@@ -240,23 +280,19 @@ def _cold(data: Dataset) -> dict[str, dict[str, int]]:
     return report
 
 
-def _k_core(users: np.ndarray, items: np.ndarray, inverse: np.ndarray, k: int = 5) -> dict[str, int]:
-    """What is left of distinct pairs in the k-core; `inverse` is the pair of each event."""
+def _k_core(users: np.ndarray, items: np.ndarray, counts: np.ndarray, k: int = 5) -> dict[str, int]:
+    """What is left of distinct pairs in the k-core; `counts` is the number of events of each pair."""
     if not len(users):
         return {"users": 0, "items": 0, "events": 0}
-    kept = np.ones(len(users), bool)
+    num_users, num_items = int(users.max()) + 1, int(items.max()) + 1
     while True:
-        few_items = np.bincount(users[kept], minlength=users.max() + 1) < k
-        few_users = np.bincount(items[kept], minlength=items.max() + 1) < k
-        dropped = kept & (few_items[users] | few_users[items])
-        if not dropped.any():
+        few_items = user_counts(users, num_users) < k
+        few_users = user_counts(items, num_items) < k
+        kept = ~(few_items[users] | few_users[items])
+        if kept.all():
             break
-        kept &= ~dropped
-    return {
-        "users": len(np.unique(users[kept])),
-        "items": len(np.unique(items[kept])),
-        "events": int(kept[inverse].sum()),
-    }
+        users, items, counts = users[kept], items[kept], counts[kept]
+    return {"users": len(np.unique(users)), "items": len(np.unique(items)), "events": int(counts.sum())}
 
 
 def _quantiles(lengths: np.ndarray) -> dict[str, float] | None:

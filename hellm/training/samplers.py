@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hellm.data import Histories
+from hellm.data.histories import user_counts
 from hellm.training.device_random import RandomWords, distinct_below, step_keys, uniform_below
 
 __all__ = ["SAMPLERS", "DeviceTripleSampler", "TripleSampler", "Triples"]
@@ -71,17 +72,19 @@ class TripleSampler:
         users, items = np.asarray(users, dtype=np.int64), np.asarray(items, dtype=np.int64)
         _check(users, items, num_users, num_items, batch_size, strategy, negatives)
         self.num_items, self.strategy, self.seed = num_items, strategy, seed
-        order = np.argsort(users, kind="stable")
-        self._users, self._items = users[order], items[order]
-        self._keys = np.unique(users * num_items + items)
-        distinct = np.bincount(self._keys // num_items, minlength=num_users)
+        if (users[1:] < users[:-1]).any():
+            order = np.argsort(users, kind="stable")
+            users, items = users[order], items[order]
+        self._users, self._items = users, items
+        self._keys = _distinct_keys(users, items, num_items)
+        distinct = user_counts(self._keys, num_users, divisor=num_items)
         eligible = (distinct > 0) & (distinct < num_items)
         if not eligible.any():
             raise ValueError("no user has both a training event and an item without one, so no triple can be drawn")
         self._eligible = np.flatnonzero(eligible)
-        self._indptr = Histories.of_events(self._users, self._items, num_users).indptr
-        self._events = np.flatnonzero(eligible[self._users])
-        limit = len(self._eligible) if strategy == "user-uniform" else len(self._events)
+        self._indptr = Histories.of_events(users, items, num_users).indptr
+        self._events = np.flatnonzero(eligible[users]) if strategy == "interaction-uniform" else None
+        limit = len(self._eligible) if self._events is None else len(self._events)
         self.batch_size = min(batch_size, limit)
         self._permutation: tuple[int, np.ndarray] | None = None
         self._cumulative = None
@@ -202,6 +205,16 @@ class DeviceTripleSampler:
         passed = torch.searchsorted(self._free_before, users * self._num_items + rank, right=True) - first
         rows = [distinct_below(word, size) for word, size in zip(words[4:], self._sizes, strict=True)]
         return Triples(users, positives, rank + passed), rows
+
+
+def _distinct_keys(users: np.ndarray, items: np.ndarray, num_items: int) -> np.ndarray:
+    """Distinct users * num_items + items, ascending, [n] int64; sorted in place, as `np.unique` does not."""
+    keys = users * num_items
+    keys += items
+    keys.sort()
+    new = np.ones(len(keys), bool)
+    np.not_equal(keys[1:], keys[:-1], out=new[1:])
+    return keys if new.all() else keys[new]
 
 
 def _check(users, items, num_users, num_items, batch_size, strategy, negatives) -> None:
