@@ -11,29 +11,12 @@ import gc
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import CASES
 from benchmarks.environment import ROOT
 from benchmarks.registry import MEMORY_CASES, Run, Setup
-
-_STATUS = Path("/proc/self/status")
-
-
-def resident(field: str) -> int:
-    """Bytes of this process that are resident: field "VmRSS" now, "VmHWM" at the peak. Linux only."""
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def reset_peak() -> None:
-    """Bring the peak down to the present resident size, where the kernel allows it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        # The peak then includes what came before, so the extra memory is over-stated, never under-stated.
-        return
+from benchmarks.resident import STATUS, reset_peak, resident
 
 
 def extra_bytes(case: str, label: str, num_rows: int) -> int:
@@ -57,7 +40,7 @@ def measure(name: str, *, tiny: bool = False) -> dict[str, Any]:
     case = MEMORY_CASES[name]
     num_rows = 1_000 if tiny else case.num_rows
     record = {"name": name, "title": case.title, "num_rows": num_rows, "at_most_mib": case.at_most}
-    if not _STATUS.exists():
+    if not STATUS.exists():
         return record | {"failure": "needs /proc/self/status (Linux)"}
     command = [sys.executable, "-m", "benchmarks.memory", case.case, case.entry, str(num_rows)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,0 +1,242 @@
+"""Memory and time against events, from a table of events to samplers: python -m benchmarks.large [--largest N].
+
+A made-up shop of each size is written in pieces, its items bought by a power law, its ids text. Each stage then runs in
+a process of its own: `hellm data build`, reading what was built, `hellm data check`, what training draws from, and an
+evaluation. The figure is the peak of resident memory, mapped files that are held included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.resident import resident
+
+ROOT = Path(__file__).resolve().parents[1]
+EVENTS = (200_000, 1_000_000, 5_000_000, 10_000_000, 20_000_000, 50_000_000)
+EVENTS_PER_USER, EVENTS_PER_ITEM = 5, 250
+MAX_PEAK_BYTES = 6e9
+# Zipf-Mandelbrot weights (rank + shift)^-exponent of the items, log-normal ones of the users.
+_EXPONENT, _SHIFT, _SPREAD = 0.8, 10.0, 1.0
+_PIECE = 1_000_000
+_START, _SECONDS = 1_600_000_000, 100_000_000
+# Numbers go to ids by a product modulo a prime, so that the ids of neighbours lie apart.
+_PRIME, _FACTOR = 1_000_000_007, 387_420_489
+_WORDS = ("red", "blue", "light", "warm", "small", "large", "wooden", "soft", "round", "plain", "classic", "folding")
+_THINGS = ("lamp", "chair", "bowl", "scarf", "kettle", "rug", "shelf", "clock", "basket", "mirror", "blanket", "vase")
+STAGES = ("build", "load", "check", "samplers", "evaluate")
+
+
+def write_shop(folder: Path, num_events: int, *, suffix: str = "parquet", seed: int = 0) -> None:
+    """Write `events` and `items` of a shop, the same for the same arguments, a million events at a time.
+
+    Every fifth event brings a new user; who comes again, and for what, is drawn. Times rise but for some jitter.
+    """
+    import polars as pl
+
+    num_users, num_items = num_events // EVENTS_PER_USER, num_events // EVENTS_PER_ITEM
+    rng = np.random.default_rng(seed)
+    item_share = np.cumsum((np.arange(num_items) + _SHIFT) ** -_EXPONENT)
+    user_share = np.cumsum(rng.lognormal(sigma=_SPREAD, size=num_users).astype(np.float32), dtype=np.float64)
+    folder.mkdir(parents=True)
+    with _events_file(folder / f"events.{suffix}") as write:
+        for start in range(0, num_events, _PIECE):
+            rng = np.random.default_rng((seed, start))
+            event = np.arange(start, min(start + _PIECE, num_events))
+            user = np.searchsorted(user_share, rng.random(len(event)) * user_share[-1], side="right")
+            user = np.where(event % EVENTS_PER_USER == 0, event // EVENTS_PER_USER, user)
+            item = np.searchsorted(item_share, rng.random(len(event)) * item_share[-1], side="right")
+            seconds = _START + event * _SECONDS // num_events + rng.integers(0, 600, len(event))
+            write(pl.DataFrame({"user": _ids("c", user), "item": _ids("p", item), "timestamp": seconds}))
+    item = np.arange(num_items)
+    words, things = pl.Series(_WORDS), pl.Series(_THINGS)
+    titles = [words.gather(item % 12), words.gather(item // 12 % 12), things.gather(item // 144 % 12)]
+    table = pl.DataFrame({"item": _ids("p", item), "a": titles[0], "b": titles[1], "c": titles[2]})
+    table.select("item", pl.concat_str("a", "b", "c", separator=" ").alias("title")).write_csv(folder / "items.csv")
+
+
+@contextlib.contextmanager
+def _events_file(path: Path):
+    """What writes pieces of a table to one file."""
+    if path.suffix == ".csv":
+        with path.open("wb") as file:
+            yield lambda piece: piece.write_csv(file, include_header=file.tell() == 0)
+        return
+    import pyarrow.parquet
+
+    writer = None
+
+    def write(piece: Any) -> None:
+        nonlocal writer
+        table = piece.to_arrow()
+        writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+
+    yield write
+    if writer is not None:
+        writer.close()
+
+
+def _ids(letter: str, numbers: np.ndarray):
+    import polars as pl
+
+    mixed = pl.Series(numbers.astype(np.int64) * _FACTOR % _PRIME)
+    return (letter + mixed.cast(pl.String).str.zfill(10)).alias(letter)
+
+
+def run_stage(stage: str, source: Path, built: Path) -> dict[str, Any]:
+    """Seconds of a stage, by the clock and of the processor, and the peak memory of this process, imports included."""
+    run = _stage(stage, source, built)
+    before = resident("VmHWM")
+    started, worked = time.perf_counter(), time.process_time()
+    found = run() or {}
+    return {
+        "stage": stage,
+        "seconds": time.perf_counter() - started,
+        "processor_seconds": time.process_time() - worked,
+        "peak_bytes": resident("VmHWM"),
+        "import_bytes": before,
+        **found,
+    }
+
+
+def _stage(stage: str, source: Path, built: Path) -> Callable[[], dict[str, Any] | None]:
+    """What it runs; torch is imported before where it needs it."""
+    from hellm.data import load_dataset
+
+    def quietly(*arguments: str) -> None:
+        from hellm.cli import main
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            if main(["data", *arguments]):
+                raise RuntimeError(f"hellm data {' '.join(arguments)} failed")
+
+    def samplers() -> None:
+        import torch
+
+        from hellm.graphs import user_hypergraph
+        from hellm.training.history_sampler import SequenceSampler
+        from hellm.training.samplers import TripleSampler
+
+        data = load_dataset(built)
+        users, items = data.pairs("train")
+        TripleSampler(users, items, data.num_users, data.num_items).sample(0, 0)
+        SequenceSampler(users, items, data.num_users, data.num_items).sample(0, 0)
+        index = torch.stack([torch.from_numpy(one) for one in (users, items)])
+        del users, items
+        user_hypergraph(index, data.num_users, data.num_items)
+
+    def evaluate() -> None:
+        import torch
+
+        from hellm.evaluate import evaluate_dataset
+        from hellm.evaluate.datasets import item_counts
+
+        data = load_dataset(built)
+        counts = torch.from_numpy(item_counts(data)).float()
+        some = np.arange(0, data.num_users, max(1, data.num_users // 4096))
+        evaluate_dataset(lambda users: counts.expand(len(users), -1), data, users=some)
+
+    def load() -> dict[str, Any]:
+        data = load_dataset(built)
+        return {"num_users": data.num_users, "num_items": data.num_items, "num_events": data.num_events}
+
+    if stage in ("samplers", "evaluate"):
+        import torch  # noqa: F401
+    runs = {
+        "build": lambda: quietly("build", str(source), str(built)),
+        "load": load,
+        "check": lambda: quietly("check", str(built)),
+        "samplers": samplers,
+        "evaluate": evaluate,
+    }
+    return runs[stage]
+
+
+def measure_size(num_events: int, folder: Path, suffix: str, stages: Sequence[str], say=print) -> dict[str, Any]:
+    """Record of one size; every stage in a fresh process."""
+    source, built = folder / "shop", folder / "built"
+    write_shop(source, num_events, suffix=suffix)
+    record: dict[str, Any] = {"num_interactions": num_events, "suffix": suffix, "stages": {}, "failure": None}
+    record["source_bytes"] = sum(one.stat().st_size for one in source.iterdir())
+    for stage in stages:
+        command = [sys.executable, "-m", "benchmarks.large", "--child", stage, str(source), str(built)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            record["failure"] = f"{stage}: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]}"
+            say(f"{num_events:>12,} events: FAILED: {record['failure']}")
+            break
+        found = json.loads(done.stdout)
+        record["stages"][found.pop("stage")] = found
+        say(
+            f"{num_events:>12,} events: {stage:<9} {found['processor_seconds']:8.1f} s, "
+            f"peak {found['peak_bytes'] / 1e9:6.2f} GB, "
+            f"{(found['peak_bytes'] - found['import_bytes']) / num_events:6.0f} bytes per event beside the imports"
+        )
+    if built.is_dir():
+        record["built_bytes"] = sum(one.stat().st_size for one in built.rglob("*") if one.is_file())
+    return record
+
+
+def measure(sizes: Sequence[int], suffix: str, stages: Sequence[str], folder: Path, say=print) -> dict[str, Any]:
+    """The whole study, ready for JSON."""
+    from benchmarks.environment import environment
+    from benchmarks.scale import growth
+
+    run: dict[str, Any] = {"schema": 1, "kind": "large", "environment": environment(), "sizes": []}
+    for num_events in sizes:
+        place = folder / f"large-{num_events}"
+        try:
+            run["sizes"].append(measure_size(num_events, place, suffix, stages, say))
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+    done = [one for one in run["sizes"] if one["failure"] is None]
+    run["growth"] = {}
+    if len(done) > 1:
+        for stage in stages:
+            rows = [{"num_interactions": one["num_interactions"], **one["stages"][stage]} for one in done]
+            run["growth"][stage] = growth(rows, "processor_seconds")
+    run["max_peak_bytes"] = MAX_PEAK_BYTES
+    peaks = [found["peak_bytes"] for one in done for found in one["stages"].values()]
+    run["met"] = len(done) == len(sizes) and max(peaks) <= MAX_PEAK_BYTES
+    return run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.large", description=__doc__.partition("\n")[0])
+    parser.add_argument("--events", type=float, nargs="+", metavar="N", help="these sizes only")
+    parser.add_argument("--largest", type=float, default=5e6, help="leave out sizes with more events (default: 5e6)")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all, in this order")
+    parser.add_argument("--suffix", choices=("parquet", "csv"), default="parquet", help="of the table of events")
+    parser.add_argument("--folder", type=Path, help="for the shops, which are deleted again (default: a temporary one)")
+    parser.add_argument("--out", type=Path, help="JSON to write; by default it is only printed")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.child:
+        stage, source, built = options.child
+        print(json.dumps(run_stage(stage, Path(source), Path(built))))
+        return 0
+    sizes = [int(one) for one in options.events or EVENTS if options.events or one <= options.largest]
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        run = measure(sizes, options.suffix, options.stages, Path(folder))
+    if options.out is not None:
+        from benchmarks.environment import write_json
+
+        write_json(options.out, run)
+    return 0 if all(record["failure"] is None for record in run["sizes"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
