@@ -77,7 +77,11 @@ def user_hypergraph(user_item_index: Tensor, num_users: int, num_items: int) -> 
     num_users = checked_size("num_users", num_users, user, row=0, name="user_item_index")
     num_items = checked_size("num_items", num_items, item, row=1, name="user_item_index")
     pair = torch.unique(user.long() * num_items + item)
-    index = torch.stack([pair // max(num_items, 1), pair % max(num_items, 1)])
+    # Users and items have fewer rows than int32 has numbers.
+    index = torch.empty(2, len(pair), dtype=torch.int32, device=pair.device)
+    torch.div(pair, max(num_items, 1), rounding_mode="floor", out=index[0])
+    index[1] = pair.remainder_(max(num_items, 1))
+    del pair
     return Hypergraph(index, num_vertices=num_users, num_hyperedges=num_items)
 
 

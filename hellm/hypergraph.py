@@ -79,6 +79,8 @@ class Hypergraph(Interchange):
         self._hyperedge_weight = _checked_weight("hyperedge_weight", hyperedge_weight, self.num_hyperedges, vertex)
         value = _checked_weight("incidence_weight", incidence_weight, vertex.numel(), vertex)
         self.edge_indptr, self.edge_vertices, edge_order = csr(edge, vertex, self.num_hyperedges, self.num_vertices)
+        if value is None:
+            del edge_order
         self.vertex_indptr, self.vertex_edges, vertex_order = csr(vertex, edge, self.num_vertices, self.num_hyperedges)
         self._repeated = any_repeated(self.vertex_indptr, self.vertex_edges)
         self.vertex_schedule, self.edge_schedule = map(RowSchedule.of, (self.vertex_indptr, self.edge_indptr))
