@@ -41,6 +41,8 @@ _NAME = re.compile(r"[\w][\w.-]*")
 
 # Users that a tower is timed on before it scores all.
 _TIMED_USERS = 64
+# Bytes of queries that are kept for other sums of the same towers.
+_REMEMBERED = 2**30
 
 PathLike_ = str | os.PathLike[str]
 
@@ -151,8 +153,8 @@ def plan_fusion(models: Mapping[str, ServedModel], dataset: Dataset, config: Fus
             started = time.perf_counter()
             scorer.scores(sample)
             speeds[name] = 1000 * (time.perf_counter() - started) / len(sample)
-    # Validation: for the weights, each tower, the sum. Test: each tower, the sum, and the sum without each other one.
-    passes = 3 * len(users["valid"]) + (len(models) + 1) * len(users["test"])
+    # Validation: for the weights and, if batches differ, for the metrics. What sums need of the towers is there then.
+    passes = 2 * len(users["valid"]) + len(users["test"])
     return {
         "num_users": {split: len(one) for split, one in users.items()},
         "seconds_per_1000_users": speeds,
@@ -167,12 +169,14 @@ def _fuse(
     if on_plan is not None:
         on_plan(plan_fusion(models, dataset, config))
     started = time.perf_counter()
-    scores = _tower_scores(models, dataset, config)
+    room = _Room()
+    remembered: dict[str, Any] = {name: _Remembered(model, room) for name, model in models.items()}
+    scores = _tower_scores(remembered, dataset, config)
     new = [name for name, model in models.items() if model.reads_content]
     selection = select_towers(scores, *config.monitor, level=config.level, seed=config.seed, rank_new_items=new)
     placing = {name: one for name, one in placing.items() if name in selection.weights}
     fused = ServedFused({name: models[name] for name in selection.weights}, selection.weights, placing)
-    result, test = _result(models, fused, selection, towers, dataset, config)
+    result, test = _result(remembered, selection, towers, dataset, config)
     seconds = time.perf_counter() - started
     result |= {"test": tested(run, test, dataset), "notes": opened.notes, "seconds": seconds}
     result |= {"environment": environment(config.device)}
@@ -238,7 +242,6 @@ def _masked_pairs(dataset: Dataset, users: np.ndarray, splits: tuple[str, ...]) 
 
 def _result(
     models: Mapping[str, ServedModel],
-    fused: ServedFused,
     selection: Selection,
     towers: Mapping[str, PathLike_],
     dataset: Dataset,
@@ -246,19 +249,24 @@ def _result(
 ) -> tuple[dict[str, Any], RankingResult | None]:
     """What result.json holds but for the test of the sum and the time, and that test."""
     parts: dict[str, tuple[RankingResult, RankingResult | None, float | None]] = {}
+
+    def sum_of(weights: Mapping[str, float]) -> ServedFused:
+        return ServedFused({name: models[name] for name in weights}, weights)
+
     for name, model in models.items():
         valid, _ = _evaluate(model, dataset, config, "valid")
         test, seconds = _evaluate(model, dataset, config, "test")
         assert valid is not None  # the weights come of it
         parts[name] = (valid, test, seconds)
+    fused = sum_of(selection.weights)
     valid, _ = _evaluate(fused, dataset, config, "valid")
     assert valid is not None
-    test, seconds = _evaluate(fused, dataset, config, "test")
+    test, _ = _evaluate(fused, dataset, config, "test")
     without = {}
     if test is not None and len(fused.weights) > 1:
         for name in fused.weights:
             rest = {other: weight for other, weight in fused.weights.items() if other != name}
-            other, _ = _evaluate(ServedFused({one: models[one] for one in rest}, rest), dataset, config, "test")
+            other, _ = _evaluate(sum_of(rest), dataset, config, "test")
             assert other is not None  # of the events of `test`
             without[name] = _differences(test, other)
     result = {
@@ -266,7 +274,7 @@ def _result(
         "valid": {"metrics": valid.metrics},
         "cross_fitted": {config.monitor[0]: selection.fused},
         "weights": selection.weights,
-        "seconds_per_1000_users": seconds,
+        "seconds_per_1000_users": None if test is None else sum(parts[name][2] or 0.0 for name in fused.weights),
         "towers": {
             name: {
                 "run": str(towers[name]),
@@ -284,6 +292,46 @@ def _result(
         "dataset": dataset.summary(),
     }
     return result, test
+
+
+class _Room:
+    """Bytes that queries may still take.
+
+    Attributes:
+        left: Counted down by who keeps some.
+    """
+
+    def __init__(self) -> None:
+        self.left = _REMEMBERED
+
+
+class _Remembered:
+    """A model that makes the queries of a batch of histories once, as long as there is room for them.
+
+    Evaluations ask for the same batches again and again: of a tower, of the sum, and of the sum without another tower.
+    Those of a language model take minutes.
+    """
+
+    def __init__(self, model: ServedModel, room: _Room) -> None:
+        self._model, self._room = model, room
+        self._known: dict[bytes, Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def embed(self, indptr: Tensor, items: Tensor) -> Tensor:
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (indptr, items):
+            digest.update(part.cpu().numpy().tobytes())
+        key = digest.digest()
+        queries = self._known.get(key)
+        if queries is None:
+            queries = self._model.embed(indptr, items)
+            size = queries.numel() * queries.element_size()
+            if size <= self._room.left:
+                self._room.left -= size
+                self._known[key] = queries
+        return queries
 
 
 def _evaluate(
