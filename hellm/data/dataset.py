@@ -49,7 +49,8 @@ class IdMap:
     def __init__(self, ids: Iterable[str] = ()) -> None:
         self._index: dict[str, int] | None = None
         self._key = _rising(ids) if isinstance(ids, Texts) else None
-        self.ids: Sequence[str] = ids if self._key is not None else [str(one) for one in ids]
+        self.ids: list[str] | Texts
+        self.ids = ids if isinstance(ids, Texts) and self._key is not None else [str(one) for one in ids]
         if self._key is None and len(self._positions) != len(self.ids):
             seen: set[str] = set()
             twice = next(one for one in self.ids if one in seen or seen.add(one))
@@ -118,11 +119,11 @@ class IdMap:
 
     def _append(self, one: str) -> int:
         positions = self._positions
-        if self._key is not None:
-            # What other maps share is left as it is.
-            self.ids, self._key = list(self.ids), None
-        positions[one] = len(self.ids)
-        self.ids.append(one)
+        # What other maps share is left as it is.
+        ids = self.ids if isinstance(self.ids, list) else list(self.ids)
+        self.ids, self._key = ids, None
+        positions[one] = len(ids)
+        ids.append(one)
         return positions[one]
 
     def _expect(self, ids: Iterable[str]) -> None:

@@ -217,7 +217,7 @@ def _build(source: Source, kind: Form, name: str, split, seed, ratios, cold_shar
         source.notes += remarks(source.timestamps)
     order = _time_order(source.users, source.timestamps)
 
-    users, items = (_taken(source, name, order).astype(np.int64, copy=False) for name in ("users", "items"))
+    users, items = (np.asarray(_taken(source, name, order), np.int64) for name in ("users", "items"))
     timestamps, labels = (_taken(source, name, order) for name in ("timestamps", "labels"))
     del order
     split_name = split or ("given" if labels is not None else "leave-two-out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, pairwise
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
 
@@ -44,8 +44,9 @@ class Texts(Sequence[str]):
         if isinstance(texts, Texts):
             return texts
         blocks, lengths = [b""], [np.zeros(1, np.int64)]
-        rest = iter(texts) if not hasattr(texts, "to_list") else (
-            one for start in range(0, len(texts), _CHUNK) for one in texts.slice(start, _CHUNK).to_list()
+        column: Any = texts if hasattr(texts, "to_list") else None
+        rest = iter(texts) if column is None else (
+            one for start in range(0, len(column), _CHUNK) for one in column.slice(start, _CHUNK).to_list()
         )  # fmt: skip
         while chunk := [one.encode("utf-8", "surrogatepass") for one in islice(rest, _CHUNK)]:
             blocks.append(b"".join(chunk))
@@ -57,7 +58,7 @@ class Texts(Sequence[str]):
         return len(self.starts) - 1
 
     @overload
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: SupportsIndex) -> str: ...
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index):
@@ -82,7 +83,7 @@ class Texts(Sequence[str]):
             return NotImplemented
         return len(self) == len(other) and all(one == its for one, its in zip(self, other, strict=True))
 
-    __hash__ = None
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def __repr__(self) -> str:
         return f"Texts({len(self)} texts)"

@@ -100,7 +100,7 @@ class TripleSampler:
     @property
     def num_steps(self) -> int:
         """Steps per epoch."""
-        if self.strategy == "user-uniform":
+        if self._events is None:
             return len(self._users) // self.batch_size + 1
         return -(-len(self._events) // self.batch_size)
 
@@ -118,6 +118,7 @@ class TripleSampler:
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._permutation is None or self._permutation[0] != epoch:
+            assert self._events is not None  # of "interaction-uniform"
             order = np.random.default_rng((self.seed, epoch)).permutation(self._events)
             self._permutation = (epoch, order)
         return self._permutation[1]

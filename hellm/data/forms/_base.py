@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def find_one(path: Path, *patterns: str, accept: Callable[[Path], bool] = lambda
     return matching[0] if matching else None
 
 
-def check_ids_known(path: Path, missing: list[str], where: str, policy: str) -> None:
+def check_ids_known(path: Path, missing: Sequence[str], where: str, policy: str) -> None:
     """Apply `missing_items`: raise for "error", and for a policy that does not exist."""
     num_missing = len(missing)
     if policy not in MISSING_ITEMS:

@@ -141,7 +141,7 @@ def _explode_lists(table: tables.Table, column: str, notes: list[str]) -> None:
 
 def _read_items(
     path: Path, chosen: Mapping[str, list[str]], separator: str | None, encoding: str | None, notes: list[str]
-) -> tuple[list[str], dict[str, list[str]], str]:
+) -> tuple[Sequence[str], dict[str, list[str]], str]:
     """Item ids in file order, the texts that the table has of them, and the column of the ids."""
     import polars as pl
 
