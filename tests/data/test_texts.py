@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hellm.data import DataError, IdMap
@@ -17,6 +17,7 @@ DISTINCT = st.lists(st.text(st.characters(), max_size=4), max_size=12, unique=Tr
 
 
 class TestTexts:
+    @settings(deadline=None, max_examples=50)
     @given(TEXTS)
     def test_it_is_the_sequence_that_it_was_made_of(self, texts):
         found = Texts.of(texts)
@@ -25,10 +26,12 @@ class TestTexts:
         assert found == Texts.of(iter(texts)) and found != [*texts, "x"]
         assert [one in found for one in texts] == [True] * len(texts)
 
+    @settings(deadline=None, max_examples=50)
     @given(TEXTS, st.slices(12))
     def test_slices(self, texts, part):
         assert Texts.of(texts)[part] == texts[part]
 
+    @settings(deadline=None, max_examples=50)
     @given(st.lists(st.text(max_size=6), max_size=12))
     def test_column_of_polars_and_back(self, texts):
         column = pl.Series(texts, dtype=pl.String)
@@ -57,6 +60,7 @@ class TestTexts:
 class TestIdsThatAreTexts:
     """A map of `Texts` answers like one of a list, whether they rise and are looked up by halving or not."""
 
+    @settings(deadline=None, max_examples=50)
     @given(DISTINCT, st.sampled_from([None, "text", "length"]), TEXTS)
     def test_it_answers_as_a_map_of_a_list(self, ids, order, asked):
         if order is not None:
@@ -71,6 +75,7 @@ class TestIdsThatAreTexts:
                 with pytest.raises(DataError, match="is not one of the"):
                     ours.index(one)
 
+    @settings(deadline=None, max_examples=50)
     @given(DISTINCT, TEXTS)
     def test_what_is_added_follows_and_copies_are_apart(self, ids, more):
         ids.sort()
