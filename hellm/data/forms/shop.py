@@ -141,7 +141,7 @@ def _explode_lists(table: tables.Table, column: str, notes: list[str]) -> None:
 
 def _read_items(
     path: Path, chosen: Mapping[str, list[str]], separator: str | None, encoding: str | None, notes: list[str]
-) -> tuple[Sequence[str], dict[str, list[str]], str]:
+) -> tuple[list[str], dict[str, list[str]], str]:
     """Item ids in file order, the texts that the table has of them, and the column of the ids."""
     import polars as pl
 
@@ -172,7 +172,7 @@ def _read_items(
     if distinct.height < rows.height:
         notes.append(f"{path.name}: {rows.height - distinct.height} rows repeat an item id; the first row counts")
     fields = {role: distinct[role].fill_null("").to_list() for role in roles if role != "item"}
-    return distinct_ids(path, distinct["item"].to_list()).ids, fields, roles["item"]
+    return list(distinct_ids(path, distinct["item"].to_list()).ids), fields, roles["item"]
 
 
 def _cell(table: tables.Table, column: str):
