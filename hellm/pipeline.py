@@ -66,6 +66,7 @@ def run(
     on_step: Callable[[Step], None] | None = None,
     on_plan: Callable[[str, Mapping[str, Any]], None] | None = None,
     on_value: Callable[[Step, Any], None] | None = None,
+    **reading: Any,
 ) -> dict[str, Any]:
     """From raw data to recommendations: what `hellm run` does.
 
@@ -79,19 +80,23 @@ def run(
         on_step: Called before each step.
         on_plan: Called with the name of a step and what it is likely to cost, before it trains.
         on_value: Called with each step and what came of it.
+        reading: Options of `hellm.data.load_dataset` for a path, such as `columns={"user": "client"}`.
     Returns: Name of the step -> what came of it: "data" (the data set), each stage ("stage1", "sasrec", ...: what its
         result.json holds), "compare" (see `hellm.compare`), "recommend" (lists of some users, with reasons).
-    Raises: As `Pipeline` and the stages; `hellm._folders.FolderInUseError`, another process works there.
+    Raises: As `Pipeline` and the stages; `hellm._folders.FolderInUseError`, another process works there; ValueError,
+        options of reading for data that are read already.
     """
     from hellm.data import Dataset, load_dataset
 
+    if reading and isinstance(data, Dataset):
+        raise ValueError(f"data must be a path where {', '.join(reading)} are given, got a data set")
     inputs = [] if isinstance(data, Dataset) else [data]
     check_pipeline(out, resume=resume, overwrite=overwrite, inputs=inputs)
     values = {}
     with hold(out):
         options = {"resume": resume, "overwrite": overwrite, "cache": cache, "on_plan": on_plan}
         pipeline = Pipeline(out, config or RunConfig(), **options)
-        for step in pipeline.steps(lambda: data if isinstance(data, Dataset) else load_dataset(data)):
+        for step in pipeline.steps(lambda: data if isinstance(data, Dataset) else load_dataset(data, **reading)):
             if on_step is not None:
                 on_step(step)
             values[step.name] = step.run()

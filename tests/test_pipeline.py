@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,3 +70,26 @@ def test_a_finished_pipeline_is_read(ran):
     loaded = hellm.Recommender.load(out / "fused")
     answer = loaded.recommend(users=[values["recommend"][0]["user"]], k=5)[0]
     assert [item.item for item in answer] == [item["item"] for item in values["recommend"][0]["items"]]
+
+
+def test_options_of_reading_are_for_paths(tmp_path):
+    shop = write_sample_shop(tmp_path / "shop", num_users=60, num_items=160)
+    events = shop / "events.csv"
+    header, _, rest = events.read_text(encoding="utf-8").partition("\n")
+    events.write_text(header.replace("user", "buyer_nr") + "\n" + rest, encoding="utf-8")
+    values: dict[str, Any] = {}
+
+    class Stopped(Exception):
+        pass
+
+    def stop(step, value):
+        values[step.name] = value
+        raise Stopped
+
+    config = RunConfig(text="none", image="none")
+    with pytest.raises(Stopped):
+        hellm.run(shop, tmp_path / "out", config, columns={"user": "buyer_nr"}, on_value=stop)
+    assert values["data"].columns["user"] == "buyer_nr"
+    with pytest.raises(ValueError, match="data must be a path where columns are given, got a data set"):
+        hellm.run(values["data"], tmp_path / "other", config, columns={"user": "buyer_nr"})
+    assert not (tmp_path / "other").exists()
