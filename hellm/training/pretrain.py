@@ -366,7 +366,8 @@ def step_losses(
     choices, candidates = _contrastive_choices(config, model), _candidates(config, model)
 
     def losses(epoch: int, step: int) -> dict[str, Tensor]:
-        triples, rows = sampler.sample(epoch, step), _contrastive_rows(config, choices, epoch, step)
+        triples, drawn = sampler.sample(epoch, step), _contrastive_rows(config, choices, epoch, step)
+        rows = {name: one.to(model.device) for name, one in drawn.items()}
         chosen = candidates(epoch, step, triples)
         if processes is None or processes.count == 1:
             return _losses(model, config, triples, rows, chosen)
@@ -390,7 +391,9 @@ def _shared_losses(
         # A mean needs a row, which counts for nothing then.
         own = slice(0, 1)
     for side, count in (("user", model.num_users), ("item", model.num_items)):
-        anchors, weight = rows.get(f"{side}_rows", torch.arange(count)), f"{side}_contrastive_weight"
+        anchors, weight = rows.get(f"{side}_rows"), f"{side}_contrastive_weight"
+        if anchors is None:
+            anchors = torch.arange(count, device=model.device)
         share = anchors[processes.share(len(anchors))]
         rows[f"{side}_rows"] = share
         weights[weight] = getattr(config, weight) * len(share) / len(anchors)
