@@ -34,8 +34,8 @@ from benchmarks.load import PATIENCE, Connection, Latencies, Usage, load, reques
 __all__ = ["MAX_SLOPE", "soak"]
 
 MAX_SLOPE = 32 * 1024
-"""Bytes a second by which the server may grow. An event that it keeps takes some 300 bytes and an item tens of kilobytes,
-as every tower has its features; a leak of a hundred bytes a request would be more."""
+"""Bytes a second by which the server may grow. An event that it keeps takes some 300 bytes, and an item tens of
+kilobytes, as every tower has its features; a leak of a hundred bytes a request would be more."""
 CONNECTIONS, QUIET_USERS, EVENT_WRITERS = 32, 64, 2
 # Seconds between two requests of each writer of events, of the writer of items, and between reloads.
 EVENTS_EVERY, ITEMS_EVERY, RELOADS_EVERY = 0.2, 2.0, 10.0
