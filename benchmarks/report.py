@@ -25,6 +25,7 @@ python -m benchmarks.serve        # hellm serve: speed, latency, processor time,
 python -m benchmarks.serve --soak 600   # ten minutes with events, items and reloads: answers, memory
 python -m benchmarks.fresh        # new items while a server runs: recall, time until they are in a list
 python -m benchmarks.index        # from how many items a search index pays
+python -m benchmarks.catalogue  # training against items  -> results/catalogue.json (--out)
 python -m benchmarks.llm          # fine-tuning, scoring -> results/llm.json
 python -m benchmarks.gpu          # on a GPU machine       -> results/gpu.json
 python -m benchmarks.report       # this page and the figure
@@ -52,8 +53,8 @@ def load_results(folder: Path) -> list[dict[str, Any]]:
             run = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
-        if not isinstance(run, dict) or run.get("kind") not in ("cases", "scale", "gpu", "llm"):
-            raise ValueError(f'{path}: kind must be "cases", "scale", "llm" or "gpu"')
+        if not isinstance(run, dict) or run.get("kind") not in ("gpu", *_SECTIONS):
+            raise ValueError(f"{path}: kind must be one of gpu, {', '.join(_SECTIONS)}")
         runs.append({**run, "file": path.name})
     return runs
 
@@ -72,9 +73,8 @@ def render(runs: Sequence[dict[str, Any]], notes: str = "") -> str:
     gpu_runs, runs = [run for run in runs if run["kind"] == "gpu"], [run for run in runs if run["kind"] != "gpu"]
     parts += [gpu_report.section(run) for run in gpu_runs] or [gpu_report.unmeasured()]
     for run in runs:
-        sections = {"cases": _case_sections, "scale": _scale_section, "llm": _llm_section}[run["kind"]](run)
         parts.append(f"## Run `{run['file']}`\n\n" + _environment(run["environment"]))
-        parts += sections
+        parts += _SECTIONS[run["kind"]](run)
     if notes:
         parts.append(notes)
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
@@ -124,6 +124,8 @@ def _target_rows(run: dict[str, Any]) -> list[tuple[str, ...]]:
         return rows
     if run["kind"] == "llm":
         return [(*cells, _verdict(met)) for *cells, met in llm_report.target_rows(run)]
+    if run["kind"] == "catalogue":
+        return []
     for record in run["cases"]:
         for target in record.get("targets", ()):
             share = target["kind"] == "limit"
@@ -270,6 +272,33 @@ def _scale_section(run: dict[str, Any]) -> list[str]:
 def _llm_section(run: dict[str, Any]) -> list[str]:
     head = ("work", "hellm", "published loop", "hellm / published")
     return [llm_report.introduction(run) + "\n" + markdown_table(head, llm_report.rows(run))]
+
+
+def _catalogue_section(run: dict[str, Any]) -> list[str]:
+    head = ("stage", "items", "items of a step", "a step", "steps of an epoch", "an epoch", "peak memory")
+    rows = []
+    for record in run["rows"]:
+        drawn = f"{record['sampled']:,} drawn" if record["sampled"] else "all"
+        row = [record["stage"], f"{record['num_items']:,}", drawn]
+        if "failure" in record:
+            rows.append([*row, f"failed: {record['failure']}", "", "", ""])
+            continue
+        epoch = f"{record['seconds_of_epoch'] / 60:,.1f} min"
+        peak = f"{record['peak_bytes'] / 1e9:.2f} GB"
+        rows.append([*row, duration(record["seconds_of_step"]), f"{record['steps_per_epoch']:,}", epoch, peak])
+    text = (
+        "### Training against the size of the catalogue\n\nSteps over all items and over some that stand for them "
+        "(`sampled_items`, `contrastive_keys`), each row in a process of its own, whose peak memory is given.\n\n"
+    )
+    return [text + markdown_table(head, rows)]
+
+
+_SECTIONS = {
+    "cases": _case_sections,
+    "scale": _scale_section,
+    "llm": _llm_section,
+    "catalogue": _catalogue_section,
+}
 
 
 def plot_scale(run: dict[str, Any], path: Path) -> None:
