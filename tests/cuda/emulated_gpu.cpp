@@ -10,7 +10,7 @@ uint3_ threadIdx, blockIdx, gridDim;
 namespace emulated {
 std::vector<Thread> threads;
 int current;
-ucontext_t scheduler;
+jmp_buf scheduler;
 Meeting warp_meeting[64], block_meeting;
 void* deposit[2048];
 std::function<void()> body;
@@ -39,7 +39,15 @@ std::vector<unsigned> in_order(unsigned count) {
 void run_thread() {
   emulated::body();
   emulated::threads[emulated::current].done = true;
-  swapcontext(&emulated::threads[emulated::current].context, &emulated::scheduler);
+  _longjmp(emulated::scheduler, 1);
+}
+
+// Until the thread waits for others or is done.
+void go_on(emulated::Thread& thread) {
+  if (_setjmp(emulated::scheduler)) return;
+  if (thread.started) _longjmp(thread.place, 1);
+  thread.started = true;
+  setcontext(&thread.context);
 }
 
 void run_block(unsigned num_threads, unsigned shared_bytes) {
@@ -50,16 +58,17 @@ void run_block(unsigned num_threads, unsigned shared_bytes) {
   threads.resize(num_threads);
   for (unsigned t = 0; t < num_threads; ++t) {
     Thread& thread = threads[t];
-    thread.done = false;
-    thread.stack.resize(kStack);
+    thread.started = thread.done = false;
+    if (!thread.stack) thread.stack.reset(new char[kStack]);
     getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.data();
+    thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = kStack;
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, run_thread, 0);
   }
-  for (bool any = true; any;) {
-    any = false;
+  for (bool any = true, ran = true; any;) {
+    if (!ran) std::abort();  // some threads wait for others that have left
+    any = ran = false;
     for (const unsigned warp : in_order(num_threads / 32)) {
       unsigned long before;
       do {
@@ -68,15 +77,14 @@ void run_block(unsigned num_threads, unsigned shared_bytes) {
           const unsigned t = warp * 32 + lane;
           if (threads[t].done) continue;
           any = true;
+          if (threads[t].waits()) continue;
+          ran = true;
           current = int(t);
           threadIdx = {t, 0, 0};
-          swapcontext(&scheduler, &threads[t].context);
+          go_on(threads[t]);
         }
       } while (shuffled && warp_meeting[warp].generation != before);
     }
-  }
-  for (const Meeting& meeting : warp_meeting) {
-    if (meeting.arrived) std::abort();  // some threads of a warp waited for others that had left
   }
 }
 

@@ -2,6 +2,7 @@
 // Compiled in front of the kernels' own text, in place of csrc/cuda/ptx.cuh and of what nvcc and NVRTC have built in.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -57,29 +58,32 @@ struct AddKernels {
 
 constexpr int kStack = 256 * 1024;
 
-struct Thread {
-  ucontext_t context;
-  std::vector<char> stack;
-  bool done = false;
-  const void* operation = nullptr;  // what it waits for with the others of its warp or block
-};
-
 // Deposits of the threads of one warp or block in a common operation; the last to come computes for all.
 struct Meeting {
   int arrived = 0;
   unsigned long generation = 0;
 };
 
+// A context starts a fibre; from then on it goes by jumps, as a change of context asks the kernel for the signal mask.
+struct Thread {
+  ucontext_t context;
+  jmp_buf place;
+  std::unique_ptr<char[]> stack;
+  bool started = false, done = false;
+  const Meeting* awaited = nullptr;  // with the others of its warp or block, until its generation is over
+  unsigned long generation = 0;
+
+  bool waits() const { return awaited && awaited->generation == generation; }
+};
+
 extern std::vector<Thread> threads;
 extern int current;
-extern ucontext_t scheduler;
+extern jmp_buf scheduler;
 extern Meeting warp_meeting[64], block_meeting;
 extern void* deposit[2048];
 
 inline void yield() {
-  const int me = current;
-  swapcontext(&threads[me].context, &scheduler);
-  current = me;
+  if (!_setjmp(threads[current].place)) _longjmp(scheduler, 1);
 }
 
 // `combine(deposits)` runs once, when all `size` threads have come.
@@ -93,7 +97,10 @@ void meet(Meeting& meeting, int first, int size, void* mine, Combine combine) {
     ++meeting.generation;
     return;
   }
-  while (meeting.generation == generation) yield();
+  threads[current].awaited = &meeting;
+  threads[current].generation = generation;
+  yield();
+  threads[current].awaited = nullptr;
 }
 
 template <typename Combine>

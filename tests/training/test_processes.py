@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from hellm.training.checkpoint import load_checkpoint
 from hellm.training.history_sampler import HistoryBatch
 from hellm.training.processes import Processes, launched_processes
 
-WORKER = Path(__file__).with_name("finetune_worker.py")
+WORKER = Path(__file__).with_name("stage_worker.py")
 ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 NO_DROPOUT = ["model.lora_dropout=0", "model.prefix_dropout=0", "model.item_dropout=0"]
 PREFIX = ["model.graph_context=prefix", "model.learned_prefix=true"]
 # 180 targets make batches of 179 and of 1, of which one of two processes has no share.
@@ -31,8 +33,18 @@ CASES = {
 }
 
 
-def torchrun(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
+def train(count: int, jobs: list[dict[str, Any]], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Trainings by so many processes, which all end well."""
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(count), json.dumps(jobs)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +66,8 @@ def folder(verb, tmp_path_factory):
     jobs += [{"arguments": verb(folder / "whole")}, {"arguments": verb(folder / "cut"), "stop_at": 6}]
     jobs += [{"arguments": verb(folder / "cut", "--resume")}, {"arguments": verb(folder / "cut")}]
     jobs += [{"arguments": verb(folder / "official", "--preset", "official")}]
-    done = subprocess.run(
-        torchrun(str(WORKER), json.dumps(jobs)),
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = train(2, jobs, folder)
     (folder / "output.txt").write_text(done.stdout + done.stderr)
-    assert done.returncode == 0, done.stderr
     for name, settings in CASES.items():
         assert main(verb(folder / "alone" / name, *settings)) == 0
     return folder
@@ -116,14 +120,14 @@ def test_the_first_process_alone_speaks(folder):
 def test_a_signal_to_the_launcher_and_all_its_processes_still_saves(verb, tmp_path):
     arguments = verb(tmp_path / "run", "max_epochs=500", "patience=500")
     process = subprocess.Popen(
-        torchrun("-m", "hellm", *arguments),
+        [*TORCHRUN, "-m", "hellm", *arguments],
         cwd=ROOT,
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=(tmp_path / "errors.txt").open("w"),
     )
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while not (tmp_path / "run" / "metrics.jsonl").is_file() or not records(tmp_path / "run"):
             assert process.poll() is None and time.monotonic() < until, (tmp_path / "errors.txt").read_text()
             time.sleep(0.1)
@@ -166,12 +170,7 @@ def stages(small_dataset, tmp_path_factory):
         return [name.partition("-")[0], *given, f"out={folder / str(count) / name}"]
 
     for count in (2, 4):
-        command = torchrun(str(WORKER), json.dumps([{"arguments": arguments(count, name)} for name in STAGES]))
-        command[command.index("--nproc-per-node=2")] = f"--nproc-per-node={count}"
-        done = subprocess.run(
-            command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr
+        done = train(count, [{"arguments": arguments(count, name)} for name in STAGES], folder)
         for index in range(count):
             assert json.loads((folder / f"codes-{index}.json").read_text()) == [0] * len(STAGES), done.stderr
     for name in STAGES:
