@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,9 +20,13 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Processes", "launched_processes"]
+__all__ = ["LostProcessError", "Processes", "launched_processes"]
 
 T = TypeVar("T")
+
+
+class LostProcessError(ConnectionError):
+    """Another process that trains the same model has died, so that this one cannot go on."""
 
 
 class Processes:
@@ -29,6 +35,8 @@ class Processes:
     All of them start from the same weights and get the same sums, bit for bit, so their weights stay the same.
     Gradients are summed once per update, not by DistributedDataParallel: its hooks would send them at every accumulated
     step and wait for parameters that a share has no use for.
+
+    Where one of them dies, what the others do together next raises `LostProcessError`.
 
     Args:
         accelerator: connects the processes; None is this process alone.
@@ -63,14 +71,18 @@ class Processes:
                 outcome = [work(), None]
             except Exception as error:
                 outcome = [None, error]
-        broadcast_object_list(outcome)
+        with _connected():
+            broadcast_object_list(outcome)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of `x` over the processes."""
-        return x if self.count == 1 else self._accelerator.reduce(x, "sum")
+        if self.count == 1:
+            return x
+        with _connected():
+            return self._accelerator.reduce(x, "sum")
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum gradients (float32) over the processes, in place; one that no process has stays None."""
@@ -91,7 +103,8 @@ class Processes:
         if self.count == 1:
             return bool(caught)
         own = torch.tensor([caught[0] if caught else 0], device=self._accelerator.device)
-        signum = int(self._accelerator.gather(own).max())
+        with _connected():
+            signum = int(self._accelerator.gather(own).max())
         if signum and not caught:
             caught.append(signum)
         # Not whether `caught` is empty: a signal may have come since, to this process alone.
@@ -102,6 +115,24 @@ class Processes:
         if self.index > 0 and self._seed is not None:
             state = np.random.SeedSequence((self._seed, self.index, epoch, step)).generate_state(1)
             torch.manual_seed(int(state[0]))
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """A block that needs the other processes."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo and NCCL have no type for it.
+        lost = re.search(
+            r"connection \w+ by (remote )?peer|broken pipe|remote process exited", str(error), re.IGNORECASE
+        )
+        if lost is None:
+            raise
+        raise LostProcessError(
+            f"another process of this training is gone ({lost[0].lower()}), and this one ends; resume=True goes on "
+            "from the last checkpoint, with any number of processes"
+        ) from error
 
 
 def launched_processes(device: str, *, seed: int | None) -> Processes:

@@ -1,15 +1,13 @@
 """Trainings one after the other in the same processes, which are forks of one that has imported what they need.
 
-Arguments: the number of processes, and JSON: a list of {"arguments": of the command line, "stop_at": step}. With
-`stop_at` the last process sends itself SIGTERM in that step. Exit codes go to codes-<process>.json in the working
-directory.
+Arguments: the number of processes, and JSON: a list of {"arguments": of the command line, "signal": [number, epoch,
+step]}, which the last process sends itself there. Exit codes go to codes-<process>.json in the working directory.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,35 +19,33 @@ import accelerate  # noqa: F401
 import peft  # noqa: F401
 
 from hellm.cli import main
-from hellm.training import finetune as module
-from hellm.training import pretrain, sasrec  # noqa: F401
+from hellm.training import finetune, pretrain, sasrec  # noqa: F401
+from hellm.training.step import EagerStep
 
-LOSS = module.finetune_loss
+RUN = EagerStep.run
 
 
-def stopping(last_step: int):
-    steps = iter(range(last_step + 1))
+def signalling(signum: int, *place: int):
+    """`EagerStep.run` that sends this process a signal in (epoch, step)."""
 
-    def loss(model, batch, *args):
-        if next(steps, None) == last_step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return LOSS(model, batch, *args)
+    def run(self, *at):
+        if at == place:
+            os.kill(os.getpid(), signum)
+        return RUN(self, *at)
 
-    return loss
+    return run
 
 
 def run(jobs: Sequence[Mapping[str, Any]]) -> None:
     codes, last = [], int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     for job in jobs:
-        stop_at = job.get("stop_at") if last else None
-        # Two steps of the plan come first.
-        module.finetune_loss = LOSS if stop_at is None else stopping(2 + stop_at)
+        EagerStep.run = signalling(*job["signal"]) if last and "signal" in job else RUN
         codes.append(main(job["arguments"]))
     Path(f"codes-{os.environ['RANK']}.json").write_text(json.dumps(codes))
 
 
 def fork(count: int, jobs: Sequence[Mapping[str, Any]]) -> int:
-    """Processes as a launcher sets them up. Returns: the worst exit code."""
+    """Processes as a launcher sets them up. Returns: 0, or 1 where one of them ended otherwise."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -62,7 +58,7 @@ def fork(count: int, jobs: Sequence[Mapping[str, Any]]) -> int:
             run(jobs)
             sys.exit(0)
         children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    return int(any([os.waitpid(child, 0)[1] for child in children]))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ CASES = {
 
 
 def train(count: int, jobs: list[dict[str, Any]], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Trainings by so many processes, which all end well."""
-    done = subprocess.run(
+    """Trainings by so many processes."""
+    return subprocess.run(
         [sys.executable, str(WORKER), str(count), json.dumps(jobs)],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -43,8 +43,6 @@ def train(count: int, jobs: list[dict[str, Any]], folder: Path) -> subprocess.Co
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +61,14 @@ def folder(verb, tmp_path_factory):
     """Runs of two processes, and of one under "alone": the cases, and a run with dropout whole and interrupted."""
     folder = tmp_path_factory.mktemp("processes")
     jobs = [{"arguments": verb(folder / name, *settings)} for name, settings in CASES.items()]
-    jobs += [{"arguments": verb(folder / "whole")}, {"arguments": verb(folder / "cut"), "stop_at": 6}]
+    jobs += [
+        {"arguments": verb(folder / "whole")},
+        {"arguments": verb(folder / "cut"), "signal": [signal.SIGTERM, 1, 2]},
+    ]
     jobs += [{"arguments": verb(folder / "cut", "--resume")}, {"arguments": verb(folder / "cut")}]
     jobs += [{"arguments": verb(folder / "official", "--preset", "official")}]
     done = train(2, jobs, folder)
+    assert done.returncode == 0, done.stderr
     (folder / "output.txt").write_text(done.stdout + done.stderr)
     for name, settings in CASES.items():
         assert main(verb(folder / "alone" / name, *settings)) == 0
@@ -158,19 +160,31 @@ STAGES = {
 
 
 @pytest.fixture(scope="module")
-def stages(small_dataset, tmp_path_factory):
-    """Runs of each of `STAGES` under "1", "2" and "4", as many processes."""
+def stage_verb(small_dataset, tmp_path_factory):
+    """(out, name among `STAGES`) -> arguments of a training."""
     folder = tmp_path_factory.mktemp("stages")
     save_dataset(small_dataset, folder / "data")
     common = {"data": folder / "data", "num_threads": 1, "device": "cpu", "tensorboard": "false", "max_epochs": 2}
     common |= {"ks": "[1,5]", "monitor": "[recall@5]", "validate_every": 1}
 
-    def arguments(count: int, name: str) -> list[str]:
+    def arguments(out: Path, name: str) -> list[str]:
         given = [*(f"{k}={v}" for k, v in common.items()), *STAGES[name]]
-        return [name.partition("-")[0], *given, f"out={folder / str(count) / name}"]
+        return [name.partition("-")[0], *given, f"out={out}"]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def stages(stage_verb, tmp_path_factory):
+    """Runs of each of `STAGES` under "1", "2" and "4", as many processes."""
+    folder = tmp_path_factory.mktemp("stages")
+
+    def arguments(count: int, name: str) -> list[str]:
+        return stage_verb(folder / str(count) / name, name)
 
     for count in (2, 4):
         done = train(count, [{"arguments": arguments(count, name)} for name in STAGES], folder)
+        assert done.returncode == 0, done.stderr
         for index in range(count):
             assert json.loads((folder / f"codes-{index}.json").read_text()) == [0] * len(STAGES), done.stderr
     for name in STAGES:
@@ -186,6 +200,19 @@ def test_other_stages_in_several_processes_are_those_of_one(stages, name, count)
     result, expected = (json.loads((one / "result.json").read_text()) for one in (run, alone))
     assert (result["num_processes"], expected["num_processes"]) == (count, 1)
     assert result["test"]["metrics"]["recall@5"] == pytest.approx(expected["test"]["metrics"]["recall@5"], abs=0.02)
+
+
+def test_a_process_that_dies_ends_the_others_and_one_alone_goes_on(stages, stage_verb, tmp_path):
+    arguments = stage_verb(tmp_path / "run", "sasrec")
+    done = train(2, [{"arguments": arguments, "signal": [signal.SIGKILL, 1, 0]}], tmp_path)
+    assert done.returncode == 1 and not (tmp_path / "codes-1.json").exists()
+    assert json.loads((tmp_path / "codes-0.json").read_text()) == [2], done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("hellm: error: ")]
+    assert len(said) == 1 and said[0].startswith("hellm: error: another process of this training is gone (")
+    assert said[0].endswith("; --resume goes on from the last checkpoint, with any number of processes")
+    assert len(records(tmp_path / "run")) == 1
+    assert main([*arguments, "--resume"]) == 0
+    assert_same(tmp_path / "run", stages / "1" / "sasrec", 2e-5)
 
 
 def test_shares_are_the_whole_batch():
