@@ -15,9 +15,9 @@ serve-demo: .venv/serve | demo/run/recommendations.json
 demo/run/recommendations.json: | .venv/demo
 	$(MAKE) demo
 
-# A file of tests stays in one process, which makes what they share once.
+# A file of tests stays in one process, which makes what they share once; tests/conftest.py puts files in order.
 test: .venv/test
-	$(BIN)/python -m pytest tests -n auto --dist loadfile
+	$(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder
 
 # The kernels under AddressSanitizer and UBSan. What Python and torch keep until the end of the process is no leak.
 sanitize: .venv/test

@@ -14,6 +14,11 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # Processes of tests share the cores.
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+# Files of a minute or so go first: at the end, the others would wait for them.
+_LONG = (
+    *("test_processes.py", "test_triton.py", "test_gpu_benchmark.py", "test_killed.py", "test_run.py"),
+    *("test_under_fire.py", "test_load.py", "test_emulated_knn.py", "test_cuda_build.py", "test_fault_programs.py"),
+)
 
 
 def pytest_configure() -> None:
@@ -29,7 +34,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where torch sees no GPU, the first case of each test that needs one is skipped for all."""
+    """Long files first. Where torch sees no GPU, the first case of each test that needs one is skipped for all."""
+    items.sort(key=lambda item: item.path.name not in _LONG)
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
