@@ -15,16 +15,23 @@ import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hellm._folders import new_folder
 from hellm.models.llm.item_tokens import check_item_embeddings
-from hellm.models.llm.language_model import language_model_identity, load_language_model
+from hellm.models.llm.language_model import has_lora, language_model_identity, load_language_model, token_embedding
 from hellm.models.llm.prompt import ids_digest
 from hellm.models.llm.settings import SETTINGS
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from hellm.models.llm.recommender import RecommenderLLM
+    from hellm.models.llm.residual import SequenceModel
 
 __all__ = [
     "base_identity",
@@ -85,8 +92,8 @@ def _renamed(name: str) -> str:
     return name
 
 
-def base_identity(model: nn.Module) -> dict[str, Any]:
-    """Plain values that tell a `RecommenderLLM`'s language model and tokenizer from others, by content."""
+def base_identity(model: RecommenderLLM) -> dict[str, Any]:
+    """Plain values that tell the language model and tokenizer from others, by content."""
     items = model.items
     titles = None if items.title_lengths is None else ids_digest(items.title_ids, items.title_lengths)
     return model.prompted.identity | {"title_tokens": titles}
@@ -95,7 +102,7 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
 def catalogue(
     tables: Mapping[str, Tensor],
     titles: Sequence[str | None] | None,
-    sequence_model: nn.Module | None,
+    sequence_model: SequenceModel | None,
     *,
     missing: str | None = "",
 ) -> dict[str, Any]:
@@ -119,11 +126,11 @@ def catalogue(
     }
 
 
-def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write a `RecommenderLLM` into `folder`, whole or not at all, in place of one that is there."""
+def save_trained(model: RecommenderLLM, folder: str | os.PathLike[str]) -> None:
+    """Write `model` into `folder`, whole or not at all, in place of one that is there."""
     from safetensors.torch import save_file
 
-    weight = model.prompted.base.get_input_embeddings().weight
+    weight = token_embedding(model.prompted.base).weight
     config = {
         "settings": model.settings,
         "language_model": base_identity(model) | {"dtype": str(weight.dtype).removeprefix("torch.")},
@@ -135,7 +142,7 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     with new_folder(folder, kind="language model", overwrite=True) as new:
         (new / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(own, new / _WEIGHTS, metadata={"format": "pt"})
-        if len(own) < len(tensors):
+        if has_lora(model.prompted.language_model):
             _save_lora(model.prompted.language_model, new, config["language_model"])
 
 
@@ -160,11 +167,11 @@ def open_saved(
     folder: str | os.PathLike[str],
     item_embeddings: Mapping[str, Tensor],
     *,
-    language_model: nn.Module | str | os.PathLike[str] | None,
+    language_model: PreTrainedModel | str | os.PathLike[str] | None,
     tokenizer: Any,
     item_titles: Sequence[str | None] | None,
-    sequence_model: nn.Module | None,
-) -> tuple[dict[str, Any], nn.Module, Any]:
+    sequence_model: SequenceModel | None,
+) -> tuple[dict[str, Any], PreTrainedModel, Any]:
     """config.json, language model and tokenizer of a saved model, checked against what it was trained with.
 
     Raises: as `RecommenderLLM.from_pretrained`.
@@ -200,10 +207,10 @@ def check_base(what: Any, saved: Mapping[str, Any], given: Mapping[str, Any]) ->
     check_same(f"{what} was trained with the language model", saved, given)
 
 
-def load_saved(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def load_saved(model: RecommenderLLM, folder: str | os.PathLike[str]) -> None:
     """The trained tensors of `folder` into a model of the same settings. Raises: FileNotFoundError, ValueError."""
     tensors = _read(Path(folder) / _WEIGHTS)
-    if hasattr(model.prompted.language_model, "peft_config"):
+    if has_lora(model.prompted.language_model):
         # peft leaves the name of the adapter out of its files.
         for name, value in _read(Path(folder) / _LORA).items():
             tensors[_LANGUAGE_MODEL + name.replace(".weight", ".default.weight")] = value
@@ -242,14 +249,14 @@ def _dtype(identity: Mapping[str, Any], folder: Any) -> torch.dtype:
     return dtype
 
 
-def _save_lora(language_model: nn.Module, folder: Path, identity: Mapping[str, Any]) -> None:
+def _save_lora(language_model: PeftModel, folder: Path, identity: Mapping[str, Any]) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     adapter = copy.deepcopy(language_model.peft_config["default"])
     adapter.base_model_name_or_path, adapter.revision = identity["name"], identity["revision"]
     adapter.inference_mode = True
-    adapter.save_pretrained(folder)
+    adapter.save_pretrained(str(folder))
     tensors = get_peft_model_state_dict(language_model, save_embedding_layers=False)
     save_file(
         {name: value.cpu().contiguous().clone() for name, value in tensors.items()},

@@ -58,12 +58,16 @@ class NoContext(nn.Module):
         return prompted.shared_context()
 
     def after_each(
-        self, prompted: PromptedModel, tokens: ItemTokens, items: Tensor, mask: Tensor, shared: SharedContext
+        self, prompted: PromptedModel, tokens: ItemTokens, items: Tensor, mask: Tensor, shared: SharedContext | None
     ) -> Tensor:
-        """Hidden states [B, T, W] after each of left-aligned `items`; arbitrary where `mask` is False."""
+        """Hidden states [B, T, W] after each of left-aligned `items`; arbitrary where `mask` is False.
+
+        `shared` None makes it anew.
+        """
         dtype = tokens.features.dtype
         if items.shape[1] == 0:
             return tokens.features.new_zeros(len(items), 0, prompted.width)
+        shared = prompted.shared_context() if shared is None else shared
         found, _, last = tokens(items, mask, prompted.embed_text, self.of_items(tokens, items))
         prompted.check_context(found.shape[1], f"a history of {items.shape[1]} items")
         hidden = prompted.after_context(shared, found).to(dtype)
@@ -115,7 +119,7 @@ class PrefixContext(NoContext):
         return None
 
     def after_each(
-        self, prompted: PromptedModel, tokens: ItemTokens, items: Tensor, mask: Tensor, shared: SharedContext
+        self, prompted: PromptedModel, tokens: ItemTokens, items: Tensor, mask: Tensor, shared: SharedContext | None
     ) -> Tensor:
         raise ValueError(
             'all positions at once need graph_context "causal" or "none": the prefix holds the whole history, '
@@ -127,6 +131,7 @@ class PrefixContext(NoContext):
     ) -> Tensor:
         # The published Gram matrix takes padding for item 0.
         counted = torch.ones_like(mask) if self.official else mask
+        assert prompted.prefix is not None  # see `prefix_width`
         gram = prompted.prefix.gram(tokens.graph(items), counted)
         found, used, _ = tokens(items, mask, prompted.embed_text)
         prompted.check_context(found.shape[1], f"a history of {items.shape[1]} items")

@@ -12,15 +12,17 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from hellm.models.llm.language_model import language_model_identity, run_without_cache, token_rms
+from hellm.models.llm.language_model import language_model_identity, run_without_cache, token_embedding, token_rms
 from hellm.models.llm.prefix_attention import can_share_context
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from hellm.models.llm.prompted_model import PromptedModel, SharedContext
 
 __all__ = ["DecoderProbe", "choose_way", "probe_decoder"]
@@ -30,6 +32,7 @@ _ITEMS, _CHANGED = 4, 2
 _WRONG = 4.0
 # A half-precision model of up to this many weights is tried as a float32 copy, where rounding hides nothing.
 _MOST_COPIED = 200_000_000
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class DecoderProbe(NamedTuple):
@@ -47,7 +50,7 @@ class DecoderProbe(NamedTuple):
 
 
 @torch.no_grad()
-def probe_decoder(language_model: nn.Module, instruction: Tensor) -> DecoderProbe | None:
+def probe_decoder(language_model: PreTrainedModel, instruction: Tensor) -> DecoderProbe | None:
     """Try the language model as it came, behind the token ids `instruction` [N].
 
     Returns: what the ways of `PromptedModel` must agree with; None for a model without storage.
@@ -57,7 +60,7 @@ def probe_decoder(language_model: nn.Module, instruction: Tensor) -> DecoderProb
         return None
     draw = torch.Generator().manual_seed(0)
     with _trial(language_model) as model:
-        embedding = model.get_input_embeddings()
+        embedding = token_embedding(model)
         text = embedding(instruction.to(embedding.weight.device))
         scale = token_rms(model)
         items = scale * torch.randn(2, _ITEMS, text.shape[1], generator=draw).to(text)
@@ -92,14 +95,16 @@ def choose_way(prompted: PromptedModel, probe: DecoderProbe) -> str:
     Raises: ValueError naming the model and the reason, where the prefix of `prompted` cannot go that way.
     """
     with _trial(prompted) as trial:
+        context = None
         try:
             trial.way = "cached"
             context = trial.shared_context(with_prefix=False)
         except Exception as error:  # whatever a family raises where it cannot do this
-            context, why = None, _first_line(error)
-        why = why if context is None else _disagreement(trial, "cached", context, probe)
-        if why is None:
-            shares = can_share_context(trial.base, context.past[0][0].shape[2], _ITEMS)
+            why = _first_line(error)
+        else:
+            why = _disagreement(trial, "cached", context, probe)
+        if context is not None and why is None:
+            shares = can_share_context(trial.base, context.num_cached, _ITEMS)
             way = "shared" if shares and _disagreement(trial, "shared", context, probe) is None else "cached"
         elif prompted.prefix is None:
             return "whole"
@@ -129,7 +134,7 @@ def _check_prefix(prompted: PromptedModel, probe: DecoderProbe) -> None:
     """
     gate = prompted.prefix_gate
     tokens = probe.tokens
-    rounding = torch.finfo(prompted.base.get_input_embeddings().weight.dtype).eps
+    rounding = torch.finfo(token_embedding(prompted.base).weight.dtype).eps
     draw = torch.Generator().manual_seed(0)
     rounded = tokens * (1 + rounding * (2 * torch.rand(tokens.shape, generator=draw).to(tokens) - 1))
     try:
@@ -178,12 +183,13 @@ def _alone(prompted: PromptedModel, tokens: Tensor) -> Tensor:
 
 
 def _gram(prompted: PromptedModel) -> Tensor:
+    assert prompted.prefix is not None and prompted.prefix.gram_input is not None  # there is a response
     width = prompted.prefix.gram_input.width
     return torch.randn(1, width, width, generator=torch.Generator().manual_seed(1)).to(prompted.instruction.device)
 
 
 @contextlib.contextmanager
-def _trial(module: nn.Module) -> Iterator[Any]:
+def _trial(module: _Module) -> Iterator[_Module]:
     """`module` in evaluation mode, or a float32 copy of it where it is small and of half precision."""
     half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters())
     if half and sum(parameter.numel() for parameter in module.parameters()) <= _MOST_COPIED:
@@ -210,7 +216,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return float(((a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-30)).max())
 
 
-def _refusal(model: nn.Module, reason: str) -> ValueError:
+def _refusal(model: PreTrainedModel, reason: str) -> ValueError:
     identity = language_model_identity(model)
     return ValueError(f"language model {identity['name']} ({type(model).__name__}) cannot rank items: {reason}")
 

@@ -19,10 +19,10 @@ class _GramInput(nn.Module):
 
     def __init__(self, width: int, rank: int | None) -> None:
         super().__init__()
-        compressed = rank is not None and rank < width
-        self.compress = nn.Linear(width, rank, bias=False) if compressed else nn.Identity()
-        self.width = rank if compressed else width
-        if compressed:
+        if rank is None or rank >= width:
+            self.compress, self.width = nn.Identity(), width
+        else:
+            self.compress, self.width = nn.Linear(width, rank, bias=False), rank
             # Keeps the scale of the embeddings, on average.
             nn.init.normal_(self.compress.weight, std=width**-0.5)
 
@@ -47,9 +47,10 @@ class RunningGraph(nn.Module):
         super().__init__()
         self.gram_input = _GramInput(width, rank)
         size = self.gram_input.width
-        self.mlp = nn.Sequential(nn.Linear(size * size, output_width), nn.GELU(), nn.Linear(output_width, output_width))
-        nn.init.zeros_(self.mlp[-1].weight)
-        nn.init.zeros_(self.mlp[-1].bias)
+        first, last = nn.Linear(size * size, output_width), nn.Linear(output_width, output_width)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.mlp = nn.Sequential(first, nn.GELU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, W] of the graph embeddings x [B, T, d] of left-aligned histories."""
@@ -78,6 +79,10 @@ class GraphPrefix(nn.Module):
         eps: of the norms.
         mean: divide G by the number of items; False keeps the sum, as published.
     """
+
+    gram_input: _GramInput | None
+    prefix_key: Tensor | None
+    prefix_value: Tensor | None
 
     def __init__(
         self,
@@ -109,6 +114,7 @@ class GraphPrefix(nn.Module):
 
     def gram(self, x: Tensor, mask: Tensor) -> Tensor:
         """[B, r, r] Gram matrices of x [B, T, d] over the rows where mask [B, T] is True; zeros for none."""
+        assert self.gram_input is not None  # only a prefix with a graph part is asked
         z = self.gram_input(x) * mask.unsqueeze(2)
         gram = z.transpose(1, 2) @ z
         return gram / mask.sum(1).clamp(min=1)[:, None, None] if self.mean else gram
@@ -116,15 +122,17 @@ class GraphPrefix(nn.Module):
     def forward(self, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Key and value inputs, each [B, L, P, W]; B is 1 without a graph part."""
         key, value = self.prefix_key, self.prefix_value
-        if self.gram_input is not None:
+        if self.gram_input is None:
+            assert key is not None and value is not None  # a prefix without a graph part is learned
+            key, value = key.unsqueeze(0), value.unsqueeze(0)
+        else:
+            assert gram is not None  # a graph part wants one of each history
             graph_key, graph_value = (
                 norm(mlp(gram.flatten(1)))[:, None, None].expand(-1, *self.shape)
                 for norm, mlp in ((self.key_graph_norm, self.key_mlp), (self.value_graph_norm, self.value_mlp))
             )
             key = graph_key if key is None else graph_key + key
             value = graph_value if value is None else graph_value + value
-        else:
-            key, value = key.unsqueeze(0), value.unsqueeze(0)
         return self.key_norm(key), self.value_norm(value)
 
 

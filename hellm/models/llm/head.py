@@ -1,6 +1,6 @@
 """What turns a hidden state into a query, and items into keys: the score of an item is <query, key>.
 
-I = items, W = width of the language model. A new head is a class with this interface and a line in `HEADS`.
+I = items, W = width of the language model. A new head is a `Head` and a line in `HEADS`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,28 @@ from torch import Tensor, nn
 
 from hellm.models.llm.item_tokens import ItemTokens
 
-__all__ = ["HEADS", "TableHead", "TiedHead"]
+__all__ = ["HEADS", "Head", "TableHead", "TiedHead"]
 
 
-class TiedHead(nn.Module):
+class Head(nn.Module):
+    """What every head has.
+
+    Attributes:
+        ranks_new_items: Whether items that were not trained have keys.
+    """
+
+    ranks_new_items: bool
+
+    def keys(self, items: ItemTokens, rows: Tensor | None = None) -> Tensor:
+        """[I, W], or [n, W] of the items `rows` [n] int64."""
+        raise NotImplementedError
+
+    def query(self, hidden: Tensor) -> Tensor:
+        """[..., W] of hidden states [..., W]."""
+        raise NotImplementedError
+
+
+class TiedHead(Head):
     """Keys are the projected item tokens, so that an item that was not trained ranks at once.
 
     Args:
@@ -34,16 +52,14 @@ class TiedHead(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def keys(self, items: ItemTokens, rows: Tensor | None = None) -> Tensor:
-        """[I, W], or [n, W] of the items `rows` [n] int64."""
         return items.keys(rows)
 
     def query(self, hidden: Tensor) -> Tensor:
-        """[..., W] of hidden states [..., W]."""
         scale = self.log_scale.exp() * self.width**-0.5
         return F.rms_norm(self.projector(hidden), (self.width,)) * scale
 
 
-class TableHead(nn.Module):
+class TableHead(Head):
     """Keys are a table of their own; it is random unless trained, as published.
 
     Args:
@@ -59,7 +75,6 @@ class TableHead(nn.Module):
         self.weight = nn.Linear(width, num_items, bias=False).weight.requires_grad_(trained)
 
     def keys(self, items: ItemTokens, rows: Tensor | None = None) -> Tensor:
-        """[I, W], or [n, W] of the items `rows` [n] int64."""
         return self.weight if rows is None else F.embedding(rows, self.weight)
 
     def query(self, hidden: Tensor) -> Tensor:
@@ -67,7 +82,7 @@ class TableHead(nn.Module):
         return hidden
 
 
-HEADS: dict[str, Callable[[int, int], nn.Module]] = {
+HEADS: dict[str, Callable[[int, int], Head]] = {
     "tied": TiedHead,
     "trained": partial(TableHead, trained=True),
     "frozen": partial(TableHead, trained=False),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from hellm.models.dropout import Dropout
 __all__ = ["ItemTokens", "check_item_embeddings", "last_hidden", "right_align", "shallow_copy"]
 
 _ID_STD = 0.1
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class ItemTokens(nn.Module):
@@ -36,6 +37,12 @@ class ItemTokens(nn.Module):
         id_dim: width of a trained embedding of each item, for what the tables do not tell; 0 is none.
         dropout: of the tables.
     """
+
+    features: Tensor
+    title_ids: Tensor
+    title_lengths: Tensor | None
+    id_embedding: nn.Embedding | None
+    id_projector: nn.Linear | None
 
     def __init__(
         self,
@@ -59,7 +66,8 @@ class ItemTokens(nn.Module):
         ids, lengths = titles if titles is not None else (torch.zeros(len(self.features), 0, dtype=torch.int64), None)
         self.register_buffer("title_ids", ids, persistent=False)
         self.register_buffer("title_lengths", lengths, persistent=False)
-        self.projector = nn.Sequential(nn.Linear(self.features.shape[1], width), nn.GELU(), nn.Linear(width, width))
+        first, last = nn.Linear(self.features.shape[1], width), nn.Linear(width, width)
+        self.projector = nn.Sequential(first, nn.GELU(), last)
         self.dropout = Dropout(dropout)
         self.id_embedding = self.id_projector = None
         if id_dim:
@@ -69,7 +77,7 @@ class ItemTokens(nn.Module):
             nn.init.normal_(self.id_embedding.weight, std=_ID_STD)
             nn.init.normal_(self.id_projector.weight, std=id_dim**-0.5)
         if normalise:
-            self._scale_keys()
+            self._scale_keys(last)
 
     @property
     def num_items(self) -> int:
@@ -90,7 +98,7 @@ class ItemTokens(nn.Module):
 
     def _project(self, rows: Tensor | slice) -> Tensor:
         projected = self.projector(self.dropout(self.features[rows]))
-        if self.id_embedding is None:
+        if self.id_embedding is None or self.id_projector is None:
             return projected
         ids = self.id_embedding.weight if isinstance(rows, slice) else self.id_embedding(rows)
         return projected + self.id_projector(ids)
@@ -121,6 +129,7 @@ class ItemTokens(nn.Module):
             new = known.new_zeros(len(other.features) - len(known), known.shape[1]) if ids is None else ids.to(known)
             other.id_embedding = nn.Embedding.from_pretrained(torch.cat([known, new]), freeze=False)
         if self.title_lengths is not None:
+            assert titles is not None  # items either all come with titles or none
             ids, lengths = (x.to(self.features.device) for x in titles)
             longest = max(ids.shape[1], self.title_ids.shape[1])
             both = [nn.functional.pad(x, (0, longest - x.shape[1])) for x in (self.title_ids, ids)]
@@ -144,7 +153,7 @@ class ItemTokens(nn.Module):
         if context is not None:
             token = token + context
         token = token * self.token_scale
-        if self.max_tokens_per_item == 1:
+        if self.title_lengths is None or self.max_tokens_per_item == 1:
             return token, mask, None
         titles = embed_text(self.title_ids[items]).to(token)
         slots = torch.cat([token.unsqueeze(2), titles], dim=2).flatten(1, 2)
@@ -163,15 +172,15 @@ class ItemTokens(nn.Module):
         return torch.cat([tables[name].detach().to(dtype) / self.table_scales[name] for name in self.widths], dim=1)
 
     @torch.no_grad()
-    def _scale_keys(self) -> None:
+    def _scale_keys(self, last: nn.Linear) -> None:
         if not self.features.is_meta and len(self.features):
             some = slice(0, 4096)
             keys = self.projector(self.features[some])
-            if self.id_embedding is not None:
+            if self.id_embedding is not None and self.id_projector is not None:
                 keys += self.id_projector(self.id_embedding.weight[some])
                 self.id_projector.weight.div_(_rms(keys))
-            self.projector[-1].weight.div_(_rms(keys))
-            self.projector[-1].bias.div_(_rms(keys))
+            last.weight.div_(_rms(keys))
+            last.bias.div_(_rms(keys))
 
 
 def check_item_embeddings(tables: Mapping[str, Tensor]) -> dict[str, int]:
@@ -197,7 +206,7 @@ def check_item_embeddings(tables: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: table.shape[1] for name, table in tables.items()}
 
 
-def shallow_copy(module: nn.Module) -> Any:
+def shallow_copy(module: _Module) -> _Module:
     """Another module with the same parts, so that a part of the one can be replaced without touching the other."""
     other = copy.copy(module)
     for kind in ("_parameters", "_buffers", "_modules"):

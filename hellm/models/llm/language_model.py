@@ -15,25 +15,32 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hellm._pretrained import NO_CODE, NO_PICKLES, CodeRefusedError, safe_loading
 from hellm.models.dropout import Dropout
-from hellm.models.llm.prefix_attention import attention_window, decoder_arguments
+from hellm.models.llm.prefix_attention import Attention, attention_window, decoder_arguments
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+    from typing_extensions import TypeIs
 
 __all__ = [
     "add_lora",
     "check_projections",
     "context_limit",
     "decoder_of",
+    "has_lora",
     "language_model_identity",
     "load_language_model",
     "prefix_key_values",
     "run_decoder",
     "run_without_cache",
+    "token_embedding",
     "token_rms",
     "weights_digest",
 ]
@@ -50,6 +57,8 @@ _NOT_COMPUTED = (
 )
 # What families call the number of tokens that a model can read.
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+# Attribute of a model that was loaded: what it was loaded from.
+_SOURCE = "hellm_source"
 
 
 def load_language_model(
@@ -59,7 +68,7 @@ def load_language_model(
     revision: str | None = None,
     num_layers: int | None = None,
     random_seed: int | None = None,
-) -> tuple[nn.Module, Any]:
+) -> tuple[PreTrainedModel, Any]:
     """A causal language model and its tokenizer, in evaluation mode on the CPU.
 
     Nothing that comes with a model is run, whatever its files ask for. Threads load one after the other.
@@ -86,7 +95,7 @@ def load_language_model(
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ImportError(f"language models need transformers: {EXTRA}") from error
-    options = {"revision": revision} if on_hub else {"local_files_only": True}
+    options: dict[str, Any] = {"revision": revision} if on_hub else {"local_files_only": True}
     try:
         with safe_loading(f"language model {name}"):
             if gguf_file is not None:
@@ -113,17 +122,13 @@ def load_language_model(
     commit = revision or getattr(model.config, "_commit_hash", None)
     # A path is kept whole: whoever loads the run may stand in another folder.
     kept = name if on_hub or name in PACKAGED else Path(source, gguf_file or "")
-    model.hellm_source = {
-        "name": str(kept),
-        "revision": commit if on_hub else None,
-        "random_seed": random_seed,
-    }
+    setattr(model, _SOURCE, {"name": str(kept), "revision": commit if on_hub else None, "random_seed": random_seed})
     if num_layers is not None:
         keep_layers(model, num_layers)
     return model.eval(), tokenizer
 
 
-def keep_layers(model: nn.Module, num_layers: int) -> None:
+def keep_layers(model: PreTrainedModel, num_layers: int) -> None:
     """Drop all but the first layers of a language model, in place; one with fewer stays as it is.
 
     Raises: ValueError, a model whose layers are not one list.
@@ -142,12 +147,12 @@ def keep_layers(model: nn.Module, num_layers: int) -> None:
         config.layer_types = config.layer_types[:num_layers]
 
 
-def language_model_identity(model: nn.Module) -> dict[str, Any]:
+def language_model_identity(model: PreTrainedModel) -> dict[str, Any]:
     """Plain values that tell whether two language models are the same: name, sizes, configuration, a sample of weights.
 
     The sample is rounded to bfloat16, so that the same model in another dtype has the same identity.
     """
-    source = getattr(model, "hellm_source", None) or {"name": getattr(model, "name_or_path", ""), "revision": None}
+    source = getattr(model, _SOURCE, None) or {"name": getattr(model, "name_or_path", ""), "revision": None}
     config = model.config.get_text_config()
     digest = hashlib.sha256()
     for parameter in model.parameters():
@@ -186,14 +191,14 @@ def _computing_config(config: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not (key in _NOT_COMPUTED or key.startswith("_"))}
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
+def decoder_of(model: PreTrainedModel) -> nn.Module:
     """The stack of layers without the output matrix: embeddings in, final hidden states out."""
     decoder = model.get_decoder()
     # Llama 4's own search ends at the model itself.
     return getattr(model, "model", decoder) if decoder is model else decoder
 
 
-def context_limit(model: nn.Module) -> float:
+def context_limit(model: PreTrainedModel) -> float:
     """Tokens that every layer of `model` can see at once; a sliding window counts as the limit where there is one.
 
     Infinite for families without a limit of their own.
@@ -204,7 +209,7 @@ def context_limit(model: nn.Module) -> float:
     return min(limit, attention_window(config) or math.inf)
 
 
-def check_projections(model: nn.Module) -> list[nn.Module]:
+def check_projections(model: PreTrainedModel) -> list[Attention]:
     """The attention module of every layer, each with the `k_proj` and `v_proj` that a prefix goes through.
 
     Raises: ValueError, a model without them, naming it and the projections that it has.
@@ -220,7 +225,7 @@ def check_projections(model: nn.Module) -> list[nn.Module]:
     return attentions
 
 
-def prefix_key_values(attentions: Sequence[nn.Module], key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor]]:
+def prefix_key_values(attentions: Sequence[Attention], key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Prefix inputs through each layer's own frozen key and value projections, without rotary embedding.
 
     A norm of keys or values that a model has (Qwen3, Gemma3) belongs to its projection and is applied as well.
@@ -245,7 +250,7 @@ def prefix_key_values(attentions: Sequence[nn.Module], key: Tensor, value: Tenso
 
 
 def run_decoder(
-    model: nn.Module,
+    model: PreTrainedModel,
     inputs: Tensor,
     past: list[tuple[Tensor, Tensor]] | None,
     *,
@@ -290,26 +295,40 @@ def run_decoder(
     cache_name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
     with decoder_arguments(shared_context=shared_context, **options):
         output = decoder(
-            inputs_embeds=inputs.to(model.get_input_embeddings().weight.dtype),
+            inputs_embeds=inputs.to(token_embedding(model).weight.dtype),
             attention_mask=attend,
             position_ids=position,
             use_cache=cache is not None,
             **{cache_name: cache},
         )
-    return output.last_hidden_state, [(layer.keys, layer.values) for layer in cache.layers] if cache else []
+    return output.last_hidden_state, [_keys_and_values(layer) for layer in cache.layers] if cache else []
 
 
-def run_without_cache(model: nn.Module, inputs: Tensor) -> Tensor:
+def _keys_and_values(layer: object) -> tuple[Tensor, Tensor]:
+    """Of a layer of a cache. Raises: ValueError, one that keeps other things."""
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if keys is None or values is None:
+        raise ValueError(f"a layer must keep keys and values, got a {type(layer).__name__} without")
+    return keys, values
+
+
+def run_without_cache(model: PreTrainedModel, inputs: Tensor) -> Tensor:
     """Final hidden states [B, S, W] of embeddings [B, S, W] from position 0, as the family itself computes them."""
     decoder = decoder_of(model)
     parameters = inspect.signature(decoder.forward).parameters
     cache = {"use_cache": False} if "use_cache" in parameters else {}
-    return decoder(inputs_embeds=inputs.to(model.get_input_embeddings().weight.dtype), **cache).last_hidden_state
+    return decoder(inputs_embeds=inputs.to(token_embedding(model).weight.dtype), **cache).last_hidden_state
 
 
-def token_rms(model: nn.Module) -> float:
+def token_embedding(model: PreTrainedModel) -> nn.Embedding:
+    """What makes embeddings [..., W] of token ids [...]."""
+    # Of transformers' own type it is any module, but every family has an embedding or a subclass of it.
+    return cast(nn.Embedding, model.get_input_embeddings())
+
+
+def token_rms(model: PreTrainedModel) -> float:
     """Root mean square of a sample of the model's token embeddings, as they enter its first layer."""
-    embedding = model.get_input_embeddings()
+    embedding = token_embedding(model)
     if embedding.weight.is_meta:
         return 1.0
     step = max(1, len(embedding.weight) // 1024)
@@ -318,7 +337,9 @@ def token_rms(model: nn.Module) -> float:
     return float(tokens.double().square().mean().sqrt())
 
 
-def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> nn.Module:
+def add_lora(
+    model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, targets: Sequence[str]
+) -> PreTrainedModel | PeftModel:
     """`model` with all its weights frozen and trainable low-rank updates (float32) on the modules named `targets`.
 
     Returns: a `peft.PeftModel` around `model`, or `model` itself, frozen, where `rank` is 0.
@@ -336,23 +357,35 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, dropout: float, targe
     if missing or not targets:
         raise ValueError(f"lora_targets must be among {', '.join(sorted(names))}, got {', '.join(missing) or 'none'}")
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none", task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=cast(int, alpha),  # it only divides it, so that fractions do as well
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        bias="none",
+        task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
         # peft asks transformers for a property under its old name.
         warnings.simplefilter("ignore", FutureWarning)
         adapted = get_peft_model(model, config)
     for module in adapted.modules():
-        for adapter in getattr(module, "lora_dropout", {}):
-            module.lora_dropout[adapter] = Dropout(dropout)
+        dropouts = getattr(module, "lora_dropout", {})
+        for adapter in dropouts:
+            dropouts[adapter] = Dropout(dropout)
     return adapted
 
 
+def has_lora(model: PreTrainedModel | PeftModel) -> TypeIs[PeftModel]:
+    """Whether `model` has the updates of `add_lora`."""
+    return hasattr(model, "peft_config")
+
+
 def _is_matrix(module: nn.Module) -> bool:
-    return getattr(module, "weight", None) is not None and module.weight.ndim == 2
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight.ndim == 2
 
 
-def _split_heads(x: Tensor, attention: nn.Module, norm_name: str) -> Tensor:
+def _split_heads(x: Tensor, attention: Attention, norm_name: str) -> Tensor:
     """[B, P, heads * head width] -> [B, P, heads, head width], normed by the layer's own norm if it has one."""
     norm = getattr(attention, norm_name, None)
     heads = x.view(*x.shape[:-1], -1, attention.head_dim)
@@ -365,7 +398,7 @@ def _split_heads(x: Tensor, attention: nn.Module, norm_name: str) -> Tensor:
     return norm(heads)
 
 
-def _attentions(decoder: nn.Module) -> list[nn.Module]:
+def _attentions(decoder: nn.Module) -> list[Attention]:
     layers = getattr(decoder, "layers", None)
     if layers is None:
         return []
@@ -408,7 +441,7 @@ def _prepare_gguf() -> None:
     from transformers.utils import logging
 
     # Its bar alone does not follow the setting of all others.
-    modeling_gguf_pytorch_utils.tqdm = logging.tqdm
+    modeling_gguf_pytorch_utils.__dict__["tqdm"] = logging.tqdm
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,13 +17,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["attention_window", "can_share_context", "decoder_arguments", "use_prefix_attention"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Attention", "attention_window", "can_share_context", "decoder_arguments", "use_prefix_attention"]
 
 NAME = "hellm_prefix"
 # What families call the tokens that a layer looks back to, and the kind of layer that does, where kinds are listed.
@@ -31,6 +34,22 @@ _WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chun
 
 # Beyond this a row's own T^2 weights cost more than the copies of the context that they save.
 _MOST_SHARED_TOKENS = 128
+
+
+class Attention(nn.Module):
+    """What is used of the attention of a layer: families have their own classes, so this one only describes them.
+
+    Attributes:
+        layer_idx: Number of the layer.
+        head_dim: d.
+        k_proj: Keys [B, T, k * d] of hidden states.
+        v_proj: Values [B, T, k * d] of hidden states.
+    """
+
+    layer_idx: int
+    head_dim: int
+    k_proj: nn.Linear
+    v_proj: nn.Linear
 
 
 class _Arguments(NamedTuple):
@@ -65,7 +84,7 @@ def decoder_arguments(
         _ARGUMENTS.reset(token)
 
 
-def use_prefix_attention(model: nn.Module, *, needed: bool = True) -> None:
+def use_prefix_attention(model: PreTrainedModel, *, needed: bool = True) -> None:
     """Let the attention of `model` follow `decoder_arguments`; without them it computes what it did before.
 
     Raises: ValueError, a model whose attention is not torch's scaled_dot_product_attention; it is left as it is where
@@ -95,7 +114,7 @@ def attention_window(config: Any) -> int | None:
     return min((one for one in windows if isinstance(one, int) and one > 0), default=None)
 
 
-def can_share_context(model: nn.Module, num_shared: int, num_tokens: int) -> bool:
+def can_share_context(model: PreTrainedModel, num_shared: int, num_tokens: int) -> bool:
     """Whether rows of T = `num_tokens` behind S = `num_shared` can, and should, use `shared_context`."""
     config = model.config.get_text_config()
     window = attention_window(config)
@@ -104,7 +123,7 @@ def can_share_context(model: nn.Module, num_shared: int, num_tokens: int) -> boo
 
 
 def _attention(
-    module: nn.Module,
+    module: Attention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -162,7 +181,7 @@ def _behind_shared(
     gated = 0 if gate is None else prefix_length
     weight = torch.cat([shared[..., gated:], own], dim=3).softmax(3, dtype=torch.float32).to(query.dtype)
     shared_weight, own_weight = weight.tensor_split([context - gated], dim=3)
-    if gated:
+    if gate is not None and gated:
         prefix_weight = shared[..., :gated].softmax(3, dtype=torch.float32).to(query.dtype)
         prefix_weight = gate * prefix_weight.reshape(rows, heads, tokens, gated)
         shared_weight = torch.cat([prefix_weight.view(*in_rows, gated), shared_weight], dim=3)

@@ -7,7 +7,7 @@ the graph embeddings.
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,20 @@ from hellm.models.llm.language_model import (
     add_lora,
     check_projections,
     context_limit,
+    has_lora,
     language_model_identity,
     prefix_key_values,
     run_decoder,
     run_without_cache,
+    token_embedding,
     weights_digest,
 )
 from hellm.models.llm.prefix_attention import can_share_context, use_prefix_attention
 from hellm.models.llm.prompt import build_prompt, ids_digest
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 __all__ = ["PromptedModel", "SharedContext"]
 
@@ -45,6 +51,11 @@ class SharedContext(NamedTuple):
 
     past: list[tuple[Tensor, Tensor]] | None
     hidden: Tensor
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens whose keys and values are in `past`."""
+        return self.past[0][0].shape[2] if self.past else 0
 
 
 class PromptedModel(nn.Module):
@@ -64,9 +75,15 @@ class PromptedModel(nn.Module):
         has, or without the projections, attention or matrices that this needs.
     """
 
+    instruction: Tensor
+    response: Tensor
+    language_model: PreTrainedModel | PeftModel
+    prefix: GraphPrefix | None
+    prefix_gate: Tensor | None
+
     def __init__(
         self,
-        language_model: nn.Module,
+        language_model: PreTrainedModel,
         tokenizer: Any,
         config: LLMConfig,
         *,
@@ -80,7 +97,7 @@ class PromptedModel(nn.Module):
         self.register_buffer("response", prompt.response, persistent=False)
         self.identity = language_model_identity(language_model)
         self.identity |= {"all_weights": weights_digest(language_model), "prompt": ids_digest(*prompt)}
-        self.width = language_model.get_input_embeddings().weight.shape[1]
+        self.width = token_embedding(language_model).weight.shape[1]
         self.limit = context_limit(language_model)
         self.way = "shared"
         probe = probe_decoder(language_model, self.instruction)
@@ -117,15 +134,16 @@ class PromptedModel(nn.Module):
             self.way = choose_way(self, probe)
 
     @property
-    def base(self) -> nn.Module:
+    def base(self) -> PreTrainedModel:
         """The language model inside its `peft.PeftModel`, or itself."""
-        return (
-            self.language_model.get_base_model() if hasattr(self.language_model, "peft_config") else self.language_model
-        )
+        if has_lora(self.language_model):
+            # peft takes any module, and has the one that was put into it.
+            return cast("PreTrainedModel", self.language_model.get_base_model())
+        return self.language_model
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """Token embeddings [..., W] of ids [...]."""
-        return self.base.get_input_embeddings()(ids)
+        return token_embedding(self.base)(ids)
 
     def check_context(self, item_tokens: int, what: str) -> None:
         """Raises: ValueError, a prompt with `item_tokens` of items is longer than the model can read."""
@@ -153,10 +171,11 @@ class PromptedModel(nn.Module):
         if context.past is None:
             text = self.embed_text(self.instruction).expand(len(tokens), -1, -1)
             return run_without_cache(self.base, torch.cat([text, tokens.to(text.dtype)], dim=1))[:, text.shape[1] :]
-        where = {"start": context.past[0][0].shape[2], "with_prefix": with_prefix}
+        where = {"start": context.num_cached, "with_prefix": with_prefix}
         if self.way == "shared" and can_share_context(self.base, where["start"], tokens.shape[1]):
             return self._run(tokens, None, shared_context=context.past, **where)[0]
-        past = [tuple(x.expand(len(tokens), -1, -1, -1) for x in pair) for pair in context.past]
+        rows = (len(tokens), -1, -1, -1)
+        past = [(key.expand(rows), value.expand(rows)) for key, value in context.past]
         return self._run(tokens, past, **where)[0]
 
     def after_response(self, gram: Tensor, tokens: Tensor, used: Tensor) -> Tensor:
@@ -167,6 +186,7 @@ class PromptedModel(nn.Module):
             tokens: [B, S, W] left-aligned item tokens.
             used: [B, S] bool, which of them are no padding.
         """
+        assert self.prefix is not None  # there is one where there is a response
         prefix = prefix_key_values(self._attentions[0], *self.prefix(gram))
         tokens, used = right_align(tokens, used)
         before, after = (self.embed_text(ids).expand(len(tokens), -1, -1) for ids in (self.instruction, self.response))
@@ -177,15 +197,15 @@ class PromptedModel(nn.Module):
         return self._run(inputs, prefix, position=position, attend=attend)[0][:, -1]
 
     def _run(
-        self, inputs: Tensor, past, *, with_prefix: bool = True, **where: Any
+        self, inputs: Tensor, past: list[tuple[Tensor, Tensor]] | None, *, with_prefix: bool = True, **where: Any
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        gate = {}
+        gate: dict[str, Any] = {}
         if self.prefix_gate is not None and with_prefix:
             gate = {"prefix_gate": self.prefix_gate, "prefix_length": self.prefix_length}
         return run_decoder(self.base, inputs, past, **where, **gate)
 
 
-def _take_over(language_model: nn.Module, owner: PromptedModel) -> None:
+def _take_over(language_model: PreTrainedModel, owner: PromptedModel) -> None:
     """Note who has the model. Raises: ValueError, another that is still there, or one that left its LoRA layers."""
     before = _OWNERS.get(language_model, lambda: None)()
     if before is not None or any(hasattr(part, "lora_A") for part in language_model.modules()):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,11 @@ from hellm.models.llm.item_tokens import ItemTokens, check_item_embeddings, shal
 from hellm.models.llm.language_model import token_rms
 from hellm.models.llm.prompt import title_tokens
 from hellm.models.llm.prompted_model import PromptedModel, SharedContext
-from hellm.models.llm.residual import NoResidual, SequenceResidual
+from hellm.models.llm.residual import NoResidual, SequenceModel, SequenceResidual
 from hellm.models.llm.settings import checked_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["RecommenderLLM"]
 
@@ -71,12 +74,12 @@ class RecommenderLLM(nn.Module):
 
     def __init__(
         self,
-        language_model: nn.Module,
+        language_model: PreTrainedModel,
         tokenizer: Any,
         item_embeddings: Mapping[str, Tensor],
         *,
         item_titles: Sequence[str | None] | None = None,
-        sequence_model: nn.Module | None = None,
+        sequence_model: SequenceModel | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -127,7 +130,7 @@ class RecommenderLLM(nn.Module):
         return self.config.max_length
 
     @property
-    def sequence_model(self) -> nn.Module | None:
+    def sequence_model(self) -> SequenceModel | None:
         """The frozen sequence model whose scores it starts from; None without one."""
         return self.residual.sequence_model
 
@@ -174,7 +177,7 @@ class RecommenderLLM(nn.Module):
 
     def hidden_all(self, items: Tensor, mask: Tensor) -> Tensor:
         """Final hidden states [B, T, W] after each item, as `all_queries` uses them."""
-        return self.context.after_each(self.prompted, self.items, items, mask, self.context.shared(self.prompted))
+        return self.context.after_each(self.prompted, self.items, items, mask, None)
 
     def item_keys_trainable(self, rows: Tensor | None = None) -> Tensor:
         """[I, D] keys of all items, or [n, D] of `rows` [n] int64, differentiable in the projector or head."""
@@ -229,7 +232,7 @@ class RecommenderLLM(nn.Module):
         item_embeddings: Mapping[str, Tensor],
         item_titles: Sequence[str | None] | None = None,
         *,
-        sequence_model: nn.Module | None = None,
+        sequence_model: SequenceModel | None = None,
         item_ids: Tensor | None = None,
     ) -> None:
         """More items, numbered after those there are, which rank at once and may stand in histories.
@@ -249,7 +252,7 @@ class RecommenderLLM(nn.Module):
         item_embeddings: Mapping[str, Tensor],
         item_titles: Sequence[str | None] | None = None,
         *,
-        sequence_model: nn.Module | None = None,
+        sequence_model: SequenceModel | None = None,
         item_ids: Tensor | None = None,
     ) -> RecommenderLLM:
         """A model with more items, which shares all that is trained with this one; this one keeps its items.
@@ -265,7 +268,7 @@ class RecommenderLLM(nn.Module):
         other = shallow_copy(self)
         other.residual = residual
         other.items = self.items.extended(item_embeddings, tokens, item_ids)
-        if tokens is not None:
+        if self.item_titles is not None and item_titles is not None:
             other.item_titles = [*self.item_titles, *item_titles]
         return other
 
@@ -293,10 +296,10 @@ class RecommenderLLM(nn.Module):
         folder: str | os.PathLike[str],
         item_embeddings: Mapping[str, Tensor],
         *,
-        language_model: nn.Module | str | os.PathLike[str] | None = None,
+        language_model: PreTrainedModel | str | os.PathLike[str] | None = None,
         tokenizer: Any = None,
         item_titles: Sequence[str | None] | None = None,
-        sequence_model: nn.Module | None = None,
+        sequence_model: SequenceModel | None = None,
     ) -> RecommenderLLM:
         """The model that `save_pretrained` wrote, in evaluation mode, with the same scores.
 
@@ -319,9 +322,15 @@ class RecommenderLLM(nn.Module):
             item_titles=item_titles,
             sequence_model=sequence_model,
         )
-        extra = {"item_titles": item_titles, "sequence_model": sequence_model}
         with LOADING:
-            model = cls(language_model, tokenizer, item_embeddings, **extra, **_BEFORE | config["settings"])
+            model = cls(
+                language_model,
+                tokenizer,
+                item_embeddings,
+                item_titles=item_titles,
+                sequence_model=sequence_model,
+                **_BEFORE | config["settings"],
+            )
         check_base(folder, config["language_model"], base_identity(model))
         model.items.rescale(config["table_scales"])
         load_saved(model, folder)

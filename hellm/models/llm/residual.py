@@ -6,12 +6,28 @@ of wider queries and keys.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from hellm.models.llm.item_tokens import last_hidden, shallow_copy
 
-__all__ = ["NoResidual", "SequenceResidual"]
+__all__ = ["NoResidual", "SequenceModel", "SequenceResidual"]
+
+
+class SequenceModel(Protocol):
+    """A module whose scores are <hidden state after a history, key of an item>, such as `hellm.models.SASRec`."""
+
+    def __call__(self, items: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states [B, T, D] after each of left-aligned `items` [B, T]; `mask` [B, T] is True at items."""
+
+    def item_keys(self) -> Tensor:
+        """[I, D]."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> SequenceModel: ...
+
+    def eval(self) -> SequenceModel: ...
 
 
 class NoResidual(nn.Module):
@@ -21,9 +37,11 @@ class NoResidual(nn.Module):
         sequence_model: None.
     """
 
+    sequence_model: SequenceModel | None
+
     def __init__(self) -> None:
         super().__init__()
-        self.sequence_model: nn.Module | None = None
+        self.sequence_model = None
 
     def keys(self, own: Tensor, rows: Tensor | None = None) -> Tensor:
         """[I, D'] keys of the sum, of the language model's keys [I, D]; or those of the items `rows` [n] int64."""
@@ -37,7 +55,7 @@ class NoResidual(nn.Module):
         """[B, D'] queries of the sum after the whole of each history, of the language model's [B, D]."""
         return own
 
-    def extended(self, sequence_model: nn.Module | None, num_items: int, max_length: int) -> NoResidual:
+    def extended(self, sequence_model: SequenceModel | None, num_items: int, max_length: int) -> NoResidual:
         """The same for a catalogue with more items."""
         return self
 
@@ -53,7 +71,9 @@ class SequenceResidual(NoResidual):
     Raises: ValueError, no sequence model, one of other items, or one that reads fewer items of a history.
     """
 
-    def __init__(self, sequence_model: nn.Module | None, num_items: int, max_length: int) -> None:
+    sequence_model: SequenceModel
+
+    def __init__(self, sequence_model: SequenceModel | None, num_items: int, max_length: int) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(()))
         self.sequence_model = _checked(sequence_model, num_items, max_length)
@@ -75,7 +95,7 @@ class SequenceResidual(NoResidual):
         sequence = self._sequence_hidden(items, mask)
         return self._beside(own, last_hidden(sequence, mask, sequence.new_zeros(1, sequence.shape[2])))
 
-    def extended(self, sequence_model: nn.Module | None, num_items: int, max_length: int) -> SequenceResidual:
+    def extended(self, sequence_model: SequenceModel | None, num_items: int, max_length: int) -> SequenceResidual:
         other = shallow_copy(self)
         other.sequence_model = _checked(sequence_model, num_items, max_length)
         return other
@@ -90,7 +110,7 @@ class SequenceResidual(NoResidual):
         return self.sequence_model(items, mask)
 
 
-def _checked(model: nn.Module | None, num_items: int, max_length: int) -> nn.Module:
+def _checked(model: SequenceModel | None, num_items: int, max_length: int) -> SequenceModel:
     if model is None:
         raise ValueError("sequence_residual needs a sequence_model, got None")
     if len(model.item_keys()) != num_items:
