@@ -40,13 +40,13 @@ def run(argv: Sequence[str]) -> int:
     return actions[argv[0]](argv[1:])
 
 
-def add_reading_options(parser, *, split_option: str = "--split") -> None:
+def add_reading_options(parser, *, split_default: str = "the label in the data, else leave-two-out") -> None:
     """Options of `load_dataset` that every verb reading data has."""
     parser.add_argument(
-        split_option,
+        "--split",
         metavar="NAME",
-        help="given, leave-two-out, ratio, time, item-cold or user-cold; "
-        "default: the label in the data, else leave-two-out",
+        help="how events are held out: given, leave-two-out, ratio, time, item-cold or user-cold; "
+        f"default: {split_default}",
     )
     parser.add_argument("--form", metavar="NAME", help="read the data as this form instead of recognising it")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -14,6 +15,8 @@ from hellm.cli.data import add_reading_options, reading_options
 __all__ = ["print_comparison", "run"]
 
 logger = logging.getLogger(__name__)
+
+_HELD_OUT = ("test", "valid")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -31,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("models", nargs="+", type=str, metavar="MODEL", help="run directory, baseline or NAME=RUN,...")
     parser.add_argument("--data", required=True, metavar="DIR", help="data set, the one that the runs were trained on")
     parser.add_argument(
-        "--split", default="test", metavar="NAME", help="held-out events to score: test, or valid to choose by"
+        "--on", default="test", metavar="NAME", help="held-out events to score: test, or valid to choose by"
     )
     parser.add_argument(
         "--protocol",
@@ -53,26 +56,29 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the baselines and the bootstrap")
     parser.add_argument("--device", default="auto", metavar="NAME", help="of runs: auto, cpu, cuda or cuda:N")
     parser.add_argument("--json", action="store_true", help="print everything as one line of JSON")
-    add_reading_options(parser, split_option="--data-split")
+    add_reading_options(parser, split_default="that of the runs")
+    parser.add_argument("--data-split", help=argparse.SUPPRESS)
     args = parse(parser, argv)
-    if args.split not in ("test", "valid"):
-        raise ValueError(f"--split must be test or valid, got {args.split!r}")
+    if args.split in _HELD_OUT:
+        # An older spelling: --split for --on, and --data-split for --split.
+        args.on, args.split = args.split, None
+    if args.on not in _HELD_OUT:
+        raise ValueError(f"--on must be {' or '.join(_HELD_OUT)}, got {args.on!r}")
     from hellm.data import load_dataset
     from hellm.evaluate.compare import check_metrics
     from hellm.recommend.compare import compare, named_rows, split_of_runs
 
     check_metrics(args.metrics, "--metrics")
     rows = named_rows(args.models)
-    # Here --split names the held-out events; how the data are split is --data-split, or as the runs have it.
     reading = reading_options(args)
-    reading["split"] = args.data_split or split_of_runs(rows)
+    reading["split"] = args.split or args.data_split or split_of_runs(rows)
     dataset = load_dataset(args.data, **reading)
     if max(args.ks) > dataset.num_items:
         logger.warning("list lengths (--ks) cut to the %d items there are", dataset.num_items)
     comparison = compare(
         rows,
         dataset,
-        split=args.split,
+        split=args.on,
         protocol=args.protocol.split(","),
         ks=[min(k, dataset.num_items) for k in args.ks],
         metrics=args.metrics,
@@ -108,7 +114,7 @@ def print_comparison(comparison: Mapping[str, Any], slices: Collection[str] | No
             _print_slices(kind, labels, report, len(reports) > 1)
     counts = ", ".join(f"{run} {number}" for run, number in comparison.get("test_evaluations", {}).items() if number)
     if counts:
-        print(f"Evaluated on the test split so far, in training and since (choose with --split valid): {counts}")
+        print(f"Evaluated on the test split so far, in training and since (choose with --on valid): {counts}")
     for note in comparison["notes"]:
         print(f"note: {note}")
     for report in reports:

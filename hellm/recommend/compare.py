@@ -196,5 +196,5 @@ def check_run_of(recommender: Recommender, path: PathLike_, dataset: Dataset) ->
     if not recommender.has_training_events(*dataset.pairs("train")):
         raise ValueError(
             f"{path} was trained on another split of {dataset.name!r}, so its numbers would not be comparable; "
-            "give --data-split as in its training"
+            "give --split as in its training"
         )

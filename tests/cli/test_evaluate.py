@@ -33,12 +33,12 @@ class TestEvaluate:
         assert f"{popular['metrics']['ndcg@10']:.4f} ±" in lines["popularity"] and " best " in lines[run]
 
     def test_validation_split_protocol_and_lengths(self, call, shop, run):
-        argv = ["--split", "valid", "--protocol", "official", "--ks", "5", "--metrics", "mrr", "--json"]
+        argv = ["--on", "valid", "--protocol", "official", "--ks", "5", "--metrics", "mrr", "--json"]
         report = last_json(call("evaluate", run, "--data", shop, *argv)[1])
         assert (report["split"], report["protocol"], report["shown"]) == ("valid", "official", ["mrr@5"])
 
     def test_protocols_side_by_side_and_slices(self, call, shop, run):
-        argv = ["--protocol", "standard,recbole-sequential", "--ks", "10", "--slices", "--split", "valid"]
+        argv = ["--protocol", "standard,recbole-sequential", "--ks", "10", "--slices", "--on", "valid"]
         argv += ["--metrics", "ndcg", "coverage", "diversity"]
         code, out, _ = call("evaluate", run, "popularity", "--data", shop, *argv)
         report = last_json(call("evaluate", run, "popularity", "--data", shop, *argv, "--json")[1])
@@ -55,12 +55,21 @@ class TestEvaluate:
                 counts = re.search(r"^  users +(.*)$", block, re.M).group(1).split()
                 assert counts == [f"{part['num_users']:,}" for part in parts.values()]
 
+    def test_older_spellings_of_on_and_split(self, call, fails, shop, run):
+        old = last_json(call("evaluate", run, "--data", shop, "--split", "valid", "--json")[1])
+        new = last_json(call("evaluate", run, "--data", shop, "--on", "valid", "--json")[1])
+        assert old["split"] == "valid" and old["models"][0]["metrics"] == new["models"][0]["metrics"]
+        argv = ["--split", "valid", "--data-split", "time"]
+        fails("evaluate", run, "--data", shop, *argv, match="was trained on another split")
+        report = last_json(call("evaluate", "popularity", "--data", shop, *argv, "--json")[1])
+        assert report["split"] == "valid" and report["fingerprint"] != old["fingerprint"]
+
     def test_python_gives_the_same(self, call, shop, run):
         import hellm
 
         options = {"protocol": "official", "ks": (5,), "metrics": ("mrr",), "split": "valid"}
         mine = hellm.compare([run, "popularity"], shop, **options)
-        argv = ["--protocol", "official", "--ks", "5", "--metrics", "mrr", "--split", "valid", "--json"]
+        argv = ["--protocol", "official", "--ks", "5", "--metrics", "mrr", "--on", "valid", "--json"]
         report = last_json(call("evaluate", run, "popularity", "--data", shop, *argv)[1])
         for one in (mine, report):
             for row in one["models"]:
@@ -72,13 +81,11 @@ class TestEvaluate:
         log = Path(run, "test_evaluations.jsonl")
         before = log.read_text(encoding="utf-8").splitlines()
         assert json.loads(before[0])["by"] == "training"
-        code, out, _ = call("evaluate", run, "popularity", "--data", shop, "--split", "valid")
+        code, out, _ = call("evaluate", run, "popularity", "--data", shop, "--on", "valid")
         assert code == 0 and f"{run} {len(before)}" in out
         assert log.read_text(encoding="utf-8").splitlines() == before
         code, out, _ = call("evaluate", f"twice={run},{run}", "--data", shop, "--ks", "5", "10", "--protocol", "s3rec")
-        assert (
-            code == 0 and f"so far, in training and since (choose with --split valid): {run} {len(before) + 1}" in out
-        )
+        assert code == 0 and f"so far, in training and since (choose with --on valid): {run} {len(before) + 1}" in out
         *kept, last = log.read_text(encoding="utf-8").splitlines()
         last = json.loads(last)
         assert kept == before and last["by"].startswith("hellm evaluate twice=") and last["protocols"] == ["s3rec"]
@@ -143,7 +150,7 @@ class TestEvaluate:
 
     def test_errors(self, fails, call, shop, run, tmp_path):
         fails("evaluate", "populariti", "--data", shop, match=r"got 'populariti'; did you mean 'popularity'\?")
-        fails("evaluate", "popularity", "--data", shop, "--split", "train", match="--split must be test or valid")
+        fails("evaluate", "popularity", "--data", shop, "--on", "train", match="--on must be test or valid, got")
         fails("evaluate", "popularity", "--data", shop, "--protocol", "x", match="protocol must be one of standard, ")
         fails("evaluate", "popularity", "--data", shop, "--metrics", "auc", match="--metrics must be among recall, ")
         fails("evaluate", "popularity", "--data", shop, "--ks", "0", match=r"ks must be integers >= 1, .* got \(0,\)")
@@ -152,7 +159,7 @@ class TestEvaluate:
         sizes = ["--num-users", "50", "--num-items", "80", "--num-groups", "4"]
         assert call("data", "sample", other, *sizes)[0] == 0
         fails("evaluate", run, "--data", other, match="its 120 user ids are not the 50 of the data")
-        fails("evaluate", run, "--data", shop, "--data-split", "time", match="was trained on another split")
+        fails("evaluate", run, "--data", shop, "--split", "time", match="another split .* give --split as")
         fails("evaluate", tmp_path, "--data", shop, match="holds no embeddings.safetensors")
 
     def test_split_of_the_run_is_used(self, call, shop, tmp_path):
