@@ -10,7 +10,7 @@ from tiny_llm import CharTokenizer, flat, tiny_model, tiny_tables
 
 from hellm.models import RecommenderLLM
 from hellm.models.histories import pad_histories
-from hellm.models.llm.language_model import run_without_cache
+from hellm.models.llm.language_model import run_decoder, run_without_cache
 
 transformers = pytest.importorskip("transformers", reason='needs the extra: pip install "hellm[smollm2]"')
 pytest.importorskip("peft", reason='needs the extra: pip install "hellm[smollm2]"')
@@ -194,6 +194,18 @@ def test_what_cannot_be_served_is_named_with_the_reason(name):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ValueError, match=message):
         recommender(model, **settings)
+
+
+def test_a_layer_without_keys_and_values_is_named_and_the_model_run_whole():
+    class Mixer(torch.nn.Module):
+        def forward(self, hidden_states, **kwargs):
+            return hidden_states.cumsum(1), None
+
+    model = tiny_model()
+    model.model.layers[0].self_attn = Mixer()
+    with pytest.raises(ValueError, match="a layer must keep keys and values, got a DynamicLayer without"):
+        run_decoder(model, torch.randn(1, 3, model.config.hidden_size), None)
+    assert recommender(model).prompted.way == "whole"
 
 
 def test_numbers_that_are_not_finite_are_refused():

@@ -1,7 +1,7 @@
 """What the language model is told of the graph around a history, and how item tokens are run with it.
 
-B = histories, T = items of the longest, W = width of the language model. A new context is a class with the interface
-of `NoContext` and a line in `CONTEXTS`.
+B = histories, T = items of the longest, W = width of the language model. A new context is a subclass of
+`NoContext` and a line in `CONTEXTS`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What turns a hidden state into a query, and items into keys: the score of an item is <query, key>.
 
-I = items, W = width of the language model. A new head is a `Head` and a line in `HEADS`.
+I = items, W = width of the language model. A new head is a subclass of `Head` and a line in `HEADS`.
 """
 
 from __future__ import annotations
