@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from benchmarks import inputs
 from benchmarks.entries import at_precision
 from benchmarks.registry import DIM, LIMIT, Entry, Limit, Outputs, Setup, Workload, register
+from hellm.hypergraph import Hypergraph
+from hellm.ops.backends import loaders
 
 
 def _product(size: int, device: torch.device, dtype: torch.dtype = torch.float32):
@@ -45,9 +49,49 @@ def memory_copy(setup: Setup) -> Entry:
     return Entry("memory copy", run, LIMIT, note=note, work=2.0 * num_bytes)
 
 
-PRODUCT = Limit(matrix_product, ("ceiling-matmul", "float16"))
-GATHER = Limit(memory_copy, ("ceiling-gather", "sports"))
-LARGE_GATHER = Limit(memory_copy, ("ceiling-gather", "large"))
+def multiply_adds(setup: Setup) -> Entry:
+    """Fused multiply-adds of float32 in the registers of the instruction set in use, on as many threads."""
+    operations = 2.0 ** (20 if setup.tiny else 35)
+
+    def run() -> Outputs:
+        return (torch.tensor(loaders.extension().multiply_adds(operations, torch.get_num_threads())),)
+
+    return Entry("multiply-adds in registers", run, LIMIT, note=_instruction_set(), work=operations)
+
+
+def gather_loop(gathers: Sequence[tuple[int, Tensor]], times: int = 1) -> Entry:
+    """The rows that an operator gathers, added up in registers: nothing is scaled, and no sums but one are stored.
+
+    Args:
+        gathers: (rows of the table, indices [count] int32) of each gather.
+        times: that they are done.
+    """
+    tables = [(inputs.rows(num_rows, DIM), index) for num_rows, index in gathers]
+    out = torch.empty(DIM)
+
+    def run() -> Outputs:
+        for _ in range(times):
+            for x, index in tables:
+                pointers = (part.data_ptr() for part in (x, index, out))
+                loaders.extension().gathers(*pointers, index.numel(), DIM, torch.get_num_threads())
+        return (out,)
+
+    work = times * sum(index.numel() for _, index in tables) * DIM * 4.0
+    return Entry("gather loop", run, LIMIT, note=f"{_instruction_set()}, the same rows, nothing else", work=work)
+
+
+def gathers_of(graph: Hypergraph, times: int, ceiling: str = "sports") -> Limit:
+    """The limit of an operator that goes from vertices to hyperedges and back so many times."""
+    gathers = [(graph.num_vertices, graph.edge_vertices), (graph.num_hyperedges, graph.vertex_edges)]
+    return Limit(lambda setup: [gather_loop(gathers, times), memory_copy(setup)], ("ceiling-gather", ceiling))
+
+
+def _instruction_set() -> str:
+    native = loaders.native()
+    return "" if isinstance(native, ImportError) else native.instruction_set()
+
+
+PRODUCT = Limit(lambda setup: [multiply_adds(setup), matrix_product(setup)], ("ceiling-matmul", "float16"))
 
 
 def _copies(setup: Setup) -> Workload:

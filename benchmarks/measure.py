@@ -98,19 +98,21 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
 
 
 def judge(target: Target, medians: dict[str, float], rates: dict[str, float], limits: Sequence[str]) -> dict[str, Any]:
-    """Value of a target: a speed-up over the fastest peer meant, or the share of the limit's rate."""
+    """Value of a target: a speed-up over the fastest peer meant or the share of the limit's rate, None without one."""
     if target.peer == LIMIT:
-        value, versus = rates[target.entry] / rates[limits[0]], limits[0]
+        versus = limits[0] if limits else None
+        value = rates[target.entry] / rates[versus] if versus else None
     else:
-        versus = min((label for label in medians if target.peer in label), key=medians.__getitem__)
-        value = medians[versus] / medians[target.entry]
+        meant = [label for label in medians if target.peer in label]
+        versus = min(meant, key=medians.__getitem__, default=None)
+        value = medians[versus] / medians[target.entry] if versus else None
     return {
         "entry": target.entry,
-        "versus": versus,
+        "versus": versus or target.peer,
         "kind": LIMIT if target.peer == LIMIT else "speed-up",
         "at_least": target.factor,
         "value": value,
-        "met": value >= target.factor,
+        "met": None if value is None else value >= target.factor,
     }
 
 
@@ -213,10 +215,10 @@ def table(record: dict[str, Any]) -> str:
             + ("" if entry["role"] == LIMIT else f"   {median / ours:7.2f}x hellm's time")
         )
     for target in record["targets"]:
-        verdict = "met" if target["met"] else "MISSED"
+        verdict = {True: "met", False: "MISSED", None: ""}[target["met"]]
+        value = "not there to compare with" if target["value"] is None else f"{target['value']:.2f}"
         lines.append(
-            f"  target: {target['entry']} >= {target['at_least']:g} of {target['versus']}: "
-            f"{target['value']:.2f} {verdict}"
+            f"  target: {target['entry']} >= {target['at_least']:g} of {target['versus']}: {value} {verdict}".rstrip()
         )
     return "\n".join(lines)
 

@@ -84,11 +84,11 @@ class Limit(NamedTuple):
     """The most that a machine can do.
 
     Attributes:
-        entry: (setup) -> an entry beside the others, on a CPU.
+        entries: (setup) -> entries beside the others, on a CPU: the limit itself, then what else is worth knowing.
         ceiling: the case and the entry that reach it on a GPU.
     """
 
-    entry: Callable[[Setup], Entry]
+    entries: Callable[[Setup], list[Entry]]
     ceiling: tuple[str, str]
 
 
@@ -143,10 +143,10 @@ class Case:
     rank: int = 1
 
     def workload(self, setup: Setup) -> Workload:
-        """Inputs and entries, the limit among them where entries take turns."""
+        """Inputs and entries, the limits last among them where entries take turns."""
         workload = self.build(setup)
         if workload.limit is not None and not setup.gpu:
-            workload.entries.append(workload.limit.entry(setup))
+            workload.entries += workload.limit.entries(setup)
         return workload
 
 

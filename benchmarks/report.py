@@ -36,8 +36,10 @@ How a number comes about: every implementation of a case runs once and must agre
 its tolerance) before any of them is timed. Then `hellm`, its peers and the machine's limit take turns, round by round,
 in one process. What takes less than 50 ms runs twice a turn: the second time counts, and the first, which finds the
 caches as the one before left them, stands beside it as "cold". Times are medians, with the 20th and 80th percentile.
-"% of limit" is the rate of useful work over the rate the limit reached in the same run. Extra memory is the peak of
-resident memory above what was there before the call, in a fresh process.
+"% of limit" is the rate of useful work over that of the limit, the first line in italics, in the same run:
+multiply-adds in registers, by the instruction set that the kernels use, or the rows of a convolution added up in
+registers. A library's product or a copy stands below it for comparison. Extra memory is the peak of resident memory
+above what was there before the call, in a fresh process.
 """
 
 
@@ -130,7 +132,9 @@ def _target_rows(run: dict[str, Any]) -> list[tuple[str, ...]]:
         for target in record.get("targets", ()):
             share = target["kind"] == "limit"
             least = f"{target['at_least']:.0%}" if share else f"{target['at_least']:g}x"
-            value = f"{target['value']:.0%}" if share else f"{_three_digits(target['value'])}x"
+            value = "unmeasured"
+            if target["value"] is not None:
+                value = f"{target['value']:.0%}" if share else f"{_three_digits(target['value'])}x"
             against = target["versus"]
             rows.append((record["name"], target["entry"], against, least, value, _verdict(target["met"])))
     for record in run["memory"]:

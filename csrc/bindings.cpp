@@ -3,6 +3,11 @@
 
 #include <stdexcept>
 
+#include "cpu/limits.h"
+
+HELLM_CPU_KERNEL(multiply_adds, hellm::MultiplyAddArguments)
+HELLM_CPU_KERNEL(gathers, hellm::GatherArguments)
+
 namespace hellm::binding {
 namespace {
 
@@ -34,6 +39,16 @@ void use_instruction_set(const std::string& name) {
   }
 }
 
+float multiply_adds(double operations, int num_threads) {
+  float result = 0;
+  run(cpu::multiply_adds, MultiplyAddArguments{operations, 0.5f, 0.5f, &result, num_threads});
+  return result;
+}
+
+void gathers(Address x, Address index, Address out, int64_t count, int64_t dim, int num_threads) {
+  run(cpu::gathers, GatherArguments{at<float>(x), at<int32_t>(index), at<float>(out), count, dim, num_threads});
+}
+
 const char* cuda_architectures() {
 #if defined(HELLM_CUDA)
   return cuda::architectures();
@@ -63,5 +78,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "instruction_set", [] { return hellm::cpu::kInstructionSets[hellm::cpu::instruction_set()].name; },
       "The instruction set in use.");
+  m.def("multiply_adds", &multiply_adds,
+        "Float32 multiply-adds in registers, so many operations: a processor's limit.");
+  m.def("gathers", &gathers, "The sum of rows of a float32 table: the limit of what gathers rows.");
   m.def("use_instruction_set", &use_instruction_set, "Use the kernels compiled for one instruction set.");
 }

@@ -75,12 +75,16 @@ def test_registry_holds_the_promises():
     }
     assert promises == {
         ("info_nce-users", "hellm", 6.0, "peer"),
-        ("info_nce-users", "hellm", 0.65, "limit"),
+        ("info_nce-users", "hellm", 0.8, "limit"),
         ("info_nce-users", "hellm, medium", 10.0, "peer"),
         ("item_cross_entropy", "hellm", 2.0, "peer"),
-        ("item_cross_entropy", "hellm", 0.65, "limit"),
+        ("item_cross_entropy", "hellm", 0.8, "limit"),
         ("conv-forward", "hellm", 2.5, "peer"),
+        ("conv-forward", "hellm", 0.8, "limit"),
         ("conv-backward", "hellm", 100.0, "peer"),
+        ("conv-backward", "hellm", 0.8, "limit"),
+        ("knn-128", "hellm", 1.8, "peer"),
+        ("knn-512", "hellm", 1.8, "peer"),
         ("sampler-tiktok", "hellm", 20.0, "peer"),
         ("sampler-sports", "hellm", 20.0, "peer"),
         ("step-tiktok", "hellm", 5.0, "peer"),
@@ -240,6 +244,12 @@ def test_judge_takes_the_fastest_peer_and_the_limit():
     assert (faster["versus"], faster["value"], faster["met"]) == ("peer b", 3.0, False)
     share = measure.judge(Target("case", "hellm", LIMIT, 0.5), medians, {"hellm": 6.0, "copy": 10.0}, ["copy"])
     assert (share["kind"], share["value"], share["met"]) == ("limit", 0.6, True)
+    for target, limits in (
+        (Target("case", "hellm", "absent", 1.8), ["copy"]),
+        (Target("case", "hellm", LIMIT, 0.5), []),
+    ):
+        without = measure.judge(target, medians, {"hellm": 6.0, "copy": 10.0}, limits)
+        assert (without["versus"], without["value"], without["met"]) == (target.peer, None, None)
 
 
 def test_a_case_that_raises_leaves_the_others_and_a_spent_budget_is_told(monkeypatch, capsys):
@@ -348,10 +358,12 @@ def folder(tmp_path, scale_run):
             {**entry, "label": "hellm", "seconds": seconds, "rate": 5e11},
             {**entry, "label": "pe|er", "role": "peer", "seconds": slow, "rate": 6.25e10, "error": 2e-6},
             {**limit, "label": "product", "seconds": seconds, "rate": 1e12},
+            {**limit, "label": "of a library", "seconds": seconds, "rate": 9e11},
         ],
         "targets": [
             {"entry": "hellm", "versus": "pe|er", "kind": "speed-up", "at_least": 6.0, "value": 8.0, "met": True},
             {"entry": "hellm", "versus": "product", "kind": "limit", "at_least": 0.65, "value": 0.5, "met": False},
+            {"entry": "hellm", "versus": "faiss", "kind": "speed-up", "at_least": 1.8, "value": None, "met": None},
         ],
         "failure": None,
     }
@@ -374,6 +386,7 @@ def test_report_of_a_small_run(folder):
     page = (folder / "README.md").read_text()
     assert "| one | hellm | pe\\|er | 6x | 8x | met |" in page
     assert "| one | hellm | product | 65% | 50% | **missed** |" in page
+    assert "| one | hellm | faiss | 1.8x | unmeasured |  |" in page
     assert "| m | loss, N 36,000 |  | 64 MiB | 41.2 MiB | met |" in page
     assert "N 12,345, t 0.5" in page
     row = "| hellm | 2 ms | 118 ms | 1.8 ms - 2.5 ms | 3 ms | 7 | 500 GFLOP/s | 50% | 1.00 | 0e+00 (1e-04) |  |"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import inputs
-from benchmarks.ceilings import GATHER
+from benchmarks.ceilings import gathers_of
 from benchmarks.entries import by_torch, candidates, gradients
 from benchmarks.ops.hypergraph_conv import coo_tensor, csr_tensor, graph_sizes, inverse_or_zero, named_graph
 from benchmarks.registry import CPU, DIM, Entry, Outputs, Setup, Workload, register
@@ -67,7 +67,7 @@ def _propagate(setup: Setup) -> Workload:
         "byte",
         {**graph_sizes(graph), "layers": 2, "D": DIM, "dtype": "float32"},
         truth=by_torch(propagate, tables, cotangents),
-        limit=GATHER,
+        limit=gathers_of(graph, 4),
     )
 
 

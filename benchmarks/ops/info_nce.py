@@ -213,7 +213,7 @@ _add("info_nce-autotuned", rank=2, every_peer=False, autotuned=True)
 
 TARGETS += [
     Target("info_nce-users", "hellm", "published", 6.0, device=CPU),
-    Target("info_nce-users", "hellm", LIMIT, 0.65, device=CPU),
+    Target("info_nce-users", "hellm", LIMIT, 0.8, device=CPU),
     Target("info_nce-users", "hellm, medium", "published", 10.0, device=CPU),
     Target("info_nce-10000", milliseconds=0.30),
     Target("info_nce-35598", milliseconds=3.0),

@@ -99,4 +99,8 @@ for _rows, _dim, _k in ((6_710, 128, 5), (18_357, 1_024, 32), (50_000, 768, 10),
     _add(f"knn-{_rows}x{_dim}", num_rows=_rows, dim=_dim, k=_k)
 _add("knn-clustered", num_rows=50_000, dim=128, clusters=500)
 
-TARGETS += [Target("knn-18357x4096", milliseconds=7.0), Target("knn-100000x128", milliseconds=8.0)]
+TARGETS += [
+    *(Target(f"knn-{dim}", "hellm", "faiss", 1.8, device=CPU) for dim in (128, 512)),
+    Target("knn-18357x4096", milliseconds=7.0),
+    Target("knn-100000x128", milliseconds=8.0),
+]

@@ -1,0 +1,91 @@
+#include "limits.h"
+
+#include <omp.h>
+
+#include "interruption.h"
+#include "simd.h"
+
+namespace hellm::cpu::HELLM_ISA {
+namespace {
+
+constexpr int64_t kPiece = 1 << 16;  // steps or rows between two questions whether to end
+constexpr int64_t kPrefetch = 24;    // rows ahead
+constexpr int kPanel = 8;            // vectors of a row that are summed together
+
+// out += rows index[begin] .. index[end - 1] of the table, kVectors vectors of their columns.
+template <int kVectors>
+void gather_panel(const GatherArguments& a, int64_t begin, int64_t end, int64_t column, float* out) {
+  constexpr int kWidth = kLanes<float>;
+  Vector<float> sum[kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) sum[v] = load(out + column + v * kWidth);
+  for (int64_t n = begin; n < end; ++n) {
+    const float* const ahead = a.x + a.index[n + kPrefetch < a.count ? n + kPrefetch : n] * a.dim + column;
+#pragma GCC unroll 8
+    for (int line = 0; line < kVectors * kVectorBytes; line += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(ahead) + line);
+    }
+    const float* const row = a.x + a.index[n] * a.dim + column;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sum[v] += load(row + v * kWidth);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) store(out + column + v * kWidth, sum[v]);
+}
+
+}  // namespace
+
+void multiply_adds(const MultiplyAddArguments& a, Interruption& interruption) {
+  // As many chains as a tile of the products has: they hide the latency of one another.
+  constexpr int kChains = kTileRows * kTileVectors;
+  const double of_a_step = 2.0 * kChains * kLanes<float>;
+  float result = 0;
+#pragma omp parallel num_threads(a.num_threads) reduction(+ : result)
+  {
+    const int64_t steps = int64_t(a.operations / (of_a_step * omp_get_num_threads()) + 0.5);
+    const Vector<float> factor = broadcast(a.factor), term = broadcast(a.start);
+    Vector<float> sum[kChains];
+#pragma GCC unroll 32
+    for (int chain = 0; chain < kChains; ++chain) sum[chain] = broadcast(a.start * float(chain));
+    for (int64_t done = 0; done < steps && !interruption.after(kPiece * int64_t(of_a_step)); done += kPiece) {
+      const int64_t piece = steps - done < kPiece ? steps - done : kPiece;
+      for (int64_t step = 0; step < piece; ++step) {
+#pragma GCC unroll 32
+        for (int chain = 0; chain < kChains; ++chain) sum[chain] = sum[chain] * factor + term;
+      }
+    }
+#pragma GCC unroll 32
+    for (int chain = 0; chain < kChains; ++chain) result += sum[chain][0];
+  }
+  *a.result = result;
+}
+
+void gathers(const GatherArguments& a, Interruption& interruption) {
+  constexpr int kWidth = kLanes<float>;
+  Buffer<float> sums(a.num_threads * a.dim);
+  for (int64_t k = 0; k < a.num_threads * a.dim; ++k) sums[k] = 0;
+#pragma omp parallel num_threads(a.num_threads)
+  {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const int64_t last = a.count * (thread + 1) / threads;
+    float* const out = sums + thread * a.dim;
+    for (int64_t begin = a.count * thread / threads; begin < last && !interruption.after(kPiece * a.dim);) {
+      const int64_t end = last - begin < kPiece ? last : begin + kPiece;
+      int64_t column = 0;
+      for (; column + kPanel * kWidth <= a.dim; column += kPanel * kWidth)
+        gather_panel<kPanel>(a, begin, end, column, out);
+      for (; column + 4 * kWidth <= a.dim; column += 4 * kWidth) gather_panel<4>(a, begin, end, column, out);
+      for (; column + kWidth <= a.dim; column += kWidth) gather_panel<1>(a, begin, end, column, out);
+      for (; column < a.dim; ++column) {
+        for (int64_t n = begin; n < end; ++n) out[column] += a.x[a.index[n] * a.dim + column];
+      }
+      begin = end;
+    }
+  }
+  for (int64_t k = 0; k < a.dim; ++k) {
+    a.out[k] = 0;
+    for (int64_t thread = 0; thread < a.num_threads; ++thread) a.out[k] += sums[thread * a.dim + k];
+  }
+}
+
+}  // namespace hellm::cpu::HELLM_ISA
