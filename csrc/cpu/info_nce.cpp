@@ -75,7 +75,8 @@ void sweep_rows(const Problem<T, U>& p, int64_t block, int64_t start, int64_t co
   for (int64_t key = 0; key < p.keys(block); key += kGroup) {
     const int64_t left = p.keys(block) - key, keys = left < kGroup ? left : kGroup;
     if (p.interruption.after(2 * keys * p.strip * p.stride)) return;
-    similarities(p, p.view(block), p.first_key(block) + key, keys, start, count, scratch, s + key * p.strip);
+    similarities(p, p.view(block), p.first_key(block) + key, keys, left - keys, start, count, scratch,
+                 s + key * p.strip);
     exponentiate(p, keys, scratch.shift, s + key * p.strip, sum);
   }
   if (!p.gradients) return;
@@ -167,7 +168,7 @@ void sum_triangle(const Problem<T, U>& p, int64_t group, const Scratch<T, U>& sc
       const int64_t end = first < start + count ? start + count : n;
       const int64_t keys = end - first < kGroup ? end - first : kGroup;
       if (p.interruption.after(keys * p.strip * p.stride)) return;
-      similarities(p, 0, first, keys, start, count, scratch, scratch.block);
+      similarities(p, 0, first, keys, n - first - keys, start, count, scratch, scratch.block);
       exponentiate(p, keys, scratch.shift, scratch.block, sum);
       for (int64_t j = 0; j < keys && first >= start + count; ++j) {
         Vector<T> total = {};
@@ -197,7 +198,7 @@ void sweep_triangle(const Problem<T, U>& p, int64_t first, int64_t keys, int64_t
   T* const w = scratch.block;
   for (int64_t key = 0; key < keys; key += kGroup) {
     const int64_t group = keys - key < kGroup ? keys - key : kGroup;
-    similarities(p, 0, first + key, group, start, count, scratch, w + key * p.strip);
+    similarities(p, 0, first + key, group, keys - key - group, start, count, scratch, w + key * p.strip);
     weigh(p, group, scratch, own ? scratch.coefficient + key : p.coefficient + first + key, w + key * p.strip);
   }
   T* const out = intra_key(p, first);
@@ -264,7 +265,7 @@ void run_thread(const Problem<T, U>& p, const Scratch<T, U>& scratch, int thread
 #pragma omp for schedule(dynamic, 1)
       for (int64_t block = 0; block < p.num_blocks; ++block) {
         if (p.interruption.after(p.keys(block) * p.strip * p.stride)) continue;
-        similarities(p, p.view(block), p.first_key(block), p.keys(block), start, count, scratch, scratch.block);
+        similarities(p, p.view(block), p.first_key(block), p.keys(block), 0, start, count, scratch, scratch.block);
         block_maximum(p, block, scratch.block);
       }
     }

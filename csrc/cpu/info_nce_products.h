@@ -15,7 +15,6 @@ namespace hellm::cpu::HELLM_ISA {
 namespace {
 
 constexpr int64_t kBlock = 240;  // keys a block: a multiple of the tile height, its E stays in the second-level cache
-constexpr int64_t kGroup = 12;   // keys whose E is computed while it is in the first-level cache
 
 // U is the type of the unit rows: T, or int16_t in fixed point.
 template <typename T, typename U>
@@ -101,16 +100,16 @@ void load_queries(const Problem<T, U>& p, int64_t start, int64_t count, const Sc
   }
 }
 
-// s [keys, strip]: the strip's rows against `keys` rows of a view from `first` on.
+// s [keys, strip]: the strip's rows against `keys` rows of a view from `first` on, of which `following` come next.
 template <typename T, typename U>
-void similarities(const Problem<T, U>& p, int view, int64_t first, int64_t keys, int64_t start, int64_t count,
-                  const Scratch<T, U>& scratch, T* s) {
+void similarities(const Problem<T, U>& p, int view, int64_t first, int64_t keys, int64_t following, int64_t start,
+                  int64_t count, const Scratch<T, U>& scratch, T* s) {
   const U* const unit = p.unit[view] + first * p.stride;
   if constexpr (kFixed<T, U>) {
     fixed_multiply<false, false>(keys, p.strip, p.stride, unit, p.stride, scratch.query, p.strip, scratch.unit_scale, s,
                                  p.strip);
   } else {
-    multiply<false>(keys, p.strip, p.arguments.dim, unit, p.stride, 1, scratch.query, p.strip, s, p.strip);
+    multiply<false>(keys, p.strip, p.arguments.dim, unit, p.stride, 1, scratch.query, p.strip, s, p.strip, following);
   }
   // A row's own anchor is no negative, and its positive stands outside the sum.
   const bool all = p.arguments.rows == nullptr;

@@ -21,7 +21,6 @@ namespace hellm::cpu::HELLM_ISA {
 namespace {
 
 constexpr int64_t kBlock = 240;  // items a block: a multiple of the tile height, its E stays in the second-level cache
-constexpr int64_t kGroup = 12;   // items whose logits are computed together, in the first-level cache
 constexpr double kGrain = 2e7;   // operations a thread: two waits a strip are cheap only beside that much
 constexpr double kLog2E = 1.4426950408889634;
 
@@ -96,7 +95,8 @@ void block_logits(const Problem<T>& p, int64_t block, int64_t start, int64_t cou
     const int64_t left = num_items - item, items = left < kGroup ? left : kGroup;
     if (p.interruption.after(items * strip * p.depth)) return;
     T* const s = logits + item * strip;
-    multiply<false>(items, strip, p.depth, p.items + (first + item) * p.stride, p.stride, 1, query, strip, s, strip);
+    multiply<false>(items, strip, p.depth, p.items + (first + item) * p.stride, p.stride, 1, query, strip, s, strip,
+                    left - items);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t own = p.arguments.target[start + i] - first - item;
       if (own >= 0 && own < items) s[own * strip + i] = -std::numeric_limits<T>::infinity();

@@ -13,7 +13,7 @@
 
 #include "../dtype.h"
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -30,6 +30,8 @@ constexpr int kVectorBytes = 16;
 constexpr int kTileVectors = 2;
 #endif
 constexpr int kTileRows = 6;
+// Rows of a product at a time, a multiple of a tile's: what is made of them is used while it is in the first-level cache.
+constexpr int64_t kGroup = 12;
 // Longest chain of float32 additions in a product: the error of a sum grows with it.
 constexpr int64_t kDepth = 512;
 
@@ -58,6 +60,25 @@ inline void store(T* p, Vector<T> v) {
 template <typename T>
 inline Vector<T> broadcast(T value) {
   return value - Vector<T>{};
+}
+
+// Bit by bit, in which lanes a comparison holds.
+template <typename M>
+inline uint32_t lanes_of(M mask) {
+  constexpr bool kNarrow = sizeof(mask[0]) == 4;
+#if defined(__AVX512F__)
+  const __m512i bits = reinterpret_cast<__m512i>(mask);
+  return kNarrow ? _mm512_movepi32_mask(bits) : _mm512_movepi64_mask(bits);
+#elif defined(__AVX2__)
+  return kNarrow ? _mm256_movemask_ps(reinterpret_cast<__m256>(mask))
+                 : _mm256_movemask_pd(reinterpret_cast<__m256d>(mask));
+#elif defined(__SSE2__)
+  return kNarrow ? _mm_movemask_ps(reinterpret_cast<__m128>(mask)) : _mm_movemask_pd(reinterpret_cast<__m128d>(mask));
+#else
+  uint32_t lanes = 0;
+  for (int i = 0; i < int(sizeof(M) / sizeof(mask[0])); ++i) lanes |= uint32_t(mask[i] != 0) << i;
+  return lanes;
+#endif
 }
 
 struct BFloat16 {
@@ -230,12 +251,39 @@ inline void tile_rows(int rows, const T* a, int64_t a_row, int64_t a_depth, cons
   }
 }
 
+// Rows of a matrix that are wanted soon, fetched a few lines at a time: all at once they would hold up other loads.
+template <bool kWritten>
+class Ahead {
+ public:
+  template <typename T>
+  Ahead(const T* matrix, int64_t row, int64_t stride, int64_t rows, int64_t columns)
+      : at_(reinterpret_cast<const char*>(matrix + row * stride)), stride_(stride * int64_t(sizeof(T))),
+        width_(columns * int64_t(sizeof(T))), rows_(rows) {}
+  int64_t lines() const { return rows_ * ((width_ + 63) / 64); }
+  void fetch(int64_t lines) {
+    for (; lines > 0 && rows_ > 0; --lines) {
+      __builtin_prefetch(at_ + offset_, kWritten, 2);
+      offset_ += 64;
+      if (offset_ < width_) continue;
+      offset_ = 0;
+      at_ += stride_;
+      --rows_;
+    }
+  }
+
+ private:
+  const char* at_;
+  int64_t stride_, width_, rows_, offset_ = 0;
+};
+
 // C [rows, columns] from A [rows, depth] B [depth, columns]; columns is a multiple of the vector width.
 // Column tiles outside, row tiles inside: a column panel of B stays in the nearest caches.
 template <Into kInto, typename T>
 inline void multiply_panels(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
-                            const T* b, int64_t b_depth, T* c, int64_t c_row) {
+                            const T* b, int64_t b_depth, T* c, int64_t c_row, Ahead<false> next_a, Ahead<true> next_c) {
   constexpr int kWidth = kLanes<T>;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows * ((columns / kWidth + kTileVectors - 1) / kTileVectors);
+  const int64_t share_a = (next_a.lines() + tiles - 1) / tiles, share_c = (next_c.lines() + tiles - 1) / tiles;
   for (int64_t column = 0; column < columns;) {
     const int64_t vectors = (columns - column) / kWidth;
     const int wide = int(vectors < kTileVectors ? vectors : kTileVectors);
@@ -243,6 +291,8 @@ inline void multiply_panels(int64_t rows, int64_t columns, int64_t depth, const 
       const int height = int(rows - row < kTileRows ? rows - row : kTileRows);
       const T *ap = a + row * a_row, *bp = b + column;
       T* cp = c + row * c_row + column;
+      next_a.fetch(share_a);
+      next_c.fetch(share_c);
       switch (wide) {
 #if defined(__AVX512F__)
         case 4: tile_rows<4, kInto>(height, ap, a_row, a_depth, bp, b_depth, cp, c_row, depth); break;
@@ -256,16 +306,27 @@ inline void multiply_panels(int64_t rows, int64_t columns, int64_t depth, const 
   }
 }
 
-// C (+)= A B for any depth.
+// C (+)= A B for any depth. Where A is read along its rows, they go by groups, and the next group is fetched meanwhile:
+// those of later calls too, of which `following` rows lie behind these in A and C.
 template <bool kAccumulate, typename T>
 inline void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
-                     const T* b, int64_t b_depth, T* c, int64_t c_row) {
-  const auto block = [=](int64_t begin) { return depth - begin < kDepth ? depth - begin : kDepth; };
+                     const T* b, int64_t b_depth, T* c, int64_t c_row, int64_t following = 0) {
   constexpr Into kFirst = kAccumulate ? Into::kChain : Into::kProduct;
-  multiply_panels<kFirst>(rows, columns, block(0), a, a_row, a_depth, b, b_depth, c, c_row);
-  for (int64_t k = kDepth; k < depth; k += kDepth) {
-    multiply_panels<Into::kSum>(rows, columns, block(k), a + k * a_depth, a_row, a_depth, b + k * b_depth, b_depth, c,
-                                c_row);
+  const int64_t size = a_depth == 1 ? kGroup : rows;
+  for (int64_t row = 0; row < rows; row += size, a += size * a_row, c += size * c_row) {
+    const int64_t count = rows - row < size ? rows - row : size,
+                  left = a_depth == 1 ? rows - row - count + following : 0;
+    const int64_t next = left < kGroup ? left : kGroup;
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      const int64_t block = depth - k < kDepth ? depth - k : kDepth;
+      const Ahead<false> next_a(a + k, count, a_row, next, block);
+      const Ahead<true> next_c(c, count, c_row, k == 0 ? next : 0, columns);
+      const T *ak = a + k * a_depth, *bk = b + k * b_depth;
+      if (k == 0)
+        multiply_panels<kFirst>(count, columns, block, ak, a_row, a_depth, bk, b_depth, c, c_row, next_a, next_c);
+      else
+        multiply_panels<Into::kSum>(count, columns, block, ak, a_row, a_depth, bk, b_depth, c, c_row, next_a, next_c);
+    }
   }
 }
 

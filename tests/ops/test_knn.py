@@ -141,6 +141,14 @@ def test_knn_same_bits_for_any_number_of_threads(kernel):
         assert_same_bits(first, other)
 
 
+def test_knn_takes_the_lower_index_among_equals_for_any_number_of_threads(kernel):
+    """Threads meet the candidates of a row in an order of their own."""
+    x = rows(700, 3).sign()
+    expected = oracle(x, 9)[0]
+    for index, _ in results_for_threads(lambda: list(ops.knn(x, 9)), (1, 2, 5)):
+        assert torch.equal(index, expected)
+
+
 def test_knn_has_no_gradient(kernel):
     assert not ops.knn(rows(5, 3).requires_grad_(), 2)[1].requires_grad
 
