@@ -215,7 +215,8 @@ class RunDirectory:
 
     def write_tables(self, dataset: Dataset) -> None:
         """Write ids.parquet and histories.parquet, see `hellm.artifact.tables`."""
-        for path, table in ((self.ids, ids_table(dataset)), (self.histories, histories_table(dataset))):
+        ids = ids_table(dataset.user_ids, dataset.item_ids, dataset.item_titles)
+        for path, table in ((self.ids, ids), (self.histories, histories_table(dataset))):
             with atomic_path(path) as temporary:
                 table.write_parquet(temporary)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,17 +17,17 @@ if TYPE_CHECKING:
 __all__ = ["histories_table", "ids_table", "read_histories", "read_ids", "side_of"]
 
 
-def ids_table(dataset: Dataset) -> pl.DataFrame:
+def ids_table(user_ids: IdMap, item_ids: IdMap, titles: Sequence[str | None] | None) -> pl.DataFrame:
     """Columns side ("user" or "item"), index (embedding row), id, title (of items that have one)."""
     import polars as pl
 
-    num_users, num_items = dataset.num_users, dataset.num_items
-    titles = dataset.item_titles if dataset.item_titles is not None else [None] * num_items
+    num_users, num_items = len(user_ids), len(item_ids)
+    titles = titles if titles is not None else [None] * num_items
     return pl.DataFrame(
         {
             "side": ["user"] * num_users + ["item"] * num_items,
             "index": [*range(num_users), *range(num_items)],
-            "id": [*dataset.user_ids.ids, *dataset.item_ids.ids],
+            "id": [*user_ids.ids, *item_ids.ids],
             "title": [None] * num_users + [title or None for title in titles],
         },
         schema={"side": pl.String, "index": pl.Int64, "id": pl.String, "title": pl.String},

@@ -23,7 +23,7 @@ from torch import Tensor
 from hellm._folders import new_folder
 from hellm._pretrained import LOADING
 from hellm.artifact.files import CONTENT, EMBEDDINGS, HISTORIES, IDS
-from hellm.artifact.tables import read_histories, read_ids, side_of
+from hellm.artifact.tables import ids_table, read_histories, read_ids, side_of
 from hellm.data import DataError, Histories, IdMap, ItemFeatures
 from hellm.evaluate import top_items
 from hellm.models.graph.content import ItemContent
@@ -82,7 +82,7 @@ class Recommender:
                 raise ValueError(f"ids must name the {len(rows)} {name}s of the model, got {count}")
         trained = events.items[events.split == 0]
         popularity = torch.from_numpy(np.bincount(trained, minlength=len(item_ids))).float()
-        self._current = State(model, content, ids, user_ids, item_ids, titles, keys, popularity, events)
+        self._current = State(model, content, user_ids, item_ids, titles, keys, popularity, events)
         self._adding = threading.Lock()
         self.training: dict[str, Any] = {}
 
@@ -209,7 +209,7 @@ class Recommender:
         items = self._current
         with new_folder(path, kind="recommender", overwrite=overwrite) as new:
             items.model.save(new)
-            items.table.write_parquet(new / IDS)
+            ids_table(items.user_ids, items.ids, items.titles).write_parquet(new / IDS)
             items.events.table().write_parquet(new / HISTORIES)
             if items.content is not None:
                 items.content.save(new / CONTENT)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,9 +24,6 @@ from hellm.recommend.catalogue import id_list, rows_of
 from hellm.recommend.events import HISTORY, KNOWN, Events
 from hellm.recommend.hyperedges import hyperedge_row, missing_hypergraph, same_queries, without_hyperedge
 from hellm.recommend.served import NewItems, ServedModel
-
-if TYPE_CHECKING:
-    import polars as pl
 
 __all__ = ["QueryEncoder", "State"]
 
@@ -54,7 +51,6 @@ class State:
     Attributes:
         model: What gives queries and keys.
         content: What the items look and read like, or None.
-        table: ids.parquet, of users and items.
         user_ids: Of the users.
         ids: Of the items.
         titles: [I].
@@ -67,7 +63,6 @@ class State:
 
     model: ServedModel
     content: ItemContent | None
-    table: pl.DataFrame
     user_ids: IdMap
     ids: IdMap
     titles: list[str | None]
@@ -148,23 +143,17 @@ class State:
 
     def with_events(self, users: Iterable[str], items: Iterable[str]) -> State:
         """See `Recommender.add_events`."""
-        import polars as pl
-
         users, rows = id_list(users, "users"), rows_of(self.ids, id_list(items, "items"), "item")
         if len(users) != len(rows):
             raise ValueError(f"users and items must be of the same events, got {len(users)} and {len(rows)}")
         if not users:
             return self
-        new = list(dict.fromkeys(user for user in users if user not in self.user_ids))
-        known, table = self.user_ids, self.table
-        if new:
+        known = self.user_ids
+        if not all(user in known for user in users):
             known = known.copy()
-            known.add(new)
-            values = {"side": ["user"] * len(new), "index": [*range(len(self.user_ids), len(known))], "id": new}
-            added = pl.DataFrame(values | {"title": [None] * len(new)}, schema=table.schema)
-            table = pl.concat([table, added])
+            known.add(users)
         events = self.events.extended(known.indices(users), rows, len(known))
-        return replace(self, table=table, user_ids=known, events=events, scorers={})
+        return replace(self, user_ids=known, events=events, scorers={})
 
     def with_items(
         self,
@@ -174,8 +163,6 @@ class State:
         attributes: Mapping[str, Sequence[Sequence[str]]],
     ) -> State:
         """See `Recommender.add_items`."""
-        import polars as pl
-
         content = self.content
         if content is None:
             raise ValueError(f"new items need item content, and the run holds no {CONTENT}: its data had no features")
@@ -212,17 +199,10 @@ class State:
         if len(broken):
             lost = names[int(broken[0])]
             raise ValueError(f"features must give every item a finite key, but item {lost!r} gets NaN or infinity")
-        rows = {
-            "side": ["item"] * len(names),
-            "index": [*range(len(self.ids), len(known))],
-            "id": names,
-            "title": texts,
-        }
         return replace(
             self,
             model=model,
             content=content.extended(tensors, new.nearest),
-            table=pl.concat([self.table, pl.DataFrame(rows, schema=self.table.schema)]),
             ids=known,
             titles=self.titles + texts,
             keys=keys,

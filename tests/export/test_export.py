@@ -15,6 +15,7 @@ from support.planted_runs import DATA, MODELS, make_model, make_recommender, mak
 
 import hellm.export.index
 import hellm.export.onnx
+from hellm.artifact import ids_table
 from hellm.artifact.run_hash import run_hash
 from hellm.data import Histories
 from hellm.evaluate import history_scores, top_items
@@ -158,7 +159,8 @@ class TestOnnx:
             *base, tables, item_titles=[None] * DATA.num_items, titles=False, max_length=8, graph_context="none"
         )
         known = make_recommender("graph")
-        run = Recommender(ServedLLM(model, tables), known._current.table, known.events).save(tmp_path / "run")
+        ids = ids_table(known.user_ids, known.item_ids, known.item_titles)
+        run = Recommender(ServedLLM(model, tables), ids, known.events).save(tmp_path / "run")
         fails(
             "export", run, "--to", "onnx", "--out", tmp_path / "out", match="a language model is not exported to ONNX"
         )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.paper_recommender import ITEMS, TEXTS, make_recommender, named
 
+from hellm.artifact import ids_table
 from hellm.data import DataError, ItemFeatures
 from hellm.data.attributes import AttributeSet
 from hellm.models.graph import ItemBranch
@@ -161,7 +162,7 @@ class TestNewItems:
         normalize = torch.nn.functional.normalize
         plain = make_recommender(view, content)
         tensors = plain.model.tensors | {"item_backbone": backbone, "item": normalize(backbone + normalize(view))}
-        tables = plain._current.table, plain.events
+        tables = ids_table(plain.user_ids, plain.item_ids, plain.item_titles), plain.events
         for graph in (
             ServedGraph(tensors, 1.0, unit_items=True),
             ServedGraph(tensors, 1.0, branch=ItemBranch(2, 2, unit_items=True)),
