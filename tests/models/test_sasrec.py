@@ -309,6 +309,11 @@ def test_model_with_content_saves_loads_and_takes_new_items(norm_first, tmp_path
     assert torch.equal(longer.item_keys()[:NUM_ITEMS], model.item_keys())
     torch.testing.assert_close(longer.item_keys()[NUM_ITEMS:], model.item_keys()[1:3])
     assert torch.equal(longer.embed(indptr, items), model.embed(indptr, items))
+    assert torch.equal(again.item_keys(), model.item_keys())
+    # What a longer catalogue does not change is there once.
+    assert all(
+        weight is longer.get_parameter(name) for name, weight in again.named_parameters() if "id_embedding" not in name
+    )
     absent = again.extended({"other": torch.ones(1, 2)}, lambda table: table[:1] * 0)
     assert (absent.item_keys()[-1] == 0).all()
     with pytest.raises(ValueError, match=r"features must be \[n, 6\], got \[1, 2\]"):

@@ -6,19 +6,17 @@ W = width of the language model, S = tokens of the longest history, M = tokens o
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hellm.models.dropout import Dropout
+from hellm.models.shallow_copy import shallow_copy
 
-__all__ = ["ItemTokens", "check_item_embeddings", "last_hidden", "right_align", "shallow_copy"]
+__all__ = ["ItemTokens", "check_item_embeddings", "last_hidden", "right_align"]
 
 _ID_STD = 0.1
-_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class ItemTokens(nn.Module):
@@ -204,14 +202,6 @@ def check_item_embeddings(tables: Mapping[str, Tensor]) -> dict[str, int]:
             row = int((~finite).nonzero()[0])
             raise ValueError(f"item_embeddings[{name!r}] must be finite, got NaN or infinity in row {row}")
     return {name: table.shape[1] for name, table in tables.items()}
-
-
-def shallow_copy(module: _Module) -> _Module:
-    """Another module with the same parts, so that a part of the one can be replaced without touching the other."""
-    other = copy.copy(module)
-    for kind in ("_parameters", "_buffers", "_modules"):
-        other.__dict__[kind] = module.__dict__[kind].copy()
-    return other
 
 
 def last_hidden(hidden: Tensor, mask: Tensor, empty: Tensor) -> Tensor:

@@ -30,12 +30,13 @@ from hellm.models.llm.checkpoint import (
 )
 from hellm.models.llm.context import CONTEXTS
 from hellm.models.llm.head import HEADS
-from hellm.models.llm.item_tokens import ItemTokens, check_item_embeddings, shallow_copy
+from hellm.models.llm.item_tokens import ItemTokens, check_item_embeddings
 from hellm.models.llm.language_model import token_rms
 from hellm.models.llm.prompt import title_tokens
 from hellm.models.llm.prompted_model import PromptedModel, SharedContext
 from hellm.models.llm.residual import NoResidual, SequenceModel, SequenceResidual
 from hellm.models.llm.settings import checked_settings
+from hellm.models.shallow_copy import shallow_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from hellm.models.llm.item_tokens import last_hidden, shallow_copy
+from hellm.models.llm.item_tokens import last_hidden
+from hellm.models.shallow_copy import shallow_copy
 
 __all__ = ["NoResidual", "SequenceModel", "SequenceResidual"]
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hellm.models.shallow_copy import shallow_copy
+
 __all__ = ["ItemEncoder", "WhitenedContent"]
 
 # Directions of less than this share of the largest variance hold rounding and noise only.
@@ -151,7 +153,7 @@ class ItemEncoder(nn.Module):
         return total
 
     def extended(self, content: Mapping[str, Tensor], mean: Callable[[Tensor], Tensor]) -> ItemEncoder:
-        """A copy with new items at the end.
+        """An encoder with new items at the end, which shares the projectors with this one; this one keeps its items.
 
         Args:
             content: Modality -> features [n, C] as they came; a modality that is not given is missing, and one that the
@@ -159,24 +161,16 @@ class ItemEncoder(nn.Module):
             mean: [I, D] trained embeddings -> [n, D] those that the new items get.
         """
         count = len(next(iter(content.values())))
-        whitened = {}
-        for modality in self.modalities:
+        other = shallow_copy(self)
+        other.num_items += count
+        for place, modality in enumerate(self.modalities):
             own = self.content(modality)
             new = content[modality] if modality in content else own.mean.new_zeros(count, len(own.mean))
-            whitened[modality] = own.extended(new)
-        other = ItemEncoder(
-            self.num_items + count,
-            self.dim,
-            item_id=self.id_embedding is not None,
-            content=whitened,
-            hidden_dim=self.hidden_dim,
-        )
-        state = self.state_dict()
+            setattr(other, f"table_{place}", own.extended(new).table)
         if self.id_embedding is not None:
             ids = self.id_embedding.weight.detach()
-            state["id_embedding.weight"] = torch.cat([ids, mean(ids).to(ids)])
-        other.load_state_dict(state)
-        return other.to(self.device)
+            other.id_embedding = nn.Embedding.from_pretrained(torch.cat([ids, mean(ids).to(ids)]), freeze=False)
+        return other
 
 
 def _projector(width: int, hidden_dim: int, dim: int, dropout: float) -> nn.Module:

@@ -25,6 +25,7 @@ from hellm.artifact.files import EMBEDDINGS
 from hellm.models.dropout import Dropout
 from hellm.models.histories import check_histories, pad_histories
 from hellm.models.sequence.item_encoder import ItemEncoder, WhitenedContent
+from hellm.models.shallow_copy import shallow_copy
 
 __all__ = ["SASRec"]
 
@@ -198,18 +199,17 @@ class SASRec(nn.Module):
         return keys
 
     def extended(self, content: Mapping[str, Tensor], mean: Callable[[Tensor], Tensor]) -> SASRec:
-        """A copy with new items at the end, in evaluation mode.
+        """A model with new items at the end, which shares all else with this one; this one keeps its items.
 
         Args:
             content: modality -> features [n, C] as they came; a modality that is not given is missing.
             mean: [I, D] trained embeddings -> [n, D] those that the new items get.
         """
         items = self.items.extended(content, mean)
-        settings: dict[str, Any] = self.settings | {"num_items": items.num_items}
-        other = SASRec(**settings, content={modality: items.content(modality) for modality in items.modalities})
-        state = self.state_dict() | {f"items.{name}": value for name, value in items.state_dict().items()}
-        other.load_state_dict(state)
-        return other.to(self.device).eval()
+        other = shallow_copy(self)
+        other.items, other.num_items = items, items.num_items
+        other.settings = self.settings | {"num_items": items.num_items}
+        return other
 
     def save(self, run_directory: str | os.PathLike[str]) -> None:
         """Write embeddings.safetensors.
