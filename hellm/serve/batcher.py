@@ -110,6 +110,8 @@ class Batcher:
             except Exception as error:
                 results = [error] * len(jobs)
             loop.call_soon_threadsafe(done.set_result, results)
+            # A job may hold a run, and the next batch may be long in coming.
+            del batch, jobs, done, results
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -122,22 +124,25 @@ class Batcher:
                 continue
             if self.max_wait and len(self._waiting) < self.max_batch and not self._closing:
                 await asyncio.sleep(self.max_wait)
-            batch = []
-            while self._waiting and len(batch) < self.max_batch:
-                job, future = self._waiting.popleft()
-                # Who has gone or waited too long is not worked for.
-                if not future.done():
-                    batch.append((job, future))
-            if not batch:
+            await self._run_batch(loop)
+
+    async def _run_batch(self, loop: asyncio.AbstractEventLoop) -> None:
+        batch = []
+        while self._waiting and len(batch) < self.max_batch:
+            job, future = self._waiting.popleft()
+            # Who has gone or waited too long is not worked for.
+            if not future.done():
+                batch.append((job, future))
+        if not batch:
+            return
+        self._on_batch(len(batch))
+        done = loop.create_future()
+        self._batches.put(([job for job, _ in batch], done))
+        results = await done
+        for (_, future), result in zip(batch, results, strict=True):
+            if future.done():
                 continue
-            self._on_batch(len(batch))
-            done = loop.create_future()
-            self._batches.put(([job for job, _ in batch], done))
-            results = await done
-            for (_, future), result in zip(batch, results, strict=True):
-                if future.done():
-                    continue
-                if isinstance(result, BaseException):
-                    future.set_exception(result)
-                else:
-                    future.set_result(result)
+            if isinstance(result, BaseException):
+                future.set_exception(result)
+            else:
+                future.set_result(result)

@@ -149,9 +149,10 @@ class _States:
                 raise _ImpossibleError(
                     f"events and items up to revision {revision} were taken up, and {error}"
                 ) from None
-            if not entries or entries[-1].number != revision:
+            snapshot, _ = replayed(self.snapshot, entries)
+            if snapshot.revision != revision:
                 raise _ImpossibleError(f"there is no entry {revision} in {self.store}")
-            self.snapshot, _ = replayed(self.snapshot, entries)
+            self.snapshot = snapshot
         if revision != self.snapshot.revision:
             raise _ImpossibleError(f"revision must be at least {self.snapshot.revision} (learned), got {revision}")
         if receipt.state != self.snapshot.state:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from hellm.data import IdMap
 from hellm.serve.batcher import Batcher
 from hellm.serve.encoding import Encoders
 from hellm.serve.errors import RequestError
@@ -33,7 +32,7 @@ logger = logging.getLogger(__name__)
 Question = Callable[[Snapshot, Sequence[Any]], Sequence[Any]]
 # Items that wait to be encoded, writes that share a transaction, and studies that wait.
 _MAX_ENCODED, _MAX_WRITES, _MAX_STUDIES = 64, 256, 16
-# New catalogues, by an item or a run, after which freed memory is given back.
+# New catalogues by an item after which freed memory is given back; by a run, it is after each.
 _RELEASE_AFTER = 16
 
 
@@ -104,7 +103,7 @@ class Service:
         limits |= {"max_queue": _MAX_STUDIES, "timeout": settings.study_timeout}
         self._studies = Batcher(self._answer, name="study", max_batch=1, **limits)
         self._encode_item = Encoders(source.encoders)
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="reload")
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="background")
         self._reloading, self._catalogues = False, 0
         metrics.waiting.set_function(lambda: len(self._readers))
 
@@ -126,7 +125,7 @@ class Service:
         """The other run, with what is stored up to a snapshot; for studies alone, which follow one another."""
         compared = self._compared
         if compared is not None and self._store is not None and compared.revision < snapshot.revision:
-            new = [one for one in self._store.entries(compared.revision) if one.number <= snapshot.revision]
+            new = self._store.entries(compared.revision, snapshot.revision)
             self._compared, _ = replayed(compared, new)
         return self._compared
 
@@ -139,7 +138,7 @@ class Service:
         """Answer what is waiting, then stop."""
         for one in (self._studies, self._encoders, self._writers, self._readers):
             await one.close()
-        self._loader.shutdown(cancel_futures=True)
+        self._background.shutdown(cancel_futures=True)
 
     def warm_up(self) -> None:
         """Answer for the first time, and see whether requests may share a call."""
@@ -185,7 +184,7 @@ class Service:
         try:
             loop = asyncio.get_running_loop()
             try:
-                job = await loop.run_in_executor(self._loader, self._load, learned)
+                job = await loop.run_in_executor(self._background, self._load, learned)
             except (OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
                 raise RequestError(409, f"the run cannot take over, the one before stays: {error}") from None
             stored = await self._writers.submit(job)
@@ -230,15 +229,14 @@ class Service:
         before = self._snapshot
         self._snapshot, results = write(before, self._store, jobs)
         self._told()
-        self._release(before.recommender.item_ids)
-        return results
-
-    def _release(self, before: IdMap) -> None:
-        """Now and then, once the catalogue is another than `before`."""
-        self._catalogues += self._snapshot.recommender.item_ids is not before
+        if any(isinstance(one, Takeover) for one in jobs):
+            self._catalogues = _RELEASE_AFTER
+        self._catalogues += self._snapshot.recommender.item_ids is not before.recommender.item_ids
         if self._catalogues >= _RELEASE_AFTER:
             self._catalogues = 0
-            release_memory()
+            # Not here, where what was served before is still held.
+            self._background.submit(release_memory)
+        return results
 
     def _encode(self, jobs: Sequence[tuple[ItemRequest, bytes | None]]) -> list[Any]:
         content = self._snapshot.recommender.content

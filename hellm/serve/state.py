@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from hellm.artifact.run_hash import run_hash
 from hellm.data import DataError
 from hellm.recommend import Recommender
 from hellm.serve.nearest import Nearest
-from hellm.serve.store import Entry, state_after
 
 __all__ = ["BY_ONNX", "Snapshot", "load_snapshot"]
 
@@ -69,11 +68,11 @@ class Snapshot:
         """The run as it was trained, for a store whose entries up to a number it was trained with."""
         return replace(self, learned=number, revision=number)
 
-    def changed(self, change: Callable[[Recommender], None], entries: Sequence[Entry]) -> Snapshot:
-        """With a recommender that `change` has written entries to. Raises: What that raises."""
+    def changed(self, change: Callable[[Recommender], None]) -> Snapshot:
+        """With a recommender that `change` has written to. Raises: What that raises."""
         recommender = copy.copy(self.recommender)
         change(recommender)
-        return replace(self, recommender=recommender, state=state_after(self.state, entries))
+        return replace(self, recommender=recommender)
 
 
 def load_snapshot(

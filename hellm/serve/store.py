@@ -15,7 +15,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -47,6 +47,8 @@ CREATE TABLE IF NOT EXISTS learned (
 _LARGEST = 2**63 - 1
 # SQLite takes at most 999 values in one statement on older builds.
 _AT_ONCE = 900
+# Entries in memory at a time; an item has some kilobytes of features.
+_PAGE = 256
 
 
 class Entry(NamedTuple):
@@ -75,45 +77,50 @@ class Entry(NamedTuple):
         return (self.body, self.picture) == (other.body, other.picture)
 
 
-def state_after(state: str, entries: Iterable[Entry]) -> str:
-    """16 hexadecimal digits of a state and of the entries that were taken up in it since, one after another.
+def state_after(state: str, entry: Entry) -> str:
+    """16 hexadecimal digits of a state and of an entry that was taken up in it.
 
-    An entry counts with all by which a model knows it; with the picture, features that were made of it stand for it.
+    The entry counts with all by which a model knows it; with the picture, features that were made of it stand for it.
     """
-    for entry in entries:
-        told = [state, entry.kind, entry.key, entry.body, sorted(entry.features)]
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-        for name in sorted(entry.features):
-            digest.update(np.ascontiguousarray(entry.features[name], np.float32).tobytes())
-        state = digest.hexdigest()[:16]
-    return state
+    told = [state, entry.kind, entry.key, entry.body, sorted(entry.features)]
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for name in sorted(entry.features):
+        digest.update(np.ascontiguousarray(entry.features[name], np.float32).tobytes())
+    return digest.hexdigest()[:16]
 
 
-def read_entries(
-    path: str | os.PathLike[str], after: int = 0, until: int | None = None, *, pictures: bool = False
-) -> list[Entry]:
+def read_entries(path: str | os.PathLike[str], after: int = 0, until: int | None = None) -> Iterator[Entry]:
     """What a log holds, also while a server writes to it; nothing of the file is changed.
+
+    Few entries are in memory at a time, however many there are.
 
     Args:
         path: The file.
         after, until: Numbers: those above the one, up to and with the other; None is all.
-        pictures: With the pictures of items.
-    Returns: In their order.
-    Raises: FileNotFoundError; DataError, the file is no such log, or damaged, or of a later version.
+    Returns: In their order, without the pictures of items.
+    Raises: FileNotFoundError; DataError, the file is no such log, or damaged, or of a later version. Both also while
+        entries are taken.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no store {path}")
     query = (
-        f"SELECT kind, key, body, features, {'picture' if pictures else 'NULL'}, number FROM entries "
-        "WHERE number > ? AND number <= ? ORDER BY number"
+        "SELECT kind, key, body, features, NULL, number FROM entries "
+        "WHERE number > ? AND number <= ? ORDER BY number LIMIT ?"
     )
+    return _pages(path, query, after, _LARGEST if until is None else until)
+
+
+def _pages(path: Path, query: str, after: int, until: int) -> Iterator[Entry]:
+    """A page is a transaction of its own, so that a long reading holds up no writer."""
     try:
         with contextlib.closing(
             sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=30)
         ) as database:
             _check_format(path, database)
-            return [_entry(row) for row in database.execute(query, [after, _LARGEST if until is None else until])]
+            while rows := database.execute(query, [after, until, _PAGE]).fetchall():
+                after = rows[-1][-1]
+                yield from map(_entry, rows)
     except sqlite3.DatabaseError as error:
         raise DataError(f"{path}: not a log of hellm serve, or damaged ({error})") from None
 
@@ -173,10 +180,10 @@ class Store:
         with self._told():
             return self._database.execute("SELECT coalesce(max(number), 0) FROM entries").fetchone()[0]
 
-    def entries(self, after: int = 0, *, pictures: bool = False) -> list[Entry]:
-        """Those with a higher number, in their order; without pictures unless asked for."""
+    def entries(self, after: int = 0, until: int | None = None) -> Iterator[Entry]:
+        """See `read_entries`."""
         # Another connection, which does not see what is being written.
-        return read_entries(self.path, after, pictures=pictures)
+        return read_entries(self.path, after, until)
 
     def find(self, kind: str, keys: Sequence[str]) -> dict[str, Entry]:
         """Those that are there, by key."""

@@ -13,11 +13,14 @@ from hellm.models.graph.content import ItemContent
 from hellm.serve.answers import known_ids
 from hellm.serve.errors import Overloaded, RequestError
 from hellm.serve.state import Snapshot
-from hellm.serve.store import Entry, Store
+from hellm.serve.store import Entry, Store, state_after
 
 __all__ = ["Stored", "Takeover", "replayed", "with_item", "write"]
 
 logger = logging.getLogger(__name__)
+
+# Events that wait to be taken up together; every time, the tables of all events are copied.
+_EVENTS_AT_ONCE = 1 << 14
 
 
 class Takeover(NamedTuple):
@@ -99,35 +102,44 @@ def replayed(snapshot: Snapshot, entries: Iterable[Entry]) -> tuple[Snapshot, in
 
 
 class _Change:
-    """Entries on the way into a snapshot. Events that follow one another are taken up in one go."""
+    """Entries on the way into a snapshot.
+
+    Events are taken up many at a time, also with items between them: an item has the same row and key before and after.
+
+    Attributes:
+        snapshot: With the items so far, and their state and that of the events.
+        entries: What is to be stored.
+    """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot, self.entries = snapshot, []
-        self._events: list[Entry] = []
+        self._events: list[tuple[str, str]] = []
 
     def applied(self) -> Snapshot:
         """The snapshot with all that was added."""
         if self._events:
-            events, self._events = self._events, []
-            users, items = ([one.body[side] for one in events] for side in ("user", "item"))
-            self.snapshot = self.snapshot.changed(lambda recommender: recommender.add_events(users, items), events)
+            users, items = zip(*self._events, strict=True)
+            self._events = []
+            self.snapshot = self.snapshot.changed(lambda recommender: recommender.add_events(users, items))
         return self.snapshot
 
     def add(self, entry: Entry) -> None:
         """Raises: RequestError, an unknown item. ValueError, an item that the model cannot take."""
+        known = self.snapshot.recommender.item_ids
         if entry.kind == "event":
-            known = self.snapshot.recommender.item_ids
             known_ids([entry.body["item"]], known, self.snapshot.nearest_items, "item")
-            self._events.append(entry)
+            self._events.append((entry.body["user"], entry.body["item"]))
+            if len(self._events) >= _EVENTS_AT_ONCE:
+                self.applied()
+        elif entry.key in known:
             return
-        before = self.applied()
-        if entry.key in before.recommender.item_ids:
-            return
-        self.snapshot = with_item(before, entry)
+        else:
+            self.snapshot = with_item(self.snapshot, entry)
+        self.snapshot = replace(self.snapshot, state=state_after(self.snapshot.state, entry))
 
 
 def with_item(snapshot: Snapshot, entry: Entry) -> Snapshot:
-    """A snapshot that ranks an item as well.
+    """A snapshot that ranks an item as well, in the state of the one before.
 
     Features that were made for a run with another encoder are left out, as those of one width may mean anything.
 
@@ -140,8 +152,7 @@ def with_item(snapshot: Snapshot, entry: Entry) -> Snapshot:
     known = content.attributes if content is not None else {}
     attributes = {name: [values] for name, values in entry.body["attributes"].items() if name in known}
     return snapshot.changed(
-        lambda recommender: recommender.add_items(features, [entry.key], [entry.body["title"]], attributes=attributes),
-        [entry],
+        lambda recommender: recommender.add_items(features, [entry.key], [entry.body["title"]], attributes=attributes)
     )
 
 
@@ -166,7 +177,7 @@ def _added(change: _Change, known: dict[tuple[str, str], Entry], job: Sequence[E
         if there is None:
             if entry.kind == "event":
                 _check_item(change.snapshot, entry, place)
-            elif entry.key in change.applied().recommender.item_ids:
+            elif entry.key in change.snapshot.recommender.item_ids:
                 raise RequestError(409, f"item {entry.key!r} is there already", field="id")
             new[key] = entry
         elif not there.same_as(entry):

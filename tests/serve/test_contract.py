@@ -237,7 +237,7 @@ def test_a_new_item_by_photo_and_title_is_in_the_next_answer(tmp_path):
             assert answer["revision"] == stored["revision"]
             assert all(f"new{number}" in {one["item"] for one in found["items"]} for found in answer["lists"])
             # With the bits of a recommender that was given the same.
-            features = client.service.store.entries(number)[0].features
+            features = next(client.service.store.entries(number)).features
             rows = {name: values[None] for name, values in features.items()}
             expected.add_items(rows, [item["id"]], [item["title"]])
             assert answer["lists"] == plain(expected.recommend(["u1", "u5"], **asked))
