@@ -83,9 +83,11 @@ def add_features(
         DataError: As `choose_encoders`.
         ValueError, ImportError, OSError: As `encode_text` and `encode_images`.
     """
-    from hellm.features.image import encode_images
-    from hellm.features.text import encode_text
+    from hellm.features._encode import check_batch_size
+    from hellm.features.image import load_image_encoder
+    from hellm.features.text import load_text_encoder
 
+    check_batch_size(batch_size)
     chosen = choose_encoders(dataset, text=text, image=image, text_fields=text_fields)
     content, names = _content(dataset, text_fields), {"text": text_name, "image": "image"}
     features, encoders, unreadable = dict(dataset.item_features), dict(dataset.encoders), []
@@ -93,14 +95,16 @@ def add_features(
     made = {modality: f"{names[modality]} features are by encoder " for modality in chosen}
     notes = [note for note in dataset.notes if not note.startswith(tuple(made.values()))]
     for modality, encoder in chosen.items():
-        options = {"encoder": encoder, "batch_size": batch_size, "device": device, "cache": cache}
+        options = {"batch_size": batch_size, "cache": cache}
         if modality == "text":
-            features[text_name] = encode_text(content["text"], **options, **text_options)
+            model = load_text_encoder(encoder, device=device, **text_options)
+            features[text_name] = model.features(content["text"], **options)
         else:
-            features["image"] = encode_images(content["image"], on_unreadable=_noting(unreadable), **options)
+            model = load_image_encoder(encoder, device=device)
+            features["image"] = model.features(content["image"], on_unreadable=_noting(unreadable), **options)
         notes.append(f"{made[modality]}{encoder!r}")
         about = {"text_fields": list(text_fields)} | text_options if modality == "text" else {}
-        encoders[names[modality]] = {"encoder": encoder} | about
+        encoders[names[modality]] = {"encoder": encoder, "key": model.key} | about
     if unreadable:
         notes.append(_unreadable(unreadable))
         logger.warning(notes[-1])

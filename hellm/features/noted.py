@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,22 @@ class NotedEncoder:
         name: Encoder as `load_text_encoder` and `load_image_encoder` take it, one of `BUILT_IN`, or None: not noted.
         text_fields: What made the text of an item.
         options: (name, value) pairs for `load_text_encoder`.
+        key: Of its weights and settings, see `hellm.features.cache.encoder_key`; None: not noted.
     """
 
     modality: str
     name: str | None
     text_fields: tuple[str, ...] = TEXT_FIELDS
     options: tuple[tuple[str, Any], ...] = ()
+    key: str | None = None
 
     @classmethod
     def of(cls, encoders: Mapping[str, Mapping[str, Any]], modality: str) -> NotedEncoder:
         """From `Dataset.encoders`, or from what a run keeps of it."""
         about = encoders.get(modality, {})
         options = tuple((name, about[name]) for name in _OPTIONS if name in about)
-        return cls(modality, about.get("encoder"), tuple(about.get("text_fields", TEXT_FIELDS)), options)
+        fields = tuple(about.get("text_fields", TEXT_FIELDS))
+        return cls(modality, about.get("encoder"), fields, options, about.get("key"))
 
     @property
     def is_of_pictures(self) -> bool:
@@ -53,6 +56,17 @@ class NotedEncoder:
     def gives_as(self, other: NotedEncoder) -> bool:
         """Whether features of both can stand in one table: by the same encoder, whatever it was given to read."""
         return (self.name, self.options) == (other.name, other.options)
+
+    def is_other(self, name: str, encoder: Any) -> bool:
+        """Whether another encoder is known not to be this one: by its key, or as one of two that a name is enough for.
+
+        Args:
+            name, encoder: As `load_text_encoder` takes it, and what that gave.
+        """
+        if self.key is not None:
+            return getattr(encoder, "key", None) != self.key
+        named = self.name in BUILT_IN or (self.is_at_hand and replace(self, name=name).is_at_hand)
+        return named and name != self.name
 
     def texts(self, titles: list[str] | None, fields: Mapping[str, list[str]]) -> list[str] | None:
         """One text per item; None where the items have none of the fields."""

@@ -30,6 +30,7 @@ class Encoders:
 
     def __init__(self, chosen: Mapping[str, str] | None = None) -> None:
         self._chosen = dict(chosen or {})
+        # Modality -> of which run, and the encoder.
         self._loaded: dict[str, tuple[NotedEncoder, Any]] = {}
 
     def __call__(self, content: ItemContent | None, item: ItemRequest, picture: bytes | None) -> dict[str, np.ndarray]:
@@ -101,9 +102,10 @@ class Encoders:
 
     def _encoder(self, content: ItemContent, modality: str, field: str) -> Any:
         """What encodes a modality. Raises: RequestError, nothing that may be used here, or that can be loaded."""
-        noted = NotedEncoder.of(content.encoders, modality)
-        if modality in self._chosen:
-            noted = replace(noted, name=self._chosen[modality])
+        of_run = noted = NotedEncoder.of(content.encoders, modality)
+        chosen = self._chosen.get(modality)
+        if chosen is not None:
+            noted = replace(noted, name=chosen)
         elif not noted.is_at_hand:
             why = (
                 "does not say which encoder its features are by"
@@ -112,15 +114,11 @@ class Encoders:
                 if noted.name == "hashed"
                 else f"has features by encoder {noted.name!r}, which comes in no package"
             )
-            raise RequestError(
-                422,
-                f"the run {why}; give features.{modality} in the request, or start the server with "
-                f"--encoder {modality}=NAME",
-                field=field,
-            )
+            hint = "" if noted.name == "hashed" else f", or start the server with --encoder {modality}=NAME"
+            raise RequestError(422, f"the run {why}; give features.{modality} in the request{hint}", field=field)
         before, encoder = self._loaded.get(modality, (None, None))
         # A run that has taken over may name another.
-        if before != noted:
+        if before != of_run:
             try:
                 encoder = noted.load("cpu")
             except (ImportError, OSError, ValueError, TypeError) as error:
@@ -128,7 +126,14 @@ class Encoders:
                 raise RequestError(
                     422, f"the encoder of {modality} cannot be loaded here; give features.{modality} in the request"
                 ) from None
-            self._loaded[modality] = noted, encoder
+            if chosen is not None and of_run.is_other(chosen, encoder):
+                raise RequestError(
+                    422,
+                    f"--encoder {modality}={chosen} of the server is another encoder than {of_run.name!r}, by which "
+                    f"the run has its features; give features.{modality} in the request",
+                    field=field,
+                )
+            self._loaded[modality] = of_run, encoder
         return encoder
 
     @staticmethod

@@ -9,6 +9,8 @@ import pytest
 
 from hellm.data import DataError, load_dataset, save_dataset, write_sample_shop
 from hellm.features import add_features, choose_encoders, encode_text
+from hellm.features.image import load_image_encoder
+from hellm.features.text import load_text_encoder
 
 transformers = pytest.importorskip("transformers", reason='needs pip install "hellm[encoders]"')
 
@@ -31,6 +33,11 @@ class TestDatasets:
         np.testing.assert_array_equal(made.items, shop.items)
         assert made.item_titles == shop.item_titles
         assert shop.item_features["text"].values.shape[1] == 512
+
+    def test_keys_of_the_weights_are_noted(self, shop, text_encoder, image_encoder):
+        made = add_features(shop, text=text_encoder, image=image_encoder)
+        assert made.encoders["text"]["key"] == load_text_encoder(text_encoder).key
+        assert made.encoders["image"]["key"] == load_image_encoder(image_encoder).key
 
     def test_text_is_title_brand_category_and_description(self, shop, text_encoder):
         fields = {"brand": ["long"] * 20, "category": ["mug"] * 20, "description": ["a lamp"] * 20}

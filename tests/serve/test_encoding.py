@@ -90,11 +90,35 @@ def test_only_packaged_encoders_are_used_unless_the_server_is_told(loaded):
         ({"text": {"encoder": "llm", "language_model": "/models/x"}}, "by encoder 'llm'"),
     ):
         error = refusal(Encoders(), content(about, text=4), item)
-        assert why in error.message and error.field == "title" and "--encoder text=NAME" in error.message
+        assert why in error.message and error.field == "title" and "give features.text" in error.message
+        # Nothing gives what hashed words are.
+        assert ("--encoder text=NAME" in error.message) == (about.get("text") != {"encoder": "hashed"})
     assert not loaded
     known = content({"text": {"encoder": "llm", "language_model": "/models/x", "num_layers": 2}}, text=4)
     Encoders({"text": "llm"})(known, item, None)
     assert [one[:2] for one in loaded] == [("llm", {"device": "cpu", "language_model": "/models/x", "num_layers": 2})]
+
+
+def test_an_encoder_that_is_known_for_another_than_that_of_the_run_is_refused(loaded):
+    item = ItemRequest(id="n", title="Red mug")
+    told = "--encoder text={} of the server is another encoder than {!r}, by which the run has its features"
+    for about, chosen in (
+        ({"encoder": "minilm", "key": "ab"}, "/models/minilm"),
+        ({"encoder": "/models/a", "key": "ab"}, "/models/a"),
+        ({"encoder": "minilm"}, "mpnet"),
+        ({"encoder": "hashed"}, "/models/a"),
+    ):
+        error = refusal(Encoders({"text": chosen}), content({"text": about}, text=4), item)
+        assert told.format(chosen, about["encoder"]) in error.message and error.field == "title"
+
+
+def test_an_encoder_of_the_same_weights_or_of_which_nothing_is_known_is_taken(loaded, monkeypatch):
+    item, encoders = ItemRequest(id="n", title="Red mug"), Encoders({"text": "/models/a"})
+    monkeypatch.setattr(Texts, "key", "ab", raising=False)
+    for about in ({"encoder": "minilm", "key": "ab"}, {"encoder": "minilm"}, {"encoder": "/models/b"}, {}):
+        assert len(encoders(content({"text": about}, text=4), item, None)["text"]) == 4
+    # What was good for one run is not for another that takes over.
+    refusal(encoders, content({"text": {"encoder": "minilm", "key": "cd"}}, text=4), item)
 
 
 def test_an_encoder_that_cannot_be_loaded_or_does_not_fit_is_told(loaded, monkeypatch):
@@ -125,7 +149,7 @@ def test_pictures(tmp_path, monkeypatch):
     assert error.field == "picture" and "must be a picture that can be read (UnidentifiedImageError)" in error.message
     for name in ("minilm", "some/id", "hashed"):
         error = refusal(Encoders(), content({"image": {"encoder": name}}, image=240), item, picture("red"))
-        assert error.field == "picture" and "--encoder image=NAME" in error.message
+        assert error.field == "picture" and "give features.image in the request" in error.message
     asked = []
     monkeypatch.setattr(
         hellm.features.image, "load_image_encoder", lambda *given, **named: asked.append((given, named))
