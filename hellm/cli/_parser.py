@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
@@ -17,6 +17,8 @@ PAIRS = "ROLE=COLUMN"
 
 _KEY_VALUE = re.compile(r"(?P<key>[A-Za-z_][\w.-]*)=")
 _WRONG_VALUE = re.compile(r'Parser key "(?P<key>[\w.]+)":\s*(?P<what>.*)', re.DOTALL)
+_WRONG_NUMBER = re.compile(r'Parser key "(?P<key>[\w.]+)" element \d+:.*Got value: (?P<given>.*)', re.DOTALL)
+_NO_VALUE = re.compile(r"argument (?P<option>\S+): expected (at least )?one argument")
 _TYPES = {"<class 'int'>": "an integer", "<class 'float'>": "a number", "<class 'bool'>": "true or false"}
 
 
@@ -58,6 +60,8 @@ def add_settings(parser: ArgumentParser, config_class: type) -> None:
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     """Parse, with `-` and `_` alike in option names and `key=value` the same as `--key value`.
 
+    The numbers of an option that takes several are words, or have commas between them.
+
     Raises: ValueError saying which option, what it must be and what it was, or the nearest name of an unknown one.
     """
     options = {name.lstrip("-"): name for name in parser._option_string_actions}
@@ -71,6 +75,7 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
             arguments.append(_spelled(one, options, by_spelling))
         else:
             arguments.append(one if pairs else _spelled(one, options, by_spelling))
+    arguments = _separated(arguments, parser._option_string_actions)
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
@@ -90,6 +95,24 @@ def _spelled(argument: str, options: dict[str, str], by_spelling: dict[str, str]
     return argument
 
 
+def _separated(arguments: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """With a word for each number of an option that takes several."""
+    found, numbers = [], False
+    for one in arguments:
+        name, equals, value = one.partition("=")
+        if name in options:
+            action = options[name]
+            numbers = action.nargs == "+" and getattr(action, "_typehint", None) in (int, float)
+            found += [name, *_words(value)] if numbers and equals else [one]
+        else:
+            found += _words(one) if numbers else [one]
+    return found
+
+
+def _words(text: str) -> list[str]:
+    return [one for one in text.strip("[]").split(",") if one] or [text]
+
+
 def _explain(message: str, argv: Sequence[str], options: list[str]) -> str:
     if message.startswith("unrecognized arguments: "):
         # Several words may be left over; the first is what went wrong.
@@ -104,9 +127,14 @@ def _explain(message: str, argv: Sequence[str], options: list[str]) -> str:
     if message.startswith("the following arguments are required: "):
         missing = message.removeprefix("the following arguments are required: ").split(", ")
         return f"missing: {', '.join(f'--{one}' if one in options else one.upper() for one in missing)}"
+    wrong = _WRONG_NUMBER.match(message)
+    if wrong:
+        return f"--{wrong['key']} must be {_expected(message)}, or several of them, got {wrong['given']!r}"
     wrong = _WRONG_VALUE.match(message)
     if wrong:
         return f"--{wrong['key']} must be {_expected(wrong['what'])}, got {_given(wrong['key'], argv)}"
+    if nothing := _NO_VALUE.match(message):
+        return f"{nothing['option']} needs a value"
     return " ".join(message.split())
 
 

@@ -153,6 +153,10 @@ class TestEvaluate:
         fails("evaluate", "popularity", "--data", shop, "--on", "train", match="--on must be test or valid, got")
         fails("evaluate", "popularity", "--data", shop, "--protocol", "x", match="protocol must be one of standard, ")
         fails("evaluate", "popularity", "--data", shop, "--metrics", "auc", match="--metrics must be among recall, ")
+        for wrong, got in (("10.5", "10.5"), ("10,x", "x"), ("ten", "ten")):
+            match = f"--ks must be an integer, or several of them, got '{got}'"
+            fails("evaluate", "popularity", "--data", shop, "--ks", wrong, match=match)
+        fails("evaluate", "popularity", "--data", shop, "--ks", match="--ks needs a value")
         fails("evaluate", "popularity", "--data", shop, "--ks", "0", match=r"ks must be integers >= 1, .* got \(0,\)")
         fails("evaluate", "--data", shop, match="missing: ")
         other = tmp_path / "other"
@@ -169,3 +173,11 @@ class TestEvaluate:
         result = json.loads((out / "result.json").read_text(encoding="utf-8"))
         assert result["dataset"]["split"] == "time"
         assert report["fingerprint"] == result["dataset"]["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    "given", [["--ks", "5", "10"], ["--ks", "5,10"], ["--ks=5,10"], ["ks=[5,10]"], ["--ks", "5,", "10"]]
+)
+def test_list_lengths_are_words_or_have_commas_between_them(call, shop, given):
+    code, out, _ = call("evaluate", "popularity", "--data", shop, *given, "--split", "valid", "--json")
+    assert code == 0 and {"recall@5", "recall@10"} <= set(re.findall(r"recall@\d+", out))

@@ -170,7 +170,7 @@ class TestOptions:
             (["--preset", "hellm-beuty"], r"unknown preset.* 'hellm-beuty'; did you mean 'hellm-beauty'\?"),
             (["--preset", "demo", "--config", "x.yaml"], "give either --preset or --config, got both"),
             (["--config", "x.yaml"], r"config file x\.yaml does not exist"),
-            (["--out"], "argument --out: expected one argument"),
+            (["--out"], "--out needs a value"),
             ([], r"missing: --out \(the run directory to make\)"),
             (["--resume", "--overwrite", "--out", "x"], "resume and overwrite must not both be given"),
             (["--split", "halves", "--out", "x"], "split must be one of given, .*, got 'halves'"),
