@@ -22,9 +22,11 @@ class SequenceModel(Protocol):
 
     def __call__(self, items: Tensor, mask: Tensor) -> Tensor:
         """Hidden states [B, T, D] after each of left-aligned `items` [B, T]; `mask` [B, T] is True at items."""
+        ...
 
     def item_keys(self) -> Tensor:
         """[I, D]."""
+        ...
 
     def requires_grad_(self, requires_grad: bool = True) -> SequenceModel: ...
 
