@@ -31,7 +31,16 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["FolderInUseError", "check_target", "clear_folder", "hold", "mark_folder", "new_folder", "read_mark"]
+__all__ = [
+    "FolderInUseError",
+    "cache_folder",
+    "check_target",
+    "clear_folder",
+    "hold",
+    "mark_folder",
+    "new_folder",
+    "read_mark",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +59,11 @@ Path_ = str | os.PathLike[str]
 
 class FolderInUseError(OSError):
     """Another process writes into the folder."""
+
+
+def cache_folder() -> Path:
+    """What is kept for the next time: `$XDG_CACHE_HOME/hellm` or `~/.cache/hellm`. Raises: RuntimeError, no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hellm"
 
 
 def read_mark(folder: Path_) -> dict[str, Any] | None:

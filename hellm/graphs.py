@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -10,19 +14,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hellm import _mapped
 from hellm._arrays import as_count, as_tensor, check_flag
+from hellm._folders import cache_folder
 from hellm.hypergraph import Hypergraph, checked_index, checked_size
-from hellm.ops import knn
+from hellm.neighbours import approximate_knn, key_of, knn_by_lines, read_found, write_found
+from hellm.ops import backends, knn
 
 if TYPE_CHECKING:
     from hellm.data import ItemFeatures
 
-__all__ = ["Neighbours", "item_hypergraph", "nearest_items", "user_hypergraph"]
+__all__ = ["Neighbours", "item_hypergraph", "nearest_items", "searching", "user_hypergraph"]
 
+SEARCHES = ("exact", "approximate")
 # Found even where fewer are asked for: another stage will ask for as many.
 _USUAL_K = 10
-# Features -> device -> what was found of them; gone when the features are.
-_FOUND: WeakKeyDictionary[ItemFeatures, dict[str, Neighbours]] = WeakKeyDictionary()
+# Products of all pairs that take no longer than to look for them on disk.
+_CHEAP = 1 << 24
+# Features -> (device, search) -> what was found of them; gone when the features are.
+_FOUND: WeakKeyDictionary[ItemFeatures, dict[tuple[str, str], Neighbours]] = WeakKeyDictionary()
+_SEARCH: ContextVar[str] = ContextVar("search", default="exact")
+_CACHE: ContextVar[Path | None] = ContextVar("cache", default=None)
 
 
 class Neighbours(NamedTuple):
@@ -31,30 +43,92 @@ class Neighbours(NamedTuple):
     Attributes:
         rows: [n, K] int64 item rows, best first; -1 where there are fewer.
         similarities: [n, K] float32 cosines; 0 where there are fewer.
+        recall: of the exact neighbours, the share that an approximate search found, measured on some items; None where
+            the search was exact.
     """
 
     rows: Tensor
     similarities: Tensor
+    recall: float | None = None
 
 
-def nearest_items(features: ItemFeatures, k: int, device: torch.device | str = "cpu") -> Neighbours:
+@contextlib.contextmanager
+def searching(search: str | None = None, cache: str | PathLike[str] | None = None) -> Iterator[None]:
+    """Until the block ends, how `nearest_items` searches where it is not told, and where it keeps what it finds.
+
+    Args:
+        search: "exact" or "approximate"; None leaves it as it is.
+        cache: folder; None leaves it as it is, at first the user's cache.
+    """
+    tokens = [(_SEARCH, _SEARCH.set(search or _SEARCH.get()))]
+    tokens += [(_CACHE, _CACHE.set(Path(cache) if cache is not None else _CACHE.get()))]
+    try:
+        yield
+    finally:
+        for variable, token in tokens:
+            variable.reset(token)
+
+
+def nearest_items(
+    features: ItemFeatures, k: int, device: torch.device | str = "cpu", *, search: str | None = None
+) -> Neighbours:
     """The k nearest items of each item by cosine, itself included, searched once for each device.
 
-    What was found is kept as long as `features` are there, so that all stages of a pipeline have the same. Threads may
-    search the same at the same time.
+    What was found is kept as long as `features` are there, so that all stages of a pipeline have the same, and in the
+    folder `neighbours` of the cache, where the next process finds it by the values of the features. Threads may search
+    the same at the same time. Features of more than 256 MiB are searched by blocks, with the same result: beside it,
+    the search takes memory for two blocks, however many items there are.
 
     Args:
         features: of all items.
         k: >= 1; cut to the number of items.
-        device: where they are searched, and where the result is.
+        device: where they are searched, and where the result is; an approximate search is on the CPU.
+        search: "exact", or "approximate" (`hellm.neighbours.approximate_knn`), which needs the extra "export"; None is
+            what `searching` says, else "exact".
+
+    Raises: ValueError, another search; ImportError, without the package that an approximate one needs.
     """
-    count, place = len(features.mask), str(torch.device(device))
+    search = search or _SEARCH.get()
+    if search not in SEARCHES:
+        raise ValueError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
+    count, place = len(features.mask), (str(torch.device(device)), search)
     k = min(k, count)
     found = _FOUND.setdefault(features, {})
     if place not in found or found[place].rows.shape[1] < k:
-        x = torch.from_numpy(np.asarray(features.values)).to(device)
-        found[place] = Neighbours(*knn(x, min(max(k, _USUAL_K), count)))
-    return Neighbours(*(part[:, :k] for part in found[place]))
+        found[place] = _kept_or_searched(features, min(max(k, _USUAL_K), count), torch.device(device), search)
+    rows, similarities, recall = found[place]
+    return Neighbours(rows[:, :k], similarities[:, :k], recall)
+
+
+def _kept_or_searched(features: ItemFeatures, k: int, device: torch.device, search: str) -> Neighbours:
+    values = np.asarray(features.values)
+    count, dim = values.shape
+    folder = None
+    if device.type != "meta" and count * count * dim > _CHEAP:
+        with contextlib.suppress(RuntimeError):
+            folder = _CACHE.get() or cache_folder()
+    if folder is None:
+        return _searched(values, k, device, search)
+    # Backends round otherwise.
+    settings = {"k": k, "normalisation": "cosine", "search": search, "backend": backends.select(device).name}
+    key = key_of(values, features.mask, **settings)
+    kept = read_found(folder, key, (count, k))
+    if kept is not None:
+        rows, similarities, recall = kept
+        return Neighbours(rows.to(device), similarities.to(device), recall)
+    found = _searched(values, k, device, search)
+    write_found(folder, key, *found)
+    return found
+
+
+def _searched(values: np.ndarray, k: int, device: torch.device, search: str) -> Neighbours:
+    if search == "approximate":
+        rows, similarities, recall = approximate_knn(values, k)
+        return Neighbours(rows.to(device), similarities.to(device), recall)
+    most_rows = _mapped.HELD_BYTES // (values.itemsize * max(values.shape[1], 1))
+    if len(values) > most_rows and device.type != "meta":
+        return Neighbours(*knn_by_lines(values, k, most_rows, device))
+    return Neighbours(*knn(torch.from_numpy(values).to(device), k))
 
 
 def user_hypergraph(user_item_index: Tensor, num_users: int, num_items: int) -> Hypergraph:
@@ -127,14 +201,14 @@ def item_hypergraph(
         if not isinstance(given, Mapping) and (given is not None or name == "features"):
             raise ValueError(f"{name} must map names to tensors, got {type(given).__name__}")
     attributes = attributes or {}
-    blocks = _checked_features(features, masks) if features or not attributes else {}
+    blocks = _checked_features(features, masks, neighbours or {}) if features or not attributes else {}
     if blocks:
         num_items = next(iter(blocks.values())).shape[0]
     vertices, edges, values, weights = [], [], [], []
     for block, (modality, x) in enumerate(blocks.items()):
         try:
             found = (neighbours or {}).get(modality)
-            neighbour, similarity = knn(x, k) if found is None else (part[:, :k] for part in found)
+            neighbour, similarity = knn(x, k) if found is None else (part[:, :k] for part in found[:2])
         except ValueError as error:
             raise ValueError(f"features[{modality!r}]: {error}") from None
         kept = neighbour >= 0 if keep_nonpositive else (neighbour >= 0) & (similarity > 0)
@@ -165,8 +239,10 @@ def item_hypergraph(
     )
 
 
-def _checked_features(features: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Features with the rows of absent items set to zero, which `knn` gives no neighbours."""
+def _checked_features(
+    features: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None, neighbours: Mapping[str, Neighbours]
+) -> dict[str, Tensor]:
+    """Features; for those without `neighbours`, absent items have rows of zeros, which have no neighbours."""
     if not features:
         raise ValueError("features must hold at least one modality, got none")
     unknown = set(masks or {}) - set(features)
@@ -192,6 +268,7 @@ def _checked_features(features: Mapping[str, Tensor], masks: Mapping[str, Tensor
                 )
             if mask.device != x.device:
                 raise ValueError(f"masks[{modality!r}] must be on {x.device} like the features, got {mask.device}")
-            x = torch.where(mask.unsqueeze(1), x, torch.zeros((), dtype=x.dtype))
+            if modality not in neighbours:
+                x = torch.where(mask.unsqueeze(1), x, torch.zeros((), dtype=x.dtype))
         blocks[modality] = x
     return blocks

@@ -5,6 +5,7 @@ Nothing is printed here: every step says what it does and returns what came of i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -76,7 +77,7 @@ def run(
         config: Settings of all stages; None is `RunConfig()`.
         resume: Go on with what is there.
         overwrite: Replace what is there.
-        cache: Folder of encoded texts and pictures; None is the user's cache.
+        cache: Folder of encoded texts and pictures, and of neighbours; None is the user's cache.
         on_step: Called before each step.
         on_plan: Called with the name of a step and what it is likely to cost, before it trains.
         on_value: Called with each step and what came of it.
@@ -128,7 +129,7 @@ class Pipeline:
         config: Settings of all stages.
         resume: Go on with what is there.
         overwrite: Delete what is there.
-        cache: Folder of encoded texts and pictures; None is the user's cache.
+        cache: Folder of encoded texts and pictures, and of neighbours; None is the user's cache.
         on_plan: Called with the name of a stage and what it is likely to cost, before it trains.
         start: Run of all stages, of data that these continue, whose weights training begins with.
 
@@ -324,7 +325,8 @@ class Pipeline:
         if self.start is not None and name in _WARM and (self.start / name / CHECKPOINT).is_dir():
             options["start"] = self.start / name
         try:
-            return train(config, self.dataset, self.path(name), resume=True, **options)
+            with self._searching():
+                return train(config, self.dataset, self.path(name), resume=True, **options)
         except ValueError:
             # A setting that a stage refuses must not become what the next --resume starts from.
             if self._before is not None:
@@ -349,16 +351,26 @@ class Pipeline:
         )
 
     def _fusion(self) -> Step:
-        from hellm.recommend.fuse import fuse
-
         folder, towers = self.path("fused"), {name: self.path(name) for name in self.towers}
         config = replace(self.config.fuse, **self._common())
         return Step(
             "fused",
             "Add up what each of them says, as far as validation shows that it helps.",
             f"hellm fuse {' '.join(map(str, towers.values()))} --data {self.path('data')} --out {folder}",
-            lambda: fuse(towers, self.dataset, folder, config, resume=True, on_plan=self._teller("fused")),
+            lambda: self._fuse(towers, folder, config),
         )
+
+    def _fuse(self, towers: Mapping[str, Path], folder: Path, config: Any) -> dict[str, Any]:
+        from hellm.recommend.fuse import fuse
+
+        with self._searching():
+            return fuse(towers, self.dataset, folder, config, resume=True, on_plan=self._teller("fused"))
+
+    def _searching(self) -> contextlib.AbstractContextManager[None]:
+        """All stages have the neighbours that stage 1 has."""
+        from hellm.graphs import searching
+
+        return searching(self.config.pretrain.model.knn_search, self.cache)
 
     def _available_baselines(self) -> list[str]:
         if importlib.util.find_spec("implicit") is not None:

@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hellm"
 # Left to right: a module imports its own layer and the layers before it.
 LAYERS = [
-    {"_C", "_arrays", "_devices", "_files", "_folders", "_pretrained", "_rows", "config", "kernels"},
+    {"_C", "_arrays", "_devices", "_files", "_folders", "_mapped", "_pretrained", "_rows", "config", "kernels"},
     {"data"},
     {"artifact"},
     {"ops"},
-    {"_degrees", "_interchange", "hypergraph"},
+    {"_degrees", "_interchange", "hypergraph", "neighbours"},
     {"graphs", "nn", "losses", "models", "selftest"},
     {"training", "evaluate", "baselines", "features"},
     {"recommend", "info"},

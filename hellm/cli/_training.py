@@ -165,6 +165,8 @@ def print_result(result: dict[str, Any], out: str | Path, metrics: Sequence[str]
     else:
         best = f"best epoch {result['best_epoch']} of {result['num_epochs']}"
     print(f"{out}: {best}" + (f", {duration(seconds)}" if seconds is not None else ""))
+    for name, recall in result.get("knn_recall", {}).items():
+        print(f"  neighbours by {name} are approximate: {recall:.4f} of the exact ones are found")
     test = result["test"]
     if test is None:
         print("  no test events, so nothing was scored")

@@ -13,7 +13,9 @@ from hellm.cli.data import add_reading_options, reading_options
 
 __all__ = ["CACHE_HELP", "run"]
 
-CACHE_HELP = "folder for encoded texts and pictures, which are kept for the next time; default: ~/.cache/hellm"
+CACHE_HELP = (
+    "folder for encoded texts and pictures, and neighbours, which are kept for the next time; default: ~/.cache/hellm"
+)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -28,6 +28,8 @@ class ModelConfig:
         attributes: attributes of the data set (brand, category, ...) whose values are hyperedges of the items as well;
             null means all there are, and none with compat.
         knn_k: members of each kNN hyperedge, the item itself included.
+        knn_search: of those neighbours, "exact", or "approximate" where all pairs of items take too long; it needs the
+            extra "export", and the result says how many of the exact neighbours it found.
         dropout: NGCF message dropout probability.
     """
 
@@ -41,6 +43,7 @@ class ModelConfig:
     modalities: tuple[str, ...] | None = None
     attributes: tuple[str, ...] | None = None
     knn_k: int = 5
+    knn_search: Literal["exact", "approximate"] = "exact"
     dropout: float = 0.1
 
     def __post_init__(self) -> None:

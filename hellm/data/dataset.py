@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hellm._files import DataError
+from hellm._mapped import read_blocks
 from hellm.data.histories import Histories
 from hellm.data.texts import Texts
 
@@ -25,8 +26,8 @@ SPLITS = ("train", "valid", "test")
 # Events of users whom nothing is trained on: known when their held-out events are to be found. Label 3.
 HISTORY = "history"
 _LABELS = (*SPLITS, HISTORY)
-# Rows of features, and events, of which something is made anew at once.
-_ROWS, _EVENTS = 1 << 14, 1 << 20
+# Texts of which something is made anew at once.
+_ROWS = 1 << 14
 
 
 class IdMap:
@@ -183,8 +184,8 @@ class ItemFeatures:
             raise ValueError(f"values must be [num_items, dim], got shape {list(self.values.shape)}")
         if self.mask.shape != self.values.shape[:1] or self.mask.dtype != np.bool_:
             raise ValueError(f"mask must be [{len(self.values)}] bool, got {list(self.mask.shape)} {self.mask.dtype}")
-        for start in range(0, len(self.values), _ROWS):
-            finite = np.isfinite(self.values[start : start + _ROWS]).all(axis=1)
+        for start, block in read_blocks(self.values):
+            finite = np.isfinite(block).all(axis=1)
             if not finite.all():
                 raise ValueError(f"values must be finite, got NaN or infinity in row {start + int(np.argmin(finite))}")
 
@@ -421,8 +422,8 @@ def _add_array(digest: Any, name: str, values: np.ndarray) -> None:
     """Add an array and what it is to a digest of `hashlib`; times as float64, whether they are whole or not."""
     dtype = np.dtype(np.float64) if name == "timestamps" else values.dtype
     digest.update(f"{name} {dtype.str} {values.shape}".encode())
-    for start in range(0, len(values), step := _ROWS if values.ndim > 1 else _EVENTS):
-        digest.update(np.ascontiguousarray(values[start : start + step], dtype).data)
+    for _, block in read_blocks(values):
+        digest.update(np.ascontiguousarray(block, dtype).data)
 
 
 def _add_texts(digest: Any, values: Sequence[str | None]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hellm._files import WriteError, writing
+from hellm._folders import cache_folder
 from hellm.data import DataError
 
 __all__ = ["FeatureCache", "content_key", "default_cache", "encoder_key", "file_key"]
@@ -28,12 +28,11 @@ _AT_ONCE = 900
 def default_cache() -> Path | None:
     """`$XDG_CACHE_HOME/hellm` or `~/.cache/hellm`; None, with a warning, where that cannot be written."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hellm"
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except (OSError, RuntimeError) as error:
-        # Without a home, `Path.home` raises RuntimeError.
         logger.warning(
             "the cache of encoded texts and pictures cannot be written (%s), so nothing is kept for the next time; "
             "--cache names another folder",

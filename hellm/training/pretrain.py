@@ -16,13 +16,14 @@ from torch import Tensor
 from hellm._devices import resolve_device
 from hellm.artifact import write_embeddings
 from hellm.artifact.run_directory import RunDirectory
-from hellm.config import PretrainConfig
-from hellm.data import Dataset
+from hellm.config import ModelConfig, PretrainConfig
+from hellm.data import Dataset, ItemFeatures
 from hellm.evaluate import HistoryScorer, evaluate_dataset
-from hellm.graphs import item_hypergraph, nearest_items, user_hypergraph
+from hellm.graphs import Neighbours, item_hypergraph, nearest_items, user_hypergraph
 from hellm.losses import bpr_loss, l2_loss, softmax_loss, synergistic_contrastive_loss
 from hellm.models import FoldIn, GraphEncoder
 from hellm.models.graph import ItemBranch
+from hellm.neighbours import check_approximate
 from hellm.training.candidates import CandidateItems, Candidates
 from hellm.training.captured_step import CapturedStep
 from hellm.training.checkpoint import read_model
@@ -116,6 +117,7 @@ def _train(
         read_model(run.best, model)
         result = _result(model, config, dataset, run, progress)
         result |= {"notes": opened.notes, "num_processes": processes.count} | started_from(start, fresh)
+        result |= _recall(config, dataset)
         _write_outputs(model, config, dataset, run, progress)
         run.write_result(result)
         return result
@@ -130,7 +132,8 @@ def _train(
 def resolve_config(config: PretrainConfig, dataset: Dataset) -> tuple[PretrainConfig, list[str]]:
     """Settings as they will run on this machine and data, with a note for each that had to give way.
 
-    Raises: ValueError for modalities that the data have not, a capture without a GPU, and as `resolve_common`.
+    Raises: ValueError for modalities that the data have not, a capture without a GPU, and as `resolve_common`;
+        ImportError, an approximate search without the extra that it needs.
     """
     config, notes = resolve_common(config, dataset)
     model = config.model
@@ -144,6 +147,8 @@ def resolve_config(config: PretrainConfig, dataset: Dataset) -> tuple[PretrainCo
         model = replace(model, item_hypergraph=False)
     if model.item_hypergraph and model.modalities is None and known:
         model = replace(model, modalities=tuple(known))
+    if model.item_hypergraph and model.knn_search == "approximate" and known:
+        check_approximate()
     if model.item_hypergraph and model.knn_k > dataset.num_items:
         notes.append(f"model.knn_k {model.knn_k} cut to the {dataset.num_items} items there are")
         model = replace(model, knn_k=dataset.num_items)
@@ -205,7 +210,7 @@ def build_encoder(config: PretrainConfig, dataset: Dataset, device: torch.device
                 for name in _attributes(config, dataset)
             },
             num_items=dataset.num_items,
-            neighbours={name: nearest_items(feature, settings.knn_k, device) for name, feature in chosen.items()},
+            neighbours={name: _neighbours(feature, settings, device) for name, feature in chosen.items()},
             keep_nonpositive=official,
         )
     return GraphEncoder(
@@ -223,6 +228,20 @@ def build_encoder(config: PretrainConfig, dataset: Dataset, device: torch.device
         unit_items=config.loss == "softmax",
         place_untrained=not official,
     ).to(device)
+
+
+def _neighbours(features: ItemFeatures, settings: ModelConfig, device: torch.device | str) -> Neighbours:
+    return nearest_items(features, settings.knn_k, device, search=settings.knn_search)
+
+
+def _recall(config: PretrainConfig, dataset: Dataset) -> dict[str, dict[str, float | None]]:
+    """Of an approximate search, "knn_recall": modality -> share of the exact neighbours that it found."""
+    settings = config.model
+    if not settings.item_hypergraph or settings.knn_search == "exact":
+        return {}
+    names = settings.modalities or tuple(dataset.item_features)
+    found = {name: _neighbours(dataset.item_features[name], settings, config.device) for name in names}
+    return {"knn_recall": {name: one.recall for name, one in found.items()}}
 
 
 def build_sampler(config: PretrainConfig, dataset: Dataset) -> TripleSampler:
@@ -509,5 +528,6 @@ def _write_outputs(
     if config.model.item_hypergraph:
         modalities = [*(config.model.modalities or ()), *(config.model.attributes or ())]
     write_embeddings(run.path, "graph", tensors, metadata | {"modalities": json.dumps(modalities)})
-    write_tables(run, dataset, modalities=modalities, k=config.model.knn_k, device=str(model.device))
+    options = {"k": config.model.knn_k, "device": str(model.device), "search": config.model.knn_search}
+    write_tables(run, dataset, modalities=modalities, **options)
     write_curves(run, metrics=config.monitor, best_epoch=progress.best_epoch, title=f"{dataset.name}: pre-training")

@@ -337,6 +337,7 @@ def write_tables(
     modalities: Collection[str] | None = None,
     k: int = 10,
     device: str = "cpu",
+    search: str | None = None,
 ) -> None:
     """Write ids.parquet, histories.parquet and, where the items have content, content.safetensors.
 
@@ -344,6 +345,7 @@ def write_tables(
         modalities: features and attributes that content.safetensors has; None is all.
         k: neighbours of an item that it has, itself included.
         device: where neighbours are searched.
+        search: how, see `hellm.graphs.nearest_items`.
     """
     run.write_tables(dataset)
 
@@ -353,5 +355,5 @@ def write_tables(
     features, attributes = kept(dataset.item_features), kept(dataset.attribute_sets)
     if features or attributes:
         encoders = {name: one for name, one in dataset.encoders.items() if name in features}
-        content = ItemContent.of(features, k, device, attributes=attributes, encoders=encoders)
+        content = ItemContent.of(features, k, device, attributes=attributes, encoders=encoders, search=search)
         content.save(run.path / CONTENT)

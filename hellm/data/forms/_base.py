@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hellm._mapped import read_blocks
 from hellm.data.dataset import DataError, Dataset, IdMap, ItemFeatures
 from hellm.data.forms._ids import find_large
 from hellm.data.forms._text import read_text
@@ -160,12 +161,11 @@ def load_feature_file(path: Path, num_items: int) -> ItemFeatures:
 def check_finite(path: Path, values: np.ndarray) -> None:
     """Refuse features [num_items, dim] of which one is not finite. Raises DataError naming its row and column."""
     # A row sum is not finite if an entry is not, and needs no [num_items, dim] temporary.
-    suspects = np.flatnonzero(~np.isfinite(values.sum(axis=1, dtype=np.float64)))
-    if len(suspects):
-        column = int(np.argmin(np.isfinite(values[suspects[0]])))
-        raise DataError(
-            f"{path}: row {suspects[0]}, column {column}: must be finite, got {values[suspects[0], column]}"
-        )
+    for start, block in read_blocks(values):
+        suspects = np.flatnonzero(~np.isfinite(block.sum(axis=1, dtype=np.float64)))
+        if len(suspects):
+            row, column = start + suspects[0], int(np.argmin(np.isfinite(block[suspects[0]])))
+            raise DataError(f"{path}: row {row}, column {column}: must be finite, got {values[row, column]}")
 
 
 def feature_rows(folder: Path) -> int:

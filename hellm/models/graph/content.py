@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hellm._files import atomic_path
+from hellm._mapped import read_blocks
 from hellm.data import DataError, ItemFeatures
 from hellm.data.attributes import AttributeSet, indicators
 from hellm.graphs import Neighbours, nearest_items
@@ -71,19 +72,23 @@ class ItemContent:
         *,
         attributes: Mapping[str, AttributeSet] | None = None,
         encoders: Mapping[str, Mapping[str, Any]] | None = None,
+        search: str | None = None,
     ) -> ItemContent:
         """From the features and attributes of a data set, kept on the CPU; `k` is cut to the number of items.
 
-        Neighbours are searched on `device`.
+        Neighbours are searched on `device`, as `search` says (`hellm.graphs.nearest_items`).
         """
         normalised, neighbours, attributes = {}, {}, attributes or {}
         told = {name: one.features for name, one in attributes.items()}
         for modality, one in (dict(features) | told).items():
-            x = torch.where(torch.from_numpy(one.mask).unsqueeze(1), torch.from_numpy(one.values).float(), 0.0)
-            rows, similarity = (found.cpu() for found in nearest_items(one, k, device))
+            rows, similarity = (found.cpu() for found in nearest_items(one, k, device, search=search)[:2])
             neighbours[modality] = torch.where(similarity > 0, rows.long(), -1)
             # Half precision keeps a cosine to 1e-3 and the file small.
-            normalised[modality] = F.normalize(x, dim=1).half()
+            normalised[modality] = torch.empty(one.values.shape, dtype=torch.float16)
+            for start, block in read_blocks(one.values):
+                part = slice(start, start + len(block))
+                x = torch.where(torch.from_numpy(one.mask[part]).unsqueeze(1), torch.from_numpy(block).float(), 0.0)
+                normalised[modality][part] = F.normalize(x, dim=1)
         values = {name: one.values for name, one in attributes.items()}
         return cls(normalised, neighbours, attributes=values, encoders=encoders)
 
