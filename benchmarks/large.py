@@ -23,77 +23,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.resident import resident
+from hellm.plan.shop import write_shop
 
 ROOT = Path(__file__).resolve().parents[1]
 EVENTS = (200_000, 1_000_000, 5_000_000, 10_000_000, 20_000_000, 50_000_000)
 EVENTS_PER_USER, EVENTS_PER_ITEM = 5, 250
 MAX_PEAK_BYTES = 6e9
-# Zipf-Mandelbrot weights (rank + shift)^-exponent of the items, log-normal ones of the users.
-_EXPONENT, _SHIFT, _SPREAD = 0.8, 10.0, 1.0
-_PIECE = 1_000_000
-_START, _SECONDS = 1_600_000_000, 100_000_000
-# Numbers go to ids by a product modulo a prime, so that the ids of neighbours lie apart.
-_PRIME, _FACTOR = 1_000_000_007, 387_420_489
-_WORDS = ("red", "blue", "light", "warm", "small", "large", "wooden", "soft", "round", "plain", "classic", "folding")
-_THINGS = ("lamp", "chair", "bowl", "scarf", "kettle", "rug", "shelf", "clock", "basket", "mirror", "blanket", "vase")
 STAGES = ("build", "load", "check", "samplers", "evaluate")
-
-
-def write_shop(folder: Path, num_events: int, *, suffix: str = "parquet", seed: int = 0) -> None:
-    """Write `events` and `items` of a shop, the same for the same arguments, a million events at a time.
-
-    Every fifth event brings a new user; who comes again, and for what, is drawn. Times rise but for some jitter.
-    """
-    import polars as pl
-
-    num_users, num_items = num_events // EVENTS_PER_USER, num_events // EVENTS_PER_ITEM
-    rng = np.random.default_rng(seed)
-    item_share = np.cumsum((np.arange(num_items) + _SHIFT) ** -_EXPONENT)
-    user_share = np.cumsum(rng.lognormal(sigma=_SPREAD, size=num_users).astype(np.float32), dtype=np.float64)
-    folder.mkdir(parents=True)
-    with _events_file(folder / f"events.{suffix}") as write:
-        for start in range(0, num_events, _PIECE):
-            rng = np.random.default_rng((seed, start))
-            event = np.arange(start, min(start + _PIECE, num_events))
-            user = np.searchsorted(user_share, rng.random(len(event)) * user_share[-1], side="right")
-            user = np.where(event % EVENTS_PER_USER == 0, event // EVENTS_PER_USER, user)
-            item = np.searchsorted(item_share, rng.random(len(event)) * item_share[-1], side="right")
-            seconds = _START + event * _SECONDS // num_events + rng.integers(0, 600, len(event))
-            write(pl.DataFrame({"user": _ids("c", user), "item": _ids("p", item), "timestamp": seconds}))
-    item = np.arange(num_items)
-    words, things = pl.Series(_WORDS), pl.Series(_THINGS)
-    titles = [words.gather(item % 12), words.gather(item // 12 % 12), things.gather(item // 144 % 12)]
-    table = pl.DataFrame({"item": _ids("p", item), "a": titles[0], "b": titles[1], "c": titles[2]})
-    table.select("item", pl.concat_str("a", "b", "c", separator=" ").alias("title")).write_csv(folder / "items.csv")
-
-
-@contextlib.contextmanager
-def _events_file(path: Path):
-    """What writes pieces of a table to one file."""
-    if path.suffix == ".csv":
-        with path.open("wb") as file:
-            yield lambda piece: piece.write_csv(file, include_header=file.tell() == 0)
-        return
-    import pyarrow.parquet
-
-    writer = None
-
-    def write(piece: Any) -> None:
-        nonlocal writer
-        table = piece.to_arrow()
-        writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
-        writer.write_table(table)
-
-    yield write
-    if writer is not None:
-        writer.close()
-
-
-def _ids(letter: str, numbers: np.ndarray):
-    import polars as pl
-
-    mixed = pl.Series(numbers.astype(np.int64) * _FACTOR % _PRIME)
-    return (letter + mixed.cast(pl.String).str.zfill(10)).alias(letter)
 
 
 def run_stage(stage: str, source: Path, built: Path) -> dict[str, Any]:
@@ -168,7 +104,7 @@ def _stage(stage: str, source: Path, built: Path) -> Callable[[], dict[str, Any]
 def measure_size(num_events: int, folder: Path, suffix: str, stages: Sequence[str], say=print) -> dict[str, Any]:
     """Record of one size; every stage in a fresh process."""
     source, built = folder / "shop", folder / "built"
-    write_shop(source, num_events, suffix=suffix)
+    write_shop(source, num_events, num_events // EVENTS_PER_USER, num_events // EVENTS_PER_ITEM, suffix=suffix)
     record: dict[str, Any] = {"num_interactions": num_events, "suffix": suffix, "stages": {}, "failure": None}
     record["source_bytes"] = sum(one.stat().st_size for one in source.iterdir())
     for stage in stages:

@@ -24,7 +24,7 @@ LAYERS = [
     {"training", "evaluate", "baselines", "features"},
     {"recommend", "info"},
     {"pipeline", "export", "serve"},
-    {"upkeep"},
+    {"plan", "upkeep"},
     {"cli", "__main__"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

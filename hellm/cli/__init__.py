@@ -24,6 +24,7 @@ __all__ = ["main"]
 
 VERBS = {
     "run": ("hellm.cli.run", "the whole way, from raw data to recommendations"),
+    "plan": ("hellm.cli.plan", "time, memory, disk and traffic of every stage, before it runs"),
     "data": ("hellm.cli.data", "check, build, convert or make up a data set"),
     "features": ("hellm.cli.features", "encode item texts and pictures with pre-trained encoders"),
     "pretrain": ("hellm.cli.pretrain", "train the graph encoder (stage 1) into a run directory"),

@@ -105,8 +105,8 @@ print(json.dumps({"extra": extra, "first": first, "size": features.values.nbytes
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_features_in_a_mapped_file_are_searched_in_little_memory(tmp_path):
-    num_items = 800
-    values = np.random.default_rng(0).standard_normal((num_items, 32768), dtype=np.float32)
+    num_items = 400
+    values = np.random.default_rng(0).standard_normal((num_items, 65536), dtype=np.float32)
     one = np.zeros(1, np.int64)
     data = Dataset(
         "wide", 1, num_items, one, one, None, np.zeros(1, np.int8), IdMap.range(1), IdMap.range(num_items),

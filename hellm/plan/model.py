@@ -1,0 +1,159 @@
+"""The model of cost: how time, memory and disk of each stage grow with the data.
+
+With E events, U users, I items, T = E - 2 U training events (leave-two-out holds out two of each user), every quantity
+is a sum of few terms, each a count of what the code goes over times a rate that `hellm.plan.sample` measures:
+
+    1        starting Python, imports, files
+    events   a pass over the events; users too, of whom a sample has as many for each event as the data planned for
+    items    a pass over the items
+    lists    U I: scoring every item for every user, as validations, tests, fusion and batch scoring do
+
+A stage that trains costs
+
+    seconds = rest + epochs (steps seconds_of_step + validation) + neighbours
+
+    stage1     steps = T // min(batch_size, U) + 1, or T / batch_size for "interaction-uniform"; a step propagates over
+               the whole graph and so grows with events and items
+    sequence   steps = (T - U) // batch_size; a step is over all items
+    llm        steps = T / batch_tokens, or `steps_per_epoch` at most; a step is over all items
+    fusion     with a language model, three validations of it more; batch scoring one
+    neighbours I^2 D products where items have features of D columns, in the first stage that trains: later ones find
+               them in the cache; I log2(I) D for an approximate search, which a sample of the data does not time
+
+Epochs are `max_epochs`, which patience may cut short: an upper limit. Peak memory is the imports, what grows with
+events and what grows with items; disk is what the stage leaves. Each of n processes sends 2 (n - 1) / n times the
+gradients (4 bytes a parameter) at every update.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hellm.config import RunConfig
+
+__all__ = ["QUANTITIES", "STAGES", "Sizes", "Stage", "cost", "fitted", "neighbour_products", "num_steps", "sent_bytes"]
+
+
+class Sizes(NamedTuple):
+    """Counts of a data set."""
+
+    events: float
+    users: float
+    items: float
+
+    @property
+    def training(self) -> float:
+        """Events that leave-two-out leaves."""
+        return max(1.0, self.events - 2 * self.users)
+
+    def terms(self) -> dict[str, float]:
+        """What each term counts."""
+        return {"1": 1.0, "events": self.events, "items": self.items, "lists": self.users * self.items}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Terms of what a stage costs, by quantity; see the module.
+
+    Attributes:
+        verb: The command.
+        config: The part of `RunConfig` with its settings; None has none.
+        rest, peak, disk: Terms of its seconds but for training, of its memory in bytes, of the bytes that it leaves.
+        step, validation: Terms of a training step and of a validation; empty where it does not train.
+        parameters: Terms of the parameters that it trains.
+    """
+
+    verb: str
+    config: str | None
+    rest: tuple[str, ...] = ("1", "events", "items", "lists")
+    peak: tuple[str, ...] = ("1", "events", "items")
+    disk: tuple[str, ...] = ("1", "events", "items")
+    step: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+
+
+_VALIDATION = ("1", "events", "lists")
+STAGES = {
+    "data": Stage("data", None, rest=("1", "events", "items")),
+    "stage1": Stage(
+        "pretrain",
+        "pretrain",
+        step=("1", "events", "items"),
+        validation=_VALIDATION,
+        parameters=("events", "items"),
+    ),
+    "transitions": Stage("transitions", "transitions"),
+    "sequence": Stage("sasrec", "sasrec", step=("1", "items"), validation=_VALIDATION, parameters=("1", "items")),
+    "llm": Stage("finetune", "finetune", step=("1", "items"), validation=_VALIDATION, parameters=("1", "items")),
+    "fusion": Stage("fuse", "fuse"),
+    "batch": Stage("batch", None, rest=("1", "events", "lists"), disk=("1", "events")),
+}
+"""Name -> stage, in the order that they run in."""
+QUANTITIES = ("rest", "step", "validation", "peak", "disk", "parameters")
+
+
+def num_steps(name: str, config: RunConfig, sizes: Sizes) -> int:
+    """Training steps of an epoch, as the samplers have them; 0 where a stage does not train."""
+    training = int(sizes.training)
+    if name == "stage1":
+        stage_1 = config.pretrain
+        if stage_1.sampler == "user-uniform":
+            return training // max(1, int(min(stage_1.batch_size, sizes.users))) + 1
+        return -(-training // stage_1.batch_size)
+    if name == "sequence":
+        return max(1, int(training - sizes.users) // config.sasrec.batch_size)
+    if name == "llm":
+        steps = -(-training // config.finetune.batch_tokens)
+        return min(steps, config.finetune.steps_per_epoch or steps)
+    return 0
+
+
+def neighbour_products(config: RunConfig, sizes: Sizes, width: float) -> float:
+    """Multiplications of finding the nearest items of all by features of so many columns."""
+    if config.pretrain.model.knn_search == "approximate":
+        return sizes.items * float(np.log2(max(2, sizes.items))) * width
+    return sizes.items**2 * width
+
+
+def sent_bytes(parameters: float, updates: float, processes: int) -> float:
+    """Bytes that each of several processes sends while it trains: gradients, reduced and gathered in a ring."""
+    return updates * 4 * parameters * 2 * (processes - 1) / processes
+
+
+def fitted(terms: Sequence[str], sizes: Sequence[Sizes], values: Sequence[float]) -> dict[str, float]:
+    """Rates >= 0 of terms with the least relative error, squared and summed, over what was measured.
+
+    Of all choices of terms the best whose rates come out positive: with few terms, all can be tried.
+
+    Args:
+        terms: Names, see `Sizes.terms`.
+        sizes: Of each measurement.
+        values: What was measured there, > 0.
+    """
+    counts = np.array([[size.terms()[term] for term in terms] for size in sizes])
+    values = np.maximum(np.asarray(values, dtype=np.float64), 1e-9)
+    rows = counts / values[:, None]
+    scale = np.maximum(rows.max(axis=0), 1e-300)
+    best, rates = np.inf, np.zeros(len(terms))
+    for chosen in itertools.product([False, True], repeat=len(terms)):
+        kept = np.flatnonzero(chosen)
+        if not 0 < len(kept) <= len(values):
+            continue
+        found = np.linalg.lstsq(rows[:, kept] / scale[kept], np.ones(len(values)), rcond=None)[0] / scale[kept]
+        error = float(np.square(rows[:, kept] @ found - 1).sum())
+        if (found >= 0).all() and error < best - 1e-12:
+            best, rates = error, np.zeros(len(terms))
+            rates[kept] = found
+    return dict(zip(terms, rates.tolist(), strict=True))
+
+
+def cost(rates: Mapping[str, float], sizes: Sizes) -> float:
+    """What terms with these rates come to."""
+    counts: dict[str, Any] = sizes.terms()
+    return sum(rate * counts[term] for term, rate in rates.items())

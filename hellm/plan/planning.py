@@ -1,0 +1,244 @@
+"""From a sample to what each stage will take."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hellm.config import RunConfig
+from hellm.plan.model import (
+    QUANTITIES,
+    STAGES,
+    Sizes,
+    cost,
+    fitted,
+    neighbour_products,
+    num_steps,
+    sent_bytes,
+)
+from hellm.plan.sample import measured_stages, neighbour_rate
+
+__all__ = ["Rates", "plan"]
+
+# Events and items of the samples: all four pairs of them, so that what grows with which is told apart.
+_EVENTS, _ITEMS = (20_000, 80_000), (500, 4_000)
+# A language model takes as long for a thousandth of the events.
+_LLM_EVENTS = (1_500, 4_500)
+# Times that the histories of all users are read, by a fusion and by batch scoring.
+_PASSES = {"fusion": 3, "batch": 1}
+# Columns that `hellm data build` makes of titles.
+_TEXT_WIDTH = 512
+
+
+def plan(
+    sizes: Sizes,
+    config: RunConfig | None = None,
+    stages: Sequence[str] | None = None,
+    *,
+    processes: int = 1,
+    **options: Any,
+) -> dict[str, Any]:
+    """What stages will take on data of these sizes on this machine, by the model of `hellm.plan.model`.
+
+    Args:
+        sizes: Of the data.
+        config: Settings of the stages; None is `RunConfig()`.
+        stages: Names out of `STAGES`; None is all of them, the language model if the settings have it.
+        processes: That train together.
+        options: Of `Rates.measured`.
+
+    Returns: As `Rates.plan`.
+    Raises: ValueError, sizes that are no data or an unknown stage; RuntimeError, a command that failed on a sample.
+    """
+    for name, value in sizes._asdict().items():
+        if not value >= 1:
+            raise ValueError(f"{name} must be >= 1, got {value:g}")
+    if sizes.events < 3 * sizes.users:
+        raise ValueError(
+            f"events must be at least three for each user, to train on and to hold out, got {sizes.events:g} of "
+            f"{sizes.users:g} users"
+        )
+    return Rates.measured(sizes.events / sizes.users, config or RunConfig(), stages, **options).plan(sizes, processes)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What was measured of the stages on samples, and what follows from it for other sizes.
+
+    Attributes:
+        config: Settings of the stages.
+        rates: Stage -> quantity -> term -> rate, see `hellm.plan.model`.
+        search: Sizes -> seconds of the search for neighbours.
+        searching: The stage that searches for them.
+        samples: Stage -> sizes and what was measured.
+        free_bytes: Of the disk that the samples were on.
+        notes: What to know of them, in words.
+    """
+
+    config: RunConfig
+    rates: dict[str, dict[str, dict[str, float]]]
+    search: Callable[[Sizes], float]
+    searching: str | None
+    samples: dict[str, list[dict[str, Any]]]
+    free_bytes: int
+    notes: list[str]
+
+    @classmethod
+    def measured(
+        cls,
+        events_per_user: float,
+        config: RunConfig,
+        stages: Sequence[str] | None = None,
+        *,
+        widths: Mapping[str, int] | None = None,
+        folder: Path | None = None,
+        processor_time: bool = False,
+        on_sample: Callable[[Sizes], None] | None = None,
+    ) -> Rates:
+        """From the commands of all stages on four made-up shops, which takes some minutes.
+
+        Args:
+            events_per_user: Of the shops.
+            config: Settings of the stages.
+            stages: Names; None is all. What they build on is sampled as well.
+            widths: Features of the items, modality -> columns; None is what `hellm data build` makes of titles.
+            folder: For the shops and runs, which are deleted again; None is a temporary one.
+            processor_time: See `hellm.plan.sample.measured_stages`.
+            on_sample: Called with the sizes of each sample before it is measured.
+        """
+        usual = [name for name in STAGES if name != "llm" or config.language_model]
+        chosen = usual if stages is None else [name for name in STAGES if name in stages]
+        unknown = sorted(set(stages or ()) - set(STAGES))
+        if unknown:
+            raise ValueError(f"stages must be among {', '.join(STAGES)}, got {unknown[0]!r}")
+        width = sum(widths.values()) if widths is not None else _TEXT_WIDTH
+        found: dict[str, list[tuple[Sizes, dict[str, Any]]]] = {}
+        started = time.perf_counter()
+        top = Path(tempfile.mkdtemp(prefix="hellm-plan-", dir=folder))
+        try:
+            rate = neighbour_rate(width, processor_time=processor_time) if width else 0.0
+            options = {"widths": widths, "processor_time": processor_time}
+            for part, counts in (([one for one in chosen if one != "llm"], _EVENTS), (["llm"], _LLM_EVENTS)):
+                for events, items in itertools.product(counts, _ITEMS) if set(part) & set(chosen) else ():
+                    sizes = Sizes(events, max(1, round(events / events_per_user)), items)
+                    if on_sample is not None:
+                        on_sample(sizes)
+                    took = measured_stages(sizes, _needed(part), config, top / "sample", **options)
+                    shutil.rmtree(top / "sample")
+                    for name in part:
+                        found.setdefault(name, []).append((sizes, took[name]))
+            free = shutil.disk_usage(top).free
+        finally:
+            shutil.rmtree(top, ignore_errors=True)
+
+        def search(sizes: Sizes) -> float:
+            return rate * neighbour_products(config, sizes, width)
+
+        notes = [f"{time.perf_counter() - started:.0f} s of samples"]
+        # The first stage that trains searches for neighbours, and the others find them.
+        searching = next((name for name in _needed(chosen) if name not in ("data", "batch")), None)
+        rates = {}
+        for name, rows in found.items():
+            failures = [one["failure"] for _, one in rows if "failure" in one]
+            if failures and name != "llm":
+                raise RuntimeError(failures[0])
+            if failures:
+                notes.append(f"llm left out: {failures[0]}")
+            else:
+                rates[name] = _rates(name, rows, search if name == searching else None)
+        if searching in rates and config.pretrain.model.knn_search == "approximate":
+            notes.append("neighbours are planned from the rate of products, as an approximate search is not sampled")
+        samples = {name: [{"sizes": sizes._asdict(), **one} for sizes, one in rows] for name, rows in found.items()}
+        return cls(config, rates, search, searching, samples, free, notes)
+
+    def plan(self, sizes: Sizes, processes: int = 1) -> dict[str, Any]:
+        """What the stages come to.
+
+        Returns: "sizes"; "processes"; "stages": stage -> "seconds" (of one process, at most: for `max_epochs`),
+            "seconds_per_epoch", "steps_per_epoch", "peak_bytes", "disk_bytes" and "sent_bytes" (by each process);
+            "seconds", "peak_bytes" and "disk_bytes" of all; "memory_bytes" and "free_bytes" (disk) of this machine;
+            "rates", "samples" and "notes" as here.
+        """
+        stages = {name: _planned(name, rates, self.config, sizes, processes) for name, rates in self.rates.items()}
+        if self.searching in stages:
+            stages[self.searching]["seconds"] += self.search(sizes)
+        if "llm" in stages:
+            for name, passes in _PASSES.items():
+                if name in stages:
+                    stages[name]["seconds"] += passes * cost(self.rates["llm"]["validation"], sizes)
+        return {
+            "sizes": sizes._asdict(),
+            "processes": processes,
+            "stages": {name: stages[name] for name in STAGES if name in stages},
+            "seconds": sum(one["seconds"] for one in stages.values()),
+            "peak_bytes": max(one["peak_bytes"] for one in stages.values()),
+            "disk_bytes": sum(one["disk_bytes"] for one in stages.values()),
+            "memory_bytes": _memory_bytes(),
+            "free_bytes": self.free_bytes,
+            "rates": self.rates,
+            "samples": self.samples,
+            "notes": self.notes,
+        }
+
+
+def _needed(stages: Sequence[str]) -> list[str]:
+    """The stages and what they build on."""
+    needed = {"data", *stages}
+    if needed & {"llm"}:
+        needed |= {"stage1", "sequence"}
+    if needed & {"fusion", "batch"} and not needed & {"stage1", "transitions", "sequence", "llm"}:
+        needed |= {"stage1", "transitions", "sequence", "fusion"}
+    return [name for name in STAGES if name in needed]
+
+
+def _rates(
+    name: str, measured: Sequence[tuple[Sizes, Mapping[str, Any]]], search: Callable[[Sizes], float] | None
+) -> dict[str, dict[str, float]]:
+    """Quantity -> term -> rate, of what a stage took; `search` gives the seconds of its search for neighbours."""
+    rates = {}
+    for quantity in QUANTITIES:
+        terms = getattr(STAGES[name], quantity)
+        if terms:
+            values = [found[quantity] for _, found in measured]
+            if quantity == "rest" and search is not None:
+                # What is left is never nothing, however the rate of products was measured.
+                values = [max(value / 5, value - search(one)) for value, (one, _) in zip(values, measured, strict=True)]
+            rates[quantity] = fitted(terms, [one for one, _ in measured], values)
+    return rates
+
+
+def _planned(
+    name: str, rates: Mapping[str, Mapping[str, float]], config: RunConfig, sizes: Sizes, processes: int
+) -> dict[str, Any]:
+    stage = STAGES[name]
+    found: dict[str, Any] = {
+        "seconds": cost(rates["rest"], sizes),
+        "seconds_per_epoch": 0.0,
+        "steps_per_epoch": 0,
+        "peak_bytes": cost(rates["peak"], sizes),
+        "disk_bytes": cost(rates["disk"], sizes),
+        "sent_bytes": 0.0,
+    }
+    if stage.step:
+        settings = getattr(config, stage.config or "")
+        steps, epochs = num_steps(name, config, sizes), settings.max_epochs
+        found["steps_per_epoch"], found["seconds_per_epoch"] = steps, steps * cost(rates["step"], sizes)
+        validations = -(-epochs // settings.validate_every)
+        found["seconds"] += epochs * found["seconds_per_epoch"] + validations * cost(rates["validation"], sizes)
+        updates = epochs * -(-steps // getattr(settings, "accumulate", 1))
+        found["sent_bytes"] = sent_bytes(cost(rates["parameters"], sizes), updates, processes)
+    return found
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
