@@ -20,6 +20,9 @@ from hellm.ops.knn import KnnArguments, by_panels
 
 __all__ = ["knn_by_lines", "order_of_plane"]
 
+# Rows whose best are merged at once.
+_MERGED = 1 << 13
+
 
 def order_of_plane(num_rows: int, most_rows: int) -> int:
     """The least prime q whose lines hold at most `most_rows` of the rows, or a row of each panel."""
@@ -30,7 +33,7 @@ def order_of_plane(num_rows: int, most_rows: int) -> int:
 
 
 def knn_by_lines(values: np.ndarray, k: int, most_rows: int, device: torch.device | str = "cpu") -> tuple:
-    """What `hellm.ops.knn` gives, in the memory of two blocks of rows and of twice the result.
+    """What `hellm.ops.knn` gives, in the memory of two blocks of rows and of the result.
 
     Bits are those of one search where its sums do not depend on where a row stands, as in the compiled kernels.
 
@@ -48,22 +51,20 @@ def knn_by_lines(values: np.ndarray, k: int, most_rows: int, device: torch.devic
     similarity = torch.full((num_rows, k), float("-inf"), device=device)
     for number, panels in enumerate(_lines(q)):
         # Ascending, so that of equals the first of a block is the first of all.
-        parts = [slice(begin[panel], begin[panel + 1]) for panel in panels]
-        rows = torch.from_numpy(np.concatenate([np.arange(part.start, part.stop) for part in parts])).to(device)
+        parts = [np.arange(begin[panel], begin[panel + 1]) for panel in panels]
+        rows = torch.from_numpy(np.concatenate(parts)).to(device)
         if not len(rows):
             continue
-        x = torch.from_numpy(np.concatenate([values[part] for part in parts])).to(device)
-        release(values)
-        found, value = _unclamped_knn(x, min(k, len(rows)))
-        del x
+        found, value = _unclamped_knn(torch.from_numpy(_block(values, parts)).to(device), min(k, len(rows)))
         value.masked_fill_(found < 0, float("-inf"))
+        found.clamp_(min=0)
         if number >= q:
             # Pairs within a panel met on the first line that holds it.
-            panel = torch.repeat_interleave(torch.tensor([part.stop - part.start for part in parts], device=device))
-            value.masked_fill_(panel[found.clamp(min=0)] == panel.unsqueeze(1), float("-inf"))
-        index[rows], similarity[rows] = _best(
-            torch.cat([index[rows], rows[found.clamp(min=0)]], 1), torch.cat([similarity[rows], value], 1), k
-        )
+            panel = torch.repeat_interleave(torch.tensor([len(part) for part in parts], device=device))
+            value.masked_fill_(panel[found] == panel.unsqueeze(1), float("-inf"))
+        for row, *new in zip(*(one.split(_MERGED) for one in (rows, rows[found], value)), strict=True):
+            pairs = zip((index, similarity), new, strict=True)
+            index[row], similarity[row] = _best(*(torch.cat([best[row], one], 1) for best, one in pairs), k)
     absent = similarity == float("-inf")
     # A cosine is at most 1, its rounded products may not be.
     return index.masked_fill_(absent, -1), similarity.masked_fill_(absent, 0.0).clamp_(-1.0, 1.0)
@@ -76,6 +77,17 @@ def _lines(q: int) -> Iterator[list[int]]:
     for slope in range(q):
         for shift in range(q):
             yield [a * q + (slope * a + shift) % q for a in range(q)]
+
+
+def _block(values: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
+    """A copy of consecutive rows of each part, read one part after the other."""
+    block, filled = np.empty((sum(map(len, parts)), values.shape[1]), values.dtype), 0
+    for part in parts:
+        if len(part):
+            block[filled : filled + len(part)] = values[part[0] : part[-1] + 1]
+            filled += len(part)
+            release(values)
+    return block
 
 
 def _unclamped_knn(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
