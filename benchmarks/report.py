@@ -26,6 +26,7 @@ python -m benchmarks.serve --soak 600   # ten minutes with events, items and rel
 python -m benchmarks.fresh        # new items while a server runs: recall, time until they are in a list
 python -m benchmarks.index        # from how many items a search index pays
 python -m benchmarks.catalogue  # training against items  -> results/catalogue.json (--out)
+python -m benchmarks.plan         # hellm plan, and what the stages then take -> results/plan.json (--out)
 python -m benchmarks.llm          # fine-tuning, scoring -> results/llm.json
 python -m benchmarks.gpu          # on a GPU machine       -> results/gpu.json
 python -m benchmarks.report       # this page and the figure
@@ -128,6 +129,12 @@ def _target_rows(run: dict[str, Any]) -> list[tuple[str, ...]]:
         return [(*cells, _verdict(met)) for *cells, met in llm_report.target_rows(run)]
     if run["kind"] == "catalogue":
         return []
+    if run["kind"] == "plan":
+        most = f"within {run['most']:.0%}"
+        reached = f"{run['within']:.0%} of them"
+        return [
+            ("plan", "time, memory and disk of each stage", "what was measured", most, reached, _verdict(run["met"]))
+        ]
     for record in run["cases"]:
         for target in record.get("targets", ()):
             share = target["kind"] == "limit"
@@ -297,11 +304,47 @@ def _catalogue_section(run: dict[str, Any]) -> list[str]:
     return [text + markdown_table(head, rows)]
 
 
+def _plan_section(run: dict[str, Any]) -> list[str]:
+    head = (
+        "events",
+        "stage",
+        "time, planned",
+        "measured",
+        "ratio",
+        "memory, planned",
+        "measured",
+        "ratio",
+        "disk, ratio",
+    )
+    rows = []
+    for size in run["sizes"]:
+        for name, one in size["stages"].items():
+            seconds, peak = one["seconds"], one["peak_bytes"]
+            rows.append(
+                [
+                    f"{size['sizes']['events']:,}",
+                    name,
+                    *(duration(seconds[key]) for key in ("planned", "measured")),
+                    f"{seconds['ratio']:.2f}",
+                    *(f"{peak[key] / 1e9:.2f} GB" for key in ("planned", "measured")),
+                    f"{peak['ratio']:.2f}",
+                    f"{one['disk_bytes']['ratio']:.2f}",
+                ]
+            )
+    text = (
+        "### Plans against runs\n\nWhat `hellm plan` says, from samples of 20,000 and 80,000 events, beside what the "
+        "commands then took, an epoch of those that train. One thread and seconds of the processor, which are those of "
+        "the clock where a machine has no other work; this one had.\n\n"
+    )
+    return [text + markdown_table(head, rows)]
+
+
 _SECTIONS = {
     "cases": _case_sections,
     "scale": _scale_section,
     "llm": _llm_section,
     "catalogue": _catalogue_section,
+    "plan": _plan_section,
 }
 
 
