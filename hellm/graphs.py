@@ -24,7 +24,7 @@ from hellm.ops import backends, knn
 if TYPE_CHECKING:
     from hellm.data import ItemFeatures
 
-__all__ = ["Neighbours", "item_hypergraph", "nearest_items", "searching", "user_hypergraph"]
+__all__ = ["Neighbours", "item_hypergraph", "nearest_items", "search_recall", "searching", "user_hypergraph"]
 
 SEARCHES = ("exact", "approximate")
 # Found even where fewer are asked for: another stage will ask for as many.
@@ -32,7 +32,7 @@ _USUAL_K = 10
 # Products of all pairs that take no longer than to look for them on disk.
 _CHEAP = 1 << 24
 # Features -> (device, search) -> what was found of them; gone when the features are.
-_FOUND: WeakKeyDictionary[ItemFeatures, dict[tuple[str, str], Neighbours]] = WeakKeyDictionary()
+_FOUND: WeakKeyDictionary[ItemFeatures, dict[tuple[str, str], _Found]] = WeakKeyDictionary()
 _SEARCH: ContextVar[str] = ContextVar("search", default="exact")
 _CACHE: ContextVar[Path | None] = ContextVar("cache", default=None)
 
@@ -43,13 +43,17 @@ class Neighbours(NamedTuple):
     Attributes:
         rows: [n, K] int64 item rows, best first; -1 where there are fewer.
         similarities: [n, K] float32 cosines; 0 where there are fewer.
-        recall: of the exact neighbours, the share that an approximate search found, measured on some items; None where
-            the search was exact.
     """
 
     rows: Tensor
     similarities: Tensor
-    recall: float | None = None
+
+
+class _Found(NamedTuple):
+    """Of a search, what it found, and of an approximate one its recall."""
+
+    neighbours: Neighbours
+    recall: float | None
 
 
 @contextlib.contextmanager
@@ -60,13 +64,12 @@ def searching(search: str | None = None, cache: str | PathLike[str] | None = Non
         search: "exact" or "approximate"; None leaves it as it is.
         cache: folder; None leaves it as it is, at first the user's cache.
     """
-    tokens = [(_SEARCH, _SEARCH.set(search or _SEARCH.get()))]
-    tokens += [(_CACHE, _CACHE.set(Path(cache) if cache is not None else _CACHE.get()))]
+    searched, kept = _SEARCH.set(search or _SEARCH.get()), _CACHE.set(_CACHE.get() if cache is None else Path(cache))
     try:
         yield
     finally:
-        for variable, token in tokens:
-            variable.reset(token)
+        _SEARCH.reset(searched)
+        _CACHE.reset(kept)
 
 
 def nearest_items(
@@ -88,19 +91,33 @@ def nearest_items(
 
     Raises: ValueError, another search; ImportError, without the package that an approximate one needs.
     """
+    return Neighbours(*(part[:, :k] for part in _found(features, k, device, search).neighbours))
+
+
+def search_recall(
+    features: ItemFeatures, k: int, device: torch.device | str = "cpu", *, search: str | None = None
+) -> float | None:
+    """Of the exact neighbours, the share that `nearest_items` finds, measured on some items; None of an exact search.
+
+    Args and Raises: as `nearest_items`.
+    """
+    return _found(features, k, device, search).recall
+
+
+def _found(features: ItemFeatures, k: int, device: torch.device | str, search: str | None) -> _Found:
+    """At least k neighbours of each item, from memory, from disk or by a search."""
     search = search or _SEARCH.get()
     if search not in SEARCHES:
         raise ValueError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
     count, place = len(features.mask), (str(torch.device(device)), search)
     k = min(k, count)
     found = _FOUND.setdefault(features, {})
-    if place not in found or found[place].rows.shape[1] < k:
+    if place not in found or found[place].neighbours.rows.shape[1] < k:
         found[place] = _kept_or_searched(features, min(max(k, _USUAL_K), count), torch.device(device), search)
-    rows, similarities, recall = found[place]
-    return Neighbours(rows[:, :k], similarities[:, :k], recall)
+    return found[place]
 
 
-def _kept_or_searched(features: ItemFeatures, k: int, device: torch.device, search: str) -> Neighbours:
+def _kept_or_searched(features: ItemFeatures, k: int, device: torch.device, search: str) -> _Found:
     values = np.asarray(features.values)
     count, dim = values.shape
     folder = None
@@ -115,20 +132,20 @@ def _kept_or_searched(features: ItemFeatures, k: int, device: torch.device, sear
     kept = read_found(folder, key, (count, k))
     if kept is not None:
         rows, similarities, recall = kept
-        return Neighbours(rows.to(device), similarities.to(device), recall)
+        return _Found(Neighbours(rows.to(device), similarities.to(device)), recall)
     found = _searched(values, k, device, search)
-    write_found(folder, key, *found)
+    write_found(folder, key, *found.neighbours, found.recall)
     return found
 
 
-def _searched(values: np.ndarray, k: int, device: torch.device, search: str) -> Neighbours:
+def _searched(values: np.ndarray, k: int, device: torch.device, search: str) -> _Found:
     if search == "approximate":
         rows, similarities, recall = approximate_knn(values, k)
-        return Neighbours(rows.to(device), similarities.to(device), recall)
+        return _Found(Neighbours(rows.to(device), similarities.to(device)), recall)
     most_rows = _mapped.HELD_BYTES // (values.itemsize * max(values.shape[1], 1))
     if len(values) > most_rows and device.type != "meta":
-        return Neighbours(*knn_by_lines(values, k, most_rows, device))
-    return Neighbours(*knn(torch.from_numpy(values).to(device), k))
+        return _Found(Neighbours(*knn_by_lines(values, k, most_rows, device)), None)
+    return _Found(Neighbours(*knn(torch.from_numpy(values).to(device), k)), None)
 
 
 def user_hypergraph(user_item_index: Tensor, num_users: int, num_items: int) -> Hypergraph:
@@ -208,7 +225,7 @@ def item_hypergraph(
     for block, (modality, x) in enumerate(blocks.items()):
         try:
             found = (neighbours or {}).get(modality)
-            neighbour, similarity = knn(x, k) if found is None else (part[:, :k] for part in found[:2])
+            neighbour, similarity = knn(x, k) if found is None else (part[:, :k] for part in found)
         except ValueError as error:
             raise ValueError(f"features[{modality!r}]: {error}") from None
         kept = neighbour >= 0 if keep_nonpositive else (neighbour >= 0) & (similarity > 0)

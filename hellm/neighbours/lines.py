@@ -62,9 +62,9 @@ def knn_by_lines(values: np.ndarray, k: int, most_rows: int, device: torch.devic
             # Pairs within a panel met on the first line that holds it.
             panel = torch.repeat_interleave(torch.tensor([len(part) for part in parts], device=device))
             value.masked_fill_(panel[found] == panel.unsqueeze(1), float("-inf"))
-        for row, *new in zip(*(one.split(_MERGED) for one in (rows, rows[found], value)), strict=True):
-            pairs = zip((index, similarity), new, strict=True)
-            index[row], similarity[row] = _best(*(torch.cat([best[row], one], 1) for best, one in pairs), k)
+        for row, near, cosine in zip(*(one.split(_MERGED) for one in (rows, rows[found], value)), strict=True):
+            both = torch.cat([index[row], near], 1), torch.cat([similarity[row], cosine], 1)
+            index[row], similarity[row] = _best(*both, k)
     absent = similarity == float("-inf")
     # A cosine is at most 1, its rounded products may not be.
     return index.masked_fill_(absent, -1), similarity.masked_fill_(absent, 0.0).clamp_(-1.0, 1.0)

@@ -137,8 +137,7 @@ def fitted(terms: Sequence[str], sizes: Sequence[Sizes], values: Sequence[float]
         values: What was measured there, > 0.
     """
     counts = np.array([[size.terms()[term] for term in terms] for size in sizes])
-    values = np.maximum(np.asarray(values, dtype=np.float64), 1e-9)
-    rows = counts / values[:, None]
+    rows = counts / np.maximum(np.asarray(values, dtype=np.float64), 1e-9)[:, None]
     scale = np.maximum(rows.max(axis=0), 1e-300)
     best, rates = np.inf, np.zeros(len(terms))
     for chosen in itertools.product([False, True], repeat=len(terms)):

@@ -90,7 +90,7 @@ def _timed(arguments: Sequence[str], folder: Path, processor_time: bool) -> dict
     "counted" is the share of the clock's seconds that those are.
     """
     note = folder / "peak"
-    command = [sys.executable, "-m", "hellm.plan.timed", str(note), *arguments]
+    command = [sys.executable, "-m", "hellm.cli._timed", str(note), *arguments]
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -16,10 +16,10 @@ from torch import Tensor
 from hellm._devices import resolve_device
 from hellm.artifact import write_embeddings
 from hellm.artifact.run_directory import RunDirectory
-from hellm.config import ModelConfig, PretrainConfig
-from hellm.data import Dataset, ItemFeatures
+from hellm.config import PretrainConfig
+from hellm.data import Dataset
 from hellm.evaluate import HistoryScorer, evaluate_dataset
-from hellm.graphs import Neighbours, item_hypergraph, nearest_items, user_hypergraph
+from hellm.graphs import item_hypergraph, nearest_items, search_recall, user_hypergraph
 from hellm.losses import bpr_loss, l2_loss, softmax_loss, synergistic_contrastive_loss
 from hellm.models import FoldIn, GraphEncoder
 from hellm.models.graph import ItemBranch
@@ -210,7 +210,10 @@ def build_encoder(config: PretrainConfig, dataset: Dataset, device: torch.device
                 for name in _attributes(config, dataset)
             },
             num_items=dataset.num_items,
-            neighbours={name: _neighbours(feature, settings, device) for name, feature in chosen.items()},
+            neighbours={
+                name: nearest_items(feature, settings.knn_k, device, search=settings.knn_search)
+                for name, feature in chosen.items()
+            },
             keep_nonpositive=official,
         )
     return GraphEncoder(
@@ -230,18 +233,14 @@ def build_encoder(config: PretrainConfig, dataset: Dataset, device: torch.device
     ).to(device)
 
 
-def _neighbours(features: ItemFeatures, settings: ModelConfig, device: torch.device | str) -> Neighbours:
-    return nearest_items(features, settings.knn_k, device, search=settings.knn_search)
-
-
 def _recall(config: PretrainConfig, dataset: Dataset) -> dict[str, dict[str, float | None]]:
     """Of an approximate search, "knn_recall": modality -> share of the exact neighbours that it found."""
     settings = config.model
     if not settings.item_hypergraph or settings.knn_search == "exact":
         return {}
     names = settings.modalities or tuple(dataset.item_features)
-    found = {name: _neighbours(dataset.item_features[name], settings, config.device) for name in names}
-    return {"knn_recall": {name: one.recall for name, one in found.items()}}
+    options = {"k": settings.knn_k, "device": config.device, "search": settings.knn_search}
+    return {"knn_recall": {name: search_recall(dataset.item_features[name], **options) for name in names}}
 
 
 def build_sampler(config: PretrainConfig, dataset: Dataset) -> TripleSampler:

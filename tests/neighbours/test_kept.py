@@ -64,8 +64,18 @@ def test_whatever_else_counts_is_searched_again(searches):
     searches(x.reshape(2400, 8))
     assert searches.count == 4
     pytest.importorskip("usearch")
-    assert searches(x, search="approximate").recall is not None and searches.count == 4
-    assert searches(x, search="approximate").recall is not None and len(searches.files) == 5
+    searches(x, search="approximate")
+    assert searches.count == 4 and len(searches.files) == 5
+
+
+def test_the_recall_of_an_approximate_search_is_kept(searches, monkeypatch):
+    pytest.importorskip("usearch")
+    recalls = []
+    for _ in range(2):
+        with searching("approximate", searches.folder):
+            recalls.append(graphs.search_recall(ItemFeatures.from_values(values()), 12))
+        monkeypatch.setattr(graphs, "approximate_knn", None)
+    assert recalls[0] == recalls[1] > 0.5
 
 
 def test_the_mask_counts(tmp_path):

@@ -81,7 +81,7 @@ class ItemContent:
         normalised, neighbours, attributes = {}, {}, attributes or {}
         told = {name: one.features for name, one in attributes.items()}
         for modality, one in (dict(features) | told).items():
-            rows, similarity = (found.cpu() for found in nearest_items(one, k, device, search=search)[:2])
+            rows, similarity = (found.cpu() for found in nearest_items(one, k, device, search=search))
             neighbours[modality] = torch.where(similarity > 0, rows.long(), -1)
             # Half precision keeps a cosine to 1e-3 and the file small.
             normalised[modality] = torch.empty(one.values.shape, dtype=torch.float16)

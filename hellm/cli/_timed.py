@@ -1,4 +1,4 @@
-"""`python -m hellm.plan.timed FILE VERB ...`: a command as `hellm` runs it, with what it took in FILE."""
+"""`python -m hellm.cli._timed FILE VERB ...`: a command as `hellm` runs it, with what it took in FILE."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import resource
 import sys
 import time
 from pathlib import Path
+
+from hellm.cli import main
 
 
 def peak_bytes() -> int:
@@ -19,8 +21,6 @@ def peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    from hellm.cli import main
-
     code = main(sys.argv[2:])
     Path(sys.argv[1]).write_text(json.dumps({"peak": peak_bytes(), "processor_seconds": time.process_time()}))
     sys.exit(code)
