@@ -12,19 +12,22 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-EVENTS = (100_000, 200_000, 400_000)
+EVENTS = (100_000, 180_000, 320_000)
 STAGES = ("data", "stage1", "transitions", "sequence", "fusion", "batch")
 EVENTS_PER_USER, EVENTS_PER_ITEM = 10, 100
+_CHECKED = {"seconds": "seconds", "peak_bytes": "peak", "disk_bytes": "disk"}
 MOST = 0.25
 """Of the measurement, how far a plan may be off."""
 
 
-def measure(events: Sequence[int], stages: Sequence[str], folder: Path, say=print) -> dict[str, Any]:
-    """The whole study, ready for JSON."""
+def measure(
+    events: Sequence[int], stages: Sequence[str], folder: Path, keep: Callable[[dict[str, Any]], None], say=print
+) -> None:
+    """The study, given to `keep` whenever a size is done, ready for JSON."""
     from benchmarks.environment import environment
     from hellm.config import RunConfig, override_config
     from hellm.plan import Rates, Sizes
@@ -46,22 +49,21 @@ def measure(events: Sequence[int], stages: Sequence[str], folder: Path, say=prin
         for name, one in took.items():
             if "failure" in one:
                 raise RuntimeError(one["failure"])
-            pairs = {"seconds": "seconds", "peak_bytes": "peak", "disk_bytes": "disk"}
             rows[name] = {
                 key: {
                     "planned": planned[name][key],
                     "measured": one[measured],
                     "ratio": planned[name][key] / one[measured],
                 }
-                for key, measured in pairs.items()
+                for key, measured in _CHECKED.items()
             } | {"took": one}
-            shown = ", ".join(f"{key} {rows[name][key]['ratio']:.2f}" for key in pairs)
+            shown = ", ".join(f"{key} {rows[name][key]['ratio']:.2f}" for key in _CHECKED)
             say(f"{count:>9,} events: {name:<12} {one['seconds']:7.1f} s, planned / measured: {shown}")
         run["sizes"].append({"sizes": sizes._asdict(), "stages": rows})
-    checked = [one[key]["ratio"] for size in run["sizes"] for one in size["stages"].values() for key in pairs]
-    run["within"] = sum(abs(ratio - 1) <= MOST for ratio in checked) / len(checked)
-    run["met"] = run["within"] == 1
-    return run
+        checked = [one[key]["ratio"] for size in run["sizes"] for one in size["stages"].values() for key in _CHECKED]
+        run["within"] = sum(abs(ratio - 1) <= MOST for ratio in checked) / len(checked)
+        run["met"] = len(run["sizes"]) == len(events) and run["within"] == 1
+        keep(run)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,12 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"):
         os.environ[name] = "1"
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        run = measure([int(one) for one in options.events], options.stages, Path(folder))
-    if options.out is not None:
-        from benchmarks.environment import write_json
 
-        write_json(options.out, run)
+    def keep(run: dict[str, Any]) -> None:
+        if options.out is not None:
+            from benchmarks.environment import write_json
+
+            write_json(options.out, run)
+
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        measure([int(one) for one in options.events], options.stages, Path(folder), keep)
     return 0
 
 

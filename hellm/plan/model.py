@@ -3,10 +3,15 @@
 With E events, U users, I items, T = E - 2 U training events (leave-two-out holds out two of each user), every quantity
 is a sum of few terms, each a count of what the code goes over times a rate that `hellm.plan.sample` measures:
 
-    1        starting Python, imports, files
-    events   a pass over the events; users too, of whom a sample has as many for each event as the data planned for
-    items    a pass over the items
-    lists    U I: scoring every item for every user, as validations, tests, fusion and batch scoring do
+    1          starting Python, imports, files
+    events     E: a pass over the events, and over users, of whom a sample has as many for each event
+    items      I: a pass over the items
+    lists      U I: a score of every item for every user, as validations, tests, fusion and batch scoring make them
+    pairs      I^2 (1 - exp(-L T / I^2)): different pairs of items within L = `transitions.max_lag` events of each
+               other, if all items were alike
+    followers  T pairs / I: what followed each item of all histories, which the transitions add up
+    held       U I, up to the scores that a fusion of three may hold of each (`fuse.max_scores`)
+    part       U, up to the 16,384 lists that batch scoring makes at once
 
 A stage that trains costs
 
@@ -21,16 +26,17 @@ A stage that trains costs
                them in the cache; I log2(I) D for an approximate search, which a sample of the data does not time
 
 Epochs are `max_epochs`, which patience may cut short: an upper limit. Peak memory is the imports, what grows with
-events and what grows with items; disk is what the stage leaves. Each of n processes sends 2 (n - 1) / n times the
-gradients (4 bytes a parameter) at every update.
+events, items and the scores or lists that are held; disk is what the stage leaves. Each of n processes sends
+2 (n - 1) / n times the gradients (4 bytes a parameter) at every update.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,9 +57,20 @@ class Sizes(NamedTuple):
         """Events that leave-two-out leaves."""
         return max(1.0, self.events - 2 * self.users)
 
-    def terms(self) -> dict[str, float]:
+    def terms(self, config: RunConfig) -> dict[str, float]:
         """What each term counts."""
-        return {"1": 1.0, "events": self.events, "items": self.items, "lists": self.users * self.items}
+        cells, lists = self.items**2, self.users * self.items
+        pairs = -cells * math.expm1(-config.transitions.max_lag * self.training / cells)
+        return {
+            "1": 1.0,
+            "events": self.events,
+            "items": self.items,
+            "lists": lists,
+            "pairs": pairs,
+            "followers": self.training * pairs / self.items,
+            "held": min(lists, config.fuse.max_scores / 3),
+            "part": min(self.users, 16384.0),
+        }
 
 
 @dataclass(frozen=True)
@@ -88,11 +105,25 @@ STAGES = {
         validation=_VALIDATION,
         parameters=("events", "items"),
     ),
-    "transitions": Stage("transitions", "transitions"),
+    "transitions": Stage(
+        "transitions", "transitions", rest=("1", "events", "lists", "followers"), disk=("1", "events", "items", "pairs")
+    ),
     "sequence": Stage("sasrec", "sasrec", step=("1", "items"), validation=_VALIDATION, parameters=("1", "items")),
     "llm": Stage("finetune", "finetune", step=("1", "items"), validation=_VALIDATION, parameters=("1", "items")),
-    "fusion": Stage("fuse", "fuse"),
-    "batch": Stage("batch", None, rest=("1", "events", "lists"), disk=("1", "events")),
+    "fusion": Stage(
+        "fuse",
+        "fuse",
+        rest=("1", "events", "lists", "followers"),
+        peak=("1", "events", "items", "held"),
+        disk=("1", "events", "items", "pairs"),
+    ),
+    "batch": Stage(
+        "batch",
+        None,
+        rest=("1", "events", "lists", "followers"),
+        peak=("1", "events", "items", "part"),
+        disk=("1", "events"),
+    ),
 }
 """Name -> stage, in the order that they run in."""
 QUANTITIES = ("rest", "step", "validation", "peak", "disk", "parameters")
@@ -126,18 +157,18 @@ def sent_bytes(parameters: float, updates: float, processes: int) -> float:
     return updates * 4 * parameters * 2 * (processes - 1) / processes
 
 
-def fitted(terms: Sequence[str], sizes: Sequence[Sizes], values: Sequence[float]) -> dict[str, float]:
+def fitted(terms: Sequence[str], counts: Sequence[Mapping[str, float]], values: Sequence[float]) -> dict[str, float]:
     """Rates >= 0 of terms with the least relative error, squared and summed, over what was measured.
 
     Of all choices of terms the best whose rates come out positive: with few terms, all can be tried.
 
     Args:
-        terms: Names, see `Sizes.terms`.
-        sizes: Of each measurement.
+        terms: Names.
+        counts: Of each measurement, see `Sizes.terms`.
         values: What was measured there, > 0.
     """
-    counts = np.array([[size.terms()[term] for term in terms] for size in sizes])
-    rows = counts / np.maximum(np.asarray(values, dtype=np.float64), 1e-9)[:, None]
+    table = np.array([[one[term] for term in terms] for one in counts])
+    rows = table / np.maximum(np.asarray(values, dtype=np.float64), 1e-9)[:, None]
     scale = np.maximum(rows.max(axis=0), 1e-300)
     best, rates = np.inf, np.zeros(len(terms))
     for chosen in itertools.product([False, True], repeat=len(terms)):
@@ -152,7 +183,6 @@ def fitted(terms: Sequence[str], sizes: Sequence[Sizes], values: Sequence[float]
     return dict(zip(terms, rates.tolist(), strict=True))
 
 
-def cost(rates: Mapping[str, float], sizes: Sizes) -> float:
+def cost(rates: Mapping[str, float], counts: Mapping[str, float]) -> float:
     """What terms with these rates come to."""
-    counts: dict[str, Any] = sizes.terms()
     return sum(rate * counts[term] for term, rate in rates.items())

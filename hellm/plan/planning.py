@@ -152,7 +152,7 @@ class Rates:
             if failures:
                 notes.append(f"llm left out: {failures[0]}")
             else:
-                rates[name] = _rates(name, rows, search if name == searching else None)
+                rates[name] = _rates(name, rows, config, search if name == searching else None)
         if searching in rates and config.pretrain.model.knn_search == "approximate":
             notes.append("neighbours are planned from the rate of products, as an approximate search is not sampled")
         samples = {name: [{"sizes": sizes._asdict(), **one} for sizes, one in rows] for name, rows in found.items()}
@@ -172,7 +172,7 @@ class Rates:
         if "llm" in stages:
             for name, passes in _PASSES.items():
                 if name in stages:
-                    stages[name]["seconds"] += passes * cost(self.rates["llm"]["validation"], sizes)
+                    stages[name]["seconds"] += passes * cost(self.rates["llm"]["validation"], sizes.terms(self.config))
         return {
             "sizes": sizes._asdict(),
             "processes": processes,
@@ -199,7 +199,10 @@ def _needed(stages: Sequence[str]) -> list[str]:
 
 
 def _rates(
-    name: str, measured: Sequence[tuple[Sizes, Mapping[str, Any]]], search: Callable[[Sizes], float] | None
+    name: str,
+    measured: Sequence[tuple[Sizes, Mapping[str, Any]]],
+    config: RunConfig,
+    search: Callable[[Sizes], float] | None,
 ) -> dict[str, dict[str, float]]:
     """Quantity -> term -> rate, of what a stage took; `search` gives the seconds of its search for neighbours."""
     rates = {}
@@ -210,30 +213,30 @@ def _rates(
             if quantity == "rest" and search is not None:
                 # What is left is never nothing, however the rate of products was measured.
                 values = [max(value / 5, value - search(one)) for value, (one, _) in zip(values, measured, strict=True)]
-            rates[quantity] = fitted(terms, [one for one, _ in measured], values)
+            rates[quantity] = fitted(terms, [one.terms(config) for one, _ in measured], values)
     return rates
 
 
 def _planned(
     name: str, rates: Mapping[str, Mapping[str, float]], config: RunConfig, sizes: Sizes, processes: int
 ) -> dict[str, Any]:
-    stage = STAGES[name]
+    stage, counts = STAGES[name], sizes.terms(config)
     found: dict[str, Any] = {
-        "seconds": cost(rates["rest"], sizes),
+        "seconds": cost(rates["rest"], counts),
         "seconds_per_epoch": 0.0,
         "steps_per_epoch": 0,
-        "peak_bytes": cost(rates["peak"], sizes),
-        "disk_bytes": cost(rates["disk"], sizes),
+        "peak_bytes": cost(rates["peak"], counts),
+        "disk_bytes": cost(rates["disk"], counts),
         "sent_bytes": 0.0,
     }
     if stage.step:
         settings = getattr(config, stage.config or "")
         steps, epochs = num_steps(name, config, sizes), settings.max_epochs
-        found["steps_per_epoch"], found["seconds_per_epoch"] = steps, steps * cost(rates["step"], sizes)
+        found["steps_per_epoch"], found["seconds_per_epoch"] = steps, steps * cost(rates["step"], counts)
         validations = -(-epochs // settings.validate_every)
-        found["seconds"] += epochs * found["seconds_per_epoch"] + validations * cost(rates["validation"], sizes)
+        found["seconds"] += epochs * found["seconds_per_epoch"] + validations * cost(rates["validation"], counts)
         updates = epochs * -(-steps // getattr(settings, "accumulate", 1))
-        found["sent_bytes"] = sent_bytes(cost(rates["parameters"], sizes), updates, processes)
+        found["sent_bytes"] = sent_bytes(cost(rates["parameters"], counts), updates, processes)
     return found
 
 

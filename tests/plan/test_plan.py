@@ -18,7 +18,9 @@ from hellm.plan.shop import write_shop
 from hellm.training.pretrain import build_sampler
 from hellm.training.sasrec import build_sequence_sampler
 
+CONFIG = RunConfig(language_model=False)
 SIZES = [Sizes(events, events / 10, items) for events in (20_000, 80_000) for items in (500, 4_000)]
+COUNTS = [one.terms(CONFIG) for one in SIZES]
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +33,16 @@ def shop(tmp_path_factory):
 class TestModel:
     def test_rates_are_found_again(self):
         rates = {"1": 3.0, "events": 2e-5, "items": 1e-4, "lists": 4e-9}
-        values = [cost(rates, size) for size in SIZES]
-        assert fitted(list(rates), SIZES, values) == pytest.approx(rates)
+        values = [cost(rates, one) for one in COUNTS]
+        assert fitted(list(rates), COUNTS, values) == pytest.approx(rates)
 
     def test_no_rate_is_negative(self):
         """Where a quantity falls with a term, the term is left out and the others say the best there is."""
         values = [5.0 - size.events / 1e5 for size in SIZES]
-        rates = fitted(("1", "events", "items"), SIZES, values)
+        rates = fitted(("1", "events", "items"), COUNTS, values)
         assert rates["events"] == rates["items"] == 0 and 4 < rates["1"] < 5
         noise = np.random.default_rng(0).uniform(0.9, 1.1, len(SIZES))
-        assert min(fitted(("1", "events", "items", "lists"), SIZES, noise.tolist()).values()) >= 0
+        assert min(fitted(("1", "events", "items", "lists"), COUNTS, noise.tolist()).values()) >= 0
 
     @pytest.mark.parametrize("sampler", ["user-uniform", "interaction-uniform"])
     @pytest.mark.parametrize("batch_size", [64, 1024])
@@ -95,7 +97,8 @@ def made_up(monkeypatch):
         folder.mkdir()
         asked.append((sizes, tuple(stages), widths))
         return {
-            name: {quantity: cost(RATES[quantity], sizes) for quantity in RATES} | {"seconds": 1.0} for name in stages
+            name: {quantity: cost(RATES[quantity], sizes.terms(config)) for quantity in RATES} | {"seconds": 1.0}
+            for name in stages
         }
 
     monkeypatch.setattr(planning, "measured_stages", measured)
@@ -112,12 +115,17 @@ class TestPlan:
         stage_1 = planned["stages"]["stage1"]
         steps = int(1e8 - 2e7) // 1024 + 1
         assert stage_1["steps_per_epoch"] == steps
-        epoch = steps * cost(RATES["step"], sizes)
+        epoch = steps * cost(RATES["step"], sizes.terms(CONFIG))
         assert stage_1["seconds_per_epoch"] == pytest.approx(epoch, rel=1e-3)
-        expected = cost(RATES["rest"], sizes) + 7 * epoch + 4 * cost(RATES["validation"], sizes) + 1e-13 * 1e12 * 512
+        expected = (
+            cost(RATES["rest"], sizes.terms(CONFIG))
+            + 7 * epoch
+            + 4 * cost(RATES["validation"], sizes.terms(CONFIG))
+            + 1e-13 * 1e12 * 512
+        )
         assert stage_1["seconds"] == pytest.approx(expected, rel=1e-2)
-        assert stage_1["peak_bytes"] == pytest.approx(cost(RATES["peak"], sizes), rel=1e-3)
-        parameters = cost(RATES["parameters"], sizes)
+        assert stage_1["peak_bytes"] == pytest.approx(cost(RATES["peak"], sizes.terms(CONFIG)), rel=1e-3)
+        parameters = cost(RATES["parameters"], sizes.terms(CONFIG))
         assert stage_1["sent_bytes"] == pytest.approx(7 * steps * 4 * parameters * 1.5, rel=1e-3)
         assert planned["stages"]["batch"]["steps_per_epoch"] == 0
         assert planned["seconds"] == sum(one["seconds"] for one in planned["stages"].values())
@@ -132,7 +140,7 @@ class TestPlan:
         sizes = Sizes(1e6, 1e5, 1e4)
         without, with_llm = (plan(sizes, RunConfig(language_model=given))["stages"] for given in (False, True))
         assert max(one.events for one, stages, _ in made_up if "llm" in stages) < 10_000
-        more = cost(RATES["validation"], sizes)
+        more = cost(RATES["validation"], sizes.terms(CONFIG))
         assert with_llm["batch"]["seconds"] - without["batch"]["seconds"] == pytest.approx(more, rel=0.05)
         assert with_llm["fusion"]["seconds"] - without["fusion"]["seconds"] == pytest.approx(3 * more, rel=0.05)
 
