@@ -141,6 +141,7 @@ class Pipeline:
     Raises:
         FileExistsError: Something is there and neither is given, or it is no such run.
         ValueError: Both are given, or a resumed run has other settings (those of a stage are checked by the stage).
+        ImportError, FileNotFoundError: The language model, or what it needs, is not on this machine.
     """
 
     def __init__(
@@ -155,6 +156,11 @@ class Pipeline:
         start: str | PathLike[str] | None = None,
     ) -> None:
         check_pipeline(out, resume=resume, overwrite=overwrite)
+        if config.language_model:
+            from hellm.models.llm.language_model import check_installed
+
+            # Not after an hour of the stages before it.
+            check_installed(config.finetune.llm)
         self.out, self.config, self.cache = Path(out), config, cache
         self.start = None if start is None else Path(start)
         self.on_plan = on_plan

@@ -93,3 +93,16 @@ def test_options_of_reading_are_for_paths(tmp_path):
     with pytest.raises(ValueError, match="data must be a path where columns are given, got a data set"):
         hellm.run(values["data"], tmp_path / "other", config, columns={"user": "buyer_nr"})
     assert not (tmp_path / "other").exists()
+
+
+def test_a_language_model_that_is_not_there_is_told_before_anything_is_trained(tmp_path, monkeypatch):
+    from hellm.models.llm.language_model import PACKAGED
+
+    monkeypatch.setitem(PACKAGED, "smollm2-135m", ("no_such_package", "no-such-package"))
+    config = replace(small_config(), language_model=True)
+    with pytest.raises(ImportError, match="smollm2-135m is in the package no-such-package, which is not installed"):
+        hellm.run(tmp_path / "absent.csv", tmp_path / "all", config)
+    assert [one.name for one in tmp_path.iterdir()] in ([], [".all.lock"])
+    finetune = replace(config.finetune, llm=str(tmp_path / "model.gguf"))
+    with pytest.raises(FileNotFoundError, match=r"language model file .*model\.gguf does not exist"):
+        hellm.run(tmp_path / "absent.csv", tmp_path / "all", replace(config, finetune=finetune))

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "add_lora",
+    "check_installed",
     "check_projections",
     "context_limit",
     "decoder_of",
@@ -59,6 +60,18 @@ _NOT_COMPUTED = (
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 # Attribute of a model that was loaded: what it was loaded from.
 _SOURCE = "hellm_source"
+
+
+def check_installed(name: str | os.PathLike[str]) -> None:
+    """Whether what loads and trains a language model is on this machine, without loading it or asking a hub.
+
+    Raises: ImportError, FileNotFoundError: as `load_language_model` and `add_lora`.
+    """
+    _, gguf_file = _locate(str(name))
+    needed = ["transformers", "peft", *(["gguf"] if gguf_file is not None else [])]
+    absent = [package for package in needed if importlib.util.find_spec(package) is None]
+    if absent:
+        raise ImportError(f"language models need {absent[0]}: {EXTRA}")
 
 
 def load_language_model(
