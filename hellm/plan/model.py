@@ -9,7 +9,6 @@ is a sum of few terms, each a count of what the code goes over times a rate that
     lists      U I: a score of every item for every user, as validations, tests, fusion and batch scoring make them
     pairs      I^2 (1 - exp(-L T / I^2)): different pairs of items within L = `transitions.max_lag` events of each
                other, if all items were alike
-    followers  T pairs / I: what followed each item of all histories, which the transitions add up
     held       U I, up to the scores that a fusion of three may hold of each (`fuse.max_scores`)
     part       U, up to the 16,384 lists that batch scoring makes at once
 
@@ -28,6 +27,9 @@ A stage that trains costs
 Epochs are `max_epochs`, which patience may cut short: an upper limit. Peak memory is the imports, what grows with
 events, items and the scores or lists that are held; disk is what the stage leaves. Each of n processes sends
 2 (n - 1) / n times the gradients (4 bytes a parameter) at every update.
+
+How many towers a fusion tries and keeps, validation says: both it and batch scoring take as long as the samples that
+had their towers kept. A term that no sample shows has the rate 0.
 """
 
 from __future__ import annotations
@@ -67,7 +69,6 @@ class Sizes(NamedTuple):
             "items": self.items,
             "lists": lists,
             "pairs": pairs,
-            "followers": self.training * pairs / self.items,
             "held": min(lists, config.fuse.max_scores / 3),
             "part": min(self.users, 16384.0),
         }
@@ -106,21 +107,21 @@ STAGES = {
         parameters=("events", "items"),
     ),
     "transitions": Stage(
-        "transitions", "transitions", rest=("1", "events", "lists", "followers"), disk=("1", "events", "items", "pairs")
+        "transitions", "transitions", rest=("1", "events", "lists"), disk=("1", "events", "items", "pairs")
     ),
     "sequence": Stage("sasrec", "sasrec", step=("1", "items"), validation=_VALIDATION, parameters=("1", "items")),
     "llm": Stage("finetune", "finetune", step=("1", "items"), validation=_VALIDATION, parameters=("1", "items")),
     "fusion": Stage(
         "fuse",
         "fuse",
-        rest=("1", "events", "lists", "followers"),
+        rest=("1", "events", "lists"),
         peak=("1", "events", "items", "held"),
         disk=("1", "events", "items", "pairs"),
     ),
     "batch": Stage(
         "batch",
         None,
-        rest=("1", "events", "lists", "followers"),
+        rest=("1", "events", "lists"),
         peak=("1", "events", "items", "part"),
         disk=("1", "events"),
     ),

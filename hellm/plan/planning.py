@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ __all__ = ["Rates", "plan"]
 
 # Events and items of the samples: all four pairs of them, so that what grows with which is told apart.
 _EVENTS, _ITEMS = (20_000, 80_000), (500, 4_000)
-# A language model takes as long for a thousandth of the events.
-_LLM_EVENTS = (1_500, 4_500)
+# Reading is so fast, and a language model so slow, that they have samples of their own.
+_OWN_EVENTS = {"data": (200_000, 1_000_000), "llm": (1_500, 4_500)}
 # Times that the histories of all users are read, by a fusion and by batch scoring.
 _PASSES = {"fusion": 3, "batch": 1}
 # Columns that `hellm data build` makes of titles.
@@ -74,19 +75,19 @@ class Rates:
 
     Attributes:
         config: Settings of the stages.
-        rates: Stage -> quantity -> term -> rate, see `hellm.plan.model`.
-        search: Sizes -> seconds of the search for neighbours.
-        searching: The stage that searches for them.
-        samples: Stage -> sizes and what was measured.
+        samples: Stage -> what it took on each, beside their "sizes".
+        second_per_product: Of a search for neighbours, see `hellm.plan.sample.neighbour_rate`.
+        width: Columns of the features of an item.
+        searching: The stage that searches for neighbours; later ones find them in the cache.
         free_bytes: Of the disk that the samples were on.
         notes: What to know of them, in words.
     """
 
     config: RunConfig
-    rates: dict[str, dict[str, dict[str, float]]]
-    search: Callable[[Sizes], float]
-    searching: str | None
     samples: dict[str, list[dict[str, Any]]]
+    second_per_product: float
+    width: int
+    searching: str | None
     free_bytes: int
     notes: list[str]
 
@@ -102,7 +103,7 @@ class Rates:
         processor_time: bool = False,
         on_sample: Callable[[Sizes], None] | None = None,
     ) -> Rates:
-        """From the commands of all stages on four made-up shops, which takes some minutes.
+        """From the commands of all stages on four made-up shops, or four of their own, which takes some minutes.
 
         Args:
             events_per_user: Of the shops.
@@ -119,44 +120,59 @@ class Rates:
         if unknown:
             raise ValueError(f"stages must be among {', '.join(STAGES)}, got {unknown[0]!r}")
         width = sum(widths.values()) if widths is not None else _TEXT_WIDTH
-        found: dict[str, list[tuple[Sizes, dict[str, Any]]]] = {}
+        samples: dict[str, list[dict[str, Any]]] = {}
         started = time.perf_counter()
         top = Path(tempfile.mkdtemp(prefix="hellm-plan-", dir=folder))
         try:
             rate = neighbour_rate(width, processor_time=processor_time) if width else 0.0
             options = {"widths": widths, "processor_time": processor_time}
-            for part, counts in (([one for one in chosen if one != "llm"], _EVENTS), (["llm"], _LLM_EVENTS)):
-                for events, items in itertools.product(counts, _ITEMS) if set(part) & set(chosen) else ():
+            parts = {(name,): _OWN_EVENTS[name] for name in chosen if name in _OWN_EVENTS}
+            parts[tuple(name for name in chosen if name not in _OWN_EVENTS)] = _EVENTS
+            for part, counts in parts.items():
+                for events, items in itertools.product(counts, _ITEMS) if part else ():
                     sizes = Sizes(events, max(1, round(events / events_per_user)), items)
                     if on_sample is not None:
                         on_sample(sizes)
                     took = measured_stages(sizes, _needed(part), config, top / "sample", **options)
                     shutil.rmtree(top / "sample")
                     for name in part:
-                        found.setdefault(name, []).append((sizes, took[name]))
+                        samples.setdefault(name, []).append({"sizes": sizes._asdict(), **took[name]})
             free = shutil.disk_usage(top).free
         finally:
             shutil.rmtree(top, ignore_errors=True)
 
-        def search(sizes: Sizes) -> float:
-            return rate * neighbour_products(config, sizes, width)
-
         notes = [f"{time.perf_counter() - started:.0f} s of samples"]
-        # The first stage that trains searches for neighbours, and the others find them.
-        searching = next((name for name in _needed(chosen) if name not in ("data", "batch")), None)
-        rates = {}
-        for name, rows in found.items():
-            failures = [one["failure"] for _, one in rows if "failure" in one]
-            if failures and name != "llm":
+        for name in list(samples):
+            failures = [one["failure"] for one in samples[name] if "failure" in one]
+            if failures and (name != "llm" or len(samples) == 1):
                 raise RuntimeError(failures[0])
             if failures:
                 notes.append(f"llm left out: {failures[0]}")
-            else:
-                rates[name] = _rates(name, rows, config, search if name == searching else None)
-        if searching in rates and config.pretrain.model.knn_search == "approximate":
+                del samples[name]
+        searching = next((name for name in _needed(chosen) if name not in ("data", "batch")), None)
+        if searching in samples and config.pretrain.model.knn_search == "approximate":
             notes.append("neighbours are planned from the rate of products, as an approximate search is not sampled")
-        samples = {name: [{"sizes": sizes._asdict(), **one} for sizes, one in rows] for name, rows in found.items()}
-        return cls(config, rates, search, searching, samples, free, notes)
+        return cls(config, samples, rate, width, searching, free, notes)
+
+    def search(self, sizes: Sizes) -> float:
+        """Seconds of the search for neighbours."""
+        return self.second_per_product * neighbour_products(self.config, sizes, self.width)
+
+    @cached_property
+    def rates(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Stage -> quantity -> term -> rate, see `hellm.plan.model`."""
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for name, rows in self.samples.items():
+            sizes, found[name] = [Sizes(**one["sizes"]) for one in rows], {}
+            for quantity in QUANTITIES:
+                terms, values = getattr(STAGES[name], quantity), [one.get(quantity, 0.0) for one in rows]
+                if quantity == "rest" and name == self.searching:
+                    # What is left is never nothing, however the rate of products was measured.
+                    pairs = zip(values, sizes, strict=True)
+                    values = [max(value / 5, value - self.search(one)) for value, one in pairs]
+                if terms:
+                    found[name][quantity] = fitted(terms, [one.terms(self.config) for one in sizes], values)
+        return found
 
     def plan(self, sizes: Sizes, processes: int = 1) -> dict[str, Any]:
         """What the stages come to.
@@ -196,25 +212,6 @@ def _needed(stages: Sequence[str]) -> list[str]:
     if needed & {"fusion", "batch"} and not needed & {"stage1", "transitions", "sequence", "llm"}:
         needed |= {"stage1", "transitions", "sequence", "fusion"}
     return [name for name in STAGES if name in needed]
-
-
-def _rates(
-    name: str,
-    measured: Sequence[tuple[Sizes, Mapping[str, Any]]],
-    config: RunConfig,
-    search: Callable[[Sizes], float] | None,
-) -> dict[str, dict[str, float]]:
-    """Quantity -> term -> rate, of what a stage took; `search` gives the seconds of its search for neighbours."""
-    rates = {}
-    for quantity in QUANTITIES:
-        terms = getattr(STAGES[name], quantity)
-        if terms:
-            values = [found[quantity] for _, found in measured]
-            if quantity == "rest" and search is not None:
-                # What is left is never nothing, however the rate of products was measured.
-                values = [max(value / 5, value - search(one)) for value, (one, _) in zip(values, measured, strict=True)]
-            rates[quantity] = fitted(terms, [one.terms(config) for one, _ in measured], values)
-    return rates
 
 
 def _planned(

@@ -45,7 +45,8 @@ def measured_stages(
             take on a machine without other work.
 
     Returns: Stage -> "seconds" of the whole command; "step" (seconds of one, where it trains), "validation", and "rest"
-        of the seconds; "peak" (bytes of memory), "disk" (bytes left) and "parameters". Or "failure", a sentence.
+        of the seconds; "peak" (bytes of memory), "disk" (bytes left) and "parameters"; of a fusion "kept", the towers
+        that validation chose. Or "failure", a sentence.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_shop(folder / "shop", *(int(one) for one in sizes))
@@ -117,6 +118,9 @@ def _about(run: Path, steps: int, epochs: int, took: Mapping[str, float]) -> dic
             "rest": max(0.0, took["seconds"] - training - validation),
             "parameters": json.loads((run / "result.json").read_text(encoding="utf-8"))["num_parameters"],
         }
+    if run.name == "fusion":
+        towers = json.loads((run / "result.json").read_text(encoding="utf-8"))["towers"]
+        found["kept"] = [name for name, one in towers.items() if one["kept"]]
     return found | {"disk": sum(one.stat().st_size for one in run.rglob("*") if one.is_file())}
 
 

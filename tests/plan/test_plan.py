@@ -134,7 +134,7 @@ class TestPlan:
     def test_samples_have_the_users_of_the_data(self, made_up):
         plan(Sizes(1e9, 1e8, 1e7), RunConfig(), ["data", "sequence"])
         assert {sizes.events / sizes.users for sizes, _, _ in made_up} == {10}
-        assert len(made_up) == 4 and made_up[0][1] == ("data", "sequence")
+        assert [stages for _, stages, _ in made_up] == [("data",)] * 4 + [("data", "sequence")] * 4
 
     def test_a_language_model_is_sampled_on_fewer_events_and_slows_what_reads_it(self, made_up):
         sizes = Sizes(1e6, 1e5, 1e4)
