@@ -155,5 +155,5 @@ def test_pictures(tmp_path, monkeypatch):
         hellm.features.image, "load_image_encoder", lambda *given, **named: asked.append((given, named))
     )
     with pytest.raises(AttributeError):
-        Encoders({"image": "some/id"})(known, item, picture("red"))
+        Encoders({"image": "some/id"})(content({"image": {"encoder": "other/id"}}, image=240), item, picture("red"))
     assert asked == [(("some/id",), {"device": "cpu"})]
