@@ -126,7 +126,9 @@ class Rates:
         try:
             rate = neighbour_rate(width, processor_time=processor_time) if width else 0.0
             options = {"widths": widths, "processor_time": processor_time}
-            parts = {(name,): _OWN_EVENTS[name] for name in chosen if name in _OWN_EVENTS}
+            parts: dict[tuple[str, ...], tuple[int, ...]] = {
+                (name,): _OWN_EVENTS[name] for name in chosen if name in _OWN_EVENTS
+            }
             parts[tuple(name for name in chosen if name not in _OWN_EVENTS)] = _EVENTS
             for part, counts in parts.items():
                 for events, items in itertools.product(counts, _ITEMS) if part else ():
