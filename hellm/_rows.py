@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["dot_products", "full_tiles"]
+__all__ = ["dot_products", "full_tiles", "row_products"]
 
 _TILE = 16
 
@@ -23,3 +23,12 @@ def full_tiles(x: Tensor) -> Tensor:
 def dot_products(queries: Tensor, keys: Tensor) -> Tensor:
     """[B, I] products of queries [B, D] with keys [I, D]."""
     return (full_tiles(queries) @ keys.T)[: len(queries)]
+
+
+def row_products(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Products [N, M] of rows [N, D] and a matrix [D, M].
+
+    On one thread, a row has the same bits alone, beside others and in any place: tiles at the edge of the matrix are
+    full as well, as the place of a row counts in those that are not.
+    """
+    return (full_tiles(rows) @ F.pad(matrix, (0, -matrix.shape[1] % _TILE)))[: len(rows), : matrix.shape[1]]

@@ -5,7 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import groupby, islice
 from typing import Any, NamedTuple
+
+import numpy as np
+import torch
 
 from hellm._files import WriteError
 from hellm.features.noted import NotedEncoder
@@ -19,8 +23,8 @@ __all__ = ["Stored", "Takeover", "replayed", "with_item", "write"]
 
 logger = logging.getLogger(__name__)
 
-# Events that wait to be taken up together; every time, the tables of all events are copied.
-_EVENTS_AT_ONCE = 1 << 14
+# Stored entries that are taken up together: every time, the tables of all items and all events are copied.
+_AT_ONCE = 2048
 
 
 class Takeover(NamedTuple):
@@ -91,14 +95,50 @@ def replayed(snapshot: Snapshot, entries: Iterable[Entry]) -> tuple[Snapshot, in
     Returns: The snapshot with them, and how many do not fit its run: events of items that it lacks, items that it
         cannot take. Items that the run has by now are none of them.
     """
-    change, skipped, number = _Change(snapshot), 0, snapshot.revision
+    skipped, entries = 0, iter(entries)
+    while some := list(islice(entries, _AT_ONCE)):
+        # On more threads, the bits of an item depend on how many come with it.
+        together = torch.get_num_threads() == 1
+        try:
+            snapshot, lost = (_together if together else _one_by_one)(snapshot, some)
+        except ValueError:
+            snapshot, lost = _one_by_one(snapshot, some)
+        skipped, snapshot = skipped + lost, replace(snapshot, revision=some[-1].number)
+    return snapshot, skipped
+
+
+def _one_by_one(snapshot: Snapshot, entries: Sequence[Entry]) -> tuple[Snapshot, int]:
+    """With the entries that fit, and how many do not."""
+    change, skipped = _Change(snapshot), 0
     for entry in entries:
-        number = entry.number
         try:
             change.add(entry)
         except (RequestError, ValueError):
             skipped += 1
-    return replace(change.applied(), revision=number), skipped
+    return change.applied(), skipped
+
+
+def _together(snapshot: Snapshot, entries: Sequence[Entry]) -> tuple[Snapshot, int]:
+    """As `_one_by_one`, bit for bit, in few steps. Raises: ValueError, an item that the model cannot take."""
+    known, state, items, events = snapshot.recommender.item_ids, snapshot.state, {}, []
+    for entry in entries:
+        if entry.kind == "item":
+            if entry.key in known or entry.key in items:
+                continue
+            items[entry.key] = entry
+        elif entry.body["item"] in known or entry.body["item"] in items:
+            events.append((entry.body["user"], entry.body["item"]))
+        else:
+            continue
+        state = state_after(state, entry)
+    content = snapshot.recommender.content
+    for _, alike in groupby(items.values(), lambda entry: _known_by(content, entry)):
+        snapshot = _with_items(snapshot, list(alike))
+    if events:
+        users, bought = zip(*events, strict=True)
+        snapshot = snapshot.changed(lambda recommender: recommender.add_events(users, bought))
+    lost = sum(one.kind == "event" for one in entries) - len(events)
+    return replace(snapshot, state=state), lost
 
 
 class _Change:
@@ -129,8 +169,6 @@ class _Change:
         if entry.kind == "event":
             known_ids([entry.body["item"]], known, self.snapshot.nearest_items, "item")
             self._events.append((entry.body["user"], entry.body["item"]))
-            if len(self._events) >= _EVENTS_AT_ONCE:
-                self.applied()
         elif entry.key in known:
             return
         else:
@@ -145,15 +183,24 @@ def with_item(snapshot: Snapshot, entry: Entry) -> Snapshot:
 
     Raises: ValueError, one that the model cannot take.
     """
-    content = snapshot.recommender.content
-    features = {
-        name: values[None] for name, values in entry.features.items() if content is None or _fits(content, entry, name)
-    }
-    known = content.attributes if content is not None else {}
-    attributes = {name: [values] for name, values in entry.body["attributes"].items() if name in known}
-    return snapshot.changed(
-        lambda recommender: recommender.add_items(features, [entry.key], [entry.body["title"]], attributes=attributes)
-    )
+    return _with_items(snapshot, [entry])
+
+
+def _with_items(snapshot: Snapshot, entries: Sequence[Entry]) -> Snapshot:
+    """As `with_item`, of several that a run knows by the same."""
+    modalities, names = _known_by(snapshot.recommender.content, entries[0])
+    features = {name: np.stack([one.features[name] for one in entries]) for name in modalities}
+    attributes = {name: [one.body["attributes"][name] for one in entries] for name in names}
+    ids, titles = [one.key for one in entries], [one.body["title"] for one in entries]
+    return snapshot.changed(lambda recommender: recommender.add_items(features, ids, titles, attributes=attributes))
+
+
+def _known_by(content: ItemContent | None, entry: Entry) -> tuple[list[str], list[str]]:
+    """Features and attributes of an item that a run of the content takes."""
+    if content is None:
+        return list(entry.features), []
+    features = [name for name in entry.features if _fits(content, entry, name)]
+    return features, [name for name in entry.body["attributes"] if name in content.attributes]
 
 
 def _fits(content: ItemContent, entry: Entry, modality: str) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hellm._files import atomic_path
 from hellm._mapped import read_blocks
+from hellm._rows import row_products
 from hellm.data import DataError, ItemFeatures
 from hellm.data.attributes import AttributeSet, indicators
 from hellm.graphs import Neighbours, nearest_items
@@ -153,7 +154,7 @@ class ItemContent:
         for modality, x in features.items():
             table = self.features[modality][: self.num_placing].float()
             k = min(max(1, self.neighbours[modality].shape[1] - 1), len(table))
-            blocks = [largest(block @ table.T, k) for block in F.normalize(x.float(), dim=1).split(_BLOCK)]
+            blocks = [largest(row_products(one, table.T), k) for one in F.normalize(x.float(), dim=1).split(_BLOCK)]
             similarity, rows = (torch.cat(part) for part in zip(*blocks, strict=True))
             near = similarity > 0
             found[modality] = Neighbours(torch.where(near, rows, -1), torch.where(near, similarity, 0.0))

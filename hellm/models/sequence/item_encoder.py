@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hellm._rows import row_products
 from hellm.models.shallow_copy import shallow_copy
 
 __all__ = ["ItemEncoder", "WhitenedContent"]
@@ -73,12 +74,15 @@ class WhitenedContent(NamedTuple):
         """
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(f"features must be [n, {len(self.mean)}], got {list(features.shape)}")
-        return self._replace(table=torch.cat([self.table, _whiten(features.to(self.mean), self.mean, self.matrix)]))
+        new = _whiten(features.to(self.mean), self.mean, self.matrix, row_products)
+        return self._replace(table=torch.cat([self.table, new]))
 
 
-def _whiten(features: Tensor, mean: Tensor, matrix: Tensor) -> Tensor:
+def _whiten(
+    features: Tensor, mean: Tensor, matrix: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.matmul
+) -> Tensor:
     present = features.any(dim=1, keepdim=True)
-    return torch.where(present, (features.float() - mean) @ matrix, 0.0)
+    return torch.where(present, product(features.float() - mean, matrix), 0.0)
 
 
 class ItemEncoder(nn.Module):
