@@ -17,8 +17,8 @@ from triton.runtime import interpreter
 from hellm import Hypergraph, ops
 from hellm.ops import backends, reference
 
-# Rows of 75 and 1,600 neighbours, two hubs next to each other in the schedule, and short rows beside them.
-HUB_SIZES = [75, 1600, 45, 1100]
+# Rows of 75 and 1,100 neighbours, two hubs next to each other in the schedule, and short rows beside them.
+HUB_SIZES = [75, 1100, 45, 1030]
 HUB = GraphCase(
     torch.stack(
         [
@@ -26,7 +26,7 @@ HUB = GraphCase(
             torch.repeat_interleave(torch.arange(4), torch.tensor(HUB_SIZES)),
         ]
     ),
-    1600,
+    1100,
     5,
     20,
 )
@@ -36,7 +36,7 @@ _MEMBERS = torch.cat(
 )
 FEW_VERTICES = GraphCase(_MEMBERS, 3, 1537, 3)
 FEW_HYPEREDGES = GraphCase(_MEMBERS.flip(0), 1537, 3, 3)
-ONE_VERTEX = GraphCase(torch.stack([torch.zeros(2000, dtype=torch.int64), torch.arange(2000)]), 1, 2000, 1)
+ONE_VERTEX = GraphCase(torch.stack([torch.zeros(1100, dtype=torch.int64), torch.arange(1100)]), 1, 1100, 1)
 GRAPH_NAMES = ["three", "one-column", "empty-hyperedge", "alone-in-hyperedges", "repeated", "more-hyperedges"]
 GRAPH_NAMES += ["no-incidence", "no-vertex", "no-hyperedge", "valued"]
 CASES = [pytest.param(GRAPHS[name], id=name) for name in GRAPH_NAMES] + [pytest.param(HUB, id="hub")]
