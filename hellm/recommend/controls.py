@@ -21,7 +21,7 @@ import torch
 from hellm._files import read_json
 from hellm._folders import check_target, hold, mark_folder
 from hellm.artifact import RUN_LAYOUT, read_embeddings
-from hellm.config import FuseConfig, PretrainConfig, SASRecConfig, load_saved_config
+from hellm.config import FinetuneConfig, FuseConfig, PretrainConfig, load_saved_config
 from hellm.data import Dataset
 from hellm.recommend.controls_report import controls_report
 from hellm.recommend.fuse import fuse
@@ -251,7 +251,7 @@ def _reads_content(config: Any) -> bool:
     """Whether a run with these resolved settings was told what the items look and read like."""
     if isinstance(config, PretrainConfig):
         return config.model.item_hypergraph
-    return bool(config.content) if isinstance(config, SASRecConfig) else reads_content(config)
+    return reads_content(config) if isinstance(config, FinetuneConfig) else bool(config.content)
 
 
 def run_controls(

@@ -19,6 +19,7 @@ from hellm.config import (
     FuseConfig,
     PretrainConfig,
     SASRecConfig,
+    TransitionsConfig,
     load_config,
     override_config,
 )
@@ -30,6 +31,7 @@ from hellm.recommend.fuse import fuse
 from hellm.training.finetune import finetune
 from hellm.training.pretrain import pretrain
 from hellm.training.sasrec import train_sasrec
+from hellm.training.transitions import fit_transitions
 
 pytestmark = pytest.mark.usefixtures("same_threads")
 FAST = {"num_threads": 1, "tensorboard": False, "device": "cpu"}
@@ -57,7 +59,8 @@ def towers(dataset, tmp_path_factory):
     train_sasrec(content, dataset, top / "content")
     llm = FinetuneConfig(llm=str(save_tiny_llm(top / "tiny")), max_epochs=1, batch_tokens=256, **FAST)
     finetune(llm, dataset, top / "llm", graph=top / "graph")
-    return {name: top / name for name in ("graph", "ids", "content", "llm")}
+    fit_transitions(TransitionsConfig(device="cpu"), dataset, top / "transitions")
+    return {name: top / name for name in ("graph", "ids", "content", "llm", "transitions")}
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +90,10 @@ def test_each_control_trains_what_it_changes_and_nothing_else(ran, fused, towers
         ("ids", "content"),
         key=lambda name: json.loads((towers[name] / "result.json").read_text())["valid"]["metrics"]["ndcg@20"],
     )
+    reading = ("graph", "content", "llm", "transitions")
     assert said == [
         f"two-seeds, {best}-seed2025 (1 of 1)",
-        *(f"permuted-text, {name} ({place} of 3)" for place, name in enumerate(("graph", "content", "llm"), 1)),
+        *(f"permuted-text, {name} ({place} of 4)" for place, name in enumerate(reading, 1)),
         "random-transformer, llm (1 of 1)",
     ]
     seeds = load_config(SASRecConfig, out / f"two-seeds-towers/{best}-seed2025/config.yaml")
