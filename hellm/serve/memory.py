@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+from typing import Any
 
 __all__ = ["release_memory"]
 
@@ -13,8 +15,15 @@ def release_memory() -> None:
     The tables of a catalogue that grows are copied with every new item, each a little larger than the hole that the
     one before leaves, so that the heap would grow by a table now and then. Some milliseconds (glibc's `malloc_trim`).
     """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    # Once: a library that is opened is a class of its own, which the collector of cycles may leave for hours.
     try:
-        trim = ctypes.CDLL(None).malloc_trim
+        return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
-        return
-    trim(0)
+        return None

@@ -39,7 +39,8 @@ K = Annotated[int, Field(ge=1, le=MAX_K, strict=True)]
 
 
 class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # Ids are seldom the same twice, and pydantic would keep 16,384 of them.
+    model_config = ConfigDict(extra="forbid", cache_strings="keys")
 
 
 class RecommendRequest(_Request):

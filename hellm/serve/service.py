@@ -32,8 +32,9 @@ logger = logging.getLogger(__name__)
 Question = Callable[[Snapshot, Sequence[Any]], Sequence[Any]]
 # Items that wait to be encoded, writes that share a transaction, and studies that wait.
 _MAX_ENCODED, _MAX_WRITES, _MAX_STUDIES = 64, 256, 16
-# New catalogues by an item after which freed memory is given back; by a run, it is after each.
-_RELEASE_AFTER = 16
+# Seconds from a new catalogue until the memory of the one before is given back. A reader holds that until its batch is
+# answered, and items that come together are one catalogue after another.
+_RELEASE_AFTER = 0.2
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class Service:
         self._studies = Batcher(self._answer, name="study", max_batch=1, **limits)
         self._encode_item = Encoders(source.encoders)
         self._background = ThreadPoolExecutor(1, thread_name_prefix="background")
-        self._reloading, self._catalogues = False, 0
+        self._reloading = False
+        self._releasing: asyncio.TimerHandle | None = None
         metrics.waiting.set_function(lambda: len(self._readers))
 
     @property
@@ -131,6 +133,7 @@ class Service:
 
     async def open(self) -> None:
         """Start the threads, on the running event loop."""
+        self._loop = asyncio.get_running_loop()
         for one in (self._readers, self._writers, self._encoders, self._studies):
             one.start()
 
@@ -138,6 +141,8 @@ class Service:
         """Answer what is waiting, then stop."""
         for one in (self._studies, self._encoders, self._writers, self._readers):
             await one.close()
+        if self._releasing is not None:
+            self._releasing.cancel()
         self._background.shutdown(cancel_futures=True)
 
     def warm_up(self) -> None:
@@ -229,14 +234,17 @@ class Service:
         before = self._snapshot
         self._snapshot, results = write(before, self._store, jobs)
         self._told()
-        if any(isinstance(one, Takeover) for one in jobs):
-            self._catalogues = _RELEASE_AFTER
-        self._catalogues += self._snapshot.recommender.item_ids is not before.recommender.item_ids
-        if self._catalogues >= _RELEASE_AFTER:
-            self._catalogues = 0
-            # Not here, where what was served before is still held.
-            self._background.submit(release_memory)
+        if self._snapshot.recommender.item_ids is not before.recommender.item_ids:
+            self._loop.call_soon_threadsafe(self._release_later)
         return results
+
+    def _release_later(self) -> None:
+        if self._releasing is None:
+            self._releasing = self._loop.call_later(_RELEASE_AFTER, self._release)
+
+    def _release(self) -> None:
+        self._releasing = None
+        self._background.submit(release_memory)
 
     def _encode(self, jobs: Sequence[tuple[ItemRequest, bytes | None]]) -> list[Any]:
         content = self._snapshot.recommender.content

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import subprocess
 import sys
-import time
+import threading
 import tracemalloc
 import weakref
 from collections import deque
@@ -15,26 +16,34 @@ from served import save_run, serving
 
 from hellm.serve import service as module
 from hellm.serve.batcher import Batcher
+from hellm.serve.memory import release_memory
+from hellm.serve.metrics import Metrics
+from hellm.serve.schema import EventsRequest
+from hellm.serve.service import Service, Source
+from hellm.serve.settings import Settings
 from hellm.serve.store import Entry, Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_memory_is_given_back_now_and_then_while_the_catalogue_grows_and_after_every_reload(tmp_path, monkeypatch):
-    released = []
-    monkeypatch.setattr(module, "release_memory", lambda: released.append(1))
+def test_memory_is_given_back_after_items_that_come_together_and_after_every_reload(tmp_path, monkeypatch):
+    released = threading.Semaphore(0)
+    monkeypatch.setattr(module, "release_memory", released.release)
     with serving(save_run(tmp_path / "run"), tmp_path / "store.sqlite") as client:
         for number in range(40):
             event = {"id": str(number), "user": "u1", "item": "i1"}
             assert client.post("/events", {"events": [event]}).status_code == 200
-        assert not released
-        for number in range(40):
+        assert not released.acquire(timeout=0.5)
+        monkeypatch.setattr(module, "_RELEASE_AFTER", 1.0)
+        for number in range(3):
             item = {"id": f"new {number}", "title": "Novelty", "features": {"text": [number + 1.0] * 8}}
             assert client.post("/items", item).status_code == 200
+        assert released.acquire(timeout=60)
+        assert not released.acquire(timeout=1.5)
+        monkeypatch.setattr(module, "_RELEASE_AFTER", 0.05)
         for _ in range(3):
             assert client.post("/admin/reload", {}).status_code == 200
-    # At the latest when the server has ended.
-    assert len(released) == 5
+            assert released.acquire(timeout=60)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="memory is read from /proc")
@@ -55,16 +64,60 @@ print(before - resident())
     assert int(done.stdout) > 50_000_000
 
 
-def test_what_was_served_before_is_gone_when_memory_is_given_back_after_a_reload(tmp_path, monkeypatch):
-    alive, before = [], lambda: None
-    monkeypatch.setattr(module, "release_memory", lambda: alive.append(before()))
-    with serving(save_run(tmp_path / "run", "fused"), tmp_path / "store.sqlite") as client:
-        for count in range(1, 6):
-            before = weakref.ref(client.service.snapshot)
-            assert client.post("/admin/reload", {}).status_code == 200
-            while len(alive) < count:
-                time.sleep(0.001)
-    assert alive == [None] * 5
+def test_giving_memory_back_leaves_nothing_to_the_collector_of_cycles():
+    release_memory()
+    gc.collect()
+    gc.disable()
+    try:
+        release_memory()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+def test_what_was_served_before_is_gone_when_memory_is_given_back_also_where_a_reader_held_it(tmp_path, monkeypatch):
+    before, alive, released, asked, reloaded = [], [], threading.Event(), threading.Event(), threading.Event()
+
+    def release() -> None:
+        alive.append(before[-1]())
+        released.set()
+
+    def question(snapshot, requests):
+        asked.set()
+        reloaded.wait()
+        return requests
+
+    async def work() -> None:
+        service = Service(Source(save_run(tmp_path / "run", "fused")), None, Settings(), Metrics())
+        await service.open()
+        for _ in range(3):
+            reading = asyncio.create_task(service.read(question, None))
+            await asyncio.to_thread(asked.wait)
+            before.append(weakref.ref(service.snapshot))
+            await service.reload()
+            reloaded.set()
+            await reading
+            await asyncio.to_thread(released.wait, 60)
+            for one in (asked, reloaded, released):
+                one.clear()
+        await service.close()
+
+    monkeypatch.setattr(module, "release_memory", release)
+    asyncio.run(work())
+    assert alive == [None] * 3
+
+
+def test_ids_of_requests_are_not_kept():
+    bodies = [json.dumps({"events": [{"id": f"event {n}", "user": "u1", "item": "i1"}]}) for n in range(2000)]
+    EventsRequest.model_validate_json(bodies[0])
+    tracemalloc.start()
+    try:
+        for body in bodies:
+            EventsRequest.model_validate_json(body)
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert kept < 10_000
 
 
 def test_a_batcher_keeps_neither_jobs_nor_results(one_thread):
