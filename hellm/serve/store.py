@@ -47,6 +47,8 @@ CREATE TABLE IF NOT EXISTS learned (
 _LARGEST = 2**63 - 1
 # SQLite takes at most 999 values in one statement on older builds.
 _AT_ONCE = 900
+# KiB of the file in memory. SQLite would keep 2 MiB of what was written last, and the system has it in memory anyway.
+_CACHE = 256
 # Entries in memory at a time; an item has some kilobytes of features.
 _PAGE = 256
 
@@ -154,6 +156,7 @@ class Store:
                 self._closing.callback(self._database.close)
                 self._database.execute("PRAGMA journal_mode=WAL")
                 self._database.execute("PRAGMA synchronous=FULL")
+                self._database.execute(f"PRAGMA cache_size=-{_CACHE}")
                 _check_format(self.path, self._database)
                 self._database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_FORMAT}; COMMIT;")
         except BaseException:

@@ -157,6 +157,35 @@ def test_a_store_of_many_entries_is_read_by_few_at_a_time(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="memory is read from /proc")
+def test_a_store_keeps_nothing_of_what_it_has_written(tmp_path):
+    program = f"""
+from pathlib import Path
+import numpy as np
+from hellm.serve.memory import release_memory
+from hellm.serve.store import Entry, Store
+
+store = Store({str(tmp_path / "store.sqlite")!r})
+
+def append(number):
+    items = [Entry("item", f"{{number}} {{place}}", {{}}, {{"text": np.ones(2000, np.float32)}}) for place in range(8)]
+    store.append(items)
+
+def resident():
+    release_memory()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+for number in range(8):
+    append(number)
+before = resident()
+for number in range(8, 48):
+    append(number)
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 500_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="memory is read from /proc")
 def test_an_item_and_an_event_keep_their_rows_and_their_ids(tmp_path):
     """A thousand bytes, of which an item of this run has 500 in tables; with a table of ids in pieces it was 2,500."""
     run = save_run(tmp_path / "run", "fused")
