@@ -9,7 +9,8 @@ looked at that
   with exactly the new items that the store has up to that revision
 - every new item was in the answer of the next request after its own, and every event that was acknowledged is once in
   its user's history, in order
-- memory of the server does not grow: by no more than `MAX_SLOPE`, over the last two thirds of the time
+- memory of the server does not grow: by no more than `MAX_SLOPE`, over the last two thirds of the time. A server takes
+  minutes until it has done everything once, and a page of stored entries is full: ten say more than two
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from benchmarks.load import PATIENCE, Connection, Latencies, Usage, load, reques
 __all__ = ["MAX_SLOPE", "soak"]
 
 MAX_SLOPE = 32 * 1024
-"""Bytes a second by which the server may grow. An event that it keeps takes some 300 bytes, and an item tens of
-kilobytes, as every tower has its features; a leak of a hundred bytes a request would be more."""
+"""Bytes a second by which the server may grow. An event that it keeps takes tens of bytes, and an item some kilobytes,
+as every tower has its features; a leak of a hundred bytes a request would be more."""
 CONNECTIONS, QUIET_USERS, EVENT_WRITERS = 32, 64, 2
 # Seconds between two requests of each writer of events, of the writer of items, and between reloads.
 EVENTS_EVERY, ITEMS_EVERY, RELOADS_EVERY = 0.2, 2.0, 10.0
@@ -191,8 +192,21 @@ def picture(draw: random.Random) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+def least(samples: Sequence[tuple[float, int]], every: float) -> list[tuple[float, int]]:
+    """The smallest of the samples of each `every` seconds.
+
+    A run that is loaded stands beside the one that is served, and what was served before is given back a little later:
+    neither is growth, and how much of the time it is there depends on what else the machine does.
+    """
+    found: dict[int, tuple[float, int]] = {}
+    for sample in samples:
+        place = int(sample[0] / every)
+        found[place] = min(found.get(place, sample), sample, key=lambda one: one[1])
+    return list(found.values())
+
+
 def slope(samples: Sequence[tuple[float, int]]) -> float:
-    """Bytes a second: the median over pairs of samples, so that a peak while a run is loaded counts little."""
+    """Bytes a second: the median over pairs of samples."""
     times, sizes = np.array(samples, float).T
     first, second = np.triu_indices(len(times), 1)
     return float(np.median((sizes[second] - sizes[first]) / (times[second] - times[first])))
@@ -265,7 +279,7 @@ def soak(runs: Sequence[Path], folder: Path, seconds: float) -> dict[str, Any]:
         "wrong_answers": wrong,
         "faults": dict(found.faults),
         "resident_bytes": found.resident,
-        "slope_bytes_per_second": slope(late),
+        "slope_bytes_per_second": slope(least(late, min(2 * RELOADS_EVERY, seconds / 30))),
         "max_slope": MAX_SLOPE,
     }
     record["ok"] = not found.faults and not wrong and record["slope_bytes_per_second"] <= MAX_SLOPE

@@ -8,10 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from served import save_run
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))
+
+from benchmarks.soak import MAX_SLOPE, least, slope  # noqa: E402
+
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -63,3 +68,14 @@ def test_soak(tmp_path):
     # More items than have one digit, whose order is that of the store and not of their names.
     assert found["counts"]["reloads"] and found["counts"]["fresh"] == found["counts"]["items"] > 10
     assert found["answers_compared"] and found["events"] and len(found["resident_bytes"]) > 10
+
+
+@pytest.mark.parametrize("of_request", [0, 100])
+def test_slope_is_that_of_what_is_kept_whatever_part_of_the_time_runs_are_loaded(of_request):
+    """Every 10 seconds a run is loaded, in 1 second, and in 9 since the machine has more to do."""
+    times = np.arange(40, 120, 0.2)
+    loaded = times % 10 < np.where(times < 80, 1, 9)
+    sizes = 4e8 + 500 * of_request * times + 4e7 * loaded + np.random.default_rng(0).normal(0, 5e5, len(times))
+    found = slope(least(list(zip(times, sizes, strict=True)), 10))
+    assert found == pytest.approx(500 * of_request, abs=12 * 1024)
+    assert (found > MAX_SLOPE) == bool(of_request)
