@@ -81,5 +81,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("multiply_adds", &multiply_adds,
         "Float32 multiply-adds in registers, so many operations: a processor's limit.");
   m.def("gathers", &gathers, "The sum of rows of a float32 table: the limit of what gathers rows.");
+  m.def("use_fused_pairs", &hellm::cpu::use_fused_pairs,
+        "Whether VNNI instructions are used where the processor has them.");
   m.def("use_instruction_set", &use_instruction_set, "Use the kernels compiled for one instruction set.");
 }

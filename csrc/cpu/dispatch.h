@@ -20,6 +20,11 @@ int instruction_set();
 // False if there is none of that name or the processor cannot run it.
 bool use_instruction_set(const char* name);
 
+// Whether one instruction (VNNI) multiplies 16-bit pairs and adds to their sums, in vectors of so many bytes: where the
+// processor has it, unless use_fused_pairs said no. Sums are exact, so that results are the same bits.
+bool fused_pairs(int vector_bytes);
+void use_fused_pairs(bool use);
+
 template <typename Arguments>
 using Kernel = void (*)(const Arguments&, Interruption&);
 

@@ -2,14 +2,16 @@
 // many of them as of float32, on every x86 processor.
 //
 // Two kinds of factors are enough for a loss over unit rows. Units are rows times kUnit. Weights, of any sign, are scaled
-// so that the absolute ones of a sum add up to kWeight. Then no sum overflows, whatever its length: two units give at
-// most kUnit^2 (Cauchy-Schwarz), weights and units kWeight kUnit; both are below 2^30. Rounding costs half a unit: of a
-// row of length kUnit, and of each weight of a sum of kWeight.
+// so that the absolute ones of a sum add up to kWeight, or to less where one of them would be above kWeight / 2, more than
+// 16 bits hold. Then no sum overflows, whatever its length: two units give at most kUnit^2 (Cauchy-Schwarz), weights and
+// units kWeight kUnit; both are below 2^31, by 3% for the half units of 2,000 weights. Rounding costs half a unit: of a row
+// of length kUnit, and of each weight of a sum of kWeight.
 //
 // An instruction takes its factors in pairs that are neighbours along the sum: the pair (k, k + 1) of row r of the left
 // matrix lies at [r, k], the pair of column c of the right one at [k / 2, c, 2].
 #pragma once
 
+#include "dispatch.h"
 #include "simd.h"
 
 #if defined(__SSE2__)
@@ -32,7 +34,7 @@ constexpr int kFixedRows = 3, kFixedVectors = 4;
 #endif
 
 constexpr float kUnit = 32000;
-constexpr float kWeight = 32000;
+constexpr float kWeight = 65000;
 constexpr float kLeastSum = 1e-30f;  // added to every sum, so that none divides by zero
 
 typedef int32_t PairOf16 __attribute__((may_alias, aligned(2)));
@@ -59,6 +61,23 @@ inline Int multiply_pairs(Int a, Int b) {
 #endif
 }
 
+// sum + a0 b0 + a1 b1 of each pair. Written out, as the files are compiled for processors without the instruction too.
+template <bool kFused>
+inline Int add_pairs(Int sum, Int a, Int b) {
+#if defined(__AVX512F__)
+  if constexpr (kFused) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  }
+#elif defined(__AVX2__)
+  if constexpr (kFused) {
+    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+    return sum;
+  }
+#endif
+  return sum + multiply_pairs(a, b);
+}
+
 // x rounded to an integer, |x| < 2^15, in the low half of each lane; the high half is to be ignored.
 inline Int to_fixed(Vector<float> x) { return reinterpret_cast<Int>(x + broadcast(12582912.0f)); }  // 1.5 * 2^23
 
@@ -67,7 +86,7 @@ inline Int pair(Int first, Int second) {
 }
 
 // C[r, v] (+)= scale sum_k A[r, k] B[k, v], the scale of a row or of a column.
-template <int kRows, int kColumns, bool kRowScale, bool kAccumulate>
+template <bool kFused, int kRows, int kColumns, bool kRowScale, bool kAccumulate>
 inline __attribute__((always_inline)) void fixed_tile(const int16_t* __restrict a, int64_t a_row,
                                                       const int16_t* __restrict b, int64_t b_depth,
                                                       const float* __restrict scale, float* __restrict c, int64_t c_row,
@@ -82,7 +101,7 @@ inline __attribute__((always_inline)) void fixed_tile(const int16_t* __restrict 
     for (int r = 0; r < kRows; ++r) {
       const Int value = *reinterpret_cast<const PairOf16*>(a + r * a_row + k) - Int{};
 #pragma GCC unroll 8
-      for (int v = 0; v < kColumns; ++v) sum[r][v] += multiply_pairs(value, column[v]);
+      for (int v = 0; v < kColumns; ++v) sum[r][v] = add_pairs<kFused>(sum[r][v], value, column[v]);
     }
     b += 2 * b_depth;
   }
@@ -97,40 +116,55 @@ inline __attribute__((always_inline)) void fixed_tile(const int16_t* __restrict 
     }
 }
 
-template <int kRows, int kColumns, bool kRowScale, bool kAccumulate>
+template <bool kFused, int kRows, int kColumns, bool kRowScale, bool kAccumulate>
 inline void fixed_tile_of(int rows, int vectors, const int16_t* a, int64_t a_row, const int16_t* b, int64_t b_depth,
                           const float* scale, float* c, int64_t c_row, int64_t depth) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
-      return fixed_tile_of<kRows - 1, kColumns, kRowScale, kAccumulate>(rows, vectors, a, a_row, b, b_depth, scale, c,
-                                                                        c_row, depth);
+      return fixed_tile_of<kFused, kRows - 1, kColumns, kRowScale, kAccumulate>(rows, vectors, a, a_row, b, b_depth,
+                                                                                scale, c, c_row, depth);
     }
   }
   if constexpr (kColumns > 1) {
     if (vectors < kColumns) {
-      return fixed_tile_of<kRows, kColumns - 1, kRowScale, kAccumulate>(rows, vectors, a, a_row, b, b_depth, scale, c,
-                                                                        c_row, depth);
+      return fixed_tile_of<kFused, kRows, kColumns - 1, kRowScale, kAccumulate>(rows, vectors, a, a_row, b, b_depth,
+                                                                                scale, c, c_row, depth);
     }
   }
-  fixed_tile<kRows, kColumns, kRowScale, kAccumulate>(a, a_row, b, b_depth, scale, c, c_row, depth);
+  fixed_tile<kFused, kRows, kColumns, kRowScale, kAccumulate>(a, a_row, b, b_depth, scale, c, c_row, depth);
 }
 
-// C [rows, columns] (+)= A [rows, depth] B [depth, columns] with scale [rows] or [columns]; columns is a multiple of the
-// vector width, an odd depth is followed by a zero in one of the factors.
-template <bool kRowScale, bool kAccumulate>
-inline void fixed_multiply(int64_t rows, int64_t columns, int64_t depth, const int16_t* a, int64_t a_row,
-                           const int16_t* b, int64_t b_depth, const float* scale, float* c, int64_t c_row) {
+template <bool kFused, bool kRowScale, bool kAccumulate>
+inline void fixed_panels(int64_t rows, int64_t columns, int64_t depth, const int16_t* a, int64_t a_row,
+                         const int16_t* b, int64_t b_depth, const float* scale, float* c, int64_t c_row,
+                         Ahead<false> next_read, Ahead<true> next_written) {
   constexpr int kWidth = kLanes<float>;
+  const int64_t panel = kFixedVectors * kWidth;
+  const int64_t tiles = (rows + kFixedRows - 1) / kFixedRows * ((columns + panel - 1) / panel);
+  const int64_t read = (next_read.lines() + tiles - 1) / tiles, written = (next_written.lines() + tiles - 1) / tiles;
   for (int64_t column = 0; column < columns; column += kFixedVectors * kWidth) {
     const int64_t vectors = (columns - column) / kWidth;
     const int wide = int(vectors < kFixedVectors ? vectors : kFixedVectors);
     for (int64_t row = 0; row < rows; row += kFixedRows) {
       const int height = int(rows - row < kFixedRows ? rows - row : kFixedRows);
-      fixed_tile_of<kFixedRows, kFixedVectors, kRowScale, kAccumulate>(
+      next_read.fetch(read);
+      next_written.fetch(written);
+      fixed_tile_of<kFused, kFixedRows, kFixedVectors, kRowScale, kAccumulate>(
           height, wide, a + row * a_row, a_row, b + 2 * column, b_depth, scale + (kRowScale ? row : column),
           c + row * c_row + column, c_row, depth);
     }
   }
+}
+
+// C [rows, columns] (+)= A [rows, depth] B [depth, columns] with scale [rows] or [columns]; columns is a multiple of the
+// vector width, an odd depth is followed by a zero in one of the factors. What is read and written next is fetched.
+template <bool kRowScale, bool kAccumulate>
+inline void fixed_multiply(int64_t rows, int64_t columns, int64_t depth, const int16_t* a, int64_t a_row,
+                           const int16_t* b, int64_t b_depth, const float* scale, float* c, int64_t c_row,
+                           Ahead<false> next_read = {}, Ahead<true> next_written = {}) {
+  const auto panels = fused_pairs(kVectorBytes) ? fixed_panels<true, kRowScale, kAccumulate>
+                                                : fixed_panels<false, kRowScale, kAccumulate>;
+  panels(rows, columns, depth, a, a_row, b, b_depth, scale, c, c_row, next_read, next_written);
 }
 
 // unit [stride] = kUnit x [dim] / |x|, zero padded; false for a row that is all zero.
@@ -146,14 +180,27 @@ inline Vector<float> absolute(Vector<float> x) {
   return reinterpret_cast<Vector<float>>(reinterpret_cast<Int>(x) & 0x7fffffff);
 }
 
+// Sums and largest ones of absolute weights, and what kWeight stands for beside them.
+struct Total {
+  Vector<float> sum, largest;
+  void add(Vector<float> absolute) {
+    sum += absolute;
+    largest = absolute > largest ? absolute : largest;
+  }
+  Vector<float> whole() const {
+    const Vector<float> twice = largest + largest;
+    return (sum > twice ? sum : twice) + kLeastSum;
+  }
+};
+
 // Right factor with the rows as depth: pairs [rows / 2, columns, 2] of x [rows, columns], column c times kWeight over
-// its absolute sum; scale [columns] undoes it and kUnit.
-inline void pack_weights(const float* x, int64_t rows, int64_t columns, int16_t* pairs, float* scale) {
+// the whole of its sums and largest [columns]; scale [columns] undoes it and kUnit.
+inline void pack_weights(const float* x, int64_t rows, int64_t columns, const float* sums, const float* largest,
+                         int16_t* pairs, float* scale) {
   for (int64_t column = 0; column < columns; column += kLanes<float>) {
-    Vector<float> sum = broadcast(kLeastSum);
-    for (int64_t row = 0; row < rows; ++row) sum += absolute(load(x + row * columns + column));
-    store(scale + column, sum * broadcast(1 / (kWeight * kUnit)));
-    const Vector<float> factor = broadcast(kWeight) / sum;
+    const Vector<float> whole = Total{load(sums + column), load(largest + column)}.whole();
+    store(scale + column, whole * broadcast(1 / (kWeight * kUnit)));
+    const Vector<float> factor = broadcast(kWeight) / whole;
     for (int64_t row = 0; row < rows; row += 2) {
       const float* from = x + row * columns + column;
       const Vector<float> second = row + 1 < rows ? load(from + columns) : Vector<float>{};
@@ -162,24 +209,51 @@ inline void pack_weights(const float* x, int64_t rows, int64_t columns, int16_t*
   }
 }
 
-// Left factor with the columns as depth: packed [rows, columns] of x [rows, columns], row r times kWeight over its
-// absolute sum; scale [rows] undoes it and kUnit. With a coefficient [columns], of x times it.
-inline void pack_weight_rows(const float* x, int64_t rows, int64_t columns, const float* coefficient, int16_t* packed,
-                             float* scale) {
-  typedef int16_t Short __attribute__((vector_size(kVectorBytes / 2)));
-  typedef int16_t Unaligned __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(kVectorBytes / 2)));
+typedef int16_t UnalignedShorts __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+
+// One row of a left factor: packed [columns] of x [columns] times kWeight over the whole of its total, here by lanes.
+// Returns the scale that undoes it and kUnit.
+inline float pack_weight_row(const float* x, int64_t columns, const Total& total, int16_t* packed) {
+  float sum = 0, largest = 0;
+  for (int lane = 0; lane < kLanes<float>; ++lane) {
+    sum += total.sum[lane];
+    largest = total.largest[lane] > largest ? total.largest[lane] : largest;
+  }
+  const float whole = (sum > 2 * largest ? sum : 2 * largest) + kLeastSum;
+  const Vector<float> factor = broadcast(kWeight / whole);
+  for (int64_t column = 0; column < columns; column += kLanes<float>) {
+    *reinterpret_cast<UnalignedShorts*>(packed + column) =
+        __builtin_convertvector(to_fixed(load(x + column) * factor), Shorts);
+  }
+  return whole / (kWeight * kUnit);
+}
+
+// Left factor with the columns as depth: packed [rows, columns] of x [rows, columns], with scale [rows].
+inline void pack_weight_rows(const float* x, int64_t rows, int64_t columns, int16_t* packed, float* scale) {
   for (int64_t row = 0; row < rows; ++row, x += columns, packed += columns) {
-    const auto value = [&](int64_t column) {
-      return coefficient ? load(x + column) * load(coefficient + column) : load(x + column);
-    };
-    Vector<float> totals = {};
-    for (int64_t column = 0; column < columns; column += kLanes<float>) totals += absolute(value(column));
-    float sum = kLeastSum;
-    for (int lane = 0; lane < kLanes<float>; ++lane) sum += totals[lane];
-    scale[row] = sum / (kWeight * kUnit);
-    const Vector<float> factor = broadcast(kWeight / sum);
+    Total total = {};
+    for (int64_t column = 0; column < columns; column += kLanes<float>) total.add(absolute(load(x + column)));
+    scale[row] = pack_weight_row(x, columns, total, packed);
+  }
+}
+
+// The same of a right factor: x is pairs [rows / 2, columns, 2] times factor [columns]. row [2, columns] is scratch.
+inline void repack_weight_rows(const int16_t* pairs, int64_t rows, int64_t columns, const float* factor, float* row,
+                               int16_t* packed, float* scale) {
+  for (int64_t r = 0; r < rows; r += 2, pairs += 2 * columns, packed += 2 * columns) {
+    Total total[2] = {};
     for (int64_t column = 0; column < columns; column += kLanes<float>) {
-      *reinterpret_cast<Unaligned*>(packed + column) = __builtin_convertvector(to_fixed(value(column) * factor), Short);
+      const Int both = load_pairs(pairs + 2 * column), parts[2] = {both << 16 >> 16, both >> 16};
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const Vector<float> value = __builtin_convertvector(parts[half], Vector<float>) * load(factor + column);
+        total[half].add(absolute(value));
+        store(row + half * columns + column, value);
+      }
+    }
+    for (int half = 0; half < 2 && r + half < rows; ++half) {
+      scale[r + half] = pack_weight_row(row + half * columns, columns, total[half], packed + half * columns);
     }
   }
 }

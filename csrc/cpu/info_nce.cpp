@@ -37,19 +37,27 @@ void block_maximum(const Problem<T, U>& p, int64_t block, const T* s) {
   }
 }
 
+// Adds a vector of weights to their sum and, in fixed point, their largest.
+template <typename T, typename U>
+inline void add_weight(Vector<T> absolute, Vector<T>& sum, Vector<T>& largest) {
+  sum += absolute;
+  if (kFixed<T, U>) largest = absolute > largest ? absolute : largest;
+}
+
 // S of a group of keys to E, added to the row sums.
 template <typename T, typename U>
-void exponentiate(const Problem<T, U>& p, int64_t keys, const T* shift, T* s, T* sum) {
+void exponentiate(const Problem<T, U>& p, int64_t keys, const Scratch<T, U>& scratch, T* s, T* sum) {
   const Vector<T> scale = broadcast(p.exponent_scale);
   for (int64_t i = 0; i < p.strip; i += kLanes<T>) {
-    const Vector<T> offset = load(shift + i);
-    Vector<T> total = load(sum + i);
+    const Vector<T> offset = load(scratch.shift + i);
+    Vector<T> total = load(sum + i), largest = load(scratch.largest + i);
     for (int64_t j = 0; j < keys; ++j) {
       const Vector<T> e = exp2(load(s + j * p.strip + i) * scale - offset);
       store(s + j * p.strip + i, e);
-      total += e;
+      add_weight<T, U>(e, total, largest);
     }
     store(sum + i, total);
+    store(scratch.largest + i, largest);
   }
 }
 
@@ -59,28 +67,36 @@ void weigh(const Problem<T, U>& p, int64_t keys, const Scratch<T, U>& scratch, c
   const Vector<T> scale = broadcast(p.exponent_scale);
   for (int64_t i = 0; i < p.strip; i += kLanes<T>) {
     const Vector<T> offset = load(scratch.shift + i), coefficient = load(scratch.coefficient + i);
+    Vector<T> total = load(scratch.sum + i), largest = load(scratch.largest + i);
     for (int64_t j = 0; j < keys; ++j) {
-      const Vector<T> e = exp2(load(s + j * p.strip + i) * scale - offset);
-      store(s + j * p.strip + i, e * (coefficient + key_coefficient[j]));
+      const Vector<T> w = exp2(load(s + j * p.strip + i) * scale - offset) * (coefficient + key_coefficient[j]);
+      store(s + j * p.strip + i, w);
+      if constexpr (kFixed<T, U>) add_weight<T, U>(absolute(w), total, largest);
     }
+    store(scratch.sum + i, total);
+    store(scratch.largest + i, largest);
   }
 }
 
 // First half of a strip, for one block: E, row sums, row side of the gradient.
 template <typename T, typename U>
 void sweep_rows(const Problem<T, U>& p, int64_t block, int64_t start, int64_t count, const Scratch<T, U>& scratch) {
-  T* s = p.gradients ? p.similarity + block * kBlock * p.strip : scratch.block;
+  U* const kept = p.gradients ? p.kept + block * kBlock * p.strip : nullptr;
+  T* s = scratch.block;
+  if constexpr (!kFixed<T, U>) s = kept ? kept : s;
   T* sum = p.partial_sum + block * p.strip;
   std::memset(sum, 0, p.strip * sizeof(T));
+  std::memset(scratch.largest, 0, p.strip * sizeof(T));
   for (int64_t key = 0; key < p.keys(block); key += kGroup) {
     const int64_t left = p.keys(block) - key, keys = left < kGroup ? left : kGroup;
     if (p.interruption.after(2 * keys * p.strip * p.stride)) return;
     similarities(p, p.view(block), p.first_key(block) + key, keys, left - keys, start, count, scratch,
                  s + key * p.strip);
-    exponentiate(p, keys, scratch.shift, s + key * p.strip, sum);
+    exponentiate(p, keys, scratch, s + key * p.strip, sum);
   }
   if (!p.gradients) return;
-  row_side<false>(p, p.view(block), p.first_key(block), p.keys(block), s, scratch,
+  row_side<false>(p, p.view(block), p.first_key(block), p.keys(block), s, sum,
+                  Factor<T, U>{kept, p.kept_scale + block * p.strip}, scratch,
                   p.partial_key + block * p.strip * p.stride);
 }
 
@@ -146,10 +162,9 @@ void finish_rows(const Problem<T, U>& p, int64_t start, int64_t count, int threa
 }
 
 template <typename T, typename U>
-void sweep_keys(const Problem<T, U>& p, int64_t block, int64_t start, int64_t count, const Scratch<T, U>& scratch) {
+void sweep_keys(const Problem<T, U>& p, int64_t block, const Scratch<T, U>& scratch) {
   if (p.interruption.after(p.keys(block) * p.strip * p.stride)) return;
-  key_side<false>(p, p.keys(block), start, count, p.similarity + block * kBlock * p.strip, scratch,
-                  p.grad[p.view(block)] + p.first_key(block) * p.stride);
+  kept_key_side(p, block, scratch, p.grad[p.view(block)] + p.first_key(block) * p.stride);
 }
 
 // Row sums of the anchor's own view, from its upper triangle. Strips are dealt to a fixed number of groups, each with
@@ -169,7 +184,7 @@ void sum_triangle(const Problem<T, U>& p, int64_t group, const Scratch<T, U>& sc
       const int64_t keys = end - first < kGroup ? end - first : kGroup;
       if (p.interruption.after(keys * p.strip * p.stride)) return;
       similarities(p, 0, first, keys, n - first - keys, start, count, scratch, scratch.block);
-      exponentiate(p, keys, scratch.shift, scratch.block, sum);
+      exponentiate(p, keys, scratch, scratch.block, sum);
       for (int64_t j = 0; j < keys && first >= start + count; ++j) {
         Vector<T> total = {};
         for (int64_t i = 0; i < p.strip; i += kLanes<T>) total += load(scratch.block + j * p.strip + i);
@@ -196,6 +211,8 @@ void sweep_triangle(const Problem<T, U>& p, int64_t first, int64_t keys, int64_t
                     const Scratch<T, U>& scratch) {
   const bool own = first == start;  // symmetric in itself: one side gives both
   T* const w = scratch.block;
+  std::memset(scratch.sum, 0, p.strip * sizeof(T));
+  std::memset(scratch.largest, 0, p.strip * sizeof(T));
   for (int64_t key = 0; key < keys; key += kGroup) {
     const int64_t group = keys - key < kGroup ? keys - key : kGroup;
     similarities(p, 0, first + key, group, keys - key - group, start, count, scratch, w + key * p.strip);
@@ -203,9 +220,10 @@ void sweep_triangle(const Problem<T, U>& p, int64_t first, int64_t keys, int64_t
   }
   T* const out = intra_key(p, first);
   const bool fresh = first / p.strip % kTriangleStrips == 0;
-  if (fresh) row_side<false>(p, 0, first, keys, w, scratch, out);
-  else row_side<true>(p, 0, first, keys, w, scratch, out);
-  if (!own) key_side<true>(p, keys, start, count, w, scratch, p.grad[0] + first * p.stride);
+  const Factor<T, U> factor{scratch.packed, scratch.scale};
+  if (fresh) row_side<false>(p, 0, first, keys, w, scratch.sum, factor, scratch, out);
+  else row_side<true>(p, 0, first, keys, w, scratch.sum, factor, scratch, out);
+  if (!own) key_side(p, keys, start, count, w, scratch, p.grad[0] + first * p.stride);
 }
 
 // The rows' own share, after the key side of the strip is complete. Chosen rows may repeat, and stay with one thread.
@@ -283,7 +301,7 @@ void run_thread(const Problem<T, U>& p, const Scratch<T, U>& scratch, int thread
 #pragma omp for schedule(dynamic, 1)
     for (int64_t part = 0; part < triangles + p.num_blocks; ++part) {
       if (part >= triangles) {
-        sweep_keys(p, part - triangles, start, count, scratch);
+        sweep_keys(p, part - triangles, scratch);
         continue;
       }
       for (int64_t first = part * triangle; first <= start && first < (part + 1) * triangle; first += p.strip) {
@@ -361,7 +379,8 @@ void run_with(const InfoNceArguments& a, Interruption& interruption) {
 
   Buffer<U> unit(2 * n * stride), across(across_size[0] + across_size[1]);
   Buffer<T> grad(2 * grad_size);
-  Buffer<T> similarity(gradients ? num_blocks * kBlock * strip : 0);
+  Buffer<U> kept(gradients ? num_blocks * kBlock * strip : 0);
+  Buffer<T> kept_scale(gradients && kFixed<T, U> ? num_blocks * strip : 0);
   Buffer<T> partial(2 * num_blocks * strip), partial_key(gradients ? num_blocks * strip * stride : 0);
   Buffer<T> pending(strip * stride), row_weight(strip), own_weight(gradients ? n : 0);
   Buffer<T> intra((2 + kTriangleGroups) * intra_size);
@@ -373,7 +392,7 @@ void run_with(const InfoNceArguments& a, Interruption& interruption) {
                         {unit, unit + n * stride},
                         {across, across + across_size[0]}, {panel[0], panel[1]},
                         {in_place ? outside[0] : grad, in_place ? outside[1] : grad + grad_size},
-                        similarity, partial, partial + num_blocks * strip, partial_key, pending, row_weight, own_weight,
+                        kept, kept_scale, partial, partial + num_blocks * strip, partial_key, pending, row_weight, own_weight,
                         intra, intra + 2 * intra_size, intra + intra_size, intra_key};
   // clang-format on
   const S* const views[2] = {static_cast<const S*>(a.anchor), static_cast<const S*>(a.positive)};

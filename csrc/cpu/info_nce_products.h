@@ -31,7 +31,8 @@ struct Problem {
   U* across[2];        // fixed point: the units of each panel of keys transposed, [panels, stride, panel[view]]
   int64_t panel[2];    // keys a panel: those that row_side is given at a time
   T* grad[2];          // [num_keys, stride] each
-  T* similarity;       // [num_blocks, kBlock, strip], E transposed; one block a thread without gradients
+  U* kept;             // with gradients, E transposed: [num_blocks, kBlock, strip]; fixed point: with its keys in pairs
+  T* kept_scale;       // fixed point: [num_blocks, strip], which undoes that factor's scale and kUnit
   T* partial_sum;      // [num_blocks, strip]
   T* partial_maximum;  // [num_blocks, strip]
   T* partial_key;      // [num_blocks, strip, stride]: sum_j E_ij k_j of the block
@@ -62,15 +63,17 @@ struct Scratch {   // of one thread
   U* own;          // fixed point: unit anchors of the strip, [strip / 2, stride, 2]
   T* shift;        // [strip], in units of the exponent
   T* coefficient;  // [strip]: c_i = row_grad_i sigmoid_i / sum_i
-  T* weighted;     // floating point: [strip, stride], c_i u_i
-  T* block;        // [kBlock, strip], where E is not kept
+  T* weighted;     // floating point: [strip, stride], c_i u_i; fixed point: [strip], c_i times what undoes E's scale
+  T* block;        // [kBlock, strip], where E is not kept as it is
   U* packed;       // fixed point: [kBlock, strip], weights as a factor
   T* scale;        // fixed point: [strip], of the factor
   T* product;      // fixed point: [stride, strip]
   T* unit_scale;   // fixed point: [strip], of the product of two units
+  T* sum;          // fixed point: [strip], of the absolute weights of a right factor
+  T* largest;      // fixed point: [strip], of them
 
   // Elements of the memory of each type.
-  static int64_t size(const Problem<T, U>& p) { return (4 + kBlock) * p.strip + 2 * p.strip * p.stride; }
+  static int64_t size(const Problem<T, U>& p) { return (6 + kBlock) * p.strip + 2 * p.strip * p.stride; }
   static int64_t factors_size(const Problem<T, U>& p) {
     return kFixed<T, U> ? 2 * p.strip * p.stride + kBlock * p.strip : p.strip * p.stride;
   }
@@ -78,7 +81,8 @@ struct Scratch {   // of one thread
       : query(factors), own(query + (kFixed<T, U> ? p.strip * p.stride : 0)), shift(memory),
         coefficient(shift + p.strip), weighted(coefficient + p.strip), block(weighted + p.strip * p.stride),
         packed(own + (kFixed<T, U> ? p.strip * p.stride : 0)), scale(block + kBlock * p.strip),
-        product(scale + p.strip), unit_scale(product + p.strip * p.stride) {}
+        product(scale + p.strip), unit_scale(product + p.strip * p.stride), sum(unit_scale + p.strip),
+        largest(sum + p.strip) {}
 };
 
 template <typename T, typename U>
@@ -121,14 +125,22 @@ void similarities(const Problem<T, U>& p, int view, int64_t first, int64_t keys,
   }
 }
 
-// out [strip, stride] (+)= sum_j w_ji k_j over `keys` keys of a view from `first` on; w [keys, strip].
+// A right factor in fixed point: pairs [keys / 2, strip, 2] and scale [strip].
+template <typename T, typename U>
+struct Factor {
+  U* pairs;
+  T* scale;
+};
+
+// out [strip, stride] (+)= sum_j w_ji k_j over `keys` keys of a view from `first` on; w [keys, strip]. In fixed point w,
+// whose absolute sums over the keys are `sum` and largest scratch.largest, becomes `factor`.
 template <bool kAccumulate, typename T, typename U>
-void row_side(const Problem<T, U>& p, int view, int64_t first, int64_t keys, const T* w, const Scratch<T, U>& scratch,
-              T* out) {
+void row_side(const Problem<T, U>& p, int view, int64_t first, int64_t keys, const T* w, const T* sum,
+              const Factor<T, U>& factor, const Scratch<T, U>& scratch, T* out) {
   if constexpr (kFixed<T, U>) {
-    pack_weights(w, keys, p.strip, scratch.packed, scratch.scale);
+    pack_weights(w, keys, p.strip, sum, scratch.largest, factor.pairs, factor.scale);
     fixed_multiply<false, false>(p.stride, p.strip, keys, p.across[view] + first * p.stride, p.panel[view],
-                                 scratch.packed, p.strip, scratch.scale, scratch.product, p.strip);
+                                 factor.pairs, p.strip, factor.scale, scratch.product, p.strip);
     transpose<kAccumulate>(scratch.product, p.stride, p.strip, out);
   } else {
     multiply<kAccumulate>(p.strip, p.stride, keys, w, 1, p.strip, p.unit[view] + first * p.stride, p.stride, out,
@@ -136,21 +148,52 @@ void row_side(const Problem<T, U>& p, int view, int64_t first, int64_t keys, con
   }
 }
 
-// grad [keys, stride] += sum_i w_ji c_i u_i over the strip's rows; w [keys, strip]. c_i is 1 where W holds it already.
-template <bool kHeld, typename T, typename U>
+// grad [keys, stride] += sum_i w_ji u_i over the strip's rows in fixed point; pack(key, group) makes the left factor of
+// some keys, of which `next(key, group)` is fetched before.
+template <typename T, typename U, typename Pack, typename Next>
+void fixed_key_side(const Problem<T, U>& p, int64_t keys, const Scratch<T, U>& scratch, T* grad, Pack pack, Next next) {
+  for (int64_t key = 0; key < keys; key += kGroup) {
+    const int64_t left = keys - key, group = left < kGroup ? left : kGroup;
+    const int64_t behind = left - group < kGroup ? left - group : kGroup;
+    pack(key, group);
+    fixed_multiply<true, true>(group, p.stride, p.strip, scratch.packed, p.strip, scratch.own, p.stride, scratch.scale,
+                               grad + key * p.stride, p.stride, next(key + group, behind),
+                               Ahead<true>(grad, key + group, p.stride, behind, p.stride));
+  }
+}
+
+// grad [keys, stride] += sum_i c_i E_ij u_i over the strip's rows, of the E that is kept of a block.
+template <typename T, typename U>
+void kept_key_side(const Problem<T, U>& p, int64_t block, const Scratch<T, U>& scratch, T* grad) {
+  const U* const kept = p.kept + block * kBlock * p.strip;
+  if constexpr (kFixed<T, U>) {
+    const T* const scale = p.kept_scale + block * p.strip;
+    for (int64_t i = 0; i < p.strip; ++i) scratch.weighted[i] = scratch.coefficient[i] * scale[i] * kUnit;
+    const auto pack = [&](int64_t key, int64_t group) {
+      repack_weight_rows(kept + key * p.strip, group, p.strip, scratch.weighted, scratch.block, scratch.packed,
+                         scratch.scale);
+    };
+    const auto next = [&](int64_t key, int64_t group) {
+      return Ahead<false>(kept, key / 2, 2 * p.strip, (group + 1) / 2, 2 * p.strip);
+    };
+    fixed_key_side(p, p.keys(block), scratch, grad, pack, next);
+  } else {
+    multiply<true>(p.keys(block), p.stride, p.strip, kept, p.strip, 1, scratch.weighted, p.stride, grad, p.stride);
+  }
+}
+
+// grad [keys, stride] += sum_i w_ji u_i over the strip's rows; w [keys, strip].
+template <typename T, typename U>
 void key_side(const Problem<T, U>& p, int64_t keys, int64_t start, int64_t count, const T* w,
               const Scratch<T, U>& scratch, T* grad) {
   if constexpr (kFixed<T, U>) {
-    for (int64_t key = 0; key < keys; key += kGroup) {
-      const int64_t group = keys - key < kGroup ? keys - key : kGroup;
-      pack_weight_rows(w + key * p.strip, group, p.strip, kHeld ? nullptr : scratch.coefficient, scratch.packed,
-                       scratch.scale);
-      fixed_multiply<true, true>(group, p.stride, p.strip, scratch.packed, p.strip, scratch.own, p.stride,
-                                 scratch.scale, grad + key * p.stride, p.stride);
-    }
+    const auto pack = [&](int64_t key, int64_t group) {
+      pack_weight_rows(w + key * p.strip, group, p.strip, scratch.packed, scratch.scale);
+    };
+    const auto next = [](int64_t, int64_t) { return Ahead<false>(); };
+    fixed_key_side(p, keys, scratch, grad, pack, next);
   } else {
-    multiply<true>(keys, p.stride, kHeld ? count : p.strip, w, p.strip, 1,
-                   kHeld ? p.unit[0] + start * p.stride : scratch.weighted, p.stride, grad, p.stride);
+    multiply<true>(keys, p.stride, count, w, p.strip, 1, p.unit[0] + start * p.stride, p.stride, grad, p.stride);
   }
 }
 

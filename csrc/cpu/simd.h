@@ -255,6 +255,7 @@ inline void tile_rows(int rows, const T* a, int64_t a_row, int64_t a_depth, cons
 template <bool kWritten>
 class Ahead {
  public:
+  Ahead() : at_(nullptr), stride_(0), width_(0), rows_(0) {}
   template <typename T>
   Ahead(const T* matrix, int64_t row, int64_t stride, int64_t rows, int64_t columns)
       : at_(reinterpret_cast<const char*>(matrix + row * stride)), stride_(stride * int64_t(sizeof(T))),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from op_cases import (
     DTYPES,
+    INSTRUCTION_SETS,
     assert_same_bits,
     assert_within_budget,
+    needs_native,
     outputs_and_gradients,
     results_for_threads,
     rows,
@@ -136,13 +140,30 @@ def test_info_nce_of_16_bit_products_keeps_three_digits(temperature, dtype, kern
     assert relative_error(truth, found) < (1e-3 if dtype == torch.float32 else 4e-3)
 
 
+@needs_native
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_pairs_that_one_instruction_multiplies_and_adds_give_the_same_bits(instruction_set):
+    extension = importlib.import_module("hellm._C")
+    before = extension.instruction_set()
+    inputs, found = views((301, 24)), []
+    try:
+        extension.use_instruction_set(instruction_set)
+        for use in (True, False):
+            extension.use_fused_pairs(use)
+            found.append(outputs_and_gradients(fused(temperature=0.2, precision="medium"), inputs))
+    finally:
+        extension.use_fused_pairs(True)
+        extension.use_instruction_set(before)
+    assert all(map(torch.equal, *found))
+
+
 def test_info_nce_of_16_bit_products_does_not_overflow(kernel):
     """Rows along an axis have the largest factors there are, and equal rows the largest sums."""
     anchor = torch.zeros(1201, 16)
     anchor[torch.arange(1201), torch.arange(1201) % 3] = 1.0
     inputs = [anchor, anchor.roll(1, 0)]
     truth = outputs_and_gradients(plain(temperature=0.5), [x.double() for x in inputs])
-    # Each of a block's 240 equal weights may lose half a unit of the 32,000 that they make up, all to the same side.
+    # Each of a block's 240 equal weights may lose half a unit of the 65,000 that they make up, all to the same side.
     found = outputs_and_gradients(fused(temperature=0.5, precision="medium"), inputs)
     assert relative_error(truth, found) < 240 / 2 / 32000
     same = [torch.ones(1201, 1), torch.full((1201, 1), 3.0)]
