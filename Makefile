@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find hellm csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -path 'hellm/serve/page/*/*') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo serve-demo test sanitize lint audit docs bench wheel hub clean
+.PHONY: demo serve-demo test sanitize reliability lint audit docs bench wheel hub clean
 
 demo: .venv/demo
 	$(BIN)/hellm demo --out demo --overwrite
@@ -22,7 +22,7 @@ test: .venv/test
 # The kernels under AddressSanitizer and UBSan. What Python and torch keep until the end of the process is no leak.
 sanitize: .venv/test
 	$(BIN)/pip install --quiet cmake ninja pybind11
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DHELLM_SANITIZE=ON -DHELLM_CUDA=OFF \
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DHELLM_SANITIZE=address -DHELLM_CUDA=OFF \
 		-DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	$(BIN)/cmake --build build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
@@ -33,6 +33,14 @@ sanitize: .venv/test
 
 # Left out: what calls no kernel, what compiles, and plain torch.
 SANITIZED_TESTS := native and not compile and not gradcheck and not opcheck and not process and not second
+
+# Kills, torn files, a full disk, jumps of the clock, fuzzing, races: benchmarks/reliability.py. RELIABILITY=--quick is short.
+RELIABILITY ?=
+reliability: .venv/test
+	$(BIN)/pip install --quiet cmake ninja pybind11
+	-$(BIN)/pip install --quiet --only-binary :all: atheris
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.reliability $(RELIABILITY)
+	$(BIN)/python -m benchmarks.report
 
 # Types need the packages that are imported, so the whole test environment is used.
 lint: .venv/test

@@ -98,12 +98,17 @@ def append_line(path: str | os.PathLike[str], line: str, *, mode: int = 0o666) -
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raises: DataError naming `path`, in place of what a library raises for a file that is not what it must be."""
+    """Raises: DataError naming `path`, in place of what a library raises for a file that is not what it must be.
+
+    Errors of the system stay, and a ValueError that names the file already.
+    """
     try:
         yield
-    except (OSError, ValueError, MemoryError):
+    except (OSError, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and os.fspath(path) in str(error):
+            raise
         raise DataError(f"{os.fspath(path)}: damaged, or not the file that must be there ({error})") from error
 
 

@@ -80,16 +80,19 @@ def load_everything() -> None:
     import transformers  # noqa: F401
 
     import hellm.baselines
+    import hellm.cli.batch
     import hellm.cli.data
     import hellm.cli.features
     import hellm.cli.finetune
+    import hellm.cli.fuse
     import hellm.cli.pretrain
     import hellm.cli.run
     import hellm.cli.sasrec
     import hellm.cli.search
+    import hellm.cli.transitions
     import hellm.data.sample
     import hellm.features
-    import hellm.recommend
+    import hellm.recommend.batch
     import hellm.training.finetune
     import hellm.training.pretrain
     import hellm.training.sasrec
@@ -140,6 +143,10 @@ def all_commands(inputs: Path) -> dict[str, Command]:
 
         Recommender.load(inputs / "sequence").save(out, overwrite=True)
 
+    def batch(out: Path, again: bool) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        call("batch", inputs / "sequence", "--out", out / "lists.parquet", *(["--resume"] if again else []))
+
     def save_other(out: Path) -> None:
         from hellm.recommend import Recommender
 
@@ -158,6 +165,9 @@ def all_commands(inputs: Path) -> dict[str, Command]:
         "pretrain": Command(resumed("pretrain", "--data", shop, "max_epochs=12", *FAST)),
         "sasrec": Command(resumed("sasrec", "--data", shop, "max_epochs=12", *FAST)),
         "search": Command(resumed("search", "sasrec", "--data", shop, "--trials", "7", "max_epochs=4", *small, *FAST)),
+        "transitions": Command(resumed("transitions", "--data", shop)),
+        "fuse": Command(resumed("fuse", inputs / "graph", inputs / "sequence", "--data", shop)),
+        "batch": Command(batch),
         "finetune": Command(resumed("finetune", "--data", shop, *tune, "max_epochs=3", *FAST)),
         "save": Command(save, save_other),
         "run": Command(resumed("run", "--data", shop, *run)),

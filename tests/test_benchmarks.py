@@ -422,7 +422,7 @@ def test_report_names_a_bad_file(folder):
     with pytest.raises(ValueError, match=r"cpu\.json: line 2, column \d+: not JSON"):
         report.generate(folder)
     (folder / "results" / "cpu.json").write_text('{"kind": "other"}')
-    with pytest.raises(ValueError, match=r"cpu\.json: kind must be one of gpu, cases"):
+    with pytest.raises(ValueError, match=r"cpu\.json: kind must be one of gpu, reliability, cases"):
         report.generate(folder)
 
 
@@ -439,8 +439,11 @@ def test_rates():
     assert report.rate(2.5e6, "triple") == "2500 k/s"
 
 
-def test_committed_page_is_what_the_report_generates():
-    assert (ROOT / "benchmarks" / "README.md").read_text() == report.generate()
+def test_committed_pages_are_what_the_report_generates():
+    pages = report.pages()
+    assert {"README.md", "reliability.md"} == pages.keys()
+    for name, page in pages.items():
+        assert (ROOT / "benchmarks" / name).read_text() == page
 
 
 def test_pytest_benchmark_runs_the_registry(tmp_path):

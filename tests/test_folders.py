@@ -352,9 +352,18 @@ class TestFiles:
         monkeypatch.undo()
         assert (tmp_path / "x").read_text() == "one\n"
 
-    def test_what_cannot_be_read_is_named(self, tmp_path):
+    @pytest.mark.parametrize(
+        "read", [lambda: json.loads("{}")["a"], lambda: json.loads("{"), lambda: int("x"), lambda: b"\xff".decode()]
+    )
+    def test_what_cannot_be_read_is_named(self, tmp_path, read):
         with pytest.raises(ValueError, match="x: damaged, or not the file that must be there"), reading(tmp_path / "x"):
-            json.loads("{}")["a"]
+            read()
+
+    def test_what_is_named_already_stays(self, tmp_path):
+        told = ValueError(f"{tmp_path / 'x'}: line 3 is wrong")
+        with pytest.raises(ValueError, match="x: line 3 is wrong") as caught, reading(tmp_path / "x"):
+            raise told
+        assert caught.value is told
 
 
 def test_a_folder_with_a_marked_folder_in_it_is_replaced_while_nothing_in_it_was_changed(tmp_path):

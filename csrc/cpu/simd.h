@@ -340,8 +340,12 @@ inline int64_t strip_rows(int64_t rows, int64_t stride, int64_t most) {
   return least > most ? most : least < kWidth ? kWidth : least;
 }
 
-// Threads worth starting: each should have `grain` operations at least, or waking it costs more than it brings.
+// Threads worth starting: each should have `grain` operations at least, or waking it costs more than it brings. A build
+// that looks for races (HELLM_EVERY_THREAD) starts all, as its inputs are small.
 inline int useful_threads(int requested, double operations, double grain) {
+#if defined(HELLM_EVERY_THREAD)
+  return requested;
+#endif
   const double most = operations / grain;
   return most >= requested ? requested : most < 1 ? 1 : int(most);
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hellm._files import atomic_path
+from hellm._files import atomic_path, reading
 from hellm.artifact.files import TEST_USERS
 
 __all__ = ["read_test_users", "write_test_users"]
@@ -24,11 +24,15 @@ def write_test_users(run: str | os.PathLike[str], result: Any) -> None:
 
 
 def read_test_users(run: str | os.PathLike[str]) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
-    """Users [U] int64 and, by metric, their test values [U] float64; None for a run of an earlier version."""
+    """Users [U] int64 and, by metric, their test values [U] float64; None for a run of an earlier version.
+
+    Raises: DataError naming the file, a damaged one.
+    """
     from safetensors.numpy import load_file
 
     file = Path(run) / TEST_USERS
     if not file.is_file():
         return None
-    values = load_file(file)
-    return values.pop("users"), values
+    with reading(file):
+        values = load_file(file)
+        return values.pop("users"), values

@@ -88,10 +88,10 @@ def read_exposures(path: str | PathLike[str]) -> pl.DataFrame:
     for file in files:
         with reading(file):
             table = pl.read_parquet(file, glob=False)
-        missing = [name for name in _schema() if name not in table.columns]
-        if missing:
-            raise DataError(f"{file}: must have the columns {', '.join(_schema())}, lacks {', '.join(missing)}")
-        tables.append(table.select(pl.col(name).cast(kind) for name, kind in _schema().items()))
+            missing = [name for name in _schema() if name not in table.columns]
+            if missing:
+                raise DataError(f"{file}: must have the columns {', '.join(_schema())}, lacks {', '.join(missing)}")
+            tables.append(table.select(pl.col(name).cast(kind) for name, kind in _schema().items()))
         if not tables[-1]["propensity"].is_between(0, 1, closed="right").all():
             raise DataError(f"{file}: propensity must lie in (0, 1]")
     return pl.concat(tables)

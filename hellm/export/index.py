@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hellm._files import read_json
+from hellm._files import read_json, reading
 from hellm.evaluate import top_items
 from hellm.export.sample import ITEM_IDS
 from hellm.export.vectors import check_has_queries, user_vectors
@@ -55,9 +55,11 @@ class ItemIndex:
         Only for folders of your own: usearch does not check an index that it is given.
         """
         folder = Path(folder)
-        index = _usearch().Index.restore(os.fspath(folder / _INDEX), view=True)
+        with reading(folder / _INDEX):
+            index = _usearch().Index.restore(os.fspath(folder / _INDEX), view=True)
         index.expansion_search = read_json(folder / _SETTINGS)["expansion_search"]
-        ids = json.loads((folder / ITEM_IDS).read_text(encoding="utf-8"))
+        with reading(folder / ITEM_IDS):
+            ids = json.loads((folder / ITEM_IDS).read_text(encoding="utf-8"))
         return cls(index), ids
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -145,9 +145,9 @@ def read_metadata(lists: PathLike_) -> dict[str, Any]:
 
     with reading(lists):
         metadata = pl.read_parquet_metadata(lists)
-    if "hellm.batch" not in metadata:
-        raise DataError(f"{lists}: must be a file that hellm batch wrote, got a parquet file of somebody else")
-    return json.loads(metadata["hellm.batch"])
+        if "hellm.batch" not in metadata:
+            raise DataError(f"{lists}: must be a file that hellm batch wrote, got a parquet file of somebody else")
+        return json.loads(metadata["hellm.batch"])
 
 
 def _check_out(out: Path, parts: Path, *, resume: bool, overwrite: bool, inputs: list[PathLike_ | None]) -> None:

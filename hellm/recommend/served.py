@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hellm._files import DataError
+from hellm._files import DataError, reading
 from hellm.artifact import Embeddings, read_embeddings, write_embeddings
 from hellm.artifact.files import EMBEDDINGS, LANGUAGE_MODEL, SEQUENCE_MODEL, TOWERS
 from hellm.models import FoldIn, SASRec
@@ -275,10 +275,11 @@ class ServedGraph:
     @classmethod
     def load(cls, saved: SavedModel) -> ServedGraph:
         _, tensors, metadata = saved.stored
-        modalities = json.loads(metadata["modalities"]) if "modalities" in metadata else None
-        branch = ItemBranch(**json.loads(metadata["item_branch"])) if "item_branch" in metadata else None
-        unit_items = json.loads(metadata.get("unit_items", "null"))
-        return cls(tensors, float(metadata["fold_in_exponent"]), modalities, branch, unit_items)
+        with reading(saved.folder / EMBEDDINGS):
+            modalities = json.loads(metadata["modalities"]) if "modalities" in metadata else None
+            branch = ItemBranch(**json.loads(metadata["item_branch"])) if "item_branch" in metadata else None
+            unit_items = json.loads(metadata.get("unit_items", "null"))
+            return cls(tensors, float(metadata["fold_in_exponent"]), modalities, branch, unit_items)
 
     def to(self, device: str) -> None:
         """Nothing to do: the queries of users are stored, and folding in a history is a few additions."""
@@ -516,9 +517,10 @@ class ServedFused:
 
     @classmethod
     def load(cls, saved: SavedModel) -> ServedFused:
-        weights = json.loads(saved.stored.metadata["fusion"])
-        found = json.loads(saved.stored.metadata.get("placing", "{}"))
-        placing = {name: Placing(tuple(modalities), k) for name, (modalities, k) in found.items()}
+        with reading(saved.folder / EMBEDDINGS):
+            weights = json.loads(saved.stored.metadata["fusion"])
+            found = json.loads(saved.stored.metadata.get("placing", "{}"))
+            placing = {name: Placing(tuple(modalities), k) for name, (modalities, k) in found.items()}
         folders = {name: saved.folder / TOWERS / name for name in weights}
         towers = {name: load_served(folder, saved.titles, saved.language_model) for name, folder in folders.items()}
         return cls(towers, weights, placing)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hellm._files import atomic_path
+from hellm._files import atomic_path, reading
 
 __all__ = [
     "load_checkpoint",
@@ -52,20 +52,18 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tenso
 
     Raises: FileNotFoundError; ValueError naming the file if it is not such a checkpoint.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
-    try:
+    with reading(path):
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from None
-    if "state" not in metadata:
-        raise ValueError(f"{path} must carry a training state in its header, got {sorted(metadata) or 'none'}")
-    return tensors, json.loads(metadata["state"])
+        if "state" not in metadata:
+            raise ValueError(f"{path} must carry a training state in its header, got {sorted(metadata) or 'none'}")
+        return tensors, json.loads(metadata["state"])
 
 
 def save_training_state(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hellm._devices import resolve_device
-from hellm._files import atomic_path
+from hellm._files import atomic_path, read_json
 from hellm.artifact import RunDirectory, write_embeddings
 from hellm.artifact.files import CONFIG, LANGUAGE_MODEL, SEQUENCE_MODEL
 from hellm.artifact.run_directory import peak_memory_bytes
@@ -113,7 +113,7 @@ def finetune(
         )
 
     note = Path(out) / _LANGUAGE_MODEL
-    trained_with = json.loads(note.read_text(encoding="utf-8")) if resume and note.is_file() else None
+    trained_with = read_json(note) if resume and note.is_file() else None
 
     def prepare(config: FinetuneConfig, dataset: Dataset) -> tuple[ItemInputs, RecommenderLLM | None]:
         inputs = load_item_inputs(config, dataset, graph=graph, sequence=sequence)

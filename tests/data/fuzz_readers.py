@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import multiprocessing
 import random
 import resource
@@ -132,16 +133,16 @@ def read(folder: Path) -> tuple[str, str]:
 
 
 def try_one(reader: str, seed: int, place: Path) -> tuple[str, str, float]:
-    """Damage a fresh copy of a reader's files and read it: how it ends, the words, seconds."""
+    """Damage a fresh copy of a reader's files and read it: how it ends, the words, seconds of processor time."""
     source, folder = place / "source", place / "case"
     if not source.exists():
         make_source(reader, source)
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source, folder)
     name = damage(folder, random.Random(f"{reader} {seed}"))
-    started = time.perf_counter()
+    started = time.process_time()
     end, words = read(folder)
-    return end, f"{name}: {words}", time.perf_counter() - started
+    return end, f"{name}: {words}", time.process_time() - started
 
 
 def _run(reader: str, first: int, count: int, report) -> None:
@@ -161,8 +162,12 @@ def _run(reader: str, first: int, count: int, report) -> None:
     report.put(("done", dict(ends), slowest, peak))
 
 
-def run_reader(reader: str, count: int, first: int = 0) -> tuple[bool, str]:
-    """Try a reader on damaged files in a process of its own. Gives whether all went well, and a line that says so."""
+def run_reader(reader: str, count: int, first: int = 0) -> tuple[bool, str, dict[str, float]]:
+    """Try a reader on damaged files in a process of its own.
+
+    Returns: Whether all went well, a line that says so, and the figures in it: "inputs", "read", "refused", "wrong",
+    "slowest" (seconds) and "peak" (bytes); "ended" is the seed at which the process ended.
+    """
     context = multiprocessing.get_context("spawn")
     report = context.SimpleQueue()
     process = context.Process(target=_run, args=(reader, first, count, report))
@@ -182,14 +187,16 @@ def run_reader(reader: str, count: int, first: int = 0) -> tuple[bool, str]:
     process.join()
     lines = [f"    seed {seed}: {words}" for seed, words in wrong[:20]]
     if done is None:
-        return False, "\n".join([f"{reader:<13} the process ended at seed {seed} (exit {process.exitcode})", *lines])
+        line = f"{reader:<13} the process ended at seed {seed} (exit {process.exitcode})"
+        return False, "\n".join([line, *lines]), {"inputs": seed - first + 1, "wrong": len(wrong) + 1, "ended": seed}
     ends, slowest, peak = done
     well = not wrong and peak < MOST_BYTES
     line = (
         f"{reader:<13} {count} files: {ends.get('data', 0)} read, {ends.get('error', 0)} refused by name, "
         f"{len(wrong)} otherwise; slowest {slowest:.2f} s, peak {peak / 2**20:.0f} MiB"
     )
-    return well, "\n".join([line, *lines])
+    figures = {"inputs": count, "read": ends.get("data", 0), "refused": ends.get("error", 0), "wrong": len(wrong)}
+    return well, "\n".join([line, *lines]), figures | {"slowest": round(slowest, 3), "peak": peak}
 
 
 def main() -> int:
@@ -197,12 +204,15 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=10_000, help="files for each reader")
     parser.add_argument("--first", type=int, default=0, help="seed of the first")
     parser.add_argument("--readers", nargs="+", default=READERS, help="which")
+    parser.add_argument("--json", action="store_true", help="print the figures of all at the end, as a line of JSON")
     args = parser.parse_args()
-    well = True
+    well, figures = True, {}
     for reader in args.readers:
-        good, line = run_reader(reader, args.count, args.first)
+        good, line, figures[reader] = run_reader(reader, args.count, args.first)
         well &= good
         print(line, flush=True)
+    if args.json:
+        print(json.dumps(figures))
     return 0 if well else 1
 
 

@@ -35,9 +35,9 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Small inputs gain nothing from threads; the tests about threads set their own number."""
+    """Small inputs gain nothing from threads; the tests about threads set their own number, races.py one for all."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("HELLM_KERNEL_THREADS", "1")))
     yield
     torch.set_num_threads(before)
 

@@ -240,7 +240,7 @@ class TestNewItems:
     def test_damaged_content(self, recommender, tmp_path):
         path = recommender.save(tmp_path / "saved")
         (path / "content.safetensors").write_bytes(b"garbage")
-        with pytest.raises(DataError, match=r"content.safetensors: damaged or no item content"):
+        with pytest.raises(DataError, match=r"content.safetensors: damaged, or not the file that must be there"):
             Recommender.load(path)
 
 

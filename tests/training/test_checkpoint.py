@@ -100,7 +100,7 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"checkpoint .*absent does not exist"):
         load_checkpoint(tmp_path / "absent")
     (tmp_path / "text").write_text("no checkpoint")
-    with pytest.raises(ValueError, match=r"text is not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"text: damaged, or not the file that must be there"):
         load_checkpoint(tmp_path / "text")
     safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "bare")
     with pytest.raises(ValueError, match=r"bare must carry a training state in its header, got none"):

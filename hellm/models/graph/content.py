@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hellm._files import atomic_path
+from hellm._files import atomic_path, reading
 from hellm._mapped import read_blocks
 from hellm._rows import row_products
-from hellm.data import DataError, ItemFeatures
+from hellm.data import ItemFeatures
 from hellm.data.attributes import AttributeSet, indicators
 from hellm.graphs import Neighbours, nearest_items
 from hellm.hypergraph import Hypergraph
@@ -317,18 +317,15 @@ class ItemContent:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ItemContent:
         """What `save` wrote. Raises: DataError, a file that is no such thing."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                modalities, num_placing = metadata["modalities"].split("\n"), int(metadata["num_placing"])
-                attributes, encoders = (json.loads(metadata.get(name, "{}")) for name in ("attributes", "encoders"))
-                removed = [(name, row) for name, row in json.loads(metadata.get("removed", "[]"))]
-                features = {name: file.get_tensor(f"features.{name}") for name in modalities}
-                neighbours = {name: file.get_tensor(f"neighbours.{name}").long() for name in modalities}
-        except (SafetensorError, KeyError) as error:
-            raise DataError(f"{path}: damaged or no item content: {error}") from None
+        with reading(path), safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            modalities, num_placing = metadata["modalities"].split("\n"), int(metadata["num_placing"])
+            attributes, encoders = (json.loads(metadata.get(name, "{}")) for name in ("attributes", "encoders"))
+            removed = [(name, row) for name, row in json.loads(metadata.get("removed", "[]"))]
+            features = {name: file.get_tensor(f"features.{name}") for name in modalities}
+            neighbours = {name: file.get_tensor(f"neighbours.{name}").long() for name in modalities}
         return cls(features, neighbours, num_placing, attributes, encoders, removed)
 
     def _check(self, features: Mapping[str, Tensor]) -> None:

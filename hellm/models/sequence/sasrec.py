@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hellm._files import reading
 from hellm._rows import full_tiles
 from hellm.artifact import read_embeddings, write_embeddings
 from hellm.artifact.files import EMBEDDINGS
@@ -238,11 +239,13 @@ class SASRec(nn.Module):
         # Runs of version 0.1 had items by ids alone, whose table is what they are known by.
         if not any(name.startswith("items.") for name in tensors):
             tensors["items.id_embedding.weight"] = keys
-        content = {
-            modality: WhitenedContent(*(tensors.pop(f"{_CONTENT}{place}.{part}") for part in WhitenedContent._fields))
-            for place, modality in enumerate(json.loads(metadata.get("modalities", "[]")))
-        }
-        model = cls(**json.loads(metadata["sasrec"]), content=content)
+        with reading(path):
+            parts = WhitenedContent._fields
+            content = {
+                modality: WhitenedContent(*(tensors.pop(f"{_CONTENT}{place}.{part}") for part in parts))
+                for place, modality in enumerate(json.loads(metadata.get("modalities", "[]")))
+            }
+            model = cls(**json.loads(metadata["sasrec"]), content=content)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:

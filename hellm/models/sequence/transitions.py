@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hellm import ops
+from hellm._files import reading
 from hellm.artifact import read_embeddings, write_embeddings
 from hellm.artifact.files import EMBEDDINGS
 from hellm.data import Histories
@@ -181,9 +182,10 @@ class TransitionModel:
         def pairs(name: str) -> ItemPairs:
             return ItemPairs(*(tensors[f"{name}.{part}"] for part in ItemPairs._fields))
 
-        similar = pairs("similar") if "similar.source" in tensors else None
-        settings = {name: float(metadata[name]) for name in _SETTINGS}
-        return cls(int(metadata["num_items"]), pairs("transitions"), similar, **settings)
+        with reading(Path(run_directory) / EMBEDDINGS):
+            similar = pairs("similar") if "similar.source" in tensors else None
+            settings = {name: float(metadata[name]) for name in _SETTINGS}
+            return cls(int(metadata["num_items"]), pairs("transitions"), similar, **settings)
 
     def _spread(self, x: Tensor, *, transpose: bool) -> Tensor:
         """A^T x, or A x with `transpose`, of [I, B]: weight that goes to the nearest items, or is read from them."""

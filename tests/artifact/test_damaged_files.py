@@ -1,0 +1,86 @@
+"""Files that are damaged: the error is a ValueError that names the file, whoever reads it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from hellm.artifact.test_users import read_test_users
+from hellm.evaluate.ab import read_exposures
+from hellm.recommend.batch import read_metadata
+from hellm.training.checkpoint import load_checkpoint, save_checkpoint
+
+
+def users(folder):
+    save_file({"users": np.arange(3), "recall@20": np.ones(3)}, folder / "test_users.safetensors")
+    return folder / "test_users.safetensors", lambda: read_test_users(folder)
+
+
+def checkpoint(folder):
+    save_checkpoint(folder / "last.safetensors", {"a": torch.ones(2)}, {"epoch": 1})
+    return folder / "last.safetensors", lambda: load_checkpoint(folder / "last.safetensors")
+
+
+@pytest.mark.parametrize("make", [users, checkpoint])
+@pytest.mark.parametrize("kept", [0, 4, 30, -1])
+def test_a_file_that_was_cut_short(tmp_path, make, kept):
+    file, read = make(tmp_path)
+    read()
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=rf"{file.name}: damaged, or not the file that must be there"):
+        read()
+
+
+def test_users_without_their_column(tmp_path):
+    save_file({"recall@20": np.ones(3)}, tmp_path / "test_users.safetensors")
+    with pytest.raises(ValueError, match=r"test_users\.safetensors: damaged"):
+        read_test_users(tmp_path)
+
+
+def test_a_state_that_is_no_json(tmp_path):
+    save_file({"a": np.ones(2)}, tmp_path / "last.safetensors", metadata={"state": "{"})
+    with pytest.raises(ValueError, match=r"last\.safetensors: damaged"):
+        load_checkpoint(tmp_path / "last.safetensors")
+
+
+def test_a_table_whose_notes_are_no_json(tmp_path):
+    import polars as pl
+
+    pl.DataFrame({"user": ["a"]}).write_parquet(tmp_path / "lists.parquet", metadata={"hellm.batch": "{"})
+    with pytest.raises(ValueError, match=r"lists\.parquet: damaged"):
+        read_metadata(tmp_path / "lists.parquet")
+
+
+def test_exposures_of_other_types(tmp_path):
+    import polars as pl
+
+    names = ["experiment", "arm", "user", "item", "time", "propensity"]
+    pl.DataFrame({name: ["x"] for name in names}).write_parquet(tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet"):
+        read_exposures(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize("metadata", [{"modalities": "text"}, {"modalities": "text", "num_placing": "x"}])
+def test_content_without_what_it_must_hold(tmp_path, metadata):
+    from hellm.models.graph.content import ItemContent
+
+    values = {"features.text": np.ones((2, 2), np.float32), "neighbours.text": np.zeros((2, 1), np.int32)}
+    save_file(values, tmp_path / "content.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match=r"content\.safetensors: damaged"):
+        ItemContent.load(tmp_path / "content.safetensors")
+
+
+@pytest.mark.parametrize("stored", [{"modalities": "{"}, {"sasrec": "{"}, {"sasrec": json.dumps({"other": 1})}])
+def test_settings_of_a_model_that_are_none(tmp_path, stored):
+    from hellm.artifact import read_embeddings, write_embeddings
+    from hellm.models import SASRec
+
+    SASRec(3, embedding_dim=4, num_layers=1, num_heads=1, feedforward_dim=4).save(tmp_path)
+    kind, tensors, metadata = read_embeddings(tmp_path)
+    write_embeddings(tmp_path, kind, tensors, metadata | stored)
+    with pytest.raises(ValueError, match=r"embeddings\.safetensors: damaged"):
+        SASRec.load(tmp_path)

@@ -1,0 +1,57 @@
+// Whether ThreadSanitizer, told of OpenMP's order, still finds a race and finds none where there is none:
+//
+//   openmp_race ordered    sums across a barrier and after a region
+//   openmp_race race       the same without the barrier
+//   openmp_race pieces     two pieces of a dynamic loop write the same element
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include <omp.h>
+
+namespace {
+
+constexpr int kThreads = 4, kRounds = 200;
+
+long sums(bool wait) {
+  std::vector<long> mine(kThreads), all(kThreads);
+#pragma omp parallel num_threads(kThreads)
+  {
+    const int thread = omp_get_thread_num();
+    for (int round = 0; round < kRounds; ++round) {
+      mine[thread] += thread + round;
+      if (wait) {
+#pragma omp barrier
+      }
+      all[thread] += mine[(thread + 1) % kThreads];
+      if (wait) {
+#pragma omp barrier
+      }
+    }
+  }
+  long sum = 0;
+  for (long one : all) sum += one;
+  return sum;
+}
+
+long pieces() {
+  std::vector<long> all(kThreads);
+#pragma omp parallel num_threads(kThreads)
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int piece = 0; piece < 10000; ++piece) all[piece % 2] += piece;
+  }
+  return all[0] + all[1];
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  const char* const way = count > 1 ? words[1] : "";
+  if (std::strcmp(way, "pieces") == 0) {
+    std::printf("%ld\n", pieces());
+  } else {
+    std::printf("%ld\n", sums(std::strcmp(way, "race") != 0));
+  }
+  return 0;
+}
