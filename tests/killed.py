@@ -11,11 +11,13 @@ and, last, a JSON object of counts.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -26,10 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 UNFINISHED = re.compile(r"\..+\.(lock|tmp|new|old)")
-# What depends on the clock and on which processes had a part in it.
+# What depends on the clock and on which processes had a part in it. A test that a kill cut short is made, and counted,
+# again.
 VOLATILE = {"seconds", "seconds_per_epoch", "valid_seconds", "seconds_per_1000_users", "test_users_per_second"}
-VOLATILE |= {"peak_memory_bytes", "plan"}
-IGNORED = ("events.out.tfevents.", "comparison.json", "curves.png", "test_evaluations.jsonl", "study.db")
+VOLATILE |= {"peak_memory_bytes", "plan", "users_per_second", "test_evaluations"}
+CARDS = ("MODEL_CARD.md", "card.json")
+# Databases of others, with times throughout.
+IGNORED = ("events.out.tfevents.", "study.db")
 FAST = ["num_threads=1", "tensorboard=false"]
 
 
@@ -110,6 +115,9 @@ def make_inputs(folder: Path) -> None:
     save_tiny_encoder(folder / "encoder")
     call("pretrain", "--data", folder / "shop", "--out", folder / "graph", "max_epochs=2", *FAST)
     call("sasrec", "--data", folder / "shop", "--out", folder / "sequence", "max_epochs=2", *FAST)
+    # `fuse` notes in its towers that they have met the test, which cards of the runs of the others would count.
+    shutil.copytree(folder / "graph", folder / "towers" / "graph")
+    shutil.copytree(folder / "sequence", folder / "towers" / "sequence")
 
 
 def save_tiny_encoder(folder: Path) -> None:
@@ -127,7 +135,7 @@ def save_tiny_encoder(folder: Path) -> None:
 
 
 def all_commands(inputs: Path) -> dict[str, Command]:
-    shop = inputs / "shop"
+    shop, towers = inputs / "shop", [inputs / "towers" / name for name in ("graph", "sequence")]
 
     def resumed(*argv) -> Callable[[Path, bool], None]:
         return lambda out, again: call(*argv, "--out", out, *(["--resume"] if again else []))
@@ -166,7 +174,7 @@ def all_commands(inputs: Path) -> dict[str, Command]:
         "sasrec": Command(resumed("sasrec", "--data", shop, "max_epochs=12", *FAST)),
         "search": Command(resumed("search", "sasrec", "--data", shop, "--trials", "7", "max_epochs=4", *small, *FAST)),
         "transitions": Command(resumed("transitions", "--data", shop)),
-        "fuse": Command(resumed("fuse", inputs / "graph", inputs / "sequence", "--data", shop)),
+        "fuse": Command(resumed("fuse", *towers, "--data", shop)),
         "batch": Command(batch),
         "finetune": Command(resumed("finetune", "--data", shop, *tune, "max_epochs=3", *FAST)),
         "save": Command(save, save_other),
@@ -270,21 +278,38 @@ def digests(folder: Path) -> dict[str, str]:
 
 def content(file: Path, folder: Path) -> bytes:
     """The bytes of a file without what depends on the clock."""
-    if file.name == "metrics.jsonl":
-        records = [json.loads(line) for line in file.read_text().splitlines()]
-    elif file.name in ("result.json", "search.json"):
-        records = json.loads(file.read_text())
-    elif file.suffix == ".safetensors":
-        # The order of what is in a header is not that of the writer.
-        whole = file.read_bytes()
-        start = 8 + int.from_bytes(whole[:8], "little")
-        header = json.loads(whole[8:start])
-        if "state" in header.get("__metadata__", {}):
-            header["__metadata__"]["state"] = steady(json.loads(header["__metadata__"]["state"]))
-        return json.dumps(header, sort_keys=True).encode() + whole[start:]
-    else:
-        return file.read_bytes().replace(str(folder).encode(), b"OUT")
-    return json.dumps(steady(records), sort_keys=True).replace(str(folder), "OUT").encode()
+    whole = file.read_bytes()
+    # What is no JSON is damaged: it is compared as it is.
+    with contextlib.suppress(ValueError):
+        if file.name == "metrics.jsonl":
+            whole = plain([json.loads(line) for line in whole.splitlines()])
+        elif file.name == "test_evaluations.jsonl":
+            whole = plain(distinct_evaluations(whole))
+        elif file.name in ("result.json", "search.json", "comparison.json"):
+            whole = plain(json.loads(whole))
+        elif file.name in CARDS:
+            whole = re.sub(rb"\d{4}-\d\d-\d\d", b"DATE", whole)
+        elif file.suffix == ".safetensors":
+            # The order of what is in a header is not that of the writer.
+            start = 8 + int.from_bytes(whole[:8], "little")
+            header = json.loads(whole[8:start])
+            if "state" in header.get("__metadata__", {}):
+                header["__metadata__"]["state"] = steady(json.loads(header["__metadata__"]["state"]))
+            return json.dumps(header, sort_keys=True).encode() + whole[start:]
+    return whole.replace(str(folder).encode(), b"OUT")
+
+
+def plain(records) -> bytes:
+    return json.dumps(steady(records), sort_keys=True).encode()
+
+
+def distinct_evaluations(log: bytes) -> list[str]:
+    """What was tested, without when and how often; a line that a full disk cut short says nothing."""
+    found = set()
+    for line in log.splitlines():
+        with contextlib.suppress(ValueError):
+            found.add(json.dumps({name: value for name, value in json.loads(line).items() if name != "time"}))
+    return sorted(found)
 
 
 def steady(value):

@@ -122,7 +122,7 @@ def asked(*argv, result: Callable[[], object] | None = None) -> Outcome:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         code = main([str(one) for one in argv])
-    return code, out.getvalue() if result is None else result(), err.getvalue()
+    return code, out.getvalue() if result is None or code else result(), err.getvalue()
 
 
 def told(read: Callable[[], object]) -> Outcome:
