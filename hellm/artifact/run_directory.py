@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import sys
@@ -28,6 +29,8 @@ from hellm.config import config_to_dict, load_saved_config, save_config
 from hellm.data import Dataset
 
 __all__ = ["START_OVER", "RunDirectory", "check_run", "environment", "peak_memory_bytes", "read_metrics"]
+
+logger = logging.getLogger(__name__)
 
 START_OVER = "to start over, give overwrite=True or another folder"
 # What a training came to, that of epochs, of a choice or of a sum.
@@ -190,13 +193,22 @@ class RunDirectory:
         return sum(one.get("seconds", 0.0) + one.get("valid_seconds", 0.0) for one in self.read_metrics())
 
     def truncate_metrics(self, num_epochs: int, num_steps: int = 0) -> None:
-        """Keep what a checkpoint after `num_epochs` epochs and `num_steps` steps of the next has seen."""
+        """Keep what a checkpoint after `num_epochs` epochs and `num_steps` steps of the next has seen.
+
+        Warns of epochs that it has seen and that have no record, as in a damaged file.
+        """
 
         def seen(record: Mapping[str, Any]) -> bool:
             in_running = record["epoch"] == num_epochs and record.get("step", num_steps + 1) <= num_steps
             return record["epoch"] < num_epochs or in_running
 
         kept = [record for record in self.read_metrics() if seen(record)]
+        lost = sorted(set(range(num_epochs)) - {record["epoch"] for record in kept if "step" not in record})
+        if lost:
+            logger.warning(
+                "%s: damaged, lacks %d of %d epochs, the first of them %d; training goes on from its checkpoint, but "
+                "curves and seconds are those of the other epochs", self.metrics, len(lost), num_epochs, lost[0]
+            )  # fmt: skip
         with atomic_path(self.metrics) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 

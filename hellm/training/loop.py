@@ -51,6 +51,7 @@ class Progress:
         best: best value so far of each monitored metric.
         best_epoch: last epoch whose validation improved; None before the first.
         best_step: steps of it that were done then; None for all.
+        best_metrics: all metrics of that validation.
         checks_without_gain: validations since then.
         seconds: spent on the steps of the running epoch so far.
     """
@@ -61,6 +62,7 @@ class Progress:
     best: dict[str, float] = field(default_factory=dict)
     best_epoch: int | None = None
     best_step: int | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
     checks_without_gain: int = 0
     seconds: float = 0.0
 
@@ -69,7 +71,7 @@ class Progress:
         gains = [name for name in monitor if metrics[name] > self.best.get(name, -math.inf)]
         self.best |= {name: metrics[name] for name in gains}
         if gains:
-            self.best_epoch, self.best_step = self.epoch, step
+            self.best_epoch, self.best_step, self.best_metrics = self.epoch, step, dict(metrics)
         self.checks_without_gain = 0 if gains else self.checks_without_gain + 1
         return bool(gains)
 
@@ -201,8 +203,18 @@ def _read_progress(step: Step, run: RunDirectory) -> Progress:
         progress = Progress(**load_training_state(run.last, step.model, step.optimizer))
         if step.processes.index == 0:
             logger.info("resuming at epoch %d, step %d", progress.epoch, progress.step)
+        # Checkpoints of earlier versions leave the metrics to the log.
+        progress.best_metrics = progress.best_metrics or _noted_validation(run, progress)
     step.processes.on_first(lambda: run.truncate_metrics(progress.epoch, progress.step))
     return progress
+
+
+def _noted_validation(run: RunDirectory, progress: Progress) -> dict[str, float]:
+    place = (progress.best_epoch, progress.best_step)
+    best = next((one for one in run.read_metrics() if (one["epoch"], one.get("step")) == place), {})
+    noted = {name.removeprefix("valid_"): value for name, value in best.items() if name.startswith("valid_")}
+    noted.pop("seconds", None)
+    return noted
 
 
 def _train_epoch(step: Step, stop: int, progress: Progress, caught: list[int]) -> list[str]:

@@ -287,15 +287,11 @@ def common_result(
     The test is noted as `tested` does.
     """
     records = run.read_metrics()
-    place = (progress.best_epoch, progress.best_step)
-    best = next((record for record in records if (record["epoch"], record.get("step")) == place), {})
-    valid = {name.removeprefix("valid_"): best[name] for name in best if name.startswith("valid_")}
-    valid.pop("seconds", None)
     seconds = [record["seconds"] for record in records if "seconds" in record]
     return {
         "stage": stage,
         "test": tested(run, test, dataset),
-        "valid": {"metrics": valid},
+        "valid": {"metrics": progress.best_metrics},
         "best_epoch": progress.best_epoch,
         "best_step": progress.best_step,
         "num_epochs": progress.epoch + (progress.step > 0),

@@ -108,6 +108,21 @@ def test_metrics_survive_a_cut_line_and_are_truncated(tmp_path):
     assert run.metrics.read_text() == '{"epoch": 0, "loss": 0.0}\n{"epoch": 1, "loss": 0.1}\n'
 
 
+def test_epochs_without_a_record_are_told_of(tmp_path, caplog):
+    run = RunDirectory(tmp_path / "run")
+    for epoch in (0, 2):
+        run.append_metrics({"epoch": epoch})
+    run.append_metrics({"epoch": 3, "step": 5})
+    run.truncate_metrics(1)
+    assert not caplog.records
+    run.append_metrics({"epoch": 3, "step": 5})
+    run.truncate_metrics(4, 2)
+    assert caplog.messages == [
+        f"{run.metrics}: damaged, lacks 3 of 4 epochs, the first of them 1; training goes on from its checkpoint, but "
+        "curves and seconds are those of the other epochs"
+    ]
+
+
 def test_ids_name_every_embedding_row(tmp_path, small_dataset):
     run = RunDirectory(tmp_path / "run")
     run.write_tables(small_dataset)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hellm.artifact.run_directory import RunDirectory
-from hellm.training.checkpoint import load_checkpoint, read_model
+from hellm.training.checkpoint import load_checkpoint, read_model, save_checkpoint
 from hellm.training.loop import Interrupted, Progress, Schedule, fit
 from hellm.training.step import EagerStep
 
@@ -205,6 +205,23 @@ def test_patience_may_end_within_an_epoch(tmp_path):
     assert (progress.epoch, progress.step) == (1, 1)
     again = Task(tmp_path, [metrics(0.3)], max_epochs=9, validate_steps=2, patience=0)
     assert again.fit() == progress and again.steps == []
+
+
+def test_the_best_validation_is_kept_by_the_checkpoint(tmp_path):
+    script = [metrics(0.1), metrics(0.3, 0.2), metrics(0.2)]
+    Task(tmp_path, script, max_epochs=3, validate_every=1).fit()
+    resumed = Task(tmp_path, script, max_epochs=3, validate_every=1)
+    resumed.run.metrics.write_text("")
+    assert resumed.fit().best_metrics == metrics(0.3, 0.2) and resumed.steps == []
+
+
+def test_the_best_validation_of_a_checkpoint_without_it_is_that_of_the_log(tmp_path):
+    task = Task(tmp_path, [metrics(0.1), metrics(0.3, 0.2), metrics(0.2)], max_epochs=2, validate_steps=2)
+    task.fit()
+    tensors, state = load_checkpoint(task.run.last)
+    assert state.pop("best_metrics") == metrics(0.3, 0.2)
+    save_checkpoint(task.run.last, tensors, state)
+    assert Task(tmp_path, task.script, max_epochs=2, validate_steps=2).fit().best_metrics == metrics(0.3, 0.2)
 
 
 @pytest.mark.parametrize("act", [lambda: os.kill(os.getpid(), signal.SIGTERM), lambda: 1 / 0], ids=["signal", "crash"])
