@@ -38,8 +38,10 @@ long pieces() {
   std::vector<long> all(kThreads);
 #pragma omp parallel num_threads(kThreads)
   {
+    // Ahead of the loop, so that region and loop are begun by calls of their own, as in the kernels.
+    const int thread = omp_get_thread_num();
 #pragma omp for schedule(dynamic, 1)
-    for (int piece = 0; piece < 10000; ++piece) all[piece % 2] += piece;
+    for (int piece = 0; piece < 10000; ++piece) all[piece % 2] += piece + thread;
   }
   return all[0] + all[1];
 }
