@@ -5,6 +5,7 @@
 //   openmp_race pieces     two pieces of a dynamic loop write the same element
 #include <cstdio>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include <omp.h>
@@ -41,7 +42,11 @@ long pieces() {
     // Ahead of the loop, so that region and loop are begun by calls of their own, as in the kernels.
     const int thread = omp_get_thread_num();
 #pragma omp for schedule(dynamic, 1)
-    for (int piece = 0; piece < 10000; ++piece) all[piece % 2] += piece + thread;
+    for (int piece = 0; piece < 10000; ++piece) {
+      all[piece % 2] += piece + thread;
+      // Else one thread may have done all before others begin.
+      std::this_thread::yield();
+    }
   }
   return all[0] + all[1];
 }
