@@ -100,11 +100,11 @@ def append_line(path: str | os.PathLike[str], line: str, *, mode: int = 0o666) -
 def reading(path: str | os.PathLike[str]) -> Iterator[None]:
     """Raises: DataError naming `path`, in place of what a library raises for a file that is not what it must be.
 
-    Errors of the system stay, and a ValueError that names the file already.
+    Errors of the system stay, as does a package that is missing, and a ValueError that names the file already.
     """
     try:
         yield
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, ImportError):
         raise
     except Exception as error:
         if isinstance(error, ValueError) and os.fspath(path) in str(error):

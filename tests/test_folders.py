@@ -359,6 +359,12 @@ class TestFiles:
         with pytest.raises(ValueError, match="x: damaged, or not the file that must be there"), reading(tmp_path / "x"):
             read()
 
+    @pytest.mark.parametrize("error", [PermissionError("no"), MemoryError(), ImportError("the index needs a package")])
+    def test_what_is_not_of_the_file_stays(self, tmp_path, error):
+        with pytest.raises(type(error)) as caught, reading(tmp_path / "x"):
+            raise error
+        assert caught.value is error
+
     def test_what_is_named_already_stays(self, tmp_path):
         told = ValueError(f"{tmp_path / 'x'}: line 3 is wrong")
         with pytest.raises(ValueError, match="x: line 3 is wrong") as caught, reading(tmp_path / "x"):

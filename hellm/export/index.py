@@ -57,9 +57,12 @@ class ItemIndex:
         folder = Path(folder)
         with reading(folder / _INDEX):
             index = _usearch().Index.restore(os.fspath(folder / _INDEX), view=True)
-        index.expansion_search = read_json(folder / _SETTINGS)["expansion_search"]
+        with reading(folder / _SETTINGS):
+            index.expansion_search = read_json(folder / _SETTINGS)["expansion_search"]
         with reading(folder / ITEM_IDS):
             ids = json.loads((folder / ITEM_IDS).read_text(encoding="utf-8"))
+            if not isinstance(ids, list) or len(ids) != len(index):
+                raise ValueError(f"must be a list of {len(index)} ids")
         return cls(index), ids
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

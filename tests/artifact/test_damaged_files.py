@@ -84,3 +84,18 @@ def test_settings_of_a_model_that_are_none(tmp_path, stored):
     write_embeddings(tmp_path, kind, tensors, metadata | stored)
     with pytest.raises(ValueError, match=r"embeddings\.safetensors: damaged"):
         SASRec.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["items.usearch", "index.json", "items.json"])
+@pytest.mark.parametrize("left", [b"", b"{}", b'["a"]', b"\xff"])
+def test_an_index_that_is_none(tmp_path, name, left):
+    pytest.importorskip("usearch")
+    from hellm.export.index import ItemIndex, build_index
+
+    build_index(torch.ones(3, 4)).index.save(str(tmp_path / "items.usearch"))
+    (tmp_path / "index.json").write_text('{"expansion_search": 128}')
+    (tmp_path / "items.json").write_text('["a", "b", "c"]')
+    assert ItemIndex.load(tmp_path)[1] == ["a", "b", "c"]
+    (tmp_path / name).write_bytes(left)
+    with pytest.raises(ValueError, match=name):
+        ItemIndex.load(tmp_path)

@@ -2,11 +2,14 @@
 // instrumented, so without this every use of memory across a barrier looks like a race.
 //
 // Loaded before the runtime, it stands between the kernels and the entry points that they use: what is before a region
-// happens before all of its threads, which happen before what is after it, and what is before a barrier happens before
-// what is after it. Nothing else is ordered; pieces of a dynamic loop are not, as the standard orders none.
+// happens before all of its threads, which happen before what is after it; what is before a barrier happens before what
+// is after it, and what is before a lock is given back before what follows when it is taken. Nothing else is ordered;
+// pieces of a dynamic loop are not, as the standard orders none.
 #include <dlfcn.h>
 
 #include <cstdlib>
+
+#include <omp.h>
 
 extern "C" {
 void __tsan_acquire(void* address);
@@ -74,5 +77,17 @@ void GOMP_barrier() {
 void GOMP_loop_end() {
   static const auto next = real<void (*)()>("GOMP_loop_end");
   across(next);
+}
+
+void omp_set_lock(omp_lock_t* lock) {
+  static const auto next = real<void (*)(omp_lock_t*)>("omp_set_lock");
+  next(lock);
+  __tsan_acquire(lock);
+}
+
+void omp_unset_lock(omp_lock_t* lock) {
+  static const auto next = real<void (*)(omp_lock_t*)>("omp_unset_lock");
+  __tsan_release(lock);
+  next(lock);
 }
 }

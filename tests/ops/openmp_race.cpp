@@ -2,6 +2,8 @@
 //
 //   openmp_race ordered    sums across a barrier and after a region
 //   openmp_race race       the same without the barrier
+//   openmp_race locked     a sum of all threads under a lock
+//   openmp_race unlocked   the same under a lock for each thread
 //   openmp_race pieces     two pieces of a dynamic loop write the same element
 #include <cstdio>
 #include <cstring>
@@ -35,6 +37,24 @@ long sums(bool wait) {
   return sum;
 }
 
+long locked(bool together) {
+  std::vector<omp_lock_t> locks(kThreads);
+  for (omp_lock_t& one : locks) omp_init_lock(&one);
+  long sum = 0;
+#pragma omp parallel num_threads(kThreads)
+  {
+    omp_lock_t* const lock = &locks[together ? 0 : omp_get_thread_num()];
+    for (int round = 0; round < kRounds; ++round) {
+      omp_set_lock(lock);
+      sum += round;
+      omp_unset_lock(lock);
+      std::this_thread::yield();
+    }
+  }
+  for (omp_lock_t& one : locks) omp_destroy_lock(&one);
+  return sum;
+}
+
 long pieces() {
   std::vector<long> all(kThreads);
 #pragma omp parallel num_threads(kThreads)
@@ -57,6 +77,8 @@ int main(int count, char** words) {
   const char* const way = count > 1 ? words[1] : "";
   if (std::strcmp(way, "pieces") == 0) {
     std::printf("%ld\n", pieces());
+  } else if (std::strstr(way, "locked") != nullptr) {
+    std::printf("%ld\n", locked(std::strcmp(way, "locked") == 0));
   } else {
     std::printf("%ld\n", sums(std::strcmp(way, "race") != 0));
   }
