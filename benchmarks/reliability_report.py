@@ -30,6 +30,27 @@ _TITLES = {
     "guided readers": "readers of all files, inputs guided by coverage",
     "races": "kernels under ThreadSanitizer",
 }
+# Counts in the order in which they are shown, and in words.
+_COUNTS = {
+    "moments": "moments",
+    "killed": "killed before their end",
+    "full": "stopped by the full disk",
+    "old": "with the old folder still there",
+    "finished": "with the result there already",
+    "servers": "servers",
+    "jumping_seconds": "seconds in such a time",
+    "ready": "starts",
+    "events": "events acknowledged",
+    "items": "new items acknowledged",
+    "sent_again": "requests sent again",
+    "files": "files",
+    "cuts": "cuts",
+    "same": "with the same outcome",
+    "named": "told of by name",
+    "rounds": "rounds",
+    "tests": "tests passed",
+    "threads": "threads each",
+}
 
 
 def page(run: Mapping[str, Any]) -> str:
@@ -60,8 +81,7 @@ def _outcome(kind: str, record: Mapping[str, Any]) -> str:
         total = sum(one["inputs"] for one in each)
         slowest = max(one.get("slowest", 0) for one in each)
         return f"{total:,} inputs to {len(figures)} readers, slowest {slowest:g} s"
-    shown = {name.replace("_", " "): value for name, value in figures.items() if isinstance(value, int)}
-    return ", ".join(f"{value:,} {name}" for name, value in shown.items() if name != "failures")
+    return ", ".join(f"{figures[name]:,} {words}" for name, words in _COUNTS.items() if name in figures)
 
 
 def _failures(record: Mapping[str, Any]) -> str:

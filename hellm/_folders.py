@@ -289,7 +289,12 @@ def _resolved(path: Path_) -> Path:
 
 
 def _is_empty(folder: Path) -> bool:
-    return all(one.name == _LOCK for one in folder.iterdir())
+    return all(one.name == _LOCK or _is_unfinished_mark(one) for one in folder.iterdir())
+
+
+def _is_unfinished_mark(file: Path) -> bool:
+    unfinished = _UNFINISHED.fullmatch(file.name)
+    return unfinished is not None and unfinished["name"] == _MARK
 
 
 def _check_protected(path: Path_, folder: Path, inputs: Iterable[Path_ | None]) -> None:
@@ -322,6 +327,8 @@ def _first_outside(folder: Path, layout: Iterable[str], top: Path | None = None)
     top, patterns = top or folder, [one.split("/") for one in layout]
     for one in sorted(folder.iterdir()):
         if one.name in (_MARK, _LOCK) or one.name in _LITTER or _TEMPORARY.fullmatch(one.name):
+            continue
+        if _is_unfinished_mark(one):
             continue
         parts, relative = list(one.relative_to(top).parts), one.relative_to(top).as_posix()
         if unfinished := _UNFINISHED.fullmatch(one.name):
@@ -416,14 +423,14 @@ def _unfinished(folder: Path, *, beside: bool) -> list[Path]:
         found = [one for one in folder.parent.iterdir() if names.fullmatch(one.name)]
         # Without the folder itself, the old one is all there is.
         return [one for one in found if folder.exists() or one.suffix == ".new"]
-    own = [folder, *(one for one in folder.iterdir() if one.is_dir() and not (one / _MARK).exists())]
-    return [
-        one
-        for inside in own
-        if not inside.is_symlink()
-        for one in inside.iterdir()
-        if one.name != _LOCK and (_UNFINISHED.fullmatch(one.name) or _TEMPORARY.fullmatch(one.name))
-    ]
+    found, folders = [], [folder]
+    while folders:
+        for one in folders.pop().iterdir():
+            if one.name != _LOCK and (_UNFINISHED.fullmatch(one.name) or _TEMPORARY.fullmatch(one.name)):
+                found.append(one)
+            elif one.is_dir() and not one.is_symlink() and not (one / _MARK).exists():
+                folders.append(one)
+    return found
 
 
 def _restore(folder: Path) -> None:

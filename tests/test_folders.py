@@ -261,17 +261,24 @@ with hold({str(tmp_path / "x")!r}, beside={beside}):
 
     def test_what_killed_writers_left_is_removed(self, tmp_path):
         (tmp_path / "x" / "checkpoint").mkdir(parents=True)
+        (tmp_path / "x" / "towers" / "a").mkdir(parents=True)
+        (tmp_path / "x" / "other").mkdir()
+        mark_folder(tmp_path / "x" / "other", "run", layout=())
         left = (
             ".result.json.77.tmp",
             "checkpoint/.last.safetensors.8.tmp",
             "checkpoint/.tmpSr70kL",
+            "towers/a/.embeddings.safetensors.8.tmp",
+            "towers/a/.tmpb4YMoU",
             ".data.0123abcd.new",
         )
-        for name in (*left, ".own.txt"):
+        kept = (".own.txt", "other/.config.yaml.8.tmp")
+        for name in (*left, *kept):
             (tmp_path / "x" / name).touch()
         with hold(tmp_path / "x"):
             pass
-        assert names(tmp_path / "x") == [".own.txt", "checkpoint"] and names(tmp_path / "x" / "checkpoint") == []
+        files = {one.relative_to(tmp_path / "x").as_posix() for one in (tmp_path / "x").rglob("*") if one.is_file()}
+        assert files == {*kept, "other/.hellm.json"}
 
     def test_a_file_system_without_locks_is_told_of(self, tmp_path, monkeypatch, caplog):
         def refuse(*_):
@@ -302,6 +309,19 @@ class TestGoingOn:
         (tmp_path / "model.py").touch()
         with pytest.raises(FileExistsError, match=r"holds no \.hellm\.json"):
             self.check(tmp_path)
+
+    @pytest.mark.parametrize("options", [{}, {"resume": False}, {"resume": False, "overwrite": True}])
+    def test_a_mark_that_a_kill_cut_short_is_none(self, tmp_path, options):
+        (tmp_path / ".hellm.lock").touch()
+        (tmp_path / "..hellm.json.12.tmp").touch()
+        self.check(tmp_path, **options)
+        with hold(tmp_path):
+            assert names(tmp_path) == [".hellm.lock"]
+
+    def test_a_mark_that_a_kill_cut_short_is_replaced_with_the_folder(self, tmp_path):
+        mark_folder(tmp_path, "run", layout=self.LAYOUT)
+        (tmp_path / "..hellm.json.12.tmp").touch()
+        self.check(tmp_path, resume=False, overwrite=True)
 
     def test_a_marked_folder_may_hold_more_but_is_not_replaced_then(self, tmp_path):
         mark_folder(tmp_path, "run", layout=self.LAYOUT)
