@@ -59,11 +59,8 @@ def main() -> int:
     clock.clock_jumps.argtypes = [ctypes.c_uint64]
     import killed
 
-    killed.load_everything()
-    inputs, log = args.folder / "inputs", args.folder / "log"
-    killed.in_child(lambda: killed.make_inputs(inputs), log)
-    commands = killed.all_commands(inputs)
-    commands = {name: one for name, one in commands.items() if not args.only or name in args.only}
+    log = args.folder / "log"
+    commands = killed.prepared(args.folder / "inputs", args.only, log) if args.only != ["server"] else {}
     counts = Counter(jumping_seconds=0)
     references = {
         name: killed.reference(command, args.folder / f"{name}-whole", log) for name, command in commands.items()

@@ -70,10 +70,8 @@ def main() -> int:
         return 0
     import killed
 
-    killed.load_everything()
-    inputs, log = args.folder / "inputs", args.folder / "log"
-    killed.in_child(lambda: killed.make_inputs(inputs), log)
-    commands = {name: one for name, one in killed.all_commands(inputs).items() if not args.only or name in args.only}
+    log = args.folder / "log"
+    commands = killed.prepared(args.folder / "inputs", args.only, log)
     rng, counts, references, needs = random.Random(args.seed), Counter(), {}, {}
     for name, command in commands.items():
         before = used(disk)

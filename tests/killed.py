@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,10 +58,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*")
     args = parser.parse_args()
-    load_everything()
-    inputs = args.folder / "inputs"
-    in_child(lambda: make_inputs(inputs), args.folder / "log")
-    commands = {name: one for name, one in all_commands(inputs).items() if not args.only or name in args.only}
+    commands = prepared(args.folder / "inputs", args.only, args.folder / "log")
     rng, counts, references = random.Random(args.seed), Counter(), {}
     for name, command in commands.items():
         references[name] = reference(command, args.folder / f"{name}-whole", args.folder / "log")
@@ -77,12 +74,26 @@ def main() -> int:
     return 1 if counts["failures"] else 0
 
 
-def load_everything() -> None:
+def prepared(inputs: Path, only: Collection[str] | None, log: Path) -> dict[str, Command]:
+    """The commands, or `only` some by name, with all that they need imported and made."""
+    load(only)
+    in_child(lambda: make_inputs(inputs, only), log)
+    return {name: one for name, one in all_commands(inputs).items() if not only or name in only}
+
+
+def need_language(only: Collection[str] | None) -> bool:
+    """Whether any needs the libraries of language models, which take seconds to import."""
+    return not only or not {"features", "finetune", "llm"}.isdisjoint(only)
+
+
+def load(only: Collection[str] | None) -> None:
     """Import what the commands import, so that a fork starts with its work."""
     import optuna  # noqa: F401
-    import peft  # noqa: F401
     import torch
-    import transformers  # noqa: F401
+
+    if need_language(only):
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
 
     import hellm.baselines
     import hellm.cli.batch
@@ -106,13 +117,14 @@ def load_everything() -> None:
     torch.set_num_threads(1)
 
 
-def make_inputs(folder: Path) -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
-    from saved_llm import save_tiny_llm
-
+def make_inputs(folder: Path, only: Collection[str] | None) -> None:
     call("data", "sample", folder / "shop", "--num-users", "40", "--num-items", "24", "--num-groups", "1")
-    save_tiny_llm(folder / "llm")
-    save_tiny_encoder(folder / "encoder")
+    if need_language(only):
+        sys.path.insert(0, str(Path(__file__).parent))
+        from saved_llm import save_tiny_llm
+
+        save_tiny_llm(folder / "llm")
+        save_tiny_encoder(folder / "encoder")
     call("pretrain", "--data", folder / "shop", "--out", folder / "graph", "max_epochs=2", *FAST)
     call("sasrec", "--data", folder / "shop", "--out", folder / "sequence", "max_epochs=2", *FAST)
     # `fuse` notes in its towers that they have met the test, which cards of the runs of the others would count.

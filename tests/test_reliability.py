@@ -30,29 +30,31 @@ def figures_of(program: str, *options) -> dict:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the program forks")
 def test_torn_files_are_named_or_not_needed(tmp_path):
-    counts = figures_of("torn.py", tmp_path / "x", "--cuts", 2, "--only", "sasrec", "unfinished sasrec", "data")
+    counts = figures_of("torn.py", tmp_path / "x", "--cuts", 1, "--only", "unfinished sasrec", "transitions", "data")
     assert counts["failures"] == 0 and counts["named"] > 10
 
 
 @needs_linux
 def test_a_full_disk_is_told_of_and_costs_nothing(tmp_path):
-    counts = figures_of("full_disk.py", tmp_path / "x", "--moments", 6, "--only", "build", "sasrec", "save")
+    counts = figures_of("full_disk.py", tmp_path / "x", "--moments", 4, "--only", "build", "transitions")
     assert counts["full"] > 0 and counts["failures"] == 0
 
 
 @needs_linux
 def test_a_clock_that_jumps_changes_nothing(tmp_path):
-    counts = figures_of("clocks.py", tmp_path / "x", "--moments", 2, "--only", "build", "sasrec")
+    counts = figures_of("clocks.py", tmp_path / "x", "--moments", 2, "--only", "build", "transitions")
     assert (counts["moments"], counts["failures"]) == (2, 0)
 
 
 @needs_linux
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("HELLM_SLOW") != "1", reason="takes half a minute; set HELLM_SLOW=1")
 def test_a_server_whose_clock_jumps_loses_nothing(tmp_path):
     assert figures_of("clocks.py", tmp_path / "x", "--moments", 1, "--only", "server")["failures"] == 0
 
 
 def test_fuzzed_operators_say_how_near_to_the_tolerance_they_came():
-    found = figures_of("ops/fuzzed_operators.py", "--count", 5, "--kernel", "torch")
+    found = figures_of("ops/fuzzed_operators.py", "--count", 2, "--kernel", "torch")
     assert found["failures"] == 0 and {"hypergraph_conv", "info_nce", "knn"} <= found["operators"].keys()
     assert all(one["compared"] and 0 <= one["worst"] <= 1 for one in found["operators"].values())
 
@@ -82,6 +84,7 @@ def programs(tmp_path, monkeypatch):
     }.items():
         (tmp_path / "tests" / f"{name}.py").write_text(f"import sys, time\n{text}\n")
     monkeypatch.setattr(reliability, "ROOT", tmp_path)
+    monkeypatch.setattr(reliability, "environment", lambda: dict.fromkeys(("date", "commit", "cpu", "python"), "x"))
     names = dict(
         zip(
             ("kills", "server kills", "torn files", "full disk", "races"),
@@ -96,7 +99,7 @@ def programs(tmp_path, monkeypatch):
 
 def test_a_check_that_fails_takes_no_other_with_it(programs, tmp_path, capsys):
     out = tmp_path / "found.json"
-    assert reliability.main(["--quick", "--hours", "0.005", "--out", str(out)]) == 1
+    assert reliability.main(["--quick", "--hours", "0.002", "--out", str(out)]) == 1
     found = json.loads(out.read_text())["checks"]
     assert list(found) == list(programs.values())
     told = {stem: found[name] for stem, name in programs.items()}
@@ -104,7 +107,7 @@ def test_a_check_that_fails_takes_no_other_with_it(programs, tmp_path, capsys):
     assert told["wrong"]["failure"] == "moment 3: lost" and told["wrong"]["figures"] == {"failures": 2}
     assert "RuntimeError: no such luck" in told["broken"]["failure"]
     assert told["silent"]["failure"] == "printed no figures"
-    assert told["hanging"]["failure"] == "not finished after 0.005 hours"
+    assert told["hanging"]["failure"] == "not finished after 0.002 hours"
     assert {one["count"] for one in told.values()} == {1}
     page = reliability_report.page(json.loads(out.read_text()))
     assert "| 7 moments | 0 |" in page and "| **2** |" in page and "no such luck" in page

@@ -21,11 +21,11 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from killed import FAST, UNFINISHED, call, digests, load_everything, make_inputs, steady
+from killed import FAST, UNFINISHED, call, digests, load, make_inputs, steady
 
 Outcome = tuple[int, object, str]
 
@@ -50,38 +50,54 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", metavar="NAME", help="artefacts")
     args = parser.parse_args()
-    load_everything()
+    load(args.only)
     counts, failures = Counter(), []
-    for name, artefact in artefacts(args.folder).items():
-        if not args.only or name in args.only:
-            found = tear(name, artefact, args.folder / "torn", args.cuts, random.Random(f"{args.seed} {name}"), counts)
-            for failure in found:
-                print(failure, flush=True)
-            failures += found
+    for name, artefact in artefacts(args.folder, args.only).items():
+        found = tear(name, artefact, args.folder / "torn", args.cuts, random.Random(f"{args.seed} {name}"), counts)
+        for failure in found:
+            print(failure, flush=True)
+        failures += found
     print(json.dumps({**counts, "failures": len(failures)}))
     return 1 if failures else 0
 
 
-def artefacts(folder: Path) -> dict[str, Artefact]:
-    """Make everything and give it by name."""
+def artefacts(folder: Path, only: Collection[str] | None) -> dict[str, Artefact]:
+    """Make all, or `only` some by name."""
     inputs = folder / "inputs"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        make_inputs(inputs)
-        shop = inputs / "shop"
-        call("data", "build", shop, folder / "built")
-        call("transitions", "--data", shop, "--out", folder / "transitions")
-        tune = ["--graph", inputs / "graph", "--sequence", inputs / "sequence", f"llm={inputs / 'llm'}"]
-        call("finetune", "--data", shop, "--out", folder / "llm", *tune, "max_epochs=1", *FAST)
-        call("fuse", inputs / "graph", inputs / "sequence", "--data", shop, "--out", folder / "fused")
+    shop, graph, sequence = (inputs / name for name in ("shop", "graph", "sequence"))
+
+    def make_fused() -> None:
+        if not (folder / "fused").is_dir():
+            call("fuse", graph, sequence, "--data", shop, "--out", folder / "fused")
+
+    def make_saved() -> None:
         from hellm.recommend import Recommender
 
+        make_fused()
         Recommender.load(folder / "fused").save(folder / "saved")
-        for stage, run in (("pretrain", inputs / "graph"), ("sasrec", inputs / "sequence")):
-            shutil.copytree(run, folder / f"unfinished {stage}")
-            for one in (folder / f"unfinished {stage}").glob("[!.]*"):
-                if one.name not in ("checkpoint", "config.yaml", "metrics.jsonl"):
-                    one.unlink()
+
+    def make_unfinished(name: str, run: Path) -> None:
+        shutil.copytree(run, folder / name)
+        for one in (folder / name).glob("[!.]*"):
+            if one.name not in ("checkpoint", "config.yaml", "metrics.jsonl"):
+                one.unlink()
+
+    tune = ["--graph", graph, "--sequence", sequence, f"llm={inputs / 'llm'}", "max_epochs=1", *FAST]
+    makers = {
+        "data": lambda: call("data", "build", shop, folder / "data"),
+        "transitions": lambda: call("transitions", "--data", shop, "--out", folder / "transitions"),
+        "llm": lambda: call("finetune", "--data", shop, "--out", folder / "llm", *tune),
+        "fused": make_fused,
+        "saved": make_saved,
+        "unfinished pretrain": lambda: make_unfinished("unfinished pretrain", graph),
+        "unfinished sasrec": lambda: make_unfinished("unfinished sasrec", sequence),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        make_inputs(inputs, only)
+        for name, make in makers.items():
+            if not only or name in only:
+                make()
 
     def resumed(stage: str) -> Callable[[Path], Outcome]:
         argv = [stage, "--data", shop, "max_epochs=2", *FAST, "--resume", "--out"]
@@ -91,10 +107,10 @@ def artefacts(folder: Path) -> dict[str, Artefact]:
     table = ["--data", shop, "--json"]
     measured = {"evaluate": lambda run: asked("evaluate", run, *table, result=lambda said: steady(json.loads(said)))}
     users = {"users": lambda run: told(lambda: users_of(run))}
-    return {
-        "data": Artefact(folder / "built", {"check": lambda data: asked("data", "check", data)}),
-        "pretrain": Artefact(inputs / "graph", {**lists, **measured, **users, "resume": resumed("pretrain")}),
-        "sasrec": Artefact(inputs / "sequence", {**lists, **measured, "resume": resumed("sasrec")}),
+    found = {
+        "data": Artefact(folder / "data", {"check": lambda data: asked("data", "check", data)}),
+        "pretrain": Artefact(graph, {**lists, **measured, **users, "resume": resumed("pretrain")}),
+        "sasrec": Artefact(sequence, {**lists, **measured, "resume": resumed("sasrec")}),
         "unfinished pretrain": Artefact(folder / "unfinished pretrain", {"resume": resumed("pretrain")}),
         "unfinished sasrec": Artefact(folder / "unfinished sasrec", {"resume": resumed("sasrec")}),
         "transitions": Artefact(folder / "transitions", lists),
@@ -102,6 +118,7 @@ def artefacts(folder: Path) -> dict[str, Artefact]:
         "fused": Artefact(folder / "fused", {**lists, **measured}),
         "saved": Artefact(folder / "saved", lists),
     }
+    return {name: one for name, one in found.items() if not only or name in only}
 
 
 ITEMS = ["i00001", "i00002"]
