@@ -50,7 +50,8 @@ def trained_runs(
     towers = {name: Recommender.load(runs[name]).model for name in ("stage1", "sequence")}
     content = ItemContent.load(runs["stage1"] / CONTENT)
     fused = ServedFused(towers, {"stage1": 1.0, "sequence": 0.5})
-    Recommender(fused, read_ids(runs["stage1"]), read_histories(runs["stage1"]), content).save(runs["fused"])
+    ids = read_ids(runs["stage1"])
+    Recommender(fused, ids, read_histories(runs["stage1"], ids), content).save(runs["fused"])
     if llm is not None:
         runs["language-model"] = folder / f"language-model-{seed}"
         config = load_config(FinetuneConfig, "demo", [*settings(1), f"llm={llm}"])

@@ -106,7 +106,10 @@ def reading(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except (OSError, MemoryError, ImportError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        # Libraries in Rust panic at some damaged files, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if isinstance(error, ValueError) and os.fspath(path) in str(error):
             raise
         raise DataError(f"{os.fspath(path)}: damaged, or not the file that must be there ({error})") from error

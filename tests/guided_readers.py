@@ -44,7 +44,7 @@ _RUN = {
     ".hellm.json": ("hellm._folders", "read_mark", False),
     "result.json": ("guided_readers", "result_of", False),
     "config.yaml": ("guided_readers", "settings_of", True),
-    "store.sqlite": ("hellm.serve.store", "read_entries", True),
+    "store.sqlite": ("guided_readers", "entries_of", True),
     "users.jsonl": ("guided_readers", "asked_by", True),
     "users.parquet": ("guided_readers", "asked_by", True),
     "users.txt": ("guided_readers", "asked_by", True),
@@ -63,6 +63,12 @@ def settings_of(file: Path) -> object:
     from hellm.config import PretrainConfig, load_saved_config
 
     return load_saved_config(PretrainConfig, file)
+
+
+def entries_of(file: Path) -> object:
+    from hellm.serve.store import read_entries
+
+    return list(read_entries(file))
 
 
 def asked_by(file: Path) -> object:

@@ -379,7 +379,15 @@ class TestFiles:
         with pytest.raises(ValueError, match="x: damaged, or not the file that must be there"), reading(tmp_path / "x"):
             read()
 
-    @pytest.mark.parametrize("error", [PermissionError("no"), MemoryError(), ImportError("the index needs a package")])
+    def test_a_panic_of_a_library_is_of_the_file(self, tmp_path):
+        import polars as pl
+
+        with pytest.raises(ValueError, match="x: damaged.*unwrap"), reading(tmp_path / "x"):
+            raise pl.exceptions.PanicException("called unwrap on None")
+
+    @pytest.mark.parametrize(
+        "error", [PermissionError("no"), MemoryError(), KeyboardInterrupt(), ImportError("the index needs a package")]
+    )
     def test_what_is_not_of_the_file_stays(self, tmp_path, error):
         with pytest.raises(type(error)) as caught, reading(tmp_path / "x"):
             raise error

@@ -43,12 +43,31 @@ def histories_table(dataset: Dataset) -> pl.DataFrame:
 
 def read_ids(folder: str | os.PathLike[str]) -> pl.DataFrame:
     """As `ids_table`. Raises: FileNotFoundError; ValueError naming the file, a damaged one."""
-    return _read(Path(folder) / IDS)
+    path = Path(folder) / IDS
+    with reading(path):
+        table = _read(path, ("side", "index", "id", "title"))
+        for side in ("user", "item"):
+            rows = table.filter(table["side"] == side)
+            index = rows["index"].sort()
+            if len(rows) and (index[0] != 0 or index[-1] != len(rows) - 1 or rows["index"].is_duplicated().any()):
+                raise ValueError(f"index must number the {side}s from 0 on")
+            if rows["id"].null_count() or rows["id"].is_duplicated().any():
+                raise ValueError(f"ids must be distinct, got a {side} twice")
+    return table
 
 
-def read_histories(folder: str | os.PathLike[str]) -> pl.DataFrame:
-    """As `histories_table`. Raises: FileNotFoundError; ValueError naming the file, a damaged one."""
-    return _read(Path(folder) / HISTORIES)
+def read_histories(folder: str | os.PathLike[str], ids: pl.DataFrame) -> pl.DataFrame:
+    """As `histories_table`, of the users and items of `ids`. Raises: as `read_ids`."""
+    path = Path(folder) / HISTORIES
+    with reading(path):
+        table = _read(path, ("user", "item", "split"))
+        if table.null_count().sum_horizontal().item():
+            raise ValueError("events must have a user, an item and a split")
+        for side in ("user", "item"):
+            rows, count = table[side], (ids["side"] == side).sum()
+            if len(rows) and not (rows.dtype.is_integer() and rows.min() >= 0 and rows.max() < count):
+                raise ValueError(f"{side} must be rows of the {count} {side}s, got {rows.min()} to {rows.max()}")
+    return table
 
 
 def side_of(ids: pl.DataFrame, side: str) -> tuple[IdMap, list[str | None]]:
@@ -57,8 +76,7 @@ def side_of(ids: pl.DataFrame, side: str) -> tuple[IdMap, list[str | None]]:
     return IdMap(rows["id"].to_list()), [title or None for title in rows["title"].to_list()]
 
 
-def _read(path: Path) -> pl.DataFrame:
+def _read(path: Path, names: tuple[str, ...]) -> pl.DataFrame:
     import polars as pl
 
-    with reading(path):
-        return pl.read_parquet(path, glob=False)
+    return pl.read_parquet(path, glob=False).select(names)

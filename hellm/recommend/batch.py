@@ -209,11 +209,13 @@ def _write_parts(
             answers, unknown = _answers(recommender, asked, options)
             with atomic_path(file) as temporary:
                 _table(answers).write_parquet(temporary, metadata={"unknown": json.dumps(unknown)})
-        bases = pl.scan_parquet(file, glob=False).group_by("basis").len().collect()
+        with reading(file):
+            bases = pl.scan_parquet(file, glob=False).group_by("basis").len().collect()
+            unknown = json.loads(pl.read_parquet_metadata(file)["unknown"])
         for basis, count in bases.sort("basis").rows():
             counts["basis"][basis] = counts["basis"].get(basis, 0) + count
             counts["lists"] += count
-        for name, count in json.loads(pl.read_parquet_metadata(file)["unknown"]).items():
+        for name, count in unknown.items():
             counts[name] += count
         logger.info("%d lists", counts["lists"])
     return counts, resumed_at

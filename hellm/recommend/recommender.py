@@ -172,7 +172,8 @@ class Recommender:
             if not (path / name).is_file():
                 raise FileNotFoundError(f"{path} holds no {name}: it is no run directory, or the run is not finished")
         try:
-            ids, histories = read_ids(path), read_histories(path)
+            ids = read_ids(path)
+            histories = read_histories(path, ids)
             _, titles = side_of(ids, "item")
             with LOADING:
                 model = load_served(path, titles, language_model)
@@ -182,7 +183,7 @@ class Recommender:
         content = ItemContent.load(path / CONTENT) if (path / CONTENT).is_file() else None
         try:
             recommender = cls(model, ids, histories, content)
-        except ValueError as error:
+        except (ValueError, LookupError, TypeError, RuntimeError) as error:
             raise DataError(f"{path}: {error}") from None
         recommender.training = training_facts(path)
         return recommender

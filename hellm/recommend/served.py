@@ -279,6 +279,11 @@ class ServedGraph:
             modalities = json.loads(metadata["modalities"]) if "modalities" in metadata else None
             branch = ItemBranch(**json.loads(metadata["item_branch"])) if "item_branch" in metadata else None
             unit_items = json.loads(metadata.get("unit_items", "null"))
+            shape = tensors["item"].shape
+            for name in {*tensors, "user", "fold_in_source"}:
+                found, of_users = tensors[name], name.startswith("user")
+                if not found.is_floating_point() or found.shape[of_users:] != shape[of_users:]:
+                    raise ValueError(f"{name} must have the shape of item {list(shape)}, got {list(found.shape)}")
             return cls(tensors, float(metadata["fold_in_exponent"]), modalities, branch, unit_items)
 
     def to(self, device: str) -> None:

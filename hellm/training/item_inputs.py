@@ -108,13 +108,14 @@ def _checked_run(path: Path_ | None, name: str, verb: str, dataset: Dataset) -> 
     for file in (EMBEDDINGS, IDS, HISTORIES):
         if not (run / file).is_file():
             raise FileNotFoundError(f"{name} run {run} holds no {file}: it is no run of `{verb}`, or not finished")
-    ids, _ = side_of(read_ids(run), "item")
+    table = read_ids(run)
+    ids, _ = side_of(table, "item")
     if ids != dataset.item_ids:
         raise ValueError(
             f"{name} run {run} must be of the {dataset.num_items} items of data set {dataset.name!r}, "
             f"got {len(ids)} items{' with other ids' if len(ids) == dataset.num_items else ''}"
         )
-    events = read_histories(run)
+    events = read_histories(run, table)
     events = events.filter(events["split"] == 0)
     own = (events["user"].to_numpy(), events["item"].to_numpy())
     if not all(np.array_equal(*pair) for pair in zip(own, dataset.pairs("train"), strict=True)):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from hellm.artifact import read_histories, read_ids
 from hellm.artifact.test_users import read_test_users
 from hellm.evaluate.ab import read_exposures
 from hellm.recommend.batch import read_metadata
@@ -84,6 +85,67 @@ def test_settings_of_a_model_that_are_none(tmp_path, stored):
     write_embeddings(tmp_path, kind, tensors, metadata | stored)
     with pytest.raises(ValueError, match=r"embeddings\.safetensors: damaged"):
         SASRec.load(tmp_path)
+
+
+IDS = [("user", 0, "a"), ("user", 1, "b"), ("item", 0, "x"), ("item", 1, "y")]
+
+
+def tables(folder, ids=IDS, **events):
+    import polars as pl
+
+    pl.DataFrame([(*one, None) for one in ids], ["side", "index", "id", "title"], orient="row").write_parquet(
+        folder / "ids.parquet"
+    )
+    pl.DataFrame({"user": [0, 1], "item": [1, 0], "split": [0, 0]} | events).write_parquet(folder / "histories.parquet")
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [*IDS[:3], ("item", 1, "x")],
+        [*IDS[:3], ("item", 1, None)],
+        [*IDS[:3], ("item", 0, "y")],
+        [*IDS[:3], ("item", 2, "y")],
+        [*IDS[:3], ("item", -1, "y")],
+    ],
+)
+def test_ids_that_are_no_numbering(tmp_path, ids):
+    tables(tmp_path)
+    read_ids(tmp_path)
+    tables(tmp_path, ids)
+    with pytest.raises(ValueError, match=r"ids\.parquet: damaged.*(distinct|from 0 on)"):
+        read_ids(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "events", [{"item": [1, 2]}, {"item": [1, 2**60]}, {"item": [-1, 0]}, {"user": [0, None]}, {"user": ["a", "b"]}]
+)
+def test_events_of_nobody(tmp_path, events):
+    tables(tmp_path)
+    ids = read_ids(tmp_path)
+    assert len(read_histories(tmp_path, ids)) == 2
+    tables(tmp_path, **events)
+    with pytest.raises(ValueError, match=r"histories\.parquet: damaged"):
+        read_histories(tmp_path, ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("item", None), ("user", None), ("fold_in_source", None), ("user", (3, 5)), ("fold_in_source", (2, 4))],
+)
+def test_a_graph_without_what_it_must_hold(tmp_path, name, left):
+    from hellm.artifact import write_embeddings
+    from hellm.recommend.served import load_served
+
+    tensors = {"user": torch.ones(2, 4), "item": torch.ones(3, 4), "fold_in_source": torch.ones(3, 4)}
+    write_embeddings(tmp_path, "graph", tensors, {"fold_in_exponent": "0.5"})
+    load_served(tmp_path, [], None)
+    tensors |= {name: torch.ones(left or ())}
+    if left is None:
+        del tensors[name]
+    write_embeddings(tmp_path, "graph", tensors, {"fold_in_exponent": "0.5"})
+    with pytest.raises(ValueError, match=rf"embeddings\.safetensors: damaged.*{name}"):
+        load_served(tmp_path, [], None)
 
 
 @pytest.mark.parametrize("name", ["items.usearch", "index.json", "items.json"])

@@ -110,7 +110,9 @@ def test_wrong_files_are_named(tmp_path):
 def test_weights_of_another_model_are_refused(tmp_path):
     model, optimizer = trained(0)
     save_training_state(tmp_path / "last", model, optimizer, {})
-    with pytest.raises(ValueError, match=r"last does not fit the model: bias must be \(5,\), got \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"last does not fit the model: bias must be \(5,\), got \(2,\); the settings \(config"
+    ):
         read_model(tmp_path / "last", nn.Linear(3, 5))
     with pytest.raises(ValueError, match=r"last does not fit the model: bias must be absent, got \(2,\)"):
         read_model(tmp_path / "last", nn.Linear(3, 2, bias=False))
