@@ -382,7 +382,7 @@ class TestFiles:
     def test_a_panic_of_a_library_is_of_the_file(self, tmp_path):
         import polars as pl
 
-        with pytest.raises(ValueError, match="x: damaged.*unwrap"), reading(tmp_path / "x"):
+        with pytest.raises(ValueError, match=r"x: damaged.*unwrap"), reading(tmp_path / "x"):
             raise pl.exceptions.PanicException("called unwrap on None")
 
     @pytest.mark.parametrize(

@@ -136,7 +136,8 @@ def _load_model(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping
         name = next(name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name))
         raise ValueError(
             f"{path} does not fit the model: {name} must be {expected.get(name, 'absent')}, "
-            f"got {found.get(name, 'absent')}; the settings (config.yaml) are of another model, or one of the two is damaged"
+            f"got {found.get(name, 'absent')}; the settings (config.yaml) are of another model, or one of the two is "
+            "damaged"
         )
     for name, value in weights.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
