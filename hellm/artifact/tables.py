@@ -65,7 +65,7 @@ def read_histories(folder: str | os.PathLike[str], ids: pl.DataFrame) -> pl.Data
             raise ValueError("events must have a user, an item and a split")
         for side in ("user", "item"):
             rows, count = table[side], (ids["side"] == side).sum()
-            if len(rows) and not (rows.dtype.is_integer() and rows.min() >= 0 and rows.max() < count):
+            if not (rows.dtype.is_integer() and rows.is_between(0, count, closed="left").all()):
                 raise ValueError(f"{side} must be rows of the {count} {side}s, got {rows.min()} to {rows.max()}")
     return table
 
