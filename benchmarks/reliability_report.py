@@ -90,7 +90,8 @@ def _failures(record: Mapping[str, Any]) -> str:
         return ""
     if record["failure"] is None:
         return "0"
-    counted = figures.get("failures")
+    each = [one.get("wrong", one.get("failures", 0)) for one in figures.values() if isinstance(one, dict)]
+    counted = figures.get("failures", sum(each) or None)
     return f"**{counted if isinstance(counted, int) else record['failure']}**"
 
 
