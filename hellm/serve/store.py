@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hellm._files import DataError, WriteError, writing
+from hellm._files import DataError, WriteError, reading, writing
 from hellm._folders import hold
 
 __all__ = ["Entry", "Store", "read_entries", "state_after"]
@@ -122,7 +122,7 @@ def _pages(path: Path, query: str, after: int, until: int) -> Iterator[Entry]:
             _check_format(path, database)
             while rows := database.execute(query, [after, until, _PAGE]).fetchall():
                 after = rows[-1][-1]
-                yield from map(_entry, rows)
+                yield from (_entry(path, row) for row in rows)
     except sqlite3.DatabaseError as error:
         raise DataError(f"{path}: not a log of hellm serve, or damaged ({error})") from None
 
@@ -198,7 +198,7 @@ class Store:
                     "SELECT kind, key, body, NULL, picture, number FROM entries "
                     f"WHERE kind = ? AND key IN ({','.join('?' * len(part))})"
                 )
-                found |= {row[1]: _entry(row) for row in self._database.execute(query, [kind, *part])}
+                found |= {row[1]: _entry(self.path, row) for row in self._database.execute(query, [kind, *part])}
         return found
 
     def picture(self, item: str) -> bytes | None:
@@ -251,13 +251,15 @@ def _packed(entry: Entry) -> bytes | None:
     return save(tensors, {_ENCODERS: json.dumps(dict(entry.encoders))})
 
 
-def _entry(row: tuple) -> Entry:
+def _entry(path: Path, row: tuple) -> Entry:
+    """Raises: DataError, a row that SQLite takes for whole and that holds no entry."""
     from safetensors.numpy import load
 
     kind, key, body, packed, picture, number = row
-    if packed is None:
-        return Entry(kind, key, json.loads(body), {}, picture, number)
-    # A safetensors file: the length of its header, the header as JSON, the numbers.
-    header = json.loads(packed[8 : 8 + int.from_bytes(packed[:8], "little")])
-    encoders = json.loads(header.get("__metadata__", {}).get(_ENCODERS, "{}"))
-    return Entry(kind, key, json.loads(body), load(packed), picture, number, encoders)
+    with reading(path):
+        if packed is None:
+            return Entry(kind, key, json.loads(body), {}, picture, number)
+        # A safetensors file: the length of its header, the header as JSON, the numbers.
+        header = json.loads(packed[8 : 8 + int.from_bytes(packed[:8], "little")])
+        encoders = json.loads(header.get("__metadata__", {}).get(_ENCODERS, "{}"))
+        return Entry(kind, key, json.loads(body), load(packed), picture, number, encoders)

@@ -161,3 +161,20 @@ def test_an_index_that_is_none(tmp_path, name, left):
     (tmp_path / name).write_bytes(left)
     with pytest.raises(ValueError, match=name):
         ItemIndex.load(tmp_path)
+
+
+@pytest.mark.parametrize("column", ["body", "features"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\x08" + bytes(7) + b'{"a": 1}'], ids=["empty", "short", "other"])
+def test_an_entry_that_sqlite_takes_for_whole(tmp_path, column, content):
+    import sqlite3
+
+    from hellm.serve.store import Entry, Store, read_entries
+
+    file = tmp_path / "store.sqlite"
+    store = Store(file)
+    store.append([Entry("item", "new", {"title": "New"}, {"text": np.ones(2, np.float32)})])
+    store.close()
+    with sqlite3.connect(file) as database:
+        database.execute(f"UPDATE entries SET {column} = ?", [content])
+    with pytest.raises(ValueError, match=r"store\.sqlite: damaged, or not the file that must be there"):
+        list(read_entries(file))
