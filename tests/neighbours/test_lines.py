@@ -122,7 +122,7 @@ def save_features(folder, num_items, width):
 def test_features_in_a_mapped_file_are_searched_in_little_memory(tmp_path):
     """Beside a search of few rows, which brings in what any needs."""
     save_features(tmp_path / "small", 300, 256)
-    size = save_features(tmp_path / "large", 250, 65536)
+    size = save_features(tmp_path / "large", 1000, 16384)
     paths = [str(tmp_path / name) for name in ("small", "large")]
     command = [sys.executable, "-c", PROGRAM, *paths, str(size // 5), str(tmp_path / "cache")]
     # Else the allocator keeps blocks of this size, though not of those that are usual.
@@ -130,6 +130,6 @@ def test_features_in_a_mapped_file_are_searched_in_little_memory(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=alone)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["first"] == list(range(250))
+    assert found["first"] == list(range(1000))
     # The rows of a block, and what the search makes of them.
-    assert found["extra"] < 0.6 * size
+    assert found["extra"] < 0.6 * size, found["extra"] / size
