@@ -145,3 +145,22 @@ def test_triton_kernels_load_from_the_layout_of_the_hub(tmp_path):
     )
     modules = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"__init__"}
     assert eval(done.stdout) == sorted({"_hellm_kernels_0123", *(f"_hellm_kernels_0123.{name}" for name in modules)})
+
+
+@pytest.mark.parametrize(
+    ("packages", "said"),
+    [
+        ({"numpy": None, "torch": "unknown", "hellm": "editable"}, None),
+        (
+            {"numpy": None, "uvicorn": "not found", "anyio": "not found"},
+            "2 packages could not be audited: anyio, uvicorn",
+        ),
+    ],
+)
+def test_an_audit_by_a_service_that_knows_nothing_fails(tmp_path, packages, said):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    program = re.search(r"^define UNAUDITED\n(.*?)^endef$", makefile, re.MULTILINE | re.DOTALL)[1]
+    audited = [{"name": name} | ({"skip_reason": why} if why else {"vulns": []}) for name, why in packages.items()]
+    (tmp_path / "found.json").write_text(json.dumps({"dependencies": audited}))
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "found.json"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (0 if said is None else 1, said or "")
