@@ -14,7 +14,7 @@ SLOW = os.environ.get("HELLM_SLOW") == "1"
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the program forks")
 
 
-def killed(folder, *options) -> dict:
+def run_killed(folder, *options) -> dict:
     program = Path(__file__).with_name("killed.py")
     command = [sys.executable, str(program), str(folder), *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -22,9 +22,24 @@ def killed(folder, *options) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def test_notes_of_times_ahead_depend_on_the_day_and_others_do_not(tmp_path):
+    import killed as program
+
+    def written(name: str, *notes: str) -> dict[str, str]:
+        (tmp_path / name).mkdir()
+        about = json.dumps({"name": "shop", "notes": notes})
+        (tmp_path / name / "dataset.json").write_text(about)
+        (tmp_path / name / ".hellm.json").write_text(json.dumps({"files": {"dataset.json": len(about), "a": 1}}))
+        return program.digests(tmp_path / name)
+
+    plain, ahead = written("plain"), written("ahead", "3 events have times in the future, the last 2026-01-01")
+    assert plain == ahead and plain.keys() == {"dataset.json", ".hellm.json"}
+    assert written("other", "3 events have no user") != plain
+
+
 @needs_fork
 def test_killed_commands_go_on_and_come_to_the_same(tmp_path):
-    counts = killed(tmp_path, "--moments", 6, "--only", "build", "pretrain", "search")
+    counts = run_killed(tmp_path, "--moments", 6, "--only", "build", "pretrain", "search")
     assert counts["moments"] == 6 and counts["failures"] == 0
 
 
@@ -32,5 +47,5 @@ def test_killed_commands_go_on_and_come_to_the_same(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not SLOW, reason="takes minutes; set HELLM_SLOW=1")
 def test_a_hundred_moments_of_all_commands(tmp_path):
-    counts = killed(tmp_path, "--moments", 110)
+    counts = run_killed(tmp_path, "--moments", 110)
     assert counts["killed"] > 50 and counts["failures"] == 0
