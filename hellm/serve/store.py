@@ -91,6 +91,10 @@ def state_after(state: str, entry: Entry) -> str:
     return digest.hexdigest()[:16]
 
 
+# What SQLite says of a damaged name is no text.
+_DAMAGED = (sqlite3.DatabaseError, UnicodeDecodeError)
+
+
 def read_entries(path: str | os.PathLike[str], after: int = 0, until: int | None = None) -> Iterator[Entry]:
     """What a log holds, also while a server writes to it; nothing of the file is changed.
 
@@ -123,7 +127,7 @@ def _pages(path: Path, query: str, after: int, until: int) -> Iterator[Entry]:
             while rows := database.execute(query, [after, until, _PAGE]).fetchall():
                 after = rows[-1][-1]
                 yield from (_entry(path, row) for row in rows)
-    except sqlite3.DatabaseError as error:
+    except _DAMAGED as error:
         raise DataError(f"{path}: not a log of hellm serve, or damaged ({error})") from None
 
 
@@ -174,7 +178,7 @@ class Store:
                 yield
         except sqlite3.OperationalError as error:
             raise WriteError(self.path, str(error), disk_is_full="full" in str(error)) from error
-        except sqlite3.DatabaseError as error:
+        except _DAMAGED as error:
             raise DataError(f"{self.path}: not a log of hellm serve, or damaged ({error})") from None
 
     @property

@@ -178,3 +178,16 @@ def test_an_entry_that_sqlite_takes_for_whole(tmp_path, column, content):
         database.execute(f"UPDATE entries SET {column} = ?", [content])
     with pytest.raises(ValueError, match=r"store\.sqlite: damaged, or not the file that must be there"):
         list(read_entries(file))
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["read", "opened"])
+def test_a_store_whose_tables_have_damaged_names(tmp_path, opened):
+    from hellm.serve.store import Store, read_entries
+
+    file = tmp_path / "store.sqlite"
+    Store(file).close()
+    # A name that is no text, in a statement that is none: SQLite's message has the name.
+    broken = file.read_bytes().replace(b"entries", b"\xbfntries").replace(b"CREATE TABLE", b"CREATE (((((")
+    file.write_bytes(broken)
+    with pytest.raises(ValueError, match=r"store\.sqlite: not a log of hellm serve, or damaged"):
+        Store(file) if opened else list(read_entries(file))
