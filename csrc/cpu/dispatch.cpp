@@ -34,14 +34,14 @@ std::atomic<bool> fuses{true};
 
 }  // namespace
 
-bool fused_pairs(int vector_bytes) {
 #if defined(HELLM_X86)
+bool fused_pairs(int vector_bytes) {
   static const bool has[2] = {bool(__builtin_cpu_supports("avxvnni")), bool(__builtin_cpu_supports("avx512vnni"))};
   return fuses.load(std::memory_order_relaxed) && vector_bytes >= 32 && has[vector_bytes == 64];
-#else
-  return vector_bytes < 0;
-#endif
 }
+#else
+bool fused_pairs(int) { return false; }
+#endif
 
 void use_fused_pairs(bool use) { fuses = use; }
 

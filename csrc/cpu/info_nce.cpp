@@ -392,8 +392,8 @@ void run_with(const InfoNceArguments& a, Interruption& interruption) {
                         {unit, unit + n * stride},
                         {across, across + across_size[0]}, {panel[0], panel[1]},
                         {in_place ? outside[0] : grad, in_place ? outside[1] : grad + grad_size},
-                        kept, kept_scale, partial, partial + num_blocks * strip, partial_key, pending, row_weight, own_weight,
-                        intra, intra + 2 * intra_size, intra + intra_size, intra_key};
+                        kept, kept_scale, partial, partial + num_blocks * strip, partial_key, pending, row_weight,
+                        own_weight, intra, intra + 2 * intra_size, intra + intra_size, intra_key};
   // clang-format on
   const S* const views[2] = {static_cast<const S*>(a.anchor), static_cast<const S*>(a.positive)};
   S* const outputs[2] = {static_cast<S*>(a.grad_anchor), static_cast<S*>(a.grad_positive)};
