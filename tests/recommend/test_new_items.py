@@ -286,3 +286,20 @@ def test_a_new_item_has_the_same_bits_in_whatever_order_its_features_come():
         recommender.add_items({name: new[name] for name in order}, [f"n{row}" for row in range(20)])
         keys.append(recommender.item)
     assert torch.equal(*keys)
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 7, 60])
+def test_a_new_item_has_the_same_bits_alone_and_among_others(at_once):
+    """A server takes items up as they come, and many together when it starts again; both give the same answers."""
+    draw = np.random.default_rng(0)
+    widths = {"text": 8, "image": 24, "sound": 5}
+    known = {name: ItemFeatures.from_values(draw.normal(size=(18, width))) for name, width in widths.items()}
+    content = ItemContent.of(known, k=6)
+    new = {name: torch.from_numpy(draw.normal(size=(60, width))).float() for name, width in widths.items()}
+    usable = torch.ones(18, dtype=torch.bool)
+
+    def weights(count: int) -> torch.Tensor:
+        parts = [{name: x[start : start + count] for name, x in new.items()} for start in range(0, 60, count)]
+        return torch.cat([content.weights(content.nearest(part), usable).to_dense() for part in parts])
+
+    torch.testing.assert_close(weights(at_once), weights(1), rtol=0, atol=0)

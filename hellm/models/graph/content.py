@@ -177,9 +177,11 @@ class ItemContent:
         )
         value = torch.cat([one.similarities[kept] for kept, one in zip(found, nearest.values(), strict=True)])
         total = torch.zeros(count).index_add_(0, index[0], value)
-        return torch.sparse_coo_tensor(
-            index, value / total[index[0]], (count, len(usable)), check_invariants=True
-        ).coalesce()
+        # Not by coalesce(), which adds up several modalities' shares in an order that follows what else is placed.
+        places, order = torch.unique(index[0] * len(usable) + index[1], return_inverse=True)
+        share = torch.zeros(len(places)).index_add_(0, order, value / total[index[0]])
+        index = torch.stack([places // len(usable), places % len(usable)])
+        return torch.sparse_coo_tensor(index, share, (count, len(usable)), check_invariants=True, is_coalesced=True)
 
     def indicators(self, attributes: Mapping[str, Sequence[Sequence[str]]]) -> dict[str, Tensor]:
         """The values that new items have as features [n, V], for `nearest`; unknown values are ignored.
