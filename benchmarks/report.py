@@ -29,6 +29,7 @@ python -m benchmarks.serve --soak 600   # ten minutes with events, items and rel
 python -m benchmarks.fresh        # new items while a server runs: recall, time until they are in a list
 python -m benchmarks.index        # from how many items a search index pays
 python -m benchmarks.catalogue  # training against items  -> results/catalogue.json (--out)
+python -m benchmarks.traffic      # what several processes send -> results/traffic.json
 python -m benchmarks.plan         # hellm plan, and what the stages then take -> results/plan.json (--out)
 python -m benchmarks.llm          # fine-tuning, scoring -> results/llm.json
 python -m benchmarks.gpu          # on a GPU machine       -> results/gpu.json
@@ -309,6 +310,24 @@ def _catalogue_section(run: dict[str, Any]) -> list[str]:
     return [text + markdown_table(head, rows)]
 
 
+def _traffic_section(run: dict[str, Any]) -> list[str]:
+    rows = [
+        (
+            record["stage"],
+            record["processes"],
+            f"{record['sent_bytes'] / 1e6:,.2f} MB",
+            f"{record['modelled_bytes'] / 1e6:,.2f} MB",
+            f"{record['sent_bytes'] / record['modelled_bytes']:.3f}" if record["modelled_bytes"] else "",
+        )
+        for record in run["rows"]
+    ]
+    text = (
+        f"### What several processes send\n\nBytes that each of them sends in a training step over a shop of "
+        f"{run['items']:,} items, and what `hellm plan` reckons with.\n\n"
+    )
+    return [text + markdown_table(("stage", "processes", "sent", "planned", "ratio"), rows)]
+
+
 def _plan_section(run: dict[str, Any]) -> list[str]:
     head = (
         "events",
@@ -350,6 +369,7 @@ _SECTIONS = {
     "llm": _llm_section,
     "catalogue": _catalogue_section,
     "plan": _plan_section,
+    "traffic": _traffic_section,
 }
 
 

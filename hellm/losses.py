@@ -77,6 +77,7 @@ def synergistic_contrastive_loss(
     precision: str | None = None,
     rows: torch.Tensor | None = None,
     keys: torch.Tensor | None = None,
+    num_nodes: int | None = None,
 ) -> torch.Tensor:
     """Contrast of each node's fused embedding (anchor) with its hypergraph embedding (positive), over all nodes.
 
@@ -90,19 +91,22 @@ def synergistic_contrastive_loss(
         rows: [R] int64 anchors to average over; None is all keys.
         keys: [K] int64 nodes, ascending, K >= 2, drawn evenly; the anchors must be among them. The negatives among them
             stand for those of all N, and the sum over these is estimated without bias. None is all N.
+        num_nodes: how many nodes there are where N are drawn of them, as `keys` are; None is N.
     Returns: scalar.
     Raises: ValueError as `hellm.ops.info_nce` does, and for fewer than two keys.
     """
-    if keys is None or len(keys) == len(fused):
+    if keys is not None and len(keys) < len(fused):
+        num_nodes = num_nodes or len(fused)
+        rows = None if rows is None else torch.searchsorted(keys, rows)
+        # F.embedding sums repeated rows of the gradient in a fixed order, plain indexing does not on CUDA.
+        fused, hypergraph_view = F.embedding(keys, fused), F.embedding(keys, hypergraph_view)
+    if num_nodes is None or num_nodes == len(fused):
         return ops.info_nce(fused, hypergraph_view, temperature, precision=precision, rows=rows)
-    if len(keys) < 2:
-        raise ValueError(f"keys must be at least 2 nodes, got {len(keys)}")
-    places = None if rows is None else torch.searchsorted(keys, rows)
-    # F.embedding sums repeated rows of the gradient in a fixed order, plain indexing does not on CUDA.
-    views = F.embedding(keys, fused), F.embedding(keys, hypergraph_view)
-    loss = ops.info_nce(*views, temperature, precision=precision, rows=places, reduction="none")
+    if len(fused) < 2:
+        raise ValueError(f"keys must be at least 2 nodes, got {len(fused)}")
+    loss = ops.info_nce(fused, hypergraph_view, temperature, precision=precision, rows=rows, reduction="none")
     # A loss is log(1 + x), x the negatives' share of the positive: of r times x, which keeps the digits of a tiny loss.
-    more = (len(fused) - 1) / (len(keys) - 1) - 1
+    more = (num_nodes - 1) / (len(fused) - 1) - 1
     return (loss + torch.log1p(more * -torch.expm1(-loss))).mean()
 
 

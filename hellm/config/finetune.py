@@ -109,6 +109,8 @@ class FinetuneConfig(LoopConfig):
         batch_tokens: padded tokens per step at most; several processes share them.
         batch_size: histories per step at most; null leaves it to `batch_tokens`.
         steps_per_epoch: at most, every epoch with other histories; null takes all of them.
+        sharded: each of several processes has its part of every weight (FSDP2), for a language model that no single one
+            can hold; not with a prefix.
         accumulate: steps per update.
         max_grad_norm: longer gradients are scaled down to it; null leaves them.
         max_epochs: upper limit of training, and the length of the learning rate schedule.
@@ -134,6 +136,7 @@ class FinetuneConfig(LoopConfig):
     batch_tokens: int = 512
     batch_size: int | None = None
     steps_per_epoch: int | None = None
+    sharded: bool = False
     accumulate: int = 1
     max_grad_norm: float | None = 1.0
     max_epochs: int = 8

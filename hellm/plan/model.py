@@ -42,9 +42,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hellm.config import RunConfig
+from hellm.config import PretrainConfig, RunConfig
 
-__all__ = ["QUANTITIES", "STAGES", "Sizes", "Stage", "cost", "fitted", "neighbour_products", "num_steps", "sent_bytes"]
+__all__ = [
+    "QUANTITIES",
+    "STAGES",
+    "Sizes",
+    "Stage",
+    "cost",
+    "fitted",
+    "neighbour_products",
+    "num_steps",
+    "sent_by_columns",
+    "sent_bytes",
+]
 
 
 class Sizes(NamedTuple):
@@ -156,6 +167,48 @@ def neighbour_products(config: RunConfig, sizes: Sizes, width: float) -> float:
 def sent_bytes(parameters: float, updates: float, processes: int) -> float:
     """Bytes that each of several processes sends while it trains: gradients, reduced and gathered in a ring."""
     return updates * 4 * parameters * 2 * (processes - 1) / processes
+
+
+def sent_by_shards(weights: float, layers: float, trained: float, processes: int) -> float:
+    """Bytes that each of several processes sends in a step of a model of which each has its part.
+
+    Weights are gathered in a ring, those of layers four times: for the instruction and for the items, and for the
+    gradients of either, which are reduced in a ring.
+
+    Args:
+        weights: numbers in all weights, of four bytes.
+        layers: how many of them are in layers that are gathered one at a time.
+        trained: how many are trained.
+        processes: >= 1.
+    """
+    return 4 * (weights + 3 * layers + 2 * trained) * (processes - 1) / processes
+
+
+def sent_by_columns(config: PretrainConfig, users: float, items: float, processes: int) -> float:
+    """Bytes that each of several processes sends in a step of stage 1, whose columns they share out.
+
+    Rows that a loss needs are gathered in a ring, and their gradients reduced in one; lengths of rows are summed.
+    """
+    model, dim = config.model, config.model.embedding_dim
+    if model.backbone == "ngcf":
+        linears = 2 * model.num_layers * (dim + 1) * dim
+        parameters = linears + dim * sum(
+            count * (1 + branch) for count, branch in ((users, model.user_hypergraph), (items, model.item_hypergraph))
+        )
+        return sent_bytes(parameters, 1, processes)
+    rows, lengths = config.batch_size * (2.0 if config.loss == "softmax" else 3.0), 0.0
+    for count, branch, weight in (
+        (users, model.user_hypergraph, config.user_contrastive_weight),
+        (items, model.item_hypergraph, config.item_contrastive_weight),
+    ):
+        if branch:
+            lengths += count
+            rows += 2 * min(count, config.contrastive_keys or count) if weight > 0 else 0
+    if config.loss == "softmax":
+        lengths += items
+        rows += min(items, config.sampled_items or items)
+    ring = 4 * (processes - 1) / processes
+    return ring * (3 * dim * rows + 4 * lengths)
 
 
 def fitted(terms: Sequence[str], counts: Sequence[Mapping[str, float]], values: Sequence[float]) -> dict[str, float]:

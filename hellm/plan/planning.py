@@ -22,6 +22,7 @@ from hellm.plan.model import (
     fitted,
     neighbour_products,
     num_steps,
+    sent_by_columns,
     sent_bytes,
 )
 from hellm.plan.sample import measured_stages, neighbour_rate
@@ -235,7 +236,10 @@ def _planned(
         validations = -(-epochs // settings.validate_every)
         found["seconds"] += epochs * found["seconds_per_epoch"] + validations * cost(rates["validation"], counts)
         updates = epochs * -(-steps // getattr(settings, "accumulate", 1))
-        found["sent_bytes"] = sent_bytes(cost(rates["parameters"], counts), updates, processes)
+        if name == "stage1":
+            found["sent_bytes"] = updates * sent_by_columns(config.pretrain, sizes.users, sizes.items, processes)
+        else:
+            found["sent_bytes"] = sent_bytes(cost(rates["parameters"], counts), updates, processes)
     return found
 
 

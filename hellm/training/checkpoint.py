@@ -25,12 +25,33 @@ __all__ = [
     "read_model",
     "save_checkpoint",
     "save_training_state",
+    "training_state",
+    "whole_weights",
 ]
 
 
 def model_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """What a checkpoint keeps of a model: all of it, or what is trained where the model tells that apart."""
     return getattr(model, "trainable_state_dict", model.state_dict)()
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """`model_weights` as a checkpoint names them; of a model of which each process has a part, in all processes."""
+    return {f"model.{name}": _whole(tensor) for name, tensor in model_weights(model).items()}
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _part(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What this process has of a whole value where `like`, of the same shape, is a `DTensor`; else the value."""
+    if not hasattr(like, "full_tensor") or value.dim() == 0:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    placed: Any = like
+    return distribute_tensor(value.to(like.device), placed.device_mesh, placed.placements)
 
 
 def save_checkpoint(
@@ -69,11 +90,22 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tenso
 def save_training_state(
     path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> None:
-    """Everything a run needs to go on: model, optimiser, torch's generators, and `state` (JSON-able)."""
-    tensors = {f"model.{name}": tensor for name, tensor in model_weights(model).items()}
+    """Everything a run needs to go on: `training_state`, and `state` (JSON-able)."""
+    tensors, groups = training_state(model, optimizer)
+    save_checkpoint(path, tensors, {**state, **groups})
+
+
+def training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors of model, optimiser and torch's generators, and what else is to be noted.
+
+    Of a model of which each process has a part, all processes ask for it together, and get it whole.
+    """
+    tensors = whole_weights(model)
     packed = optimizer.state_dict()
     for index, values in packed["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+        tensors |= {f"optimizer.{index}.{name}": _whole(torch.as_tensor(value)) for name, value in values.items()}
     tensors["generator.cpu"] = torch.get_rng_state()
     device = _device_of(model)
     if device.type == "cuda":
@@ -83,7 +115,7 @@ def save_training_state(
         {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in group.items()}
         for group in packed["param_groups"]
     ]
-    save_checkpoint(path, tensors, {**state, "optimizer": groups})
+    return tensors, {"optimizer": groups}
 
 
 def load_training_state(
@@ -93,9 +125,13 @@ def load_training_state(
     tensors, state = load_checkpoint(path)
     _load_model(path, model, tensors)
     packed: dict[int, dict[str, torch.Tensor]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
+            # Some parameters were scalars before, and so are what is kept of them.
+            own = parameters[int(index)]
+            tensor = tensor if key == "step" else _part(tensor.reshape(own.shape), own)
             packed.setdefault(int(index), {})[key] = tensor
     # How the update is computed is a matter of this device, not of the one that the run was saved on.
     groups = [
@@ -130,7 +166,8 @@ def saved_weights(tensors: Mapping[str, torch.Tensor], model: nn.Module) -> dict
 
 def _load_model(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     weights = saved_weights(tensors, model)
-    expected = {name: tuple(value.shape) for name, value in model_weights(model).items()}
+    own = model_weights(model)
+    expected = {name: tuple(value.shape) for name, value in own.items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if expected != found:
         name = next(name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name))
@@ -142,4 +179,5 @@ def _load_model(path: str | os.PathLike[str], model: nn.Module, tensors: Mapping
     for name, value in weights.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"{path} holds NaN or infinity in {name}: its training had diverged and cannot go on")
+    weights = {name: _part(value, own[name]) for name, value in weights.items()}
     getattr(model, "load_trainable_state_dict", model.load_state_dict)(weights)

@@ -24,13 +24,13 @@ from hellm.data import Dataset
 from hellm.evaluate import RankingResult, evaluate_histories
 from hellm.models.histories import pad_histories
 from hellm.models.llm.checkpoint import base_identity, check_base
-from hellm.models.llm.language_model import load_language_model
+from hellm.models.llm.language_model import layers_of, load_language_model
 from hellm.models.llm.recommender import RecommenderLLM
 from hellm.training.candidates import CandidateItems, Candidates, next_item_loss
 from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, HistorySampler
 from hellm.training.item_inputs import ItemInputs, load_item_inputs, resolve_item_inputs
-from hellm.training.loop import Progress
+from hellm.training.objective import Objective, ShardedObjective, objective_of
 from hellm.training.processes import Processes, launched_processes
 from hellm.training.schedule import cosine_schedule
 from hellm.training.stage import (
@@ -47,7 +47,7 @@ from hellm.training.stage import (
     write_curves,
     write_tables,
 )
-from hellm.training.step import EagerStep
+from hellm.training.step import EagerStep, total_loss
 
 __all__ = [
     "MEMORY_ADVICE",
@@ -101,7 +101,7 @@ def finetune(
 
     Raises:
         FileExistsError, ValueError: as `RunDirectory`, `load_item_inputs` and `RecommenderLLM`; and for
-            compat="official" in several processes.
+            compat="official" in several processes, or `sharded` in one alone or with a prefix.
         MemoryError: a step needs more memory than there is; says what to lower.
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
@@ -112,6 +112,8 @@ def finetune(
             "depends on all histories of its step"
         )
 
+    if config.sharded:
+        _check_sharded(config, processes)
     note = Path(out) / _LANGUAGE_MODEL
     trained_with = read_json(note) if resume and note.is_file() else None
 
@@ -152,28 +154,46 @@ def _train(
     inputs, model = opened.inputs
     processes.on_first(lambda: _write_note(run.path / _LANGUAGE_MODEL, base_identity(model)))
     with readable_memory_errors("fine-tuning", MEMORY_ADVICE):
-        model = model.to(config.device)
+        # Layers that are shared out go to the device one by one.
+        model = model if config.sharded else model.to(config.device)
         sampler = build_history_sampler(config, dataset, model)
-        plan = plan_finetuning(config, model, sampler, processes)
+        step = build_step(model, config, dataset, sampler, processes)
+        plan = plan_finetuning(config, model, sampler, processes, step.objective if step.is_shared else None)
         if on_plan is not None and processes.index == 0:
             on_plan(plan)
-        progress = _fit(model, config, dataset, sampler, run, processes, on_epoch)
+
+        def validate(model: RecommenderLLM) -> Mapping[str, float]:
+            return _evaluate(model, config, dataset, "valid").metrics
+
+        progress = fit_stage(step, config, dataset, run, validate, on_epoch, validate_steps=config.validate_steps)
 
     @readable_memory_errors("scoring the test split", MEMORY_ADVICE)
     def finish() -> dict[str, Any]:
-        read_model(run.best, model)
-        model.eval()
-        test, speed = _test(model, config, dataset)
-        result = common_result("finetune", model, dataset, run, progress, test=test, device=config.device)
+        # Of one that is shared out, the others do not wait in every layer any more.
+        tested = build_recommender_llm(config, dataset, inputs).to(config.device) if config.sharded else model
+        read_model(run.best, tested)
+        tested.eval()
+        test, speed = _test(tested, config, dataset)
+        result = common_result("finetune", tested, dataset, run, progress, test=test, device=config.device)
         result |= {"num_trained_parameters": plan["num_trained_parameters"], "plan": plan, "notes": opened.notes}
         result |= {"num_processes": processes.count}
         result |= {"test_users_per_second": speed}
-        _write_outputs(model, inputs, dataset, run)
+        _write_outputs(tested, inputs, dataset, run)
         write_curves(run, metrics=config.monitor, best_epoch=progress.best_epoch, title=f"{dataset.name}: fine-tuning")
         run.write_result(result)
         return result
 
     return processes.on_first(finish)
+
+
+def _check_sharded(config: FinetuneConfig, processes: Processes) -> None:
+    if processes.count == 1:
+        raise ValueError("sharded must be false in one process: torchrun or accelerate launch starts several")
+    if config.model.graph_context == "prefix" or config.model.learned_prefix:
+        raise ValueError(
+            "sharded must be false with a prefix (model.graph_context=prefix or model.learned_prefix=true), which goes "
+            "through weights of all layers before they run"
+        )
 
 
 def _is_finished(out: Path_, config: FinetuneConfig) -> bool:
@@ -298,14 +318,22 @@ def rate_schedule(config: FinetuneConfig, num_steps: int) -> Callable[[int, int]
 
 
 def plan_finetuning(
-    config: FinetuneConfig, model: RecommenderLLM, sampler: HistorySampler, processes: Processes | None = None
+    config: FinetuneConfig,
+    model: RecommenderLLM,
+    sampler: HistorySampler,
+    processes: Processes | None = None,
+    objective: Objective | None = None,
 ) -> dict[str, Any]:
-    """What a run comes to, from one timed step (forward and backward) of the first batch; nothing is changed by it."""
+    """What a run comes to, from one timed step (forward and backward) of the first batch; nothing is changed by it.
+
+    A model that no process has whole takes the step by its `objective`, in all of them.
+    """
     batch = sampler.sample(0, 0)
-    share = batch if processes is None else batch.share(0, processes.count)
-    share = share if len(share.targets) else batch
+    share = batch if processes is None else batch.share(processes)[0]
 
     def loss() -> Tensor:
+        if objective is not None:
+            return total_loss(objective(0, 0))
         with _autocast(config):
             return finetune_loss(model, share)
 
@@ -336,43 +364,40 @@ def _autocast(config: FinetuneConfig) -> torch.autocast:
     return torch.autocast(config.device.partition(":")[0], torch.bfloat16, enabled=config.mixed_precision == "bf16")
 
 
-def _fit(
-    model,
+def build_step(
+    model: RecommenderLLM,
     config: FinetuneConfig,
     dataset: Dataset,
     sampler: HistorySampler,
-    run,
     processes: Processes,
-    on_epoch: OnEpoch | None,
-) -> Progress:
-    candidates = CandidateItems.of(dataset, model.device, count=config.sampled_items, seed=config.seed)
+) -> EagerStep:
+    """The step of stage 2; with `config.sharded` each of several processes keeps its part of every weight."""
+    candidates = CandidateItems.of(dataset, config.device, count=config.sampled_items, seed=config.seed)
     official = config.model.compat == "official"
 
     def losses(epoch: int, step: int) -> Mapping[str, Tensor]:
         batch = sampler.sample(epoch, step)
-        share = batch.share(processes.index, processes.count)
-        if not len(share.targets):
-            return {"cross_entropy": torch.zeros((), device=model.device)}
+        share, part = batch.share(processes)
         with _autocast(config):
             # The published loss is over the whole catalogue.
             loss = finetune_loss(model, share, None if official else candidates.of_step(epoch, step, batch.targets))
         # Shares have different numbers of targets; the mean of the step is over all of them.
-        return {"cross_entropy": loss * (len(share.targets) / len(batch.targets))}
+        return {"cross_entropy": loss * part}
 
-    def validate(model: RecommenderLLM) -> Mapping[str, float]:
-        return _evaluate(model, config, dataset, "valid").metrics
-
-    step = EagerStep(
+    if config.sharded:
+        objective = ShardedObjective(model, losses, processes, layers_of(model.prompted.base))
+    else:
+        objective = objective_of(model, losses, processes)
+    return EagerStep(
         model,
         build_optimizer(config, model),
-        losses,
+        objective,
         sampler.num_steps,
         learning_rate=rate_schedule(config, sampler.num_steps),
         accumulate=config.accumulate,
         max_grad_norm=config.max_grad_norm,
         processes=processes,
     )
-    return fit_stage(step, config, dataset, run, validate, on_epoch, validate_steps=config.validate_steps)
 
 
 def _evaluate(model, config: FinetuneConfig, dataset: Dataset, split: str):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hellm.training.processes import Processes
 from hellm.training.samplers import TripleSampler
 
 __all__ = ["HistoryBatch", "HistorySampler", "SequenceSampler"]
@@ -29,18 +30,25 @@ class HistoryBatch(NamedTuple):
     targets: np.ndarray
     negatives: np.ndarray | None = None
 
-    def share(self, index: int, count: int) -> HistoryBatch:
-        """The histories of one of `count` processes; all shares together are the batch, and some may be empty."""
-        num_histories = len(self.indptr) - 1
-        rows = slice(num_histories * index // count, num_histories * (index + 1) // count)
+    def part(self, rows: slice) -> HistoryBatch:
+        """Some of the histories."""
         places = slice(self.indptr[rows.start], self.indptr[rows.stop])
-        targets = rows if len(self.targets) == num_histories else places
+        targets = rows if len(self.targets) == len(self.indptr) - 1 else places
         return HistoryBatch(
             self.indptr[rows.start : rows.stop + 1] - self.indptr[rows.start],
             self.items[places],
             self.targets[targets],
             None if self.negatives is None else self.negatives[targets],
         )
+
+    def share(self, processes: Processes) -> tuple[HistoryBatch, float]:
+        """The histories of this process, and what part of all targets they have.
+
+        Where there are fewer histories than processes, some have one that counts for nothing: all run the model alike.
+        """
+        rows = processes.share(len(self.indptr) - 1)
+        own = self.part(rows)
+        return (own, len(own.targets) / len(self.targets)) if len(own.targets) else (self.part(slice(0, 1)), 0.0)
 
 
 class _NextItems:

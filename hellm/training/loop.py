@@ -17,7 +17,13 @@ from torch import nn
 
 from hellm.artifact.run_directory import RunDirectory
 from hellm.config.loop import LoopConfig
-from hellm.training.checkpoint import load_training_state, model_weights, save_checkpoint, save_training_state
+from hellm.training.checkpoint import (
+    load_training_state,
+    model_weights,
+    save_checkpoint,
+    training_state,
+    whole_weights,
+)
 from hellm.training.step import Step
 
 __all__ = ["Interrupted", "Progress", "Schedule", "fit"]
@@ -160,8 +166,8 @@ def fit(
     progress = _read_progress(step, run)
 
     def save() -> None:
-        state = asdict(progress)
-        processes.on_first(lambda: save_training_state(run.last, model, step.optimizer, state))
+        tensors, groups = training_state(model, step.optimizer)
+        processes.on_first(lambda: save_checkpoint(run.last, tensors, asdict(progress) | groups))
 
     def write(record: Mapping[str, Any]) -> None:
         run.append_metrics(record)
@@ -192,7 +198,8 @@ def fit(
                     raise Interrupted(caught[0], f"stopped {where}; saved {run.last}")
     if validate is None:
         progress.best_epoch = last = progress.epoch - 1
-        processes.on_first(lambda: _save_best(model, run, {"epoch": last}))
+        weights = whole_weights(model)
+        processes.on_first(lambda: save_checkpoint(run.best, weights, {"epoch": last}))
     return progress
 
 
@@ -245,6 +252,8 @@ def _train_epoch(step: Step, stop: int, progress: Progress, caught: list[int]) -
 def _check_weights(model: nn.Module, progress: Progress) -> None:
     """A gradient may be NaN behind a finite loss, and no loss comes after the last step."""
     for name, weight in model_weights(model).items():
+        # Of a weight of which each process has a part, this one's.
+        weight = getattr(weight, "to_local", lambda own=weight: own)()
         if weight.is_floating_point() and not torch.isfinite(weight).all():
             raise FloatingPointError(
                 f"the weights {name} became NaN or infinite in epoch {progress.epoch}, by step {progress.step - 1}, "
@@ -276,14 +285,19 @@ def _validate(
 ) -> None:
     started, model, processes = time.perf_counter(), step.model, step.processes
     model.eval()
-    metrics = processes.on_first(lambda: validate(model))
+    if step.is_shared:
+        with step.whole_model():
+            metrics = validate(model)
+    else:
+        metrics = processes.on_first(lambda: validate(model))
     missing = [name for name in monitor if name not in metrics]
     if missing:
         raise ValueError(f"monitor must name validation metrics ({', '.join(metrics)}), got {missing[0]!r}")
     improved = progress.improve(metrics, monitor, step=record.get("step"))
     if improved:
         place = {name: record[name] for name in ("epoch", "step") if name in record}
-        processes.on_first(lambda: _save_best(model, run, place))
+        weights = whole_weights(model)
+        processes.on_first(lambda: save_checkpoint(run.best, weights, place))
     record |= {f"valid_{name}": value for name, value in metrics.items()}
     record["valid_seconds"] = time.perf_counter() - started
     if processes.index == 0:
@@ -291,11 +305,6 @@ def _validate(
         mark = " (best)" if improved else ""
         loss = math.fsum(map(math.fsum, progress.losses)) / len(progress.losses)
         logger.info("epoch %d: loss %.4f, validation %s%s", progress.epoch, loss, shown, mark)
-
-
-def _save_best(model: nn.Module, run: RunDirectory, place: Mapping[str, int]) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in model_weights(model).items()}
-    save_checkpoint(run.best, tensors, place)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +23,13 @@ from hellm.evaluate import HistoryScorer, evaluate_dataset
 from hellm.graphs import item_hypergraph, nearest_items, search_recall, user_hypergraph
 from hellm.losses import bpr_loss, l2_loss, softmax_loss, synergistic_contrastive_loss
 from hellm.models import FoldIn, GraphEncoder
-from hellm.models.graph import ItemBranch
+from hellm.models.graph import Columns, ItemBranch
 from hellm.neighbours import check_approximate
 from hellm.training.candidates import CandidateItems, Candidates
 from hellm.training.captured_step import CapturedStep
 from hellm.training.checkpoint import read_model
 from hellm.training.loop import Progress
+from hellm.training.objective import Objective, objective_of
 from hellm.training.processes import Processes, launched_processes
 from hellm.training.samplers import DeviceTripleSampler, Triples, TripleSampler
 from hellm.training.stage import (
@@ -44,7 +46,7 @@ from hellm.training.stage import (
     write_curves,
     write_tables,
 )
-from hellm.training.step import EagerStep, total_loss
+from hellm.training.step import EagerStep, Step, total_loss
 from hellm.training.warm_start import fingerprint_of, started_from, warm_start
 
 __all__ = [
@@ -72,8 +74,9 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train the graph encoder, choose by validation, score the test split once, and leave a run directory.
 
-    Started by `accelerate launch` or torchrun, several processes share the rows of every loss, which changes nothing;
-    each of them propagates the whole graph, and the first does the rest.
+    Started by `accelerate launch` or torchrun, several processes share the columns of all tables, and so of what is
+    propagated, and the rows of every loss, which changes nothing; the first does the rest. With a backbone that mixes
+    columns every process has all of them.
 
     Args:
         config: settings; see `hellm.config`.
@@ -271,40 +274,89 @@ def pretrain_losses(
     item_rows: Tensor | None = None,
     user_keys: Tensor | None = None,
     item_keys: Tensor | None = None,
+    share: Callable[[int], slice] = slice,
 ) -> dict[str, Tensor]:
     """Weighted loss terms of one step, whose sum stage 1 minimises: "bpr_loss", "l2_loss", "contrastive_loss".
 
     With a `softmax_temperature`, "softmax_loss" over the `candidates` (None is all items) stands in place of
     "bpr_loss", and negatives are not used. A contrastive term of weight 0, or of a hypergraph the model does not use,
     is not computed. `user_rows` and `item_rows` [R] int64 are the contrastive anchors; None is all. `user_keys` and
-    `item_keys`: see `hellm.losses.synergistic_contrastive_loss`.
+    `item_keys`: see `hellm.losses.synergistic_contrastive_loss`. All terms are means of rows; `share` says of how many
+    rows which are taken, and then the terms are these rows' part of the mean.
     """
     output = model()
+
+    @functools.cache
+    def whole(name: str) -> Tensor:
+        return model.whole(getattr(output, name))
+
+    def chosen(x: Tensor, rows: Tensor) -> Tensor:
+        # F.embedding sums repeated rows of the gradient in a fixed order, plain indexing does not on CUDA.
+        return model.whole(F.embedding(rows, x))
+
     users, positives, negatives = (torch.as_tensor(ids).to(model.device) for ids in triples)
-    # F.embedding sums repeated rows of the gradient in a fixed order, plain indexing does not on CUDA.
-    user, positive = F.embedding(users, output.user), F.embedding(positives, output.item)
+    own = _Rows.of(len(users), share)
+    user, positive = own(chosen(output.user, users)), own(chosen(output.item, positives))
     if softmax_temperature is None:
-        rows = (user, positive, F.embedding(negatives, output.item))
-        ranking = {"bpr_loss": bpr_loss(*rows)}
+        rows = (user, positive, own(chosen(output.item, negatives)))
+        ranking = {"bpr_loss": bpr_loss(*rows) * own.part}
     else:
-        rows, items, places, log_weight = (user, positive), output.item, positives, None
+        rows, places, log_weight = (user, positive), positives, None
         if candidates is not None:
-            items, places = F.embedding(candidates.rows, items), candidates.places(positives)
-            log_weight = candidates.log_weight
-        ranking = {"softmax_loss": softmax_loss(user, items, places, softmax_temperature, log_weight=log_weight)}
+            places, log_weight = candidates.places(positives), candidates.log_weight
+        items = whole("item") if candidates is None else chosen(output.item, candidates.rows)
+        loss = softmax_loss(user, items, own(places), softmax_temperature, log_weight=log_weight)
+        ranking = {"softmax_loss": loss * own.part}
     contrastive = user.new_zeros(())
-    for weight, fused, view, chosen in (
-        (user_contrastive_weight, output.user, output.user_view, {"rows": user_rows, "keys": user_keys}),
-        (item_contrastive_weight, output.item, output.item_view, {"rows": item_rows, "keys": item_keys}),
+    for side, weight, anchors, keys in (
+        ("user", user_contrastive_weight, user_rows, user_keys),
+        ("item", item_contrastive_weight, item_rows, item_keys),
     ):
+        fused, view = getattr(output, side), getattr(output, f"{side}_view")
         if weight > 0 and view is not None:
-            loss = synergistic_contrastive_loss(fused, view, temperature, precision=precision, **chosen)
-            contrastive = contrastive + weight * loss
+            num_nodes = len(fused)
+            if keys is None:
+                views = whole(side), whole(f"{side}_view")
+            else:
+                views = chosen(fused, keys), chosen(view, keys)
+                anchors = None if anchors is None else torch.searchsorted(keys, anchors)
+            ours = _Rows.of(len(views[0]) if anchors is None else len(anchors), share)
+            if anchors is None and ours.part < 1:
+                anchors = torch.arange(len(views[0]), device=model.device)
+            loss = synergistic_contrastive_loss(
+                *views,
+                temperature,
+                precision=precision,
+                rows=None if anchors is None else ours(anchors),
+                num_nodes=num_nodes,
+            )
+            contrastive = contrastive + weight * ours.part * loss
     return {
         **ranking,
-        "l2_loss": l2_weight * l2_loss(*rows),
+        "l2_loss": l2_weight * own.part * l2_loss(*rows),
         "contrastive_loss": contrastive,
     }
+
+
+class _Rows(NamedTuple):
+    """Which of the rows of a mean this process takes.
+
+    Attributes:
+        rows: them; one that counts for nothing where there is none, as a mean needs one.
+        part: how many of all they are.
+    """
+
+    rows: slice
+    part: float
+
+    @classmethod
+    def of(cls, count: int, share: Callable[[int], slice]) -> _Rows:
+        rows = share(count)
+        taken = len(range(count)[rows])
+        return cls(rows, taken / count) if taken else cls(slice(0, 1), 0.0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x if self.part == 1 else x[self.rows]
 
 
 def build_optimizer(config: PretrainConfig, model: GraphEncoder) -> torch.optim.Adam:
@@ -356,21 +408,35 @@ def _fit(
     on_plan,
     on_epoch,
 ) -> Progress:
-    sampler, optimizer = build_sampler(config, dataset), build_optimizer(config, model)
-    losses = step_losses(config, model, sampler, processes)
-    if on_plan is not None and processes.index == 0:
+    sampler = build_sampler(config, dataset)
+    step = build_step(model, config, sampler, processes)
+    if on_plan is not None:
+        losses = step_losses(config, model, sampler, processes)
         seconds = seconds_of_step(model, lambda: total_loss(losses(0, 0)))
-        on_plan(plan_of_steps(seconds, sampler.num_steps, config.max_epochs))
+        if processes.index == 0:
+            on_plan(plan_of_steps(seconds, sampler.num_steps, config.max_epochs))
 
     def validate(scorer: GraphEncoder) -> Mapping[str, float]:
         return _evaluate(scorer, config, dataset, "valid").metrics
 
+    progress = fit_stage(step, config, dataset, run, validate, on_epoch)
+    if step.is_shared:
+        model.unite_columns()
+    return progress
+
+
+def build_step(model: GraphEncoder, config: PretrainConfig, sampler: TripleSampler, processes: Processes) -> Step:
+    """The step of stage 1; in several processes, each keeps its columns of the model where the backbone allows it."""
     if model.device.type == "cuda" and not _is_sampled(config) and processes.count == 1:
-        step = build_captured_step(model, config, sampler, optimizer)
+        return build_captured_step(model, config, sampler, build_optimizer(config, model))
+    losses = step_losses(config, model, sampler, processes)
+    if processes.count > 1 and not model.mixes_columns:
+        model.share_columns(Columns(processes.mesh(), model.embedding_dim))
+        objective = Objective(losses, is_shared=True)
     else:
-        rate = _learning_rate(config)
-        step = EagerStep(model, optimizer, losses, sampler.num_steps, learning_rate=rate, processes=processes)
-    return fit_stage(step, config, dataset, run, validate, on_epoch)
+        objective = objective_of(model, losses, processes)
+    rate, optimizer = _learning_rate(config), build_optimizer(config, model)
+    return EagerStep(model, optimizer, objective, sampler.num_steps, learning_rate=rate, processes=processes)
 
 
 def step_losses(
@@ -379,7 +445,7 @@ def step_losses(
     """(epoch, step) -> the terms of `pretrain_losses`, all that is drawn for them included.
 
     Of several processes each has its share of the triples and of the anchors, and the sum of what they give is what one
-    process would.
+    process would. Where columns are shared out, all of them ask for a step together.
     """
     choices, candidates = _contrastive_choices(config, model), _candidates(config, model)
 
@@ -387,36 +453,9 @@ def step_losses(
         triples, drawn = sampler.sample(epoch, step), _contrastive_rows(config, choices, epoch, step)
         rows = {name: one.to(model.device) for name, one in drawn.items()}
         chosen = candidates(epoch, step, triples)
-        if processes is None or processes.count == 1:
-            return _losses(model, config, triples, rows, chosen)
-        return _shared_losses(model, config, triples, rows, chosen, processes)
+        return _losses(model, config, triples, rows, chosen, slice if processes is None else processes.share)
 
     return losses
-
-
-def _shared_losses(
-    model: GraphEncoder,
-    config: PretrainConfig,
-    triples: Triples,
-    rows: dict[str, Tensor],
-    candidates: Candidates | None,
-    processes: Processes,
-) -> dict[str, Tensor]:
-    """What this process has of the losses of a step. All of them are means, whose rows are shared out."""
-    own, weights = processes.share(len(triples.users)), {}
-    part = (own.stop - own.start) / len(triples.users)
-    if part == 0:
-        # A mean needs a row, which counts for nothing then.
-        own = slice(0, 1)
-    for side, count in (("user", model.num_users), ("item", model.num_items)):
-        anchors, weight = rows.get(f"{side}_rows"), f"{side}_contrastive_weight"
-        if anchors is None:
-            anchors = torch.arange(count, device=model.device)
-        share = anchors[processes.share(len(anchors))]
-        rows[f"{side}_rows"] = share
-        weights[weight] = getattr(config, weight) * len(share) / len(anchors)
-    terms = _losses(model, replace(config, **weights), Triples(*(ids[own] for ids in triples)), rows, candidates)
-    return {name: term if name == "contrastive_loss" else term * part for name, term in terms.items()}
 
 
 def _losses(
@@ -425,6 +464,7 @@ def _losses(
     triples: Triples,
     rows: Mapping[str, Tensor],
     candidates: Candidates | None = None,
+    share: Callable[[int], slice] = slice,
 ) -> dict[str, Tensor]:
     return pretrain_losses(
         model,
@@ -436,6 +476,7 @@ def _losses(
         softmax_temperature=config.softmax_temperature if config.loss == "softmax" else None,
         precision=config.precision,
         candidates=candidates,
+        share=share,
         **rows,
     )
 

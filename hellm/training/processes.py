@@ -9,18 +9,19 @@ import atexit
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["LostProcessError", "Processes", "launched_processes"]
+__all__ = ["LostProcessError", "Processes", "connected", "launched_processes"]
 
 T = TypeVar("T")
 
@@ -32,11 +33,8 @@ class LostProcessError(ConnectionError):
 class Processes:
     """The processes that train one model together; without arguments this one alone.
 
-    All of them start from the same weights and get the same sums, bit for bit, so their weights stay the same.
-    Gradients are summed once per update, not by DistributedDataParallel: its hooks would send them at every accumulated
-    step and wait for parameters that a share has no use for.
-
-    Where one of them dies, what the others do together next raises `LostProcessError`.
+    Each has its share of the rows of a step's losses, and `hellm.training.objective` makes their gradients those of
+    one process. Where one of them dies, what the others do together next raises `LostProcessError`.
 
     Args:
         accelerator: connects the processes; None is this process alone.
@@ -46,11 +44,12 @@ class Processes:
     Attributes:
         index: of this process. The first, 0, is the one that writes, prints and validates.
         count: of all processes.
+        accelerator: None is this process alone.
     """
 
     def __init__(self, accelerator: Accelerator | None = None, *, seed: int | None = 0) -> None:
         # What it gathers and sums has the type of what it was given, which its annotations do not say.
-        self._accelerator: Any = accelerator
+        self.accelerator: Any = accelerator
         self._seed = seed
         self.index = 0 if accelerator is None else accelerator.process_index
         self.count = 1 if accelerator is None else accelerator.num_processes
@@ -71,7 +70,7 @@ class Processes:
                 outcome = [work(), None]
             except Exception as error:
                 outcome = [None, error]
-        with _connected():
+        with connected():
             broadcast_object_list(outcome)
         if outcome[1] is not None:
             raise outcome[1]
@@ -81,30 +80,22 @@ class Processes:
         """The sum of `x` over the processes."""
         if self.count == 1:
             return x
-        with _connected():
-            return self._accelerator.reduce(x, "sum")
+        with connected():
+            return self.accelerator.reduce(x, "sum")
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum gradients (float32) over the processes, in place; one that no process has stays None."""
-        if self.count == 1:
-            return
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        # One message for all, with a count of processes per parameter that have a gradient at its end.
-        has = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
-        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        *sums, has = self.sum(torch.cat([one.flatten() for one in [*own, has]])).split(
-            [p.numel() for p in [*trained, has]]
-        )
-        for parameter, gradient, count in zip(trained, sums, has.tolist(), strict=True):
-            parameter.grad = gradient.view_as(parameter) if count else None
+    def mesh(self) -> DeviceMesh:
+        """All of them in one dimension, for `torch.distributed`."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(self.accelerator.device.type, (self.count,))
 
     def agree(self, caught: list[int]) -> bool:
         """Whether any process caught a signal; its number is then in `caught` everywhere."""
         if self.count == 1:
             return bool(caught)
-        own = torch.tensor([caught[0] if caught else 0], device=self._accelerator.device)
-        with _connected():
-            signum = int(self._accelerator.gather(own).max())
+        own = torch.tensor([caught[0] if caught else 0], device=self.accelerator.device)
+        with connected():
+            signum = int(self.accelerator.gather(own).max())
         if signum and not caught:
             caught.append(signum)
         # Not whether `caught` is empty: a signal may have come since, to this process alone.
@@ -118,7 +109,7 @@ class Processes:
 
 
 @contextlib.contextmanager
-def _connected() -> Iterator[None]:
+def connected() -> Iterator[None]:
     """A block that needs the other processes."""
     try:
         yield
@@ -140,17 +131,23 @@ def launched_processes(device: str, *, seed: int | None) -> Processes:
 
     `seed`: see `Processes`.
 
-    Raises: ValueError, a `device` with a number, which would be the same for all processes.
+    Raises: ValueError, a `device` with a number, which would be the same for all processes, or a launcher that is told
+        to shard the model, which here is a setting.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
     if device not in ("cpu", "cuda"):
         raise ValueError(f'device must be "auto", "cpu" or "cuda" in several processes, got {device!r}')
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError("accelerate launch must be without --use_fsdp: `hellm finetune sharded=true` shards the model")
     from accelerate import Accelerator, PartialState
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     # The others wait while the first validates; a process that died is the launcher's to notice.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[patience])
+    # A share may have no use for some parameters; and buckets that stay as they are sum in one order, so that a resumed
+    # run has the bits of one that went on.
+    gradients = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[patience, gradients])
     atexit.register(PartialState().destroy_process_group)
     return Processes(accelerator, seed=seed)

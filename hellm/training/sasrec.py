@@ -24,6 +24,7 @@ from hellm.training.candidates import CandidateItems, Candidates, next_item_loss
 from hellm.training.checkpoint import read_model
 from hellm.training.history_sampler import HistoryBatch, SequenceSampler
 from hellm.training.loop import Progress
+from hellm.training.objective import Losses, objective_of
 from hellm.training.processes import Processes, launched_processes
 from hellm.training.schedule import constant_schedule, cosine_schedule
 from hellm.training.stage import (
@@ -41,7 +42,7 @@ from hellm.training.stage import (
     write_curves,
     write_tables,
 )
-from hellm.training.step import EagerStep, total_loss
+from hellm.training.step import EagerStep, Step, total_loss
 from hellm.training.warm_start import fingerprint_of, same_columns, started_from, warm_start
 
 __all__ = [
@@ -270,18 +271,8 @@ def sasrec_losses(
 
 def _fit(model: SASRec, opened: OpenedRun, processes: Processes, on_plan, on_epoch) -> Progress:
     config, dataset, sampler = opened.config, opened.dataset, opened.inputs
-    candidates = CandidateItems.of(dataset, model.device, count=config.sampled_items, seed=config.seed)
-
-    def losses(epoch: int, step: int) -> Mapping[str, Tensor]:
-        batch = sampler.sample(epoch, step)
-        share = batch.share(processes.index, processes.count)
-        if not len(share.targets):
-            return {config.loss: torch.zeros((), device=model.device)}
-        terms = sasrec_losses(model, share, config.loss, candidates.of_step(epoch, step, batch.targets))
-        # Shares have different numbers of targets; the mean of the step is over all of them.
-        return {name: term * (len(share.targets) / len(batch.targets)) for name, term in terms.items()}
-
     if on_plan is not None and processes.index == 0:
+        losses = _step_losses(model, config, dataset, sampler, processes)
         seconds = seconds_of_step(model, lambda: total_loss(losses(0, 0)))
         on_plan(plan_of_steps(seconds, sampler.num_steps, config.max_epochs))
 
@@ -290,10 +281,33 @@ def _fit(model: SASRec, opened: OpenedRun, processes: Processes, on_plan, on_epo
         assert found is not None  # only where there are events to validate on
         return found.metrics
 
+    step = build_step(model, config, dataset, sampler, processes)
+    return fit_stage(step, config, dataset, opened.run, validate, on_epoch)
+
+
+def build_step(
+    model: SASRec, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler, processes: Processes
+) -> Step:
+    """The step of a sequence model."""
+    objective = objective_of(model, _step_losses(model, config, dataset, sampler, processes), processes)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     rate = _schedule(config, sampler.num_steps)
-    step = EagerStep(model, optimizer, losses, sampler.num_steps, learning_rate=rate, processes=processes)
-    return fit_stage(step, config, dataset, opened.run, validate, on_epoch)
+    return EagerStep(model, optimizer, objective, sampler.num_steps, learning_rate=rate, processes=processes)
+
+
+def _step_losses(
+    model: SASRec, config: SASRecConfig, dataset: Dataset, sampler: SequenceSampler, processes: Processes
+) -> Losses:
+    candidates = CandidateItems.of(dataset, model.device, count=config.sampled_items, seed=config.seed)
+
+    def losses(epoch: int, step: int) -> Mapping[str, Tensor]:
+        batch = sampler.sample(epoch, step)
+        share, part = batch.share(processes)
+        terms = sasrec_losses(model, share, config.loss, candidates.of_step(epoch, step, batch.targets))
+        # Shares have different numbers of targets; the mean of the step is over all of them.
+        return {name: term * part for name, term in terms.items()}
+
+    return losses
 
 
 def _schedule(config: SASRecConfig, num_steps: int) -> Callable[[int, int], float]:

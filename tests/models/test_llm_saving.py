@@ -129,7 +129,7 @@ def test_state_of_other_settings_is_refused():
         model.load_trainable_state_dict(headless)
     with pytest.raises(ValueError, match="the state has unknown other"):
         model.load_trainable_state_dict(state | {"other": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"the state must have head.log_scale \[\], got \[2\]"):
+    with pytest.raises(ValueError, match=r"the state must have head.log_scale \[1\], got \[2\]"):
         model.load_trainable_state_dict(state | {"head.log_scale": torch.zeros(2)})
 
 

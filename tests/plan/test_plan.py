@@ -9,13 +9,21 @@ import numpy as np
 import pytest
 
 from hellm.cli import main
-from hellm.config import PretrainConfig, RunConfig, SASRecConfig
+from hellm.config import PretrainConfig, RunConfig, SASRecConfig, override_config
 from hellm.data import load_dataset
 from hellm.plan import STAGES, Sizes, plan, planning
-from hellm.plan.model import cost, fitted, neighbour_products, num_steps, sent_bytes
+from hellm.plan.model import (
+    cost,
+    fitted,
+    neighbour_products,
+    num_steps,
+    sent_by_columns,
+    sent_by_shards,
+    sent_bytes,
+)
 from hellm.plan.sample import measured_stages
 from hellm.plan.shop import write_shop
-from hellm.training.pretrain import build_sampler
+from hellm.training.pretrain import build_encoder, build_sampler
 from hellm.training.sasrec import build_sequence_sampler
 
 CONFIG = RunConfig(language_model=False)
@@ -61,6 +69,24 @@ class TestModel:
     def test_what_is_sent_is_that_of_a_ring(self):
         assert sent_bytes(1000, 5, 1) == 0
         assert sent_bytes(1000, 5, 4) == 5 * 4000 * 2 * 3 / 4
+        assert sent_by_shards(100, 60, 10, 1) == 0
+        assert sent_by_shards(100, 60, 10, 4) == 4 * (100 + 3 * 60 + 2 * 10) * 3 / 4
+
+    def test_who_shares_columns_sends_the_rows_that_a_loss_reads(self):
+        config = PretrainConfig(batch_size=100)
+        assert sent_by_columns(config, 1e6, 1e5, 1) == 0
+        # All users and items in both views and 3 rows of a triple, there and twice back; the lengths of two views.
+        whole = 3 * 64 * (2 * 1.1e6 + 300) + 4 * 1.1e6
+        assert sent_by_columns(config, 1e6, 1e5, 2) == pytest.approx(4 / 2 * whole)
+        drawn = replace(config, contrastive_rows=64, contrastive_keys=1000)
+        assert sent_by_columns(drawn, 1e6, 1e5, 2) == pytest.approx(4 / 2 * (3 * 64 * (4000 + 300) + 4 * 1.1e6))
+
+    @pytest.mark.parametrize("settings", [[], ["model.item_hypergraph=false"], ["model.user_hypergraph=false"]])
+    def test_a_backbone_that_mixes_columns_sends_gradients(self, shop, settings):
+        config = override_config(PretrainConfig(), ["model.backbone=ngcf", *settings])
+        model = build_encoder(config, shop)
+        parameters = sum(one.numel() for one in model.parameters())
+        assert sent_by_columns(config, shop.num_users, shop.num_items, 2) == 4 * parameters
 
     def test_an_approximate_search_grows_more_slowly(self):
         model = replace(PretrainConfig().model, knn_search="approximate")
@@ -125,8 +151,8 @@ class TestPlan:
         )
         assert stage_1["seconds"] == pytest.approx(expected, rel=1e-2)
         assert stage_1["peak_bytes"] == pytest.approx(cost(RATES["peak"], sizes.terms(CONFIG)), rel=1e-3)
-        parameters = cost(RATES["parameters"], sizes.terms(CONFIG))
-        assert stage_1["sent_bytes"] == pytest.approx(7 * steps * 4 * parameters * 1.5, rel=1e-3)
+        sent = sent_by_columns(CONFIG.pretrain, sizes.users, sizes.items, 4)
+        assert stage_1["sent_bytes"] == pytest.approx(7 * steps * sent, rel=1e-3)
         assert planned["stages"]["batch"]["steps_per_epoch"] == 0
         assert planned["seconds"] == sum(one["seconds"] for one in planned["stages"].values())
         assert not list(tmp_path.iterdir())

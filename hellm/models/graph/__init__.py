@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from hellm.models.graph.columns import Columns
 from hellm.models.graph.content import ItemContent, Neighbours
 from hellm.models.graph.encoder import EncoderOutput, GraphEncoder, ItemBranch, placed
 from hellm.models.graph.fold_in import FoldIn
 
-__all__ = ["EncoderOutput", "FoldIn", "GraphEncoder", "ItemBranch", "ItemContent", "Neighbours", "placed"]
+__all__ = ["Columns", "EncoderOutput", "FoldIn", "GraphEncoder", "ItemBranch", "ItemContent", "Neighbours", "placed"]

@@ -24,7 +24,12 @@ class MF(nn.Module):
         dim: D.
         num_layers: Propagation layers, >= 1.
         dropout: Message dropout probability.
+
+    Attributes:
+        mixes_columns: Whether a column of what comes out depends on the others.
     """
+
+    mixes_columns = False
 
     def __init__(self, dim: int, num_layers: int, dropout: float) -> None:
         super().__init__()
@@ -58,6 +63,8 @@ class LightGCN(MF):
 
 class NGCF(MF):
     """NGCF with the mean over layers 0..L in place of their concatenation; layers > 0 are L2-normalised."""
+
+    mixes_columns = True
 
     def __init__(self, dim: int, num_layers: int, dropout: float) -> None:
         super().__init__(dim, num_layers, dropout)

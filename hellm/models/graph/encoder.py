@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hellm import ops
 from hellm.hypergraph import Hypergraph
 from hellm.models.graph.backbone import BACKBONES
+from hellm.models.graph.columns import Columns
 from hellm.models.graph.fold_in import FoldIn
 
 __all__ = ["EncoderOutput", "GraphEncoder", "ItemBranch", "placed"]
@@ -117,6 +118,7 @@ class GraphEncoder(nn.Module):
         self.user_branch_table = user_branch if use_user_branch else None
         self.item_branch_table = item_branch if item_hypergraph is not None else None
         self.backbone = BACKBONES[backbone](embedding_dim, num_layers, dropout)
+        self._columns: Columns | None = None
         self._cached: tuple[tuple, EncoderOutput] | None = None
 
     @property
@@ -132,25 +134,67 @@ class GraphEncoder(nn.Module):
         return self
 
     def forward(self) -> EncoderOutput:
-        """Embeddings of all users and items, differentiable in every parameter."""
+        """Embeddings of all users and items, differentiable in every parameter.
+
+        Where columns are shared out, those of this process; `whole` makes rows of them.
+        """
+        if self.training:
+            self._cached = None
         user, item = self._propagate_backbone()
         user_view, item_view = self._user_view(self.num_user_layers), None
         if user_view is not None:
-            user = user + F.normalize(user_view, dim=1)
+            user = user + self._unit(user_view)
         if self.item_branch_table is not None:
             item_view = self._item_view(self.num_item_layers)
-            item = item + F.normalize(item_view, dim=1)
+            item = item + self._unit(item_view)
         if self.unit_items:
-            item = F.normalize(item, dim=1)
+            item = self._unit(item)
         return EncoderOutput(user, item, user_view, item_view)
+
+    @property
+    def mixes_columns(self) -> bool:
+        """Whether a column of the output depends on others by more than the lengths of rows."""
+        return self.backbone.mixes_columns
+
+    def share_columns(self, columns: Columns) -> None:
+        """Keep only this process's columns of every table, from now on `DTensor` parameters.
+
+        Raises: ValueError, a backbone that mixes columns.
+        """
+        if self.mixes_columns:
+            raise ValueError("columns must not depend on each other, and those of this backbone do")
+        self._columns = columns
+        for table in self._tables():
+            table.weight = columns.shared_out(table.weight)
+
+    def unite_columns(self) -> None:
+        """Take back what `share_columns` did; every process has all columns then."""
+        for table in self._tables():
+            table.weight = nn.Parameter(table.weight.detach().full_tensor())  # pyright: ignore[reportAttributeAccessIssue]
+        self._columns = None
+
+    def whole(self, x: Tensor) -> Tensor:
+        """[R, D] of rows of an output, which has the columns of this process where they are shared out."""
+        return x if self._columns is None else self._columns.whole(x)
+
+    def _tables(self) -> list[nn.Embedding]:
+        tables = (self.user_table, self.item_table, self.user_branch_table, self.item_branch_table)
+        return [one for one in tables if one is not None]
+
+    def _weight(self, table: nn.Embedding) -> Tensor:
+        return table.weight if self._columns is None else self._columns.own(table.weight)
+
+    def _unit(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) if self._columns is None else self._columns.unit(x)
 
     def _user_view(self, num_layers: int) -> Tensor | None:
         if self.user_branch_table is None:
             return None
+        table = self._weight(self.user_branch_table)
         if num_layers == 0:
-            return self.user_branch_table.weight
+            return table
         return ops.hypergraph_conv(
-            self.user_branch_table.weight,
+            table,
             self.user_hypergraph,
             normalization="row",
             hyperedge_degree=False,
@@ -159,12 +203,13 @@ class GraphEncoder(nn.Module):
         )
 
     def _item_view(self, num_layers: int) -> Tensor:
-        table, hypergraph = self.item_branch_table, self.item_hypergraph
-        assert table is not None and hypergraph is not None
+        hypergraph = self.item_hypergraph
+        assert self.item_branch_table is not None and hypergraph is not None
+        table = self._weight(self.item_branch_table)
         if num_layers == 0:
-            return table.weight
+            return table
         return ops.hypergraph_conv(
-            table.weight,
+            table,
             hypergraph,
             normalization="symmetric",
             hyperedge_degree=False,
@@ -172,17 +217,27 @@ class GraphEncoder(nn.Module):
         )
 
     def _propagate_backbone(self) -> tuple[Tensor, Tensor]:
-        return self.backbone(self.user_table.weight, self.item_table.weight, self.user_hypergraph)
+        return self.backbone(self._weight(self.user_table), self._weight(self.item_table), self.user_hypergraph)
 
     @torch.no_grad()
     def embeddings(self) -> EncoderOutput:
-        """Embeddings in evaluation mode, without gradients; computed once per change of the parameters."""
-        key = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
+        """Whole embeddings in evaluation mode, without gradients; computed once per change of the parameters.
+
+        Where columns are shared out, all processes ask for them together.
+        """
+        if self._columns is None:
+            key = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
+        else:
+            # A DTensor does not always notice an update; `forward` says that there will be one.
+            key = ()
         if self._cached is None or self._cached[0] != key:
             was_training = self.training
             self.eval()
             try:
-                self._cached = (key, self._with_untrained_placed(self()))
+                own = self()
+                views = (None if view is None else self.whole(view) for view in own[2:])
+                output = EncoderOutput(self.whole(own.user), self.whole(own.item), *views)
+                self._cached = (key, self._with_untrained_placed(output))
             finally:
                 self.train(was_training)
         return self._cached[1]
@@ -209,13 +264,14 @@ class GraphEncoder(nn.Module):
             view     = mean of uu^(l_user - 1) over the users of each i in N(u)
             user     = backbone + normalize(view)
         """
-        folded = self.backbone.fold_in(self.user_table.weight, self.item_table.weight, self.user_hypergraph)
-        source, exponent = (self.backbone_items(), 1.0) if folded is None else folded
+        tables = self._weight(self.user_table), self._weight(self.item_table)
+        folded = self.backbone.fold_in(*tables, self.user_hypergraph)
+        source, exponent = (self.backbone_items(), 1.0) if folded is None else (self.whole(folded[0]), folded[1])
         view = None
         neighbours = self._user_view(self.num_user_layers - 1)
         if neighbours is not None:
             # The sum over users points the same way as their mean, and only its direction is used.
-            view = self._placed(ops.incidence_product(neighbours, self.user_hypergraph, transpose=True))
+            view = self._placed(self.whole(ops.incidence_product(neighbours, self.user_hypergraph, transpose=True)))
         return FoldIn(self._placed(source.detach()), view, exponent)
 
     @torch.no_grad()
@@ -273,7 +329,7 @@ class GraphEncoder(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            items = self._propagate_backbone()[1]
+            items = self.whole(self._propagate_backbone()[1])
             return self._placed(items) if place else items
         finally:
             self.train(was_training)

@@ -81,8 +81,8 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
 
 
 def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the names that they have now, of those that they were saved by."""
-    return {_renamed(name): value for name, value in tensors.items()}
+    """Tensors by the names that they have now, of those that they were saved by; no parameter is a scalar any more."""
+    return {_renamed(name): value if value.dim() else value.reshape(1) for name, value in tensors.items()}
 
 
 def _renamed(name: str) -> str:

@@ -49,7 +49,7 @@ class TiedHead(Head):
         super().__init__()
         self.width = width
         self.projector = nn.Linear(width, width)
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.log_scale = nn.Parameter(torch.zeros(1))
 
     def keys(self, items: ItemTokens, rows: Tensor | None = None) -> Tensor:
         return items.keys(rows)

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -150,11 +150,10 @@ def keep_layers(model: PreTrainedModel, num_layers: int) -> None:
     before = getattr(config, "num_hidden_layers", None)
     if before is None or before <= num_layers:
         return
-    decoder = decoder_of(model)
-    lists = [name for name, part in decoder.named_children() if isinstance(part, nn.ModuleList) and len(part) == before]
-    if len(lists) != 1:
+    decoder, name = decoder_of(model), _layer_list(model)
+    if name is None:
         raise ValueError(f"llm_layers must be null for {type(model).__name__}, whose layers are not one list")
-    setattr(decoder, lists[0], getattr(decoder, lists[0])[:num_layers])
+    setattr(decoder, name, getattr(decoder, name)[:num_layers])
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = config.layer_types[:num_layers]
@@ -196,6 +195,20 @@ def weights_digest(model: nn.Module) -> str | None:
 
 def _bfloat16(x: Tensor) -> memoryview:
     return x.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().data
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a language model; none where they are not one list."""
+    name = _layer_list(model)
+    return [] if name is None else list(getattr(decoder_of(model), name))
+
+
+def _layer_list(model: PreTrainedModel) -> str | None:
+    """What the decoder calls the list of all its layers."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    parts = decoder_of(model).named_children()
+    lists = [name for name, part in parts if isinstance(part, nn.ModuleList) and len(part) == count]
+    return lists[0] if len(lists) == 1 else None
 
 
 def _computing_config(config: Any) -> dict[str, Any]:
@@ -314,7 +327,24 @@ def run_decoder(
             use_cache=cache is not None,
             **{cache_name: cache},
         )
-    return output.last_hidden_state, [_keys_and_values(layer) for layer in cache.layers] if cache else []
+    kept = [_keys_and_values(layer) for layer in cache.layers] if cache else []
+    for layer, tensors in zip(layers_of(model), kept, strict=False):
+        _gather_for_gradients(layer, tensors)
+    return output.last_hidden_state, kept
+
+
+def _gather_for_gradients(layer: nn.Module, tensors: Iterable[Tensor]) -> None:
+    """FSDP2 gathers a layer's weights for gradients of its output, and not for those of what left it by a cache."""
+    gather: Callable[[], object] | None = getattr(layer, "unshard", None)
+    if gather is None:
+        return
+
+    def gather_first(gradient: Tensor) -> None:
+        gather()
+
+    for tensor in tensors:
+        if tensor.requires_grad:
+            tensor.register_hook(gather_first)
 
 
 def _keys_and_values(layer: object) -> tuple[Tensor, Tensor]:

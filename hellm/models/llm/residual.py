@@ -78,7 +78,7 @@ class SequenceResidual(NoResidual):
 
     def __init__(self, sequence_model: SequenceModel | None, num_items: int, max_length: int) -> None:
         super().__init__()
-        self.gate = nn.Parameter(torch.zeros(()))
+        self.gate = nn.Parameter(torch.zeros(1))
         self.sequence_model = _checked(sequence_model, num_items, max_length)
 
     def train(self, mode: bool = True) -> SequenceResidual:

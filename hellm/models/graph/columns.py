@@ -1,0 +1,75 @@
+"""Columns of embeddings, shared out over processes.
+
+N = rows, D = columns, P = processes; the p-th has the p-th part of the columns, W of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Columns"]
+
+# That of torch.nn.functional.normalize.
+_SMALLEST_LENGTH = 1e-12
+
+
+class Columns:
+    """What mixes no columns, as propagation over a graph, every process does for its own, and nothing is sent.
+
+    A loss that needs whole rows asks for them by `whole`. Losses of the processes add up to that of one process, and so
+    gradients that come back are summed.
+
+    Args:
+        mesh: The processes, in one dimension.
+        dim: D, at least one column for each process.
+    Raises: ValueError, fewer columns than processes.
+    """
+
+    def __init__(self, mesh: DeviceMesh, dim: int) -> None:
+        if dim < mesh.size():
+            raise ValueError(f"embedding_dim must be at least 1 for each of {mesh.size()} processes, got {dim}")
+        self._mesh, self._dim = mesh, dim
+
+    def shared_out(self, table: Tensor) -> nn.Parameter:
+        """Of a table [N, D] that is the same in every process: a `DTensor` parameter of its columns."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        index, count = self._mesh.get_local_rank(), self._mesh.size()
+        parts = table.detach().chunk(count, dim=1)
+        # An even split of few columns may leave the last processes without, as chunk() rounds up.
+        own = parts[index] if index < len(parts) else table.detach()[:, :0]
+        return nn.Parameter(self._tensor(own.clone(memory_format=torch.contiguous_format), Shard(1), DTensor))
+
+    def own(self, table: Tensor) -> Tensor:
+        """[N, W] of what `shared_out` gave, differentiable."""
+        return table.to_local()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def unit(self, x: Tensor) -> Tensor:
+        """[N, W] of rows that have unit length, all their columns counted; N numbers are sent."""
+        from torch.distributed.tensor import DTensor, Partial
+
+        squares = DTensor.from_local(x.square().sum(1, keepdim=True), self._mesh, [Partial()], run_check=False)
+        return x / _in_all(squares).clamp(min=_SMALLEST_LENGTH**2).sqrt()
+
+    def whole(self, x: Tensor) -> Tensor:
+        """[R, D] of [R, W], the same in every process; rows are sent whole, and so are their gradients."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        return _in_all(self._tensor(x, Shard(1), DTensor))
+
+    def _tensor(self, own: Tensor, placement, kind):
+        shape = torch.Size((len(own), self._dim))
+        return kind.from_local(own, self._mesh, [placement], run_check=False, shape=shape, stride=(self._dim, 1))
+
+
+def _in_all(x) -> Tensor:
+    """A `DTensor` as every process has it whole; what they send back is summed."""
+    from torch.distributed.tensor import Partial, Replicate
+
+    return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
