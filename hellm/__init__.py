@@ -27,7 +27,7 @@ _EXPORTS = {
 }
 _MODULES = (
     *("baselines", "config", "data", "evaluate", "export", "losses", "models", "nn", "ops", "recommend", "training"),
-    "upkeep",
+    *("sampled", "upkeep"),
 )
 
 __all__ = ["Hypergraph", "Recommender", "__version__", "compare", "item_hypergraph", "run", "user_hypergraph"]

@@ -20,7 +20,7 @@ LAYERS = [
     {"artifact"},
     {"ops"},
     {"_degrees", "_interchange", "hypergraph", "neighbours"},
-    {"graphs", "nn", "losses", "models", "selftest"},
+    {"graphs", "nn", "losses", "models", "sampled", "selftest"},
     {"training", "evaluate", "baselines", "features"},
     {"recommend", "info"},
     {"pipeline", "export", "serve"},
