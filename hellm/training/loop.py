@@ -24,6 +24,7 @@ from hellm.training.checkpoint import (
     training_state,
     whole_weights,
 )
+from hellm.training.processes import connected
 from hellm.training.step import Step
 
 __all__ = ["Interrupted", "Progress", "Schedule", "fit"]
@@ -174,7 +175,7 @@ def fit(
         if on_epoch is not None:
             on_epoch(record)
 
-    with _caught_signals(repeated=processes.count > 1) as caught:
+    with connected(), _caught_signals(repeated=processes.count > 1) as caught:
         while progress.epoch < schedule.max_epochs and progress.checks_without_gain <= schedule.patience:
             epoch, start = progress.epoch, progress.step
             stop = schedule.next_pause(step, epoch, start)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hellm.training.processes import Processes, connected
+from hellm.training.processes import Processes
 
 __all__ = ["Losses", "Objective", "ReplicatedObjective", "ShardedObjective", "objective_of"]
 
@@ -28,13 +28,11 @@ class Objective:
 
     def __call__(self, epoch: int, step: int) -> Mapping[str, Tensor]:
         """The terms of a step."""
-        with connected():
-            return self._losses(epoch, step)
+        return self._losses(epoch, step)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a step to those that there are."""
-        with connected():
-            loss.backward()
+        loss.backward()
 
     @contextlib.contextmanager
     def sending(self, now: bool) -> Iterator[None]:

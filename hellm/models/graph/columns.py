@@ -5,13 +5,14 @@ N = rows, D = columns, P = processes; the p-th has the p-th part of the columns,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["Columns"]
 
@@ -38,17 +39,15 @@ class Columns:
 
     def shared_out(self, table: Tensor) -> nn.Parameter:
         """Of a table [N, D] that is the same in every process: a `DTensor` parameter of its columns."""
-        from torch.distributed.tensor import DTensor, Shard
-
         index, count = self._mesh.get_local_rank(), self._mesh.size()
         parts = table.detach().chunk(count, dim=1)
         # An even split of few columns may leave the last processes without, as chunk() rounds up.
         own = parts[index] if index < len(parts) else table.detach()[:, :0]
-        return nn.Parameter(self._tensor(own.clone(memory_format=torch.contiguous_format), Shard(1), DTensor))
+        return nn.Parameter(self._tensor(own.clone(memory_format=torch.contiguous_format)))
 
     def own(self, table: Tensor) -> Tensor:
         """[N, W] of what `shared_out` gave, differentiable."""
-        return table.to_local()  # pyright: ignore[reportAttributeAccessIssue]
+        return cast("DTensor", table).to_local()
 
     def unit(self, x: Tensor) -> Tensor:
         """[N, W] of rows that have unit length, all their columns counted; N numbers are sent."""
@@ -59,16 +58,16 @@ class Columns:
 
     def whole(self, x: Tensor) -> Tensor:
         """[R, D] of [R, W], the same in every process; rows are sent whole, and so are their gradients."""
+        return _in_all(self._tensor(x))
+
+    def _tensor(self, own: Tensor) -> DTensor:
         from torch.distributed.tensor import DTensor, Shard
 
-        return _in_all(self._tensor(x, Shard(1), DTensor))
-
-    def _tensor(self, own: Tensor, placement, kind):
         shape = torch.Size((len(own), self._dim))
-        return kind.from_local(own, self._mesh, [placement], run_check=False, shape=shape, stride=(self._dim, 1))
+        return DTensor.from_local(own, self._mesh, [Shard(1)], run_check=False, shape=shape, stride=(self._dim, 1))
 
 
-def _in_all(x) -> Tensor:
+def _in_all(x: DTensor) -> Tensor:
     """A `DTensor` as every process has it whole; what they send back is summed."""
     from torch.distributed.tensor import Partial, Replicate
 

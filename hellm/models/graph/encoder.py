@@ -6,7 +6,7 @@ U = users, I = items, D = embedding width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from hellm import ops
 from hellm.hypergraph import Hypergraph
 from hellm.models.graph.backbone import BACKBONES
-from hellm.models.graph.columns import Columns
 from hellm.models.graph.fold_in import FoldIn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+    from hellm.models.graph.columns import Columns
 
 __all__ = ["EncoderOutput", "GraphEncoder", "ItemBranch", "placed"]
 
@@ -170,7 +174,7 @@ class GraphEncoder(nn.Module):
     def unite_columns(self) -> None:
         """Take back what `share_columns` did; every process has all columns then."""
         for table in self._tables():
-            table.weight = nn.Parameter(table.weight.detach().full_tensor())  # pyright: ignore[reportAttributeAccessIssue]
+            table.weight = nn.Parameter(cast("DTensor", table.weight.detach()).full_tensor())
         self._columns = None
 
     def whole(self, x: Tensor) -> Tensor:
