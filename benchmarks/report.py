@@ -29,6 +29,7 @@ python -m benchmarks.serve --soak 600   # ten minutes with events, items and rel
 python -m benchmarks.fresh        # new items while a server runs: recall, time until they are in a list
 python -m benchmarks.index        # from how many items a search index pays
 python -m benchmarks.catalogue  # training against items  -> results/catalogue.json (--out)
+python -m benchmarks.peers --data DIR   # models of other libraries, in an environment of their own -> results/peers.json
 python -m benchmarks.traffic      # what several processes send -> results/traffic.json
 python -m benchmarks.plan         # hellm plan, and what the stages then take -> results/plan.json (--out)
 python -m benchmarks.llm          # fine-tuning, scoring -> results/llm.json
@@ -310,6 +311,30 @@ def _catalogue_section(run: dict[str, Any]) -> list[str]:
     return [text + markdown_table(head, rows)]
 
 
+def _peers_section(run: dict[str, Any]) -> list[str]:
+    rows = [
+        (
+            record["model"],
+            record["epochs"],
+            duration(record["seconds_of_epoch"]),
+            duration(record["seconds"]),
+            f"{record['metrics']['recall@10']:.4f}",
+            f"{record['metrics']['ndcg@10']:.4f}",
+            f"{record['metrics']['recall@20']:.4f}",
+        )
+        for record in run["rows"]
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    data = run["dataset"]
+    text = (
+        f"### What a user would pick instead\n\n{data['name']}: {data['num_users']:,} users, {data['num_items']:,} items. "
+        f"Nothing masked, all items ranked, no settings tuned; seconds are of a whole process, loading and scoring "
+        f"included. With {versions}.\n\n"
+    )
+    head = ("model", "epochs", "an epoch", "in all", "recall@10", "ndcg@10", "recall@20")
+    return [text + markdown_table(head, rows)]
+
+
 def _traffic_section(run: dict[str, Any]) -> list[str]:
     rows = [
         (
@@ -369,6 +394,7 @@ _SECTIONS = {
     "llm": _llm_section,
     "catalogue": _catalogue_section,
     "plan": _plan_section,
+    "peers": _peers_section,
     "traffic": _traffic_section,
 }
 
