@@ -40,8 +40,10 @@ ROWS: dict[str, tuple[int, str | tuple[str, ...]]] = {
     "PyTorch Geometric LightGCN": (20, "pyg-lightgcn"),
     "hellm LightGCN, as many epochs": (
         20,
-        ("pretrain", "model.user_hypergraph=false", "model.item_hypergraph=false", "sampler=interaction-uniform")
-        + ("batch_size=8192", "model.num_layers=2"),
+        (
+            *("pretrain", "model.user_hypergraph=false", "model.item_hypergraph=false", "model.num_layers=2"),
+            *("sampler=interaction-uniform", "batch_size=8192"),
+        ),
     ),
     "implicit BPR": (100, "implicit-bpr"),
 }

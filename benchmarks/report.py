@@ -29,7 +29,7 @@ python -m benchmarks.serve --soak 600   # ten minutes with events, items and rel
 python -m benchmarks.fresh        # new items while a server runs: recall, time until they are in a list
 python -m benchmarks.index        # from how many items a search index pays
 python -m benchmarks.catalogue  # training against items  -> results/catalogue.json (--out)
-python -m benchmarks.peers --data DIR   # models of other libraries, in an environment of their own -> results/peers.json
+python -m benchmarks.peers --data DIR   # models of other libraries, in an environment of their own
 python -m benchmarks.traffic      # what several processes send -> results/traffic.json
 python -m benchmarks.plan         # hellm plan, and what the stages then take -> results/plan.json (--out)
 python -m benchmarks.llm          # fine-tuning, scoring -> results/llm.json
@@ -327,8 +327,8 @@ def _peers_section(run: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     data = run["dataset"]
     text = (
-        f"### What a user would pick instead\n\n{data['name']}: {data['num_users']:,} users, {data['num_items']:,} items. "
-        f"Nothing masked, all items ranked, no settings tuned; seconds are of a whole process, loading and scoring "
+        f"### What a user would pick instead\n\n{data['name']}: {data['num_users']:,} users, {data['num_items']:,} "
+        f"items. Nothing masked, all items ranked, no settings tuned; seconds are of a whole process, loading and scoring "
         f"included. With {versions}.\n\n"
     )
     head = ("model", "epochs", "an epoch", "in all", "recall@10", "ndcg@10", "recall@20")
