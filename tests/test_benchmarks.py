@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +21,7 @@ sys.path.append(str(ROOT))
 
 pytest.importorskip("scipy", reason='the peers need scipy: pip install "hellm[dev]"')
 
-from benchmarks import catalogue, ceilings, inputs, measure, memory, report, scale  # noqa: E402
+from benchmarks import catalogue, ceilings, inputs, measure, memory, peers, report, scale, traffic  # noqa: E402
 from benchmarks.cases import CASES, TARGETS  # noqa: E402
 from benchmarks.ops import hypergraph_conv, info_nce  # noqa: E402
 from benchmarks.registry import (  # noqa: E402
@@ -325,6 +327,52 @@ def test_a_step_over_some_items_of_a_catalogue(stage):
     assert np.isfinite(found["losses"]).all() and found["peak_bytes"] > 50e6
     data = catalogue.shop(600)
     assert (data.num_users, data.num_items, data.num_events) == (450, 600, 3600)
+
+
+def test_lists_of_another_library_are_tested_as_ours():
+    """Those of a scorer, cut to 20, have its metrics; a list that is short has the items that it has."""
+    from hellm.data import Dataset, IdMap
+    from hellm.evaluate import evaluate_dataset
+
+    draw, (num_users, num_items, events) = np.random.default_rng(0), (30, 50, 6)
+    users = np.repeat(np.arange(num_users), events)
+    items = np.concatenate([draw.permutation(num_items)[:events] for _ in range(num_users)])
+    split = np.tile(np.array([0, 0, 0, 0, 1, 2], np.int8), num_users)
+    ids = (IdMap([str(row) for row in range(count)]) for count in (num_users, num_items))
+    data = Dataset("made", num_users, num_items, users, items, None, split, *ids)
+    scores = torch.from_numpy(draw.normal(size=(num_users, num_items))).float()
+
+    class Scorer:
+        def scores(self, users: torch.Tensor) -> torch.Tensor:
+            return scores[users].clone()
+
+    lists = scores.topk(20).indices.numpy()
+    expected = evaluate_dataset(Scorer(), data, split="test", protocol="recbole-sequential", ks=peers.KS).metrics
+    assert expected["recall@20"] > expected["recall@10"] > 0
+    assert peers.tested(lists, data) == expected
+    short = lists.copy()
+    short[:, 10:] = -1
+    assert peers.tested(short, data)["recall@20"] == expected["recall@10"]
+
+
+@pytest.mark.skipif(not Path("/proc/net/dev").is_file(), reason="what is sent is read from /proc")
+def test_bytes_that_loopback_sends_are_counted():
+    with _connected() as (sender, receiver):
+        before = traffic._sent()
+        sender.sendall(b"x" * 100_000)
+        received = 0
+        while received < 100_000:
+            received += len(receiver.recv(65536))
+        assert traffic._sent() - before >= 100_000
+
+
+@contextlib.contextmanager
+def _connected():
+    """Two ends of a connection over loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sender:
+        receiver, _ = server.accept()
+        with receiver:
+            yield sender, receiver
 
 
 def test_growth_of_a_square_is_two():
