@@ -328,8 +328,8 @@ def _peers_section(run: dict[str, Any]) -> list[str]:
     data = run["dataset"]
     text = (
         f"### What a user would pick instead\n\n{data['name']}: {data['num_users']:,} users, {data['num_items']:,} "
-        f"items. Nothing masked, all items ranked, no settings tuned; seconds are of a whole process, loading and scoring "
-        f"included. With {versions}.\n\n"
+        f"items. Nothing masked, all items ranked, no settings tuned; seconds are of a whole process, with loading and "
+        f"scoring. By {versions}.\n\n"
     )
     head = ("model", "epochs", "an epoch", "in all", "recall@10", "ndcg@10", "recall@20")
     return [text + markdown_table(head, rows)]
