@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find hellm csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -path 'hellm/serve/page/*/*') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo serve-demo test sanitize reliability lint audit docs bench wheel hub clean
+.PHONY: demo serve-demo test sanitize reliability lint audit docs bench wheel wheel-check wheel-aarch64 hub clean
 
 demo: .venv/demo
 	$(BIN)/hellm demo --out demo --overwrite
@@ -81,19 +81,61 @@ bench: .venv/test
 	$(BIN)/python -m benchmarks.report
 
 # The source distribution and, from it, a wheel of PYTHON's version for machines as old as the compiler's C library allows,
-# which auditwheel writes into its name. Then both the install and the self-test find no compiler.
-TORCH ?= torch
-WHEEL := build/wheel
+# which auditwheel writes into its name; then `make wheel-check`. dist/ gathers them.
+WHEEL := build/wheel/$(notdir $(PYTHON))
 wheel: $(WHEEL)/bin/auditwheel
-	rm -rf $(WHEEL)/made dist
+	rm -rf $(WHEEL)/made $(WHEEL)/repaired
 	$(WHEEL)/bin/python -m build --outdir $(WHEEL)/made --config-setting=cmake.define.HELLM_CUDA=OFF
-	PATH="$(abspath $(WHEEL)/bin):$$PATH" $(WHEEL)/bin/auditwheel repair --wheel-dir dist $(WHEEL)/made/*.whl
-	cp $(WHEEL)/made/*.tar.gz dist
-	$(WHEEL)/bin/auditwheel show dist/*.whl
+	PATH="$(abspath $(WHEEL)/bin):$$PATH" auditwheel repair --wheel-dir $(WHEEL)/repaired $(WHEEL)/made/*.whl
+	$(WHEEL)/bin/auditwheel show $(WHEEL)/repaired/*.whl
+	$(WHEEL)/bin/python tests/wheel_contents.py $(WHEEL)/repaired/*.whl
+	mkdir -p dist
+	cp $(WHEEL)/made/*.tar.gz $(WHEEL)/repaired/*.whl dist
+	$(MAKE) wheel-check
+
+# The wheel of `make wheel` in an empty environment, where both the install and the self-test find no compiler.
+TORCH ?= $(shell grep ^torch== constraints.txt)
+wheel-check:
 	$(PYTHON) -m venv --clear $(WHEEL)/installed
 	cd $(WHEEL) && PATH="$(abspath $(WHEEL)/installed/bin)" \
-		&& pip install --quiet --only-binary :all: --constraint $(abspath constraints.txt) "$(TORCH)" $(abspath dist)/*.whl \
+		&& pip install --quiet --only-binary :all: "$(TORCH)" repaired/*.whl \
 		&& hellm info --selftest
+
+# Both for 64-bit ARM on another machine, in a Debian: compiled by g++-aarch64-linux-gnu, and tried under qemu-user-static
+# with Debian's arm64 Python, which must be of PYTHON's version. Emulation takes minutes, and a torch above 2.9 from PyPI
+# would bring what GPUs need.
+AARCH64 := $(WHEEL)-aarch64
+AARCH64_TORCH ?= torch==2.6.*
+AARCH64_PYTHON = $(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+AARCH64_RUN = qemu-aarch64-static -cpu neoverse-n1 -L $(AARCH64)/root $(AARCH64)/root/usr/bin/$(AARCH64_PYTHON)
+wheel-aarch64: $(WHEEL)/bin/auditwheel $(AARCH64)/unpacked
+	$(WHEEL)/bin/pip install --quiet cmake ninja pybind11 scikit-build-core
+	rm -rf $(AARCH64)/made $(AARCH64)/repaired $(AARCH64)/installed
+	PATH="$(abspath $(WHEEL)/bin):$$PATH" _PYTHON_HOST_PLATFORM=linux-aarch64 CXX=aarch64-linux-gnu-g++ \
+	CXXFLAGS="-idirafter $(abspath $(AARCH64)/root/usr/include)" \
+	python -m build --wheel --no-isolation --outdir $(AARCH64)/made $(addprefix --config-setting=cmake.define.,\
+		HELLM_CUDA=OFF CMAKE_SYSTEM_NAME=Linux CMAKE_SYSTEM_PROCESSOR=aarch64 \
+		Python_INCLUDE_DIR=$(abspath $(AARCH64)/root/usr/include/$(AARCH64_PYTHON)) \
+		PYTHON_MODULE_EXTENSION=.c$(subst .,,$(AARCH64_PYTHON:python%=python-%))-aarch64-linux-gnu.so)
+	PATH="$(abspath $(WHEEL)/bin):$$PATH" auditwheel repair --ldpaths /usr/aarch64-linux-gnu/lib \
+		--wheel-dir $(AARCH64)/repaired $(AARCH64)/made/*.whl
+	$(WHEEL)/bin/auditwheel show $(AARCH64)/repaired/*.whl
+	$(WHEEL)/bin/python tests/wheel_contents.py $(AARCH64)/repaired/*.whl
+	mkdir -p dist
+	cp $(AARCH64)/repaired/*.whl dist
+	$(AARCH64_RUN) $(WHEEL)/lib/$(AARCH64_PYTHON)/site-packages/pip install --quiet --only-binary :all: --no-compile \
+		--target $(AARCH64)/installed "$(AARCH64_TORCH)" $(AARCH64)/repaired/*.whl
+	PYTHONPATH=$(AARCH64)/installed $(AARCH64_RUN) $(AARCH64)/installed/bin/hellm info --selftest
+
+# Debian's packages for arm64, by a package manager that knows of none installed and leaves this machine as it is.
+AARCH64_APT = apt-get --quiet -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o Debug::NoLocking=1 \
+	-o Dir::State=$(abspath $(AARCH64)/apt) -o Dir::Cache=$(abspath $(AARCH64)/apt) -o Dir::State::status=/dev/null
+$(AARCH64)/unpacked:
+	mkdir -p $(AARCH64)/apt/lists/partial $(AARCH64)/apt/archives/partial $(AARCH64)/root
+	$(AARCH64_APT) update
+	$(AARCH64_APT) install --yes --download-only --no-install-recommends $(AARCH64_PYTHON) lib$(AARCH64_PYTHON)-dev libstdc++6
+	for package in $(AARCH64)/apt/archives/*.deb; do dpkg-deb --extract $$package $(AARCH64)/root || exit 1; done
+	touch $@
 
 # The Triton kernels as a project for the kernels hub.
 HUB ?= build/hub

@@ -8,9 +8,11 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+from wheel_contents import differences
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11 has it
 
@@ -48,9 +50,34 @@ def test_a_wheel_is_built_for_each_python_that_the_project_names():
     assert f"Python {named[0]} to {named[-1]}" in (ROOT / "README.md").read_text()
 
 
-def test_a_wheel_is_tried_with_the_oldest_torch():
+@pytest.mark.parametrize("architecture", ["x86_64", "aarch64"])
+def test_cibuildwheel_finds_a_wheel_for_each_python_that_the_project_names(architecture):
+    pytest.importorskip("cibuildwheel")
+    command = [sys.executable, "-m", "cibuildwheel", "--print-build-identifiers", "--platform", "linux"]
+    found = subprocess.run(
+        [*command, "--archs", architecture, ROOT], check=True, capture_output=True, text=True, timeout=60
+    ).stdout.split()
+    named = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    assert found == [f"cp{version.replace('.', '')}-manylinux_{architecture}" for version in named]
+
+
+def test_a_wheel_is_tried_with_the_oldest_torch_that_its_python_has():
     oldest = next(one for one in PROJECT["dependencies"] if one.startswith("torch")).partition(">=")[2]
-    assert f"torch=={oldest}.*" in PYPROJECT["tool"]["cibuildwheel"]["test-command"]
+    wheels = PYPROJECT["tool"]["cibuildwheel"]
+    assert f"torch=={oldest}.*" in wheels["test-command"]
+    for one in wheels["overrides"]:
+        assert any(fnmatch.fnmatch(build.rstrip("*"), one["select"]) for build in wheels["build"].split())
+        assert re.sub(r"torch==[\d.]+\*", f"torch=={oldest}.*", one["test-command"]) == wheels["test-command"]
+
+
+def test_what_a_published_wheel_bundles_is_compared_with_what_it_says():
+    assert any(
+        "tests/wheel_contents.py" in one for one in PYPROJECT["tool"]["cibuildwheel"]["linux"]["repair-wheel-command"]
+    )
+    for target in ("wheel", "wheel-aarch64"):
+        recipe = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+        repaired, compared = recipe.index("auditwheel repair"), recipe.index("tests/wheel_contents.py")
+        assert repaired < compared < recipe.index(" dist\n")
 
 
 def test_no_torch_in_the_extension():
@@ -104,6 +131,51 @@ def test_licences_of_all_that_a_wheel_bundles_are_in_it():
         for text in texts:
             assert (ROOT / text).stat().st_size > 400
             assert any(fnmatch.fnmatch(text, pattern) for pattern in PROJECT["license-files"])
+
+
+INFO, LIBRARY = "hellm-1.2.3.dist-info", "hellm.libs/libgomp-0123.so.1.0.0"
+
+
+def wheel_of(folder: Path, **changes: bytes | None) -> Path:
+    """A wheel with all that is bundled, and an extension and a libgomp of no content; `changes` are by place."""
+    packaged = {"components": [{"name": "hellm"}, {"name": "libgomp1"}]}
+    texts = [path for pattern in PROJECT["license-files"] for path in ROOT.glob(pattern)]
+    htmx = COMPONENTS["htmx"]["evidence"]["occurrences"][0]["location"]
+    files = {f"{INFO}/licenses/{path.relative_to(ROOT).as_posix()}": path.read_bytes() for path in texts} | {
+        "hellm/_C.cpython-311-x86_64-linux-gnu.so": b"\x7fELF libgomp-0123.so.1.0.0",
+        LIBRARY: b"\x7fELF",
+        htmx: (ROOT / htmx).read_bytes(),
+        f"{INFO}/sboms/hellm.cdx.json": SBOM.encode(),
+        f"{INFO}/sboms/auditwheel.cdx.json": json.dumps(packaged).encode(),
+    }
+    path = folder / "hellm-1.2.3-cp311-cp311-manylinux_2_28_x86_64.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in (files | changes).items():
+            if content is not None:
+                archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "said"),
+    [
+        ("hellm/_helper.so", b"\x7fELF", "_helper.so is compiled, and neither the extension nor in hellm.libs/"),
+        ("hellm/_C.cpython-311-x86_64-linux-gnu.so", b"\x7fELF", "libgomp-0123.so.1.0.0 is needed by no extension"),
+        ("hellm/_C.cpython-311-x86_64-linux-gnu.so", None, "there must be one extension, hellm/_C.*, got 0"),
+        ("hellm.libs/libomp-0123.so", b"\x7fELF", "libomp-0123.so is not in licenses/README.md"),
+        ("hellm.libs/libomp-0123.so", b"\x7fELF", "libomp-0123.so is in no bill of materials, which have libgomp1"),
+        (LIBRARY, None, "auditwheel.cdx.json has libgomp1, of which there is no library"),
+        (f"{INFO}/sboms/auditwheel.cdx.json", None, "is in no bill of materials, which have no library"),
+        (f"{INFO}/sboms/hellm.cdx.json", None, "there is no bill of materials"),
+        ("hellm/serve/page/static/htmx.min.js", b"other", "is not the htmx of hellm.cdx.json: it has another hash"),
+        ("hellm/serve/page/static/htmx.min.js", None, "htmx is said to be in .*, which is not there"),
+        (f"{INFO}/licenses/licenses/GPL-3.0.txt", None, "names licenses/GPL-3.0.txt, which is not there"),
+        (f"{INFO}/licenses/licenses/README.md", None, "there is no list of licences, licenses/README.md"),
+    ],
+)
+def test_a_wheel_that_bundles_something_else_than_it_says_is_found(tmp_path, place, content, said):
+    assert differences(wheel_of(tmp_path)) == []
+    assert re.search(said, "\n".join(differences(wheel_of(tmp_path, **{place: content}))))
 
 
 def test_the_source_distribution_has_what_a_build_needs_and_nothing_that_was_built(tmp_path):

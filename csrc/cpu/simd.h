@@ -65,7 +65,7 @@ inline Vector<T> broadcast(T value) {
 // Bit by bit, in which lanes a comparison holds.
 template <typename M>
 inline uint32_t lanes_of(M mask) {
-  constexpr bool kNarrow = sizeof(mask[0]) == 4;
+  [[maybe_unused]] constexpr bool kNarrow = sizeof(mask[0]) == 4;
 #if defined(__AVX512F__)
   const __m512i bits = reinterpret_cast<__m512i>(mask);
   return kNarrow ? _mm512_movepi32_mask(bits) : _mm512_movepi64_mask(bits);
