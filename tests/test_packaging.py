@@ -133,6 +133,21 @@ def test_licences_of_all_that_a_wheel_bundles_are_in_it():
             assert any(fnmatch.fnmatch(text, pattern) for pattern in PROJECT["license-files"])
 
 
+def test_a_wheel_of_another_python_and_another_torch_meets_nothing_of_the_first():
+    """A second Python has an environment of its own, and a pinned torch is not held against the one asked for."""
+
+    def commands(python: str, *torch: str) -> str:
+        command = ["make", "--dry-run", "--always-make", "--directory", ROOT, "wheel", f"PYTHON={python}", *torch]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+    one, other = commands("/opt/one/bin/python3.13"), commands("/opt/other/bin/python3.14", "TORCH=torch==2.9.*")
+    folders = [set(re.findall(r"build/wheel/\S*?(?=[/ ]|$)", said, re.MULTILINE)) for said in (one, other)]
+    assert folders[0] and folders[1] and not folders[0] & folders[1]
+    pinned = re.search("^torch==.*$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[0]
+    assert f'"{pinned}"' in one and '"torch==2.9.*"' in other
+    assert pinned not in other and "--constraint" not in other
+
+
 INFO, LIBRARY = "hellm-1.2.3.dist-info", "hellm.libs/libgomp-0123.so.1.0.0"
 
 
