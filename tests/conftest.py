@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 _LONG = (
     *("test_processes.py", "test_triton.py", "test_gpu_benchmark.py", "test_killed.py", "test_run.py"),
     *("test_under_fire.py", "test_load.py", "test_emulated_knn.py", "test_cuda_build.py", "test_fault_programs.py"),
+    "test_engines.py",
 )
 
 

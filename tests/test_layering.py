@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hellm"
 # Left to right: a module imports its own layer and the layers before it.
 LAYERS = [
-    {"_C", "_arrays", "_devices", "_files", "_folders", "_mapped", "_pretrained", "_rows", "config", "kernels"},
+    {"_C", "_arrays", "_devices", "_files", "_folders", "_mapped", "_pretrained", "_rows", "kernels"},
+    {"config", "engines"},
     {"data"},
     {"artifact"},
     {"ops"},
@@ -133,3 +134,8 @@ def test_import_brings_no_optional_package():
     code = "import json, sys, hellm, hellm.ops; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
     heavy = {"polars", "pandas", "matplotlib", "implicit", "tensorboard", "PIL", "transformers", "scipy", "sklearn"}
     assert heavy & set(_run(code)) == set()
+
+
+def test_ray_is_imported_only_when_it_is_asked_for():
+    imports = "hellm.cli.batch, hellm.cli.features, hellm.features.dataset, hellm.recommend.batch"
+    assert not _run(f"import json, sys, {imports}; print(json.dumps('ray' in sys.modules))")

@@ -10,7 +10,9 @@ from typing import Any
 
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
-__all__ = ["PAIRS", "add_settings", "new_parser", "parse"]
+from hellm.engines import ENGINES
+
+__all__ = ["PAIRS", "add_engine", "add_settings", "new_parser", "parse"]
 
 # How the values of an option that takes "key=value" words show in the help.
 PAIRS = "ROLE=COLUMN"
@@ -55,6 +57,20 @@ def add_settings(parser: ArgumentParser, config_class: type) -> None:
             action.help = argparse.SUPPRESS
         elif action.metavar is None and not action.choices:
             action.metavar = "X"
+
+
+def add_engine(parser: ArgumentParser) -> None:
+    """The options of `hellm.engines.engine_of`."""
+    parser.add_argument(
+        "--engine",
+        default="local",
+        choices=ENGINES,
+        help='who does the work: this process, or workers of Ray (pip install "hellm[ray]"), on the cluster that '
+        "RAY_ADDRESS names or on this machine",
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="of --engine ray; default: CPUs of the cluster by threads of each"
+    )
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from hellm.cli._output import count, duration, print_json
-from hellm.cli._parser import new_parser, parse
+from hellm.cli._parser import add_engine, new_parser, parse
 
 __all__ = ["run"]
 
@@ -34,15 +34,17 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto", metavar="NAME", help="reads histories: auto, cpu, cuda or cuda:N")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted batch, or start one")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    add_engine(parser)
     parser.add_argument("--json", action="store_true", help="print the counts as one line of JSON")
     args = parse(parser, argv)
     if args.k < 1:
         raise ValueError(f"-k must be >= 1, got {args.k}")
     from hellm._devices import resolve_device
+    from hellm.engines import engine_of
     from hellm.recommend.batch import batch
     from hellm.recommend.user_files import read_lines
 
-    started = time.perf_counter()
+    started, device = time.perf_counter(), resolve_device(args.device)
     report = batch(
         args.run,
         args.out,
@@ -53,8 +55,9 @@ def run(argv: Sequence[str]) -> int:
         exclude=None if args.exclude is None else read_lines(args.exclude),
         resume=args.resume,
         overwrite=args.overwrite,
-        device=resolve_device(args.device),
+        device=device,
         language_model=args.llm,
+        engine=engine_of(args.engine, args.workers, device),
     )
     if args.json:
         print_json(report)

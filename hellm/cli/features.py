@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hellm._folders import check_target, hold
 from hellm.cli._output import count, duration, print_json
-from hellm.cli._parser import new_parser, parse
+from hellm.cli._parser import add_engine, new_parser, parse
 from hellm.cli.data import add_reading_options, reading_options
 
 __all__ = ["CACHE_HELP", "run"]
@@ -27,10 +27,14 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _encode(args, out: Path, started: float) -> int:
+    from hellm._devices import resolve_device
     from hellm.data import load_dataset, save_dataset
+    from hellm.engines import engine_of
     from hellm.features import add_features, choose_encoders
     from hellm.features.cache import default_cache
 
+    device = resolve_device(args.device)
+    engine = engine_of(args.engine, args.workers, device)
     dataset = load_dataset(args.data, **reading_options(args))
     encoders = {name: None if args[name] == "none" else args[name] for name in ("text", "image")}
     fields = args.text_fields.replace(",", " ").split()
@@ -45,7 +49,8 @@ def _encode(args, out: Path, started: float) -> int:
         batch_size=args.batch_size,
         max_length=args.max_length,
         bfloat16=args.bfloat16,
-        device=args.device,
+        device=device,
+        engine=engine,
         cache=default_cache() if args.cache is None else args.cache,
     )
     save_dataset(dataset, out, overwrite=args.overwrite)
@@ -113,6 +118,7 @@ def _parser():
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--cache", metavar="DIR", help=CACHE_HELP)
+    add_engine(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     parser.add_argument("--json", action="store_true", help="print what was written as one line of JSON")
     add_reading_options(parser)

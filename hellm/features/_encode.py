@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hellm._pretrained import safe_loading
 from hellm.data import ItemFeatures
+from hellm.engines import Engine
 from hellm.features.cache import FeatureCache
 
 __all__ = [
@@ -26,43 +27,47 @@ INSTALL = 'pip install "hellm[encoders]"'
 
 
 def encode_rows(
+    contents: Sequence[Any],
     keys: Sequence[bytes | None],
     sizes: Sequence[int],
-    encode: Callable[[list[int]], np.ndarray],
+    encode: Callable[[list[Any]], list[np.ndarray | Exception]],
     *,
     dim: int,
     batch_size: int,
     cache: FeatureCache | None,
     name: str,
-) -> ItemFeatures:
+    engine: Engine,
+) -> tuple[ItemFeatures, dict[bytes, Exception]]:
     """Encode each distinct content that the cache lacks, the largest first, and put the rows together.
 
-    Equal sizes share a batch, so little is spent on padding. The order of work depends on the contents alone, and every
-    finished batch goes into the cache: what a killed run leaves are exactly the batches still to do.
+    Equal sizes share a batch, so little is spent on padding. The batches depend on the contents alone, and every
+    finished one goes into the cache: what a killed run leaves are exactly the rows still to do.
 
     Args:
+        contents: [N] what the encoder reads.
         keys: [N] what stands for each row's content; None = the row is missing.
         sizes: [N] cost of a row, e.g. its tokens.
-        encode: rows to encode -> [n, dim] float32; it may leave out rows it cannot read by NaN.
+        encode: Contents of a batch -> for each [dim] float32, or why it cannot be read.
         dim: Columns.
         batch_size: Rows encoded at once.
         cache: None keeps nothing.
         name: Of the progress bar, which shows on a terminal only.
+        engine: Who encodes the batches.
 
-    Returns: values [N, dim] float32; rows that are missing or came out as NaN are zero and masked.
+    Returns: values [N, dim] float32, where rows that are missing, unreadable or NaN are zero and masked; and what could
+        not be read, by key.
     """
     from tqdm import tqdm
 
     first = {key: row for row, key in reversed(list(enumerate(keys))) if key is not None}
     found = cache.get(list(first)) if cache is not None else {}
     pending = sorted((row for key, row in first.items() if key not in found), key=lambda row: (-sizes[row], row))
-    for start in tqdm(range(0, len(pending), batch_size), desc=name, unit="batch", disable=None):
-        rows = pending[start : start + batch_size]
-        encoded = [
-            (key, value)
-            for row, value in zip(rows, encode(rows), strict=True)
-            if (key := keys[row]) is not None and not np.isnan(value).any()
-        ]
+    batches = [pending[start : start + batch_size] for start in range(0, len(pending), batch_size)]
+    parts = ([(keys[row], contents[row]) for row in rows] for rows in batches)
+    unreadable: dict[bytes, Exception] = {}
+    for rows in tqdm(engine(_Keyed(encode), parts), total=len(batches), desc=name, unit="batch", disable=None):
+        unreadable.update((key, row) for key, row in rows if isinstance(row, Exception))
+        encoded = [(key, row) for key, row in rows if not (isinstance(row, Exception) or np.isnan(row).any())]
         if cache is not None:
             cache.put(encoded)
         found.update(encoded)
@@ -70,7 +75,16 @@ def encode_rows(
     for row, key in enumerate(keys):
         if key in found:
             values[row], mask[row] = found[key], True
-    return ItemFeatures(values, mask)
+    return ItemFeatures(values, mask), unreadable
+
+
+class _Keyed(NamedTuple):
+    """The worker of an engine: rows by the keys of what they are of."""
+
+    encode: Callable[[list[Any]], list[np.ndarray | Exception]]
+
+    def __call__(self, part: list[tuple[bytes, Any]]) -> list[tuple[bytes, np.ndarray | Exception]]:
+        return list(zip((key for key, _ in part), self.encode([content for _, content in part]), strict=True))
 
 
 def load_pretrained(kind: str, name: str, takes: str, load: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from hellm.data import DataError, Dataset, ItemFeatures
 from hellm.data.simple_features import TEXT_FIELDS, item_texts
+from hellm.engines import Engine
 from hellm.features.noted import BUILT_IN, NotedEncoder
 
 __all__ = ["add_features", "choose_encoders", "encode_like"]
@@ -64,6 +65,7 @@ def add_features(
     batch_size: int = 32,
     device: str = "auto",
     cache: str | os.PathLike[str] | None = None,
+    engine: Engine = map,
     **text_options: Any,
 ) -> Dataset:
     """The data set with the item features "text" and "image" encoded anew; its other features stay.
@@ -74,7 +76,7 @@ def add_features(
         image: Encoder, see `encode_images`; "auto" is "efficientnet" where the data have pictures; None as above.
         text_name: What the features of texts are called, so that those of several encoders stand side by side.
         text_fields: What makes the text of an item: title, brand, category and description, whichever the data have.
-        batch_size, device, cache: As in `encode_text` and `encode_images`.
+        batch_size, device, cache, engine: As in `encode_text` and `encode_images`.
         text_options: For `encode_text`.
 
     Returns: A new data set; its notes name the encoders, and the pictures that cannot be read and count as missing.
@@ -95,7 +97,7 @@ def add_features(
     made = {modality: f"{names[modality]} features are by encoder " for modality in chosen}
     notes = [note for note in dataset.notes if not note.startswith(tuple(made.values()))]
     for modality, encoder in chosen.items():
-        options = {"batch_size": batch_size, "cache": cache}
+        options = {"batch_size": batch_size, "cache": cache, "engine": engine}
         if modality == "text":
             model = load_text_encoder(encoder, device=device, **text_options)
             features[text_name] = model.features(content["text"], **options)

@@ -19,6 +19,7 @@ from hellm._devices import resolve_device
 from hellm._pretrained import NO_CODE, NO_PICKLES
 from hellm.data import ItemFeatures
 from hellm.data.pictures import opaque, open_picture
+from hellm.engines import Engine
 from hellm.features._encode import (
     check_batch_size,
     encode_rows,
@@ -45,6 +46,7 @@ def encode_images(
     device: str = "auto",
     cache: str | Path | None = None,
     on_unreadable: Callable[[str, Exception], None] | None = None,
+    engine: Engine = map,
 ) -> ItemFeatures:
     """Mean of a vision model's last feature map (or of its patches) over each picture.
 
@@ -60,6 +62,8 @@ def encode_images(
         device: "auto", "cpu", "cuda" or "cuda:N".
         cache: Folder of the cache, see `hellm.features.cache`; None keeps nothing.
         on_unreadable: Called with path and error for each file that cannot be read; its item counts as missing.
+        engine: Who encodes the batches, see `hellm.engines`; other processes get the encoder from here and need to see
+            the files at the same paths.
 
     Returns: values [N, D] float32, not normalised; False in the mask where there is no readable picture.
 
@@ -70,7 +74,7 @@ def encode_images(
     """
     check_batch_size(batch_size)
     model = load_image_encoder(encoder, revision=revision, device=device)
-    return model.features(paths, batch_size=batch_size, cache=cache, on_unreadable=on_unreadable)
+    return model.features(paths, batch_size=batch_size, cache=cache, on_unreadable=on_unreadable, engine=engine)
 
 
 def load_image_encoder(
@@ -158,13 +162,15 @@ def _file_key(path: str, errors: dict[str, Exception]) -> bytes | None:
         return None
 
 
-def _read(path: str, preprocessing: Preprocessing, errors: dict[str, Exception]) -> np.ndarray | None:
-    # Pillow raises whatever its decoders meet in a broken file, so no narrower class will do.
+def _read(path: str, preprocessing: Preprocessing) -> np.ndarray | Exception:
     try:
         return preprocessing.apply(open_picture(path, preprocessing.side))
+    except FileNotFoundError:
+        # It was there when its key was made.
+        raise
+    # Pillow raises whatever its decoders meet in a broken file, so no narrower class will do.
     except Exception as error:
-        errors[path] = error
-        return None
+        return error
 
 
 class ImageEncoder:
@@ -189,36 +195,37 @@ class ImageEncoder:
         batch_size: int = 32,
         cache: str | Path | None = None,
         on_unreadable: Callable[[str, Exception], None] | None = None,
+        engine: Engine = map,
     ) -> ItemFeatures:
         """What `encode_images` returns."""
         errors: dict[str, Exception] = {}
         paths = [str(path) for path in paths]
         with ThreadPoolExecutor(_DECODERS) as pool:
-
-            def encode(rows: list[int]) -> np.ndarray:
-                pictures = list(pool.map(lambda row: _read(paths[row], self.preprocessing, errors), rows))
-                readable = np.array([picture is not None for picture in pictures])
-                values = np.full((len(rows), self.dim), np.nan, np.float32)
-                if readable.any():
-                    values[readable] = self.encode(np.stack([picture for picture in pictures if picture is not None]))
-                return values
-
             keys = list(pool.map(lambda path: _file_key(path, errors), paths))
-            features = encode_rows(
-                keys,
-                [0] * len(paths),
-                encode,
-                dim=self.dim,
-                batch_size=batch_size,
-                cache=None if cache is None else FeatureCache(cache, self.key),
-                name="pictures",
-            )
-        error_of = {key: errors[path] for path, key in zip(paths, keys, strict=True) if key and path in errors}
+        features, unreadable = encode_rows(
+            [os.path.abspath(path) for path in paths],
+            keys,
+            [0] * len(paths),
+            self.rows,
+            dim=self.dim,
+            batch_size=batch_size,
+            cache=None if cache is None else FeatureCache(cache, self.key),
+            name="pictures",
+            engine=engine,
+        )
         for path, key in zip(paths, keys, strict=True):
-            error = errors.get(path) or (None if key is None else error_of.get(key))
+            error = errors.get(path) if key is None else unreadable.get(key)
             if error is not None and on_unreadable is not None:
                 on_unreadable(path, error)
         return features
+
+    def rows(self, paths: list[str]) -> list[np.ndarray | Exception]:
+        """Files of B pictures -> for each [D] float32, or why it cannot be read. Raises: FileNotFoundError."""
+        with ThreadPoolExecutor(_DECODERS) as pool:
+            read = list(pool.map(lambda path: _read(path, self.preprocessing), paths))
+        pictures = [one for one in read if not isinstance(one, Exception)]
+        encoded = iter(self.encode(np.stack(pictures)) if pictures else ())
+        return [one if isinstance(one, Exception) else next(encoded) for one in read]
 
     def encode(self, pictures: np.ndarray) -> np.ndarray:
         """[B, 3, height, width] float32 -> [B, D] float32."""

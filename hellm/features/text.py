@@ -14,6 +14,7 @@ import numpy as np
 from hellm._devices import resolve_device
 from hellm._pretrained import NO_CODE, NO_PICKLES
 from hellm.data import ItemFeatures
+from hellm.engines import Engine
 from hellm.features._encode import (
     check_batch_size,
     encode_rows,
@@ -44,6 +45,7 @@ def encode_text(
     bfloat16: bool = False,
     device: str = "auto",
     cache: str | Path | None = None,
+    engine: Engine = map,
 ) -> ItemFeatures:
     """Mean of an encoder's last hidden states over the tokens of each text.
 
@@ -63,6 +65,7 @@ def encode_text(
             and about 0.7% off.
         device: "auto", "cpu", "cuda" or "cuda:N".
         cache: Folder of the cache, see `hellm.features.cache`; None keeps nothing.
+        engine: Who encodes the batches, see `hellm.engines`; other processes get the encoder and the tokens from here.
 
     Returns: values [N, D] float32, not normalised; False in the mask where the text is blank.
 
@@ -81,7 +84,7 @@ def encode_text(
         bfloat16=bfloat16,
         device=device,
     )
-    return model.features(texts, batch_size=batch_size, cache=cache)
+    return model.features(texts, batch_size=batch_size, cache=cache, engine=engine)
 
 
 def load_text_encoder(
@@ -127,18 +130,32 @@ class TextEncoder:
     dim: int
     key: str
 
-    def features(self, texts: Sequence[str], *, batch_size: int = 32, cache: str | Path | None = None) -> ItemFeatures:
+    def features(
+        self,
+        texts: Sequence[str],
+        *,
+        batch_size: int = 32,
+        cache: str | Path | None = None,
+        engine: Engine = map,
+    ) -> ItemFeatures:
         """What `encode_text` returns."""
         tokens = self.tokens([" ".join(text.split()) for text in texts])
-        return encode_rows(
+        features, _ = encode_rows(
+            tokens,
             [content_key(np.asarray(row, np.int64).tobytes()) if row else None for row in tokens],
             [len(row) for row in tokens],
-            lambda rows: self.encode([tokens[row] for row in rows]),
+            self.rows,
             dim=self.dim,
             batch_size=batch_size,
             cache=None if cache is None else FeatureCache(cache, self.key),
             name="texts",
+            engine=engine,
         )
+        return features
+
+    def rows(self, tokens: list[list[int]]) -> list[np.ndarray | Exception]:
+        """Token ids of B texts -> for each [D] float32."""
+        return list(self.encode(tokens))
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special ones included; [] for a blank one."""

@@ -18,6 +18,7 @@ from hellm._files import atomic_path, read_json, reading, update_digest, writing
 from hellm._folders import check_target, clear_folder, hold, mark_folder
 from hellm.artifact.run_hash import run_hash
 from hellm.data import DataError
+from hellm.engines import Engine
 from hellm.recommend.catalogue import id_list
 from hellm.recommend.recommender import Recommender
 from hellm.recommend.results import Recommendations
@@ -54,6 +55,7 @@ def batch(
     overwrite: bool = False,
     device: str = "cpu",
     language_model: PathLike_ | None = None,
+    engine: Engine = map,
 ) -> dict[str, Any]:
     """Recommend to all users of a run, or to those in a file, and write the lists into a parquet file.
 
@@ -81,6 +83,8 @@ def batch(
         resume: Go on with an interrupted batch of the same run and request; a finished one stays as it is.
         overwrite: Replace the file and the parts that are there.
         device, language_model: See `Recommender.load`.
+        engine: Who works the lists out, see `hellm.engines`; the file is the same. Other processes need to see `run`
+            and `out` at the same paths.
     Returns: "out", "lists" (how many), "basis" (basis -> lists), "unknown_users", "unknown_items" (of histories),
         "unknown_candidates" (of `candidates` and `exclude`), "run" (its hash) and "resumed_at" (lists that were there).
 
@@ -114,7 +118,8 @@ def batch(
             _remove(parts)
         if (parts / _REQUEST).is_file():
             _check_request(parts / _REQUEST, read_json(parts / _REQUEST), request)
-        recommender = Recommender.load(run, device=device, language_model=language_model)
+        source = {"path": run, "device": device, "language_model": language_model}
+        recommender = Recommender.load(**source)
         chosen, unknown = _candidates(recommender.item_ids, **lists)
         with writing(parts):
             parts.mkdir(exist_ok=True)
@@ -122,15 +127,16 @@ def batch(
         with atomic_path(parts / _REQUEST) as temporary:
             temporary.write_text(json.dumps(request) + "\n", encoding="utf-8")
         options = {"k": k, "exclude_seen": exclude_seen, "candidates": chosen}
+        writer = _Writer(parts, request, options, source, recommender)
         try:
-            counts, resumed_at = _write_parts(recommender, users, options, parts)
+            files, counts, resumed_at = _write_parts(writer, users, engine)
         except BaseException:
             # Nothing to go on with.
             if not any(parts.glob("part-*.parquet")):
                 _remove(parts)
             raise
         counts["unknown_candidates"] = unknown
-        _assemble(out, parts, request, counts)
+        _assemble(out, parts, files, request, counts)
         _remove(parts)
     _warn(counts, recommender)
     return {"out": str(out), **counts, "run": request["run"], "resumed_at": resumed_at}
@@ -193,22 +199,88 @@ def _candidates(items: IdMap, candidates: list[str] | None, exclude: list[str] |
     return chosen, unknown
 
 
-def _write_parts(
-    recommender: Recommender, users: PathLike_ | None, options: Mapping[str, Any], parts: Path
-) -> tuple[dict[str, Any], int]:
-    """Write those that are missing. Returns: counts over all of them, and how many lists were there before."""
+class _Writer:
+    """Writes the lists of a part into its file. In another process it loads a recommender of its own.
+
+    Args:
+        parts: Folder of the parts, which holds the request.
+        request: What the parts are of.
+        options: Of `Recommender.recommend`.
+        source: Of `Recommender.load`.
+        recommender: What that gave; None loads it.
+    Raises: ValueError, the run or the folder is another one here. FileNotFoundError, there is none.
+    """
+
+    def __init__(
+        self,
+        parts: Path,
+        request: Mapping[str, Any],
+        options: Mapping[str, Any],
+        source: Mapping[str, Any],
+        recommender: Recommender | None = None,
+    ) -> None:
+        self.parts, self.request, self.options, self.source = parts, request, options, source
+        if recommender is None:
+            self._check_parts()
+            if (found := run_hash(source["path"])) != request["run"]:
+                raise ValueError(f"{source['path']} must be run {request['run']} as for the batch, got {found}")
+            recommender = Recommender.load(**source)
+        self.recommender = recommender
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Elsewhere the working directory is another one.
+        source = {**self.source, "path": os.path.abspath(self.source["path"])}
+        model = self.source["language_model"]
+        if model is not None and Path(model).exists():
+            source["language_model"] = os.path.abspath(model)
+        return type(self), (Path(os.path.abspath(self.parts)), self.request, self.options, source)
+
+    def __call__(self, part: tuple[str, Asked]) -> int:
+        """(name of the file, whom to recommend to) -> how many lists it has."""
+        name, asked = part
+        answers, unknown = _answers(self.recommender, asked, self.options)
+        # A batch that was killed may have been started again for something else while this one went on elsewhere.
+        self._check_parts()
+        with atomic_path(self.parts / name) as temporary:
+            _table(answers).write_parquet(temporary, metadata={"unknown": json.dumps(unknown)})
+        return len(answers)
+
+    def _check_parts(self) -> None:
+        if not (self.parts / _REQUEST).is_file():
+            raise FileNotFoundError(f"{self.parts} must hold the parts of the batch, and holds no {_REQUEST}")
+        _check_request(self.parts / _REQUEST, read_json(self.parts / _REQUEST), self.request)
+
+
+def _write_parts(writer: _Writer, users: PathLike_ | None, engine: Engine) -> tuple[list[Path], dict[str, Any], int]:
+    """Write those that are missing. Returns: the files, counts over all of them, how many lists were there before."""
+    there = {file.name for file in writer.parts.iterdir()}
+    files, resumed = [], []
+
+    def missing() -> Iterator[tuple[str, Asked]]:
+        for number, asked in enumerate(_asked(writer.recommender, users)):
+            files.append(writer.parts / f"part-{number:06d}.parquet")
+            if files[-1].name in there:
+                resumed.append(len(asked.users))
+            else:
+                yield files[-1].name, asked
+
+    written = 0
+    for count in engine(writer, missing()):
+        written += count
+        logger.info("%d lists", sum(resumed) + written)
+    return files, _counted(files), sum(resumed)
+
+
+def _counted(files: Iterable[Path]) -> dict[str, Any]:
+    """What there is of each basis and of what the run does not know."""
     import polars as pl
 
     counts: dict[str, Any] = {"lists": 0, "basis": {}, **dict.fromkeys(_COUNTS, 0)}
-    resumed_at = 0
-    for number, asked in enumerate(_asked(recommender, users)):
-        file = parts / f"part-{number:06d}.parquet"
-        if file.is_file():
-            resumed_at += len(asked.users)
-        else:
-            answers, unknown = _answers(recommender, asked, options)
-            with atomic_path(file) as temporary:
-                _table(answers).write_parquet(temporary, metadata={"unknown": json.dumps(unknown)})
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} was written by a worker and is not here: all must write to the same storage"
+            )
         with reading(file):
             bases = pl.scan_parquet(file, glob=False).group_by("basis").len().collect()
             unknown = json.loads(pl.read_parquet_metadata(file)["unknown"])
@@ -217,8 +289,7 @@ def _write_parts(
             counts["lists"] += count
         for name, count in unknown.items():
             counts[name] += count
-        logger.info("%d lists", counts["lists"])
-    return counts, resumed_at
+    return counts
 
 
 def _asked(recommender: Recommender, users: PathLike_ | None) -> Iterator[Asked]:
@@ -260,7 +331,7 @@ def _table(answers: list[tuple[str | None, Recommendations]]) -> pl.DataFrame:
     return pl.DataFrame(columns, schema=schema)
 
 
-def _assemble(out: Path, parts: Path, request: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
+def _assemble(out: Path, parts: Path, files: list[Path], request: Mapping[str, Any], counts: Mapping[str, Any]) -> None:
     """One file of all parts, made among them and then given its name."""
     import polars as pl
 
@@ -268,7 +339,6 @@ def _assemble(out: Path, parts: Path, request: Mapping[str, Any], counts: Mappin
 
     about = {"hellm": __version__, "run": request["run"], "request": request, "lists": counts["lists"]}
     metadata = {"hellm.batch": json.dumps(about | {"counts": counts})}
-    files = sorted(parts.glob("part-*.parquet"))
     with atomic_path(parts / _LISTS) as temporary:
         if files:
             table = pl.scan_parquet(files, glob=False)

@@ -1,0 +1,350 @@
+"""Parts worked out by Ray: as by this process, on two nodes, after a kill, and with errors that say where."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from support.encoders import TEXTS
+from support.planted_runs import DATA, make_run
+
+import hellm.recommend.batch
+from hellm import engines
+from hellm._files import WriteError
+from hellm.data import DataError, load_dataset, write_sample_shop
+from hellm.engines import RayEngine, engine_of
+from hellm.features import encode_images, encode_text
+from hellm.recommend.batch import batch
+
+pytestmark = pytest.mark.usefixtures("same_threads")
+ROOT = Path(__file__).resolve().parents[1]
+PART = 4
+NUM_PARTS = -(-DATA.num_users // PART)
+
+
+@pytest.fixture(scope="module")
+def ray():
+    return pytest.importorskip("ray", reason='needs pip install "hellm[ray]"')
+
+
+@pytest.fixture(scope="module")
+def cluster(ray):
+    """Two nodes of one processor each, which this process has joined."""
+    from ray.cluster_utils import Cluster
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        for name, value in (("USAGE_STATS_ENABLED", "0"), ("AUTH_MODE", "disabled"), ("TMPDIR", folder)):
+            patch.setenv(f"RAY_{name}", value)
+        patch.setenv("PYTHONPATH", str(ROOT))
+        size = {"num_cpus": 1, "object_store_memory": 100 << 20}
+        cluster = Cluster(initialize_head=True, head_node_args=size | {"include_dashboard": False})
+        cluster.add_node(**size)
+        try:
+            ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"), "sum")
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(hellm.recommend.batch, "_PART", PART)
+
+
+class Noted:
+    """A worker that notes each part and its node in a file, and starts when `num_nodes` are there."""
+
+    def __init__(self, worker, folder: Path, num_nodes: int = 1) -> None:
+        self.worker, self.folder, self.num_nodes = worker, folder, num_nodes
+
+    def __call__(self, part):
+        import ray
+
+        node = ray.get_runtime_context().get_node_id()
+        (self.folder / f"node-{node}").touch()
+        until = time.monotonic() + 60
+        while len(list(self.folder.glob("node-*"))) < self.num_nodes and time.monotonic() < until:
+            time.sleep(0.02)
+        result = self.worker(part)
+        (self.folder / part[0]).write_text(node)
+        return result
+
+    @staticmethod
+    def parts(folder: Path) -> dict[str, str]:
+        """Name of each part that was worked out -> its node."""
+        return {file.name: file.read_text() for file in folder.glob("part-*")}
+
+
+class Broken:
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    def __call__(self, part):
+        if self.error is None:
+            os._exit(1)
+        raise self.error
+
+
+class TestChoice:
+    def test_the_engine_of_this_process_is_map(self):
+        assert engine_of("local") is map
+
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            (("spark",), "engine must be one of local, ray, got 'spark'"),
+            (("local", 2), "workers are of engine ray; engine local has none, got 2"),
+            (("ray", 0), "workers must be >= 1, got 0"),
+            (("ray", 1, "cuda:1"), "device must be cpu or cuda, as engine ray chooses the GPUs, got 'cuda:1'"),
+        ],
+    )
+    def test_other_arguments_are_refused(self, arguments, match):
+        with pytest.raises(ValueError, match=match):
+            engine_of(*arguments)
+
+    def test_no_parts_start_nothing(self, ray, monkeypatch):
+        monkeypatch.setattr(engines, "_cluster", None)
+        assert list(RayEngine()(len, [])) == []
+
+    @pytest.mark.parametrize("verb", ["batch", "features"])
+    def test_without_ray_the_extra_is_named(self, verb, run, tmp_path, monkeypatch, fails):
+        for name in ("ray", "ray.data"):
+            monkeypatch.setitem(sys.modules, name, None)
+        fails(verb, run, "--out", tmp_path / "out", "--engine", "ray", match=r'pip install "hellm\[ray\]"')
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestErrors:
+    def test_an_error_keeps_its_kind_and_names_the_node(self):
+        try:
+            raise DataError("a.csv: line 3 must be a number")
+        except DataError as error:
+            raised = pickle.loads(pickle.dumps(engines._Raised(error, "n1")))
+        assert type(raised.error) is DataError
+        assert str(raised.error) == "a.csv: line 3 must be a number (worker on node n1)"
+        assert "in test_an_error_keeps" in raised.traceback
+
+    def test_where_a_message_does_not_make_one_it_is_of_the_nearest_kind(self):
+        raised = pickle.loads(pickle.dumps(engines._Raised(WriteError("a", "full", disk_is_full=True), "n1")))
+        assert type(raised.error) is OSError and raised.error.disk_is_full
+        assert str(raised.error) == "a cannot be written: full (worker on node n1)"
+        broken = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no")
+        assert type(engines._Raised(broken, "n1").error) is UnicodeError
+
+    def test_a_file_that_a_node_does_not_see(self):
+        raised = engines._Raised(FileNotFoundError("run gone does not exist"), "n1")
+        assert str(raised.error).endswith("every node must see files at the same path, on storage that they share")
+
+    def test_versions_must_be_those_of_the_command(self, cluster, ray):
+        actor = engines._Actor(ray.put(pickle.dumps(len)), 1, {"hellm": "0", "torch": "0"})
+        match = r"all nodes must have the versions \{'hellm': '0'.*worker on node"
+        with pytest.raises(ValueError, match=match):
+            raise actor.failed.error
+
+    def test_what_a_worker_raises_is_raised_here(self, cluster):
+        with pytest.raises(ValueError, match=r"part must be good \(worker on node \w{8} \(.+\)\)") as raised:
+            list(RayEngine(1)(Broken(ValueError("part must be good")), [1, 2]))
+        assert "in __call__" in str(raised.value.__cause__)
+
+    def test_a_worker_whose_process_dies(self, cluster, monkeypatch):
+        monkeypatch.setattr(engines, "_RESTARTS", 0)
+        with pytest.raises(ChildProcessError, match=r"the Ray cluster lost a worker, and 0 in its place: .*died"):
+            list(RayEngine(1)(Broken(None), [1]))
+
+    def test_gpus_that_no_node_has(self, cluster):
+        with pytest.raises(ValueError, match="the Ray cluster must have a GPU, and has none on its 2 nodes"):
+            list(RayEngine(device="cuda")(len, ["a"]))
+
+
+class TestRoom:
+    """Of nodes with 8, 3 and no processors."""
+
+    @pytest.fixture(autouse=True)
+    def nodes(self, ray, monkeypatch):
+        nodes = [{"Alive": True, "Resources": {"CPU": count}} for count in (8.0, 3.0)]
+        nodes += [{"Alive": True, "Resources": {"GPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 9.0, "GPU": 9.0}}]
+        monkeypatch.setattr(ray, "nodes", lambda: nodes)
+
+    @pytest.mark.parametrize(("threads", "workers", "share"), [(1, 11, 1), (2, 5, 2), (4, 2, 4), (16, 1, 8)])
+    def test_a_worker_takes_as_many_processors_as_it_has_threads(self, threads, workers, share):
+        assert engines._room(threads, on_gpu=False) == (workers, {"num_cpus": share})
+
+    def test_a_worker_takes_a_gpu(self):
+        assert engines._room(4, on_gpu=True) == (2, {"num_gpus": 1})
+
+
+class TestLists:
+    def test_two_nodes_write_what_this_process_writes(self, run, tmp_path, cluster, ray):
+        visitors = tmp_path / "visitors.jsonl"
+        histories = [f'["p{row % DATA.num_items}", "gone"]\n' for row in range(5 * PART + 1)]
+        visitors.write_text("[]\n" + "".join(histories))
+        notes = tmp_path / "notes"
+        notes.mkdir()
+
+        def engine(worker, parts):
+            return RayEngine()(Noted(worker, notes, num_nodes=2), parts)
+
+        before = batch(run, tmp_path / "local.parquet", visitors, k=3)
+        report = batch(run, tmp_path / "ray.parquet", visitors, k=3, engine=engine)
+        assert report == before | {"out": report["out"]}
+        assert (tmp_path / "ray.parquet").read_bytes() == (tmp_path / "local.parquet").read_bytes()
+        found = Noted.parts(notes)
+        assert len(found) == 6 and set(found.values()) == {node["NodeID"] for node in ray.nodes()}
+        assert len(set(found.values())) == 2
+        assert not list(tmp_path.glob("*.parts"))
+
+    def test_a_killed_command_goes_on(self, run, tmp_path, cluster):
+        """The kill is real, the second command takes up the parts that are there, and the file is that of one go."""
+        out, notes, again = tmp_path / "lists.parquet", tmp_path / "notes", tmp_path / "again"
+        notes.mkdir()
+        again.mkdir()
+        program = (
+            "import sys, time\n"
+            "from pathlib import Path\n"
+            "import hellm.recommend.batch as b\n"
+            "from hellm.engines import RayEngine\n"
+            f"b._PART = {PART}\n"
+            "class Slow:\n"
+            "    def __init__(self, worker): self.worker = worker\n"
+            "    def __call__(self, part):\n"
+            "        result = self.worker(part)\n"
+            "        Path(sys.argv[3], part[0]).touch()\n"
+            "        time.sleep(0.5)\n"
+            "        return result\n"
+            "b.batch(sys.argv[1], sys.argv[2], k=3, engine=lambda worker, parts: RayEngine(1)(Slow(worker), parts))\n"
+        ).replace("sys.argv[3]", repr(str(notes)))
+        environment = os.environ | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)}
+        killed = subprocess.Popen([sys.executable, "-c", program, run, out], env=environment, stderr=subprocess.PIPE)
+        until = time.monotonic() + 60
+        while len(list(notes.iterdir())) < 2 and killed.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        killed.kill()
+        assert killed.wait() == -signal.SIGKILL, killed.stderr.read().decode()
+        finished = {file.name for file in Path(f"{out}.parts").glob("part-*.parquet")}
+        assert 2 <= len(finished) < NUM_PARTS and not out.exists()
+
+        def engine(worker, parts):
+            return RayEngine(1)(Noted(worker, again), parts)
+
+        report = batch(run, out, k=3, resume=True, engine=engine)
+        assert report["resumed_at"] >= PART * len(finished) and report["lists"] == DATA.num_users
+        assert Noted.parts(again) and not finished & Noted.parts(again).keys()
+        batch(run, tmp_path / "whole.parquet", k=3)
+        assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+    def test_folders_that_workers_do_not_see(self, run, tmp_path, cluster, monkeypatch):
+        """This process's working directory is another folder in every other one."""
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(FileNotFoundError, match=r"lists\.parquet\.parts must hold the parts .* storage that they"):
+            batch(run, "/proc/self/cwd/lists.parquet", engine=RayEngine(1))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_worker_writes_into_the_folder_of_its_request_alone(self, run, tmp_path, monkeypatch):
+        class Stop(Exception):
+            pass
+
+        seen = SimpleNamespace()
+
+        def engine(worker, parts):
+            seen.pickled, seen.part = pickle.dumps(worker), next(iter(parts))
+            worker(seen.part)
+            raise Stop
+
+        for k in (3, 4):
+            with pytest.raises(Stop):
+                batch(run, tmp_path / "lists.parquet", k=k, overwrite=k == 4, engine=engine)
+            seen.of_three = getattr(seen, "of_three", seen.pickled)
+        with pytest.raises(ValueError, match="k was 4, got 3"):
+            pickle.loads(seen.of_three)
+        assert pickle.loads(seen.pickled)(seen.part) == PART
+        make_run(run.parent / "other", "sequence").rename(tmp_path / "other")
+        monkeypatch.setattr(hellm.recommend.batch, "run_hash", lambda run: "another")
+        with pytest.raises(ValueError, match=r"must be run \w{16} as for the batch, got another"):
+            pickle.loads(seen.pickled)
+
+    def test_a_part_that_is_not_here_is_named(self, run, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"part-000000.parquet was written by a worker and is not here"):
+            batch(run, tmp_path / "lists.parquet", k=3, engine=lambda worker, parts: [PART for _ in parts])
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestFeatures:
+    def test_rows_that_came_before_an_error_are_kept(self, text_encoder, tmp_path):
+        def engine(worker, parts):
+            for number, part in enumerate(parts):
+                if number == 2:
+                    raise ChildProcessError
+                yield worker(part)
+
+        with pytest.raises(ChildProcessError):
+            encode_text(TEXTS, encoder=text_encoder, batch_size=1, cache=tmp_path, engine=engine)
+        left = []
+        encode_text(
+            TEXTS, encoder=text_encoder, batch_size=1, cache=tmp_path, engine=lambda _, parts: left.extend(parts) or []
+        )
+        assert len(left) == len({text.strip() for text in TEXTS} - {""}) - 2
+
+    def test_a_picture_that_is_gone_where_it_is_read(self, image_encoder, tmp_path):
+        from PIL import Image
+
+        Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+
+        def engine(worker, parts):
+            for part in parts:
+                (tmp_path / "a.png").unlink()
+                yield worker(part)
+
+        with pytest.raises(FileNotFoundError, match=r"a\.png"):
+            encode_images([tmp_path / "a.png"], encoder=image_encoder, engine=engine)
+
+
+class TestCommands:
+    def test_lists_without_a_cluster(self, run, tmp_path, ray, monkeypatch):
+        """Ray is started for the command and gone after it."""
+        monkeypatch.undo()
+        batch(run, tmp_path / "local.parquet", k=3)
+        with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+            environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+            environment |= {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+            argv = [sys.executable, "-m", "hellm", "batch", run, "-k", "3", "--out", tmp_path / "ray.parquet"]
+            argv += ["--engine", "ray", "--workers", "1"]
+            done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0 and f"{DATA.num_users} lists" in done.stdout, done.stderr
+            processes = subprocess.run(["pgrep", "-f", folder], capture_output=True, text=True)
+            assert not processes.stdout
+        assert (tmp_path / "ray.parquet").read_bytes() == (tmp_path / "local.parquet").read_bytes()
+
+    def test_features_of_a_shop(self, tmp_path, call, text_encoder, image_encoder, cluster):
+        """Rows, notes and what cannot be read."""
+        shop = write_sample_shop(tmp_path / "shop", num_users=20, num_items=20, num_groups=1)
+        sorted((shop / "images").iterdir())[0].write_bytes(b"no picture")
+        found = []
+        for engine in ("local", "ray"):
+            argv = ["features", shop, "--out", tmp_path / engine, "--cache", tmp_path / "cache" / engine]
+            options = ["--engine", engine, "--text", text_encoder, "--image", image_encoder, "--batch-size", 4]
+            code, _, err = call(*argv, *options)
+            assert code == 0, err
+            found.append(load_dataset(tmp_path / engine))
+        local, other = found
+        assert any("1 pictures cannot be read" in note for note in local.notes)
+        assert other.notes == local.notes and other.encoders == local.encoders
+        assert other.item_features.keys() == local.item_features.keys()
+        for name, features in local.item_features.items():
+            np.testing.assert_array_equal(other.item_features[name].values, features.values)
+            np.testing.assert_array_equal(other.item_features[name].mask, features.mask)
