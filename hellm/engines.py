@@ -1,17 +1,17 @@
 """Who computes the parts of a work: this process, or workers on a Ray cluster.
 
 An engine is called as `map` is: with a worker, which makes a result of a part, and the parts. `map` itself is that of
-this process. Others give results in any order, so that a result must say what it is of, and pickle the worker: it goes
-by value, or its `__reduce__` says how another process makes its own.
+this process. Others give results in any order, so that a result must say what it is of, and send the worker to other
+processes by value: what it can load there it should leave out, in `__getstate__`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import logging
 import os
-import pickle
 import signal
 import socket
 import textwrap
@@ -23,7 +23,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    import pandas as pd
 
 __all__ = ["ENGINES", "Engine", "RayEngine", "engine_of"]
 
@@ -78,29 +78,29 @@ class RayEngine:
     def __call__(self, worker: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[Any]:
         """The result of each part, as they come; parts are read to their end first, into Ray's store.
 
-        Raises: What the worker or its `__reduce__` raised, naming the node; the nearest built-in kind, where that needs
-            more than a message. ConnectionError, no cluster at RAY_ADDRESS. ChildProcessError, processes of workers
-            die. ValueError, a cluster without CPUs, or without the GPUs that are wanted.
+        Raises: What the worker raised, naming the node; the nearest kind, where that needs more than a message.
+            ConnectionError, no cluster at RAY_ADDRESS. ChildProcessError, processes of workers die. ValueError, a
+            cluster without CPUs, or without the GPUs that are wanted, or with other versions.
         """
-        import pyarrow as pa
+        import pandas as pd
         import ray
-        from ray.exceptions import RayError
+        from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
 
         parts = iter(parts)
         first = list(islice(parts, 1))
         if not first:
             return
         with _cluster():
-            tables = [ray.put(pa.table({"part": [pickle.dumps(part)]})) for part in chain(first, parts)]
+            # In tuples, which pandas leaves as they are.
+            tables = [ray.put(pd.DataFrame({"part": [(part,)]})) for part in chain(first, parts)]
             results = self._mapped(worker, tables)
             try:
-                for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-                    for value in table["result"]:
-                        result = pickle.loads(value.as_py())
+                for table in results.iter_batches(batch_size=None, batch_format="pandas"):
+                    for (result,) in table["result"]:
                         if isinstance(result, _Raised):
                             raise result.error from RuntimeError(result.traceback)
                         yield result
-            except RayError as error:
+            except (OutOfMemoryError, RayActorError, WorkerCrashedError) as error:
                 reason = textwrap.shorten(str(error), 600)
                 raise ChildProcessError(
                     f"the Ray cluster lost a worker, and {_RESTARTS} in its place: {reason}"
@@ -110,23 +110,20 @@ class RayEngine:
         """The data set of results."""
         import ray.data
         import torch
-        from ray import cloudpickle
 
         num_threads = torch.get_num_threads()
         size, share = _room(num_threads, self.on_gpu)
-        # By value also where its class stands in a script.
-        pickled = cloudpickle.dumps(worker)  # pyright: ignore[reportPrivateImportUsage]: the package names no exports
-        data = ray.data.from_arrow_refs(tables)
+        data = ray.data.from_pandas_refs(tables)
         data.context.enable_progress_bars = False
         with warnings.catch_warnings():
             # Ray means to drop `max_restarts`; without it, a part that kills its process is given out for ever.
             warnings.simplefilter("ignore")
             return data.map_batches(
                 _Actor,
-                fn_constructor_args=(ray.put(pickled), num_threads, _versions()),
+                fn_constructor_args=(ray.put(worker), num_threads, _versions()),
                 compute=ray.data.ActorPoolStrategy(size=min(self.workers or size, len(tables))),
                 batch_size=1,
-                batch_format="pyarrow",
+                batch_format="pandas",
                 max_restarts=_RESTARTS,
                 max_task_retries=_RESTARTS,
                 **share,
@@ -142,24 +139,20 @@ class _Actor:
 
         torch.set_num_threads(num_threads)
         self.node = f"{ray.get_runtime_context().get_node_id()[:8]} ({socket.gethostname()})"
-        self.worker, self.failed = None, None
+        self.worker: Any = ray.get(worker)
+        self.versions = versions
+
+    def __call__(self, table: pd.DataFrame) -> pd.DataFrame:
+        import pandas as pd
+
+        ((part,),) = table["part"]
         try:
-            if _versions() != versions:
-                raise ValueError(f"all nodes must have the versions {versions}, got {_versions()}")
-            self.worker = pickle.loads(ray.get(worker))
+            if _versions() != self.versions:
+                raise ValueError(f"all nodes must have the versions {self.versions}, got {_versions()}")
+            result = self.worker(part)
         except Exception as error:
-            self.failed = _Raised(error, self.node)
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        import pyarrow as pa
-
-        result = self.failed
-        if self.worker is not None:
-            try:
-                result = self.worker(pickle.loads(table["part"][0].as_py()))
-            except Exception as error:
-                result = _Raised(error, self.node)
-        return pa.table({"result": [pickle.dumps(result)]})
+            result = _Raised(error, self.node)
+        return pd.DataFrame({"result": [(result,)]})
 
 
 class _Raised:
@@ -180,7 +173,7 @@ class _Raised:
             with contextlib.suppress(Exception):
                 self.error: BaseException = kind(text)
                 vars(self.error).update(plain)
-                pickle.loads(pickle.dumps(self.error))
+                copy.copy(self.error)  # as it is made anew where it arrives
                 return
 
 

@@ -10,10 +10,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from support.encoders import TEXTS
 from support.planted_runs import DATA, make_run
 
@@ -23,6 +23,7 @@ from hellm._files import WriteError
 from hellm.data import DataError, load_dataset, write_sample_shop
 from hellm.engines import RayEngine, engine_of
 from hellm.features import encode_images, encode_text
+from hellm.recommend import Recommender
 from hellm.recommend.batch import batch
 
 pytestmark = pytest.mark.usefixtures("same_threads")
@@ -45,12 +46,14 @@ def cluster(ray):
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
         for name, value in (("USAGE_STATS_ENABLED", "0"), ("AUTH_MODE", "disabled"), ("TMPDIR", folder)):
             patch.setenv(f"RAY_{name}", value)
-        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         size = {"num_cpus": 1, "object_store_memory": 100 << 20}
         cluster = Cluster(initialize_head=True, head_node_args=size | {"include_dashboard": False})
         cluster.add_node(**size)
+        on_term = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+            signal.signal(signal.SIGTERM, on_term)
             yield cluster
         finally:
             ray.shutdown()
@@ -68,7 +71,7 @@ def small_parts(monkeypatch):
 
 
 class Noted:
-    """A worker that notes each part and its node in a file, and starts when `num_nodes` are there."""
+    """A worker that notes each part, its node and its threads in a file, and starts when `num_nodes` are there."""
 
     def __init__(self, worker, folder: Path, num_nodes: int = 1) -> None:
         self.worker, self.folder, self.num_nodes = worker, folder, num_nodes
@@ -78,17 +81,17 @@ class Noted:
 
         node = ray.get_runtime_context().get_node_id()
         (self.folder / f"node-{node}").touch()
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while len(list(self.folder.glob("node-*"))) < self.num_nodes and time.monotonic() < until:
             time.sleep(0.02)
         result = self.worker(part)
-        (self.folder / part[0]).write_text(node)
+        (self.folder / part[0]).write_text(f"{node} {torch.get_num_threads()}")
         return result
 
     @staticmethod
-    def parts(folder: Path) -> dict[str, str]:
-        """Name of each part that was worked out -> its node."""
-        return {file.name: file.read_text() for file in folder.glob("part-*")}
+    def parts(folder: Path) -> dict[str, list[str]]:
+        """Name of each part that was worked out -> its node, and the threads there."""
+        return {file.name: file.read_text().split() for file in folder.glob("part-*")}
 
 
 class Broken:
@@ -152,10 +155,12 @@ class TestErrors:
         assert str(raised.error).endswith("every node must see files at the same path, on storage that they share")
 
     def test_versions_must_be_those_of_the_command(self, cluster, ray):
-        actor = engines._Actor(ray.put(pickle.dumps(len)), 1, {"hellm": "0", "torch": "0"})
-        match = r"all nodes must have the versions \{'hellm': '0'.*worker on node"
-        with pytest.raises(ValueError, match=match):
-            raise actor.failed.error
+        import pandas as pd
+
+        actor = engines._Actor(ray.put(len), 1, {"hellm": "0", "torch": "0"})
+        ((raised,),) = actor(pd.DataFrame({"part": [("a",)]}))["result"]
+        with pytest.raises(ValueError, match=r"all nodes must have the versions \{'hellm': '0'.*worker on node"):
+            raise raised.error
 
     def test_what_a_worker_raises_is_raised_here(self, cluster):
         with pytest.raises(ValueError, match=r"part must be good \(worker on node \w{8} \(.+\)\)") as raised:
@@ -191,6 +196,8 @@ class TestRoom:
 
 class TestLists:
     def test_two_nodes_write_what_this_process_writes(self, run, tmp_path, cluster, ray):
+        """With as many threads, though a node has one processor."""
+        torch.set_num_threads(2)
         visitors = tmp_path / "visitors.jsonl"
         histories = [f'["p{row % DATA.num_items}", "gone"]\n' for row in range(5 * PART + 1)]
         visitors.write_text("[]\n" + "".join(histories))
@@ -205,8 +212,8 @@ class TestLists:
         assert report == before | {"out": report["out"]}
         assert (tmp_path / "ray.parquet").read_bytes() == (tmp_path / "local.parquet").read_bytes()
         found = Noted.parts(notes)
-        assert len(found) == 6 and set(found.values()) == {node["NodeID"] for node in ray.nodes()}
-        assert len(set(found.values())) == 2
+        assert len(found) == 6 and {node for node, _ in found.values()} == {node["NodeID"] for node in ray.nodes()}
+        assert len(ray.nodes()) == 2 and {threads for _, threads in found.values()} == {"2"}
         assert not list(tmp_path.glob("*.parts"))
 
     def test_a_killed_command_goes_on(self, run, tmp_path, cluster):
@@ -229,9 +236,9 @@ class TestLists:
             "        return result\n"
             "b.batch(sys.argv[1], sys.argv[2], k=3, engine=lambda worker, parts: RayEngine(1)(Slow(worker), parts))\n"
         ).replace("sys.argv[3]", repr(str(notes)))
-        environment = os.environ | {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"RAY_ADDRESS": cluster.address}
         killed = subprocess.Popen([sys.executable, "-c", program, run, out], env=environment, stderr=subprocess.PIPE)
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120
         while len(list(notes.iterdir())) < 2 and killed.poll() is None and time.monotonic() < until:
             time.sleep(0.02)
         killed.kill()
@@ -259,24 +266,25 @@ class TestLists:
         class Stop(Exception):
             pass
 
-        seen = SimpleNamespace()
+        fresh, loaded = {}, {}
 
         def engine(worker, parts):
-            seen.pickled, seen.part = pickle.dumps(worker), next(iter(parts))
-            worker(seen.part)
+            k, part = worker.options["k"], next(iter(parts))
+            worker(part)
+            fresh[k], loaded[k] = pickle.loads(pickle.dumps(worker)), pickle.loads(pickle.dumps(worker))
+            assert loaded[k](part) == PART
             raise Stop
 
         for k in (3, 4):
             with pytest.raises(Stop):
                 batch(run, tmp_path / "lists.parquet", k=k, overwrite=k == 4, engine=engine)
-            seen.of_three = getattr(seen, "of_three", seen.pickled)
-        with pytest.raises(ValueError, match="k was 4, got 3"):
-            pickle.loads(seen.of_three)
-        assert pickle.loads(seen.pickled)(seen.part) == PART
-        make_run(run.parent / "other", "sequence").rename(tmp_path / "other")
+        part = ("part-000001.parquet", next(iter(hellm.recommend.batch._asked(Recommender.load(run), None))))
+        for late in (fresh[3], loaded[3]):
+            with pytest.raises(ValueError, match="k was 4, got 3"):
+                late(part)
         monkeypatch.setattr(hellm.recommend.batch, "run_hash", lambda run: "another")
-        with pytest.raises(ValueError, match=r"must be run \w{16} as for the batch, got another"):
-            pickle.loads(seen.pickled)
+        with pytest.raises(ValueError, match=r"must be run \w{16}, as where the batch was started, got another"):
+            fresh[4](part)
 
     def test_a_part_that_is_not_here_is_named(self, run, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"part-000000.parquet was written by a worker and is not here"):
@@ -285,6 +293,35 @@ class TestLists:
 
 
 class TestFeatures:
+    def test_encoders_go_by_value_and_rows_come_in_any_order(self, text_encoder, image_encoder, tmp_path, ray):
+        from PIL import Image
+
+        pictures = [tmp_path / f"{row}.png" for row in range(6)]
+        draw = np.random.default_rng(0)
+        for file in pictures[:4]:
+            Image.fromarray(draw.integers(0, 255, (20, 24, 3), np.uint8)).save(file)
+        pictures[4].write_bytes(b"no picture")
+
+        def elsewhere(worker, parts):
+            other = pickle.loads(ray.cloudpickle.dumps(worker))
+            for part in reversed(list(parts)):
+                yield pickle.loads(pickle.dumps(other(pickle.loads(pickle.dumps(part)))))
+
+        def encoded(engine):
+            told = []
+            options = {"batch_size": 2, "engine": engine}
+            texts = encode_text(TEXTS, encoder=text_encoder, **options)
+            images = encode_images(
+                [*pictures, ""], encoder=image_encoder, on_unreadable=lambda *one: told.append(one), **options
+            )
+            return texts, images, [(path, str(error)) for path, error in told]
+
+        (*features, told), (*others, told_there) = encoded(map), encoded(elsewhere)
+        for one, other in zip(features, others, strict=True):
+            np.testing.assert_array_equal(other.values, one.values)
+            np.testing.assert_array_equal(other.mask, one.mask)
+        assert told_there == told and [path for path, _ in told] == [str(pictures[4]), str(pictures[5])]
+
     def test_rows_that_came_before_an_error_are_kept(self, text_encoder, tmp_path):
         def engine(worker, parts):
             for number, part in enumerate(parts):
@@ -320,8 +357,9 @@ class TestCommands:
         monkeypatch.undo()
         batch(run, tmp_path / "local.parquet", k=3)
         with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+            monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
             environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-            environment |= {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+            environment |= {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled"}
             argv = [sys.executable, "-m", "hellm", "batch", run, "-k", "3", "--out", tmp_path / "ray.parquet"]
             argv += ["--engine", "ray", "--workers", "1"]
             done = subprocess.run(argv, env=environment, capture_output=True, text=True)
@@ -330,21 +368,14 @@ class TestCommands:
             assert not processes.stdout
         assert (tmp_path / "ray.parquet").read_bytes() == (tmp_path / "local.parquet").read_bytes()
 
-    def test_features_of_a_shop(self, tmp_path, call, text_encoder, image_encoder, cluster):
-        """Rows, notes and what cannot be read."""
-        shop = write_sample_shop(tmp_path / "shop", num_users=20, num_items=20, num_groups=1)
-        sorted((shop / "images").iterdir())[0].write_bytes(b"no picture")
-        found = []
+    def test_features_of_a_shop(self, tmp_path, call, text_encoder, cluster):
+        shop, found = write_sample_shop(tmp_path / "shop", num_users=20, num_items=20, num_groups=1), []
         for engine in ("local", "ray"):
             argv = ["features", shop, "--out", tmp_path / engine, "--cache", tmp_path / "cache" / engine]
-            options = ["--engine", engine, "--text", text_encoder, "--image", image_encoder, "--batch-size", 4]
-            code, _, err = call(*argv, *options)
+            code, _, err = call(*argv, "--engine", engine, "--text", text_encoder, "--image", "none", "--batch-size", 4)
             assert code == 0, err
             found.append(load_dataset(tmp_path / engine))
         local, other = found
-        assert any("1 pictures cannot be read" in note for note in local.notes)
         assert other.notes == local.notes and other.encoders == local.encoders
-        assert other.item_features.keys() == local.item_features.keys()
-        for name, features in local.item_features.items():
-            np.testing.assert_array_equal(other.item_features[name].values, features.values)
-            np.testing.assert_array_equal(other.item_features[name].mask, features.mask)
+        np.testing.assert_array_equal(other.item_features["text"].values, local.item_features["text"].values)
+        np.testing.assert_array_equal(other.item_features["text"].mask, local.item_features["text"].mask)

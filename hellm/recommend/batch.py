@@ -129,7 +129,7 @@ def batch(
         options = {"k": k, "exclude_seen": exclude_seen, "candidates": chosen}
         writer = _Writer(parts, request, options, source, recommender)
         try:
-            files, counts, resumed_at = _write_parts(writer, users, engine)
+            files, counts, resumed_at = _write_parts(writer, _asked(recommender, users), engine)
         except BaseException:
             # Nothing to go on with.
             if not any(parts.glob("part-*.parquet")):
@@ -207,8 +207,7 @@ class _Writer:
         request: What the parts are of.
         options: Of `Recommender.recommend`.
         source: Of `Recommender.load`.
-        recommender: What that gave; None loads it.
-    Raises: ValueError, the run or the folder is another one here. FileNotFoundError, there is none.
+        recommender: What that gave.
     """
 
     def __init__(
@@ -217,27 +216,31 @@ class _Writer:
         request: Mapping[str, Any],
         options: Mapping[str, Any],
         source: Mapping[str, Any],
-        recommender: Recommender | None = None,
+        recommender: Recommender,
     ) -> None:
         self.parts, self.request, self.options, self.source = parts, request, options, source
-        if recommender is None:
-            self._check_parts()
-            if (found := run_hash(source["path"])) != request["run"]:
-                raise ValueError(f"{source['path']} must be run {request['run']} as for the batch, got {found}")
-            recommender = Recommender.load(**source)
-        self.recommender = recommender
+        self.recommender: Recommender | None = recommender
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __getstate__(self) -> dict[str, Any]:
         # Elsewhere the working directory is another one.
         source = {**self.source, "path": os.path.abspath(self.source["path"])}
-        model = self.source["language_model"]
+        model = source["language_model"]
         if model is not None and Path(model).exists():
             source["language_model"] = os.path.abspath(model)
-        return type(self), (Path(os.path.abspath(self.parts)), self.request, self.options, source)
+        return vars(self) | {"parts": Path(os.path.abspath(self.parts)), "source": source, "recommender": None}
 
     def __call__(self, part: tuple[str, Asked]) -> int:
-        """(name of the file, whom to recommend to) -> how many lists it has."""
+        """(name of the file, whom to recommend to) -> how many lists it has.
+
+        Raises: ValueError, the run or the folder is another one here. FileNotFoundError, there is none.
+        """
         name, asked = part
+        if self.recommender is None:
+            self._check_parts()
+            path, run = self.source["path"], self.request["run"]
+            if (found := run_hash(path)) != run:
+                raise ValueError(f"{path} must be run {run}, as where the batch was started, got {found}")
+            self.recommender = Recommender.load(**self.source)
         answers, unknown = _answers(self.recommender, asked, self.options)
         # A batch that was killed may have been started again for something else while this one went on elsewhere.
         self._check_parts()
@@ -251,18 +254,18 @@ class _Writer:
         _check_request(self.parts / _REQUEST, read_json(self.parts / _REQUEST), self.request)
 
 
-def _write_parts(writer: _Writer, users: PathLike_ | None, engine: Engine) -> tuple[list[Path], dict[str, Any], int]:
+def _write_parts(writer: _Writer, asked: Iterable[Asked], engine: Engine) -> tuple[list[Path], dict[str, Any], int]:
     """Write those that are missing. Returns: the files, counts over all of them, how many lists were there before."""
     there = {file.name for file in writer.parts.iterdir()}
     files, resumed = [], []
 
     def missing() -> Iterator[tuple[str, Asked]]:
-        for number, asked in enumerate(_asked(writer.recommender, users)):
+        for number, one in enumerate(asked):
             files.append(writer.parts / f"part-{number:06d}.parquet")
             if files[-1].name in there:
-                resumed.append(len(asked.users))
+                resumed.append(len(one.users))
             else:
-                yield files[-1].name, asked
+                yield files[-1].name, one
 
     written = 0
     for count in engine(writer, missing()):
