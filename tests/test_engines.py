@@ -44,7 +44,9 @@ def cluster(ray):
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
-        for name, value in (("USAGE_STATS_ENABLED", "0"), ("AUTH_MODE", "disabled"), ("TMPDIR", folder)):
+        # Ray's workers would give way to whatever else the machine does.
+        settings = {"USAGE_STATS_ENABLED": "0", "AUTH_MODE": "disabled", "TMPDIR": folder, "worker_niceness": "0"}
+        for name, value in settings.items():
             patch.setenv(f"RAY_{name}", value)
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         size = {"num_cpus": 1, "object_store_memory": 100 << 20}
@@ -359,7 +361,7 @@ class TestCommands:
         with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
             monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
             environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-            environment |= {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled"}
+            environment |= {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
             argv = [sys.executable, "-m", "hellm", "batch", run, "-k", "3", "--out", tmp_path / "ray.parquet"]
             argv += ["--engine", "ray", "--workers", "1"]
             done = subprocess.run(argv, env=environment, capture_output=True, text=True)
