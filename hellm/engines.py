@@ -12,6 +12,7 @@ import copy
 import importlib
 import logging
 import os
+import re
 import signal
 import socket
 import textwrap
@@ -101,9 +102,11 @@ class RayEngine:
                             raise result.error from RuntimeError(result.traceback)
                         yield result
             except (OutOfMemoryError, RayActorError, WorkerCrashedError) as error:
-                reason = textwrap.shorten(str(error), 600)
+                if missing := re.search(r"No module named '[\w.]+'", str(error)):
+                    raise ValueError(f"all nodes must have the packages that are here: {missing[0]} there") from error
+                told = textwrap.shorten(str(error), 600)
                 raise ChildProcessError(
-                    f"the Ray cluster lost a worker, and {_RESTARTS} in its place: {reason}"
+                    f"the Ray cluster lost a worker, and {_RESTARTS} in its place: {told}"
                 ) from error
 
     def _mapped(self, worker: Callable[[Any], Any], tables: list[Any]) -> Any:
@@ -207,7 +210,7 @@ def _cluster() -> Iterator[None]:
         yield
         return
     # What goes wrong comes as an error; what Ray tells besides is in its own files.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     for name, value in (("RAY_BACKEND_LOG_LEVEL", "fatal"), ("RAY_USAGE_STATS_ENABLED", "0")):
         os.environ.setdefault(name, value)
     on_term = signal.getsignal(signal.SIGTERM)

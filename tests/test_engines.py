@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -173,6 +174,13 @@ class TestErrors:
         monkeypatch.setattr(engines, "_RESTARTS", 0)
         with pytest.raises(ChildProcessError, match=r"the Ray cluster lost a worker, and 0 in its place: .*died"):
             list(RayEngine(1)(Broken(None), [1]))
+
+    def test_a_package_that_no_node_has(self, cluster, monkeypatch):
+        module = ModuleType("only_here")
+        monkeypatch.setitem(sys.modules, "only_here", module)
+        exec("class Worker:\n    def __call__(self, part): return part", vars(module))
+        with pytest.raises(ValueError, match="must have the packages that are here: No module named 'only_here' there"):
+            list(RayEngine(1)(module.Worker(), [1]))
 
     def test_gpus_that_no_node_has(self, cluster):
         with pytest.raises(ValueError, match="the Ray cluster must have a GPU, and has none on its 2 nodes"):
