@@ -108,7 +108,7 @@ def test_runs_are_made_once_and_stage_1_anew(config, small_dataset, runs, tmp_pa
     def never(*args, **options):
         raise AssertionError("a finished run was trained again")
 
-    monkeypatch.setattr(finetuning, "_fit", never)
+    monkeypatch.setattr(finetuning, "build_step", never)
     assert ablate(config, small_dataset, tmp_path, runs, **options) == first
 
 
