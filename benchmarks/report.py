@@ -134,7 +134,7 @@ def _target_rows(run: dict[str, Any]) -> list[tuple[str, ...]]:
         return rows
     if run["kind"] == "llm":
         return [(*cells, _verdict(met)) for *cells, met in llm_report.target_rows(run)]
-    if run["kind"] == "catalogue":
+    if run["kind"] in ("catalogue", "peers", "traffic"):
         return []
     if run["kind"] == "plan":
         most = f"within {run['most']:.0%}"
