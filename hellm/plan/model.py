@@ -54,6 +54,7 @@ __all__ = [
     "neighbour_products",
     "num_steps",
     "sent_by_columns",
+    "sent_by_shards",
     "sent_bytes",
 ]
 

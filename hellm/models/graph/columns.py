@@ -39,11 +39,9 @@ class Columns:
 
     def shared_out(self, table: Tensor) -> nn.Parameter:
         """Of a table [N, D] that is the same in every process: a `DTensor` parameter of its columns."""
-        index, count = self._mesh.get_local_rank(), self._mesh.size()
-        parts = table.detach().chunk(count, dim=1)
-        # An even split of few columns may leave the last processes without, as chunk() rounds up.
-        own = parts[index] if index < len(parts) else table.detach()[:, :0]
-        return nn.Parameter(self._tensor(own.clone(memory_format=torch.contiguous_format)))
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        return nn.Parameter(distribute_tensor(table.detach(), self._mesh, [Shard(1)]))
 
     def own(self, table: Tensor) -> Tensor:
         """[N, W] of what `shared_out` gave, differentiable."""
