@@ -168,12 +168,24 @@ def _train(
         progress = fit_stage(step, config, dataset, run, validate, on_epoch, validate_steps=config.validate_steps)
 
     @readable_memory_errors("scoring the test split", MEMORY_ADVICE)
+    def score(model: RecommenderLLM) -> tuple[RankingResult | None, float | None]:
+        read_model(run.best, model)
+        model.eval()
+        return _test(model, config, dataset)
+
+    scored = None
+    if step.is_shared:
+        with step.whole_model():
+            scored = score(model)
+
     def finish() -> dict[str, Any]:
-        # Of one that is shared out, the others do not wait in every layer any more.
-        tested = build_recommender_llm(config, dataset, inputs).to(config.device) if config.sharded else model
-        read_model(run.best, tested)
-        tested.eval()
-        test, speed = _test(tested, config, dataset)
+        # Of one that no process has whole, what is written is put together on the CPU.
+        tested = build_recommender_llm(config, dataset, inputs) if step.is_shared else model
+        if scored is None:
+            test, speed = score(tested)
+        else:
+            read_model(run.best, tested)
+            test, speed = scored
         result = common_result("finetune", tested, dataset, run, progress, test=test, device=config.device)
         result |= {"num_trained_parameters": plan["num_trained_parameters"], "plan": plan, "notes": opened.notes}
         result |= {"num_processes": processes.count}
