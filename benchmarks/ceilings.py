@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,31 +60,59 @@ def multiply_adds(setup: Setup) -> Entry:
     return Entry("multiply-adds in registers", run, LIMIT, note=_instruction_set(), work=operations)
 
 
-def gather_loop(gathers: Sequence[tuple[int, Tensor]], times: int = 1) -> Entry:
-    """The rows that an operator gathers, added up in registers: nothing is scaled, and no sums but one are stored.
+class Gather(NamedTuple):
+    """Rows of a table that are added up.
+
+    Attributes:
+        num_rows: of the table.
+        index: [count] int32 rows that are read.
+        num_sums: rows that they make.
+    """
+
+    num_rows: int
+    index: Tensor
+    num_sums: int
+
+
+def gather_loop(gathers: Sequence[Gather], times: int = 1, *, written: bool = False) -> Entry:
+    """The rows that an operator gathers, added up in registers: nothing is scaled.
 
     Args:
-        gathers: (rows of the table, indices [count] int32) of each gather.
+        gathers: what is read, each from a table of its own.
         times: that they are done.
+        written: write as many sums as the operator does, each of equally many rows; else one sum a thread.
     """
-    tables = [(inputs.rows(num_rows, DIM), index) for num_rows, index in gathers]
-    out = torch.empty(DIM)
+    tables = []
+    for num_rows, index, num_sums in gathers:
+        out = torch.empty(num_sums if written else torch.get_num_threads(), DIM)
+        tables.append((inputs.rows(num_rows, DIM), index, out))
 
     def run() -> Outputs:
         for _ in range(times):
-            for x, index in tables:
+            for x, index, out in tables:
                 pointers = (part.data_ptr() for part in (x, index, out))
-                loaders.extension().gathers(*pointers, index.numel(), DIM, torch.get_num_threads())
-        return (out,)
+                loaders.extension().gathers(*pointers, index.numel(), DIM, len(out), torch.get_num_threads())
+        return tuple(out for *_, out in tables)
 
-    work = times * sum(index.numel() for _, index in tables) * DIM * 4.0
-    return Entry("gather loop", run, LIMIT, note=f"{_instruction_set()}, the same rows, nothing else", work=work)
+    label, what = "gather loop", "the same rows, nothing else"
+    if written:
+        label, what = "gather loop, sums written", "the same rows read and as many written, of equal lengths"
+    work = times * sum(index.numel() for _, index, _ in tables) * DIM * 4.0
+    return Entry(label, run, LIMIT, note=f"{_instruction_set()}, {what}", work=work)
 
 
-def gathers_of(graph: Hypergraph, times: int, ceiling: str = "sports") -> Limit:
-    """The limit of an operator that goes from vertices to hyperedges and back so many times."""
-    gathers = [(graph.num_vertices, graph.edge_vertices), (graph.num_hyperedges, graph.vertex_edges)]
-    return Limit(lambda setup: [gather_loop(gathers, times), memory_copy(setup)], ("ceiling-gather", ceiling))
+def gathers_of(graph: Hypergraph, passes: int = 1, layers: int = 1, ceiling: str = "sports") -> Limit:
+    """The limit of an operator that goes from vertices to hyperedges and back in so many layers.
+
+    A pass has tables of its own.
+    """
+    vertices, hyperedges = graph.num_vertices, graph.num_hyperedges
+    back_and_forth = [
+        Gather(vertices, graph.edge_vertices, hyperedges),
+        Gather(hyperedges, graph.vertex_edges, vertices),
+    ]
+    loops = [partial(gather_loop, back_and_forth * passes, layers, written=written) for written in (False, True)]
+    return Limit(lambda setup: [*(loop() for loop in loops), memory_copy(setup)], ("ceiling-gather", ceiling))
 
 
 def _instruction_set() -> str:

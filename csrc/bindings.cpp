@@ -45,8 +45,9 @@ float multiply_adds(double operations, int num_threads) {
   return result;
 }
 
-void gathers(Address x, Address index, Address out, int64_t count, int64_t dim, int num_threads) {
-  run(cpu::gathers, GatherArguments{at<float>(x), at<int32_t>(index), at<float>(out), count, dim, num_threads});
+void gathers(Address x, Address index, Address out, int64_t count, int64_t dim, int64_t num_rows, int num_threads) {
+  run(cpu::gathers,
+      GatherArguments{at<float>(x), at<int32_t>(index), at<float>(out), count, dim, num_rows, num_threads});
 }
 
 const char* cuda_architectures() {
@@ -80,7 +81,7 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set in use.");
   m.def("multiply_adds", &multiply_adds,
         "Float32 multiply-adds in registers, so many operations: a processor's limit.");
-  m.def("gathers", &gathers, "The sum of rows of a float32 table: the limit of what gathers rows.");
+  m.def("gathers", &gathers, "Sums of rows of a float32 table: the limit of what gathers rows.");
   m.def("use_fused_pairs", &hellm::cpu::use_fused_pairs,
         "Whether VNNI instructions are used where the processor has them.");
   m.def("use_instruction_set", &use_instruction_set, "Use the kernels compiled for one instruction set.");

@@ -67,7 +67,7 @@ def _propagate(setup: Setup) -> Workload:
         "byte",
         {**graph_sizes(graph), "layers": 2, "D": DIM, "dtype": "float32"},
         truth=by_torch(propagate, tables, cotangents),
-        limit=gathers_of(graph, 4),
+        limit=gathers_of(graph, passes=2, layers=2),
     )
 
 

@@ -8,26 +8,29 @@
 namespace hellm::cpu::HELLM_ISA {
 namespace {
 
-constexpr int64_t kPiece = 1 << 16;  // steps or rows between two questions whether to end
-constexpr int64_t kPrefetch = 24;    // rows ahead
-constexpr int kPanel = 8;            // vectors of a row that are summed together
+constexpr int64_t kPiece = 1 << 16, kPieceRows = 64;  // steps or rows read, and rows written, between two questions whether to end
+constexpr int64_t kPrefetch = 24;  // rows ahead
+constexpr int kPanel = 8;          // vectors of a row that are summed together
 
-// out += rows index[begin] .. index[end - 1] of the table, kVectors vectors of their columns.
+// out = rows index[begin] .. index[end - 1] of the table, added up: kVectors vectors of their columns.
 template <int kVectors>
-void gather_panel(const GatherArguments& a, int64_t begin, int64_t end, int64_t column, float* out) {
+inline __attribute__((always_inline)) void gather_panel(const GatherArguments& a, int64_t begin, int64_t end,
+                                                        int64_t column, float* out, Interruption& interruption) {
   constexpr int kWidth = kLanes<float>;
-  Vector<float> sum[kVectors];
+  Vector<float> sum[kVectors] = {};
+  for (int64_t n = begin; n < end;) {
+    const int64_t stop = end - n <= kPiece ? end : n + kPiece;
+    if (stop < end && interruption.after(kPiece * a.dim)) return;
+    for (; n < stop; ++n) {
+      const float* const ahead = a.x + a.index[n + kPrefetch < a.count ? n + kPrefetch : n] * a.dim + column;
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) sum[v] = load(out + column + v * kWidth);
-  for (int64_t n = begin; n < end; ++n) {
-    const float* const ahead = a.x + a.index[n + kPrefetch < a.count ? n + kPrefetch : n] * a.dim + column;
+      for (int line = 0; line < kVectors * kVectorBytes; line += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(ahead) + line);
+      }
+      const float* const row = a.x + a.index[n] * a.dim + column;
 #pragma GCC unroll 8
-    for (int line = 0; line < kVectors * kVectorBytes; line += 64) {
-      __builtin_prefetch(reinterpret_cast<const char*>(ahead) + line);
+      for (int v = 0; v < kVectors; ++v) sum[v] += load(row + v * kWidth);
     }
-    const float* const row = a.x + a.index[n] * a.dim + column;
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[v] += load(row + v * kWidth);
   }
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) store(out + column + v * kWidth, sum[v]);
@@ -62,29 +65,26 @@ void multiply_adds(const MultiplyAddArguments& a, Interruption& interruption) {
 
 void gathers(const GatherArguments& a, Interruption& interruption) {
   constexpr int kWidth = kLanes<float>;
-  Buffer<float> sums(a.num_threads * a.dim);
-  for (int64_t k = 0; k < a.num_threads * a.dim; ++k) sums[k] = 0;
+  const int64_t whole = a.count / a.num_rows, more = a.count % a.num_rows;
 #pragma omp parallel num_threads(a.num_threads)
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    const int64_t last = a.count * (thread + 1) / threads;
-    float* const out = sums + thread * a.dim;
-    for (int64_t begin = a.count * thread / threads; begin < last && !interruption.after(kPiece * a.dim);) {
-      const int64_t end = last - begin < kPiece ? last : begin + kPiece;
+    const int64_t last = a.num_rows * (thread + 1) / threads;
+    for (int64_t r = a.num_rows * thread / threads; r < last; ++r) {
+      if (r % kPieceRows == 0 && interruption.after(kPieceRows * (whole + 1) * a.dim)) break;
+      const int64_t begin = whole * r + (r < more ? r : more), end = begin + whole + (r < more);
+      float* const out = a.out + r * a.dim;
       int64_t column = 0;
       for (; column + kPanel * kWidth <= a.dim; column += kPanel * kWidth)
-        gather_panel<kPanel>(a, begin, end, column, out);
-      for (; column + 4 * kWidth <= a.dim; column += 4 * kWidth) gather_panel<4>(a, begin, end, column, out);
-      for (; column + kWidth <= a.dim; column += kWidth) gather_panel<1>(a, begin, end, column, out);
+        gather_panel<kPanel>(a, begin, end, column, out, interruption);
+      for (; column + 4 * kWidth <= a.dim; column += 4 * kWidth)
+        gather_panel<4>(a, begin, end, column, out, interruption);
+      for (; column + kWidth <= a.dim; column += kWidth) gather_panel<1>(a, begin, end, column, out, interruption);
       for (; column < a.dim; ++column) {
+        out[column] = 0;
         for (int64_t n = begin; n < end; ++n) out[column] += a.x[a.index[n] * a.dim + column];
       }
-      begin = end;
     }
-  }
-  for (int64_t k = 0; k < a.dim; ++k) {
-    a.out[k] = 0;
-    for (int64_t thread = 0; thread < a.num_threads; ++thread) a.out[k] += sums[thread * a.dim + k];
   }
 }
 

@@ -14,12 +14,12 @@ struct MultiplyAddArguments {
   int num_threads;
 };
 
-// Rows of float32 from a table, added up in registers.
+// Rows of float32 from a table, added up in registers: so many, one after the other, for each row that is written.
 struct GatherArguments {
   const float* x;        // [any, dim]
   const int32_t* index;  // [count]
-  float* out;            // [dim], their sum
-  int64_t count, dim;
+  float* out;            // [num_rows, dim], each the sum of count / num_rows rows, the first ones of one more
+  int64_t count, dim, num_rows;
   int num_threads;
 };
 

@@ -36,8 +36,9 @@ def test_multiply_adds_are_done(instruction_set):
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dim", [1, 5, 64, 203])
 def test_gathers_add_up_rows(dim, threads, instruction_set):
-    x, out = rows(50, dim).round(), torch.empty(dim)  # integers, whose sums are exact
-    for count in (0, 1, 30, 5_000):
-        index = (torch.arange(count) * 7 % 50).int()
-        loaders.extension().gathers(x.data_ptr(), index.data_ptr(), out.data_ptr(), count, dim, threads)
-        assert torch.equal(out, x[index.long()].sum(0))
+    x = rows(50, dim).round()  # integers, whose sums are exact
+    for count, num_rows in ((0, 1), (1, 3), (30, 7), (5_000, 900), (70_000, 1)):
+        index, out = (torch.arange(count) * 7 % 50).int(), torch.empty(num_rows, dim)
+        loaders.extension().gathers(x.data_ptr(), index.data_ptr(), out.data_ptr(), count, dim, num_rows, threads)
+        expected = [x[part.long()].sum(0) for part in index.tensor_split(num_rows)]
+        assert torch.equal(out, torch.stack(expected))
