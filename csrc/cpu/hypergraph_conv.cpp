@@ -20,6 +20,7 @@ template <typename A>
 struct Factors {
   const A *values, *in_scale, *out_scale, *self_scale;
   A self_constant;
+  bool is_result;  // the output is what the operator gives, and is not gathered from
   A scale(int64_t row) const { return out_scale ? out_scale[row] : A(1); }
   A own(int64_t row) const { return self_scale ? self_scale[row] : self_constant; }
 };
@@ -36,6 +37,7 @@ struct Row {
   const Self* self;  // or null
   Out* out;
   A out_scale, self_scale;
+  bool streamed;
   Interruption& interruption;
 
   A weight(int64_t n) const { return (values ? values[n] : A(1)) * (in_scale ? in_scale[index[n]] : A(1)); }
@@ -73,6 +75,12 @@ inline __attribute__((always_inline)) void gather_panel(const Row<A, X, Self, Ou
   for (int v = 0; v < kVectors; ++v) {
     Vector<A> value = sum[v] * row.out_scale;
     if (row.self) value += row.self_scale * load_as<A>(row.self + column + v * kWidth);
+    if constexpr (std::is_same<A, Out>::value) {
+      if (row.streamed) {
+        stream(row.out + column + v * kWidth, value);
+        continue;
+      }
+    }
     store_as<A>(row.out + column + v * kWidth, value);
   }
 }
@@ -116,6 +124,7 @@ template <typename A, typename X, typename Self, typename Out>
 void gather(const Csr& matrix, int64_t rows, int64_t dim, const X* x, const Self* self, Out* out, const Factors<A>& f,
             Interruption& interruption) {
   const int64_t chunks = int64_t(omp_get_num_threads()) * kChunksAThread;
+  const bool streamed = f.is_result && is_streamed(out, rows * dim, dim);
 #pragma omp for schedule(dynamic, 1)
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t end = chunk_begin(matrix.indptr, rows, chunk + 1, chunks);
@@ -129,12 +138,13 @@ void gather(const Csr& matrix, int64_t rows, int64_t dim, const X* x, const Self
         const Row<A, X, Self, Out> row{matrix.indices + first, f.values ? f.values + first : nullptr,
                                        matrix.indptr[r + 1] - first, dim, last - first, f.in_scale, x,
                                        self ? self + r * dim : nullptr, out + r * dim, f.scale(r), f.own(r),
-                                       interruption};
+                                       streamed, interruption};
         // clang-format on
         if (f.values || f.in_scale) gather_row<true>(row);
         else gather_row<false>(row);
       }
     }
+    if (streamed) end_stream();
   }
 }
 
@@ -144,7 +154,7 @@ inline int gather_threads(int requested, const Csr& matrix, int64_t rows, int64_
 
 template <typename A, typename S>
 void run_product(const IncidenceProductArguments& a, Interruption& interruption) {
-  const Factors<A> plain{static_cast<const A*>(a.matrix.values), nullptr, nullptr, nullptr, A(0)};
+  const Factors<A> plain{static_cast<const A*>(a.matrix.values), nullptr, nullptr, nullptr, A(0), true};
   const int threads = gather_threads(a.num_threads, a.matrix, a.rows, a.dim);
 #pragma omp parallel num_threads(threads)
   gather(a.matrix, a.rows, a.dim, static_cast<const S*>(a.x), static_cast<const S*>(nullptr), static_cast<S*>(a.out),
@@ -160,10 +170,8 @@ void run_conv(const HypergraphConvArguments& a, Interruption& interruption) {
   for (int64_t v = 0; diagonal && v < n; ++v) {
     self_scale[v] = -diagonal[v] * (in_scale ? in_scale[v] : A(1)) * (out_scale ? out_scale[v] : A(1));
   }
-  const Factors<A> join{static_cast<const A*>(a.edge.values), in_scale, static_cast<const A*>(a.edge_scale), nullptr,
-                        A(0)};
-  const Factors<A> spread{static_cast<const A*>(a.vertex.values), nullptr, out_scale,
-                          diagonal ? static_cast<const A*>(self_scale) : nullptr, A(0)};
+  const Factors<A> join{
+      static_cast<const A*>(a.edge.values), in_scale, static_cast<const A*>(a.edge_scale), nullptr, A(0), false};
 
   const S* const x = static_cast<const S*>(a.x);
   S* const out = static_cast<S*>(a.out);
@@ -175,6 +183,12 @@ void run_conv(const HypergraphConvArguments& a, Interruption& interruption) {
 #pragma omp parallel num_threads(threads)
   for (int l = 0; l < a.num_layers; ++l) {
     const bool first = l == 0, last = l + 1 == a.num_layers;
+    const Factors<A> spread{static_cast<const A*>(a.vertex.values),
+                            nullptr,
+                            out_scale,
+                            diagonal ? static_cast<const A*>(self_scale) : nullptr,
+                            A(0),
+                            last};
     const A* const from = layer;
     if (first) gather(a.edge, m, a.dim, x, none, edges, join, interruption);
     else gather(a.edge, m, a.dim, from, none, edges, join, interruption);
@@ -203,8 +217,9 @@ void run_propagate(const BipartitePropagateArguments& a, Interruption& interrupt
 #pragma omp parallel num_threads(threads)
   for (int l = 0; l < a.num_layers; ++l) {
     const bool first = l == 0, last = l + 1 == a.num_layers;
-    const Factors<A> to_user{nullptr, item_scale, last ? last_scale : user_scale, nullptr, last ? mean : A(1)};
-    const Factors<A> to_item{nullptr, user_scale, last ? last_scale + nu : item_scale, nullptr, last ? mean : A(1)};
+    const Factors<A> to_user{nullptr, item_scale, last ? last_scale : user_scale, nullptr, last ? mean : A(1), last};
+    const Factors<A> to_item{nullptr, user_scale,         last ? last_scale + nu : item_scale,
+                             nullptr, last ? mean : A(1), last};
     const A *user_h = tables[l % 2], *item_h = user_h + nu * a.dim;
     A *user_next = tables[(l + 1) % 2], *item_next = user_next + nu * a.dim;
     const auto layer = [&](const auto* users, const auto* items, auto* to_users, auto* to_items) {

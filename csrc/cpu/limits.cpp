@@ -8,14 +8,16 @@
 namespace hellm::cpu::HELLM_ISA {
 namespace {
 
-constexpr int64_t kPiece = 1 << 16, kPieceRows = 64;  // steps or rows read, and rows written, between two questions whether to end
-constexpr int64_t kPrefetch = 24;  // rows ahead
-constexpr int kPanel = 8;          // vectors of a row that are summed together
+constexpr int64_t kPiece = 1 << 16,
+                  kPieceRows = 64;  // steps or rows read, and rows written, between two questions whether to end
+constexpr int64_t kPrefetch = 24;   // rows ahead
+constexpr int kPanel = 8;           // vectors of a row that are summed together
 
 // out = rows index[begin] .. index[end - 1] of the table, added up: kVectors vectors of their columns.
 template <int kVectors>
 inline __attribute__((always_inline)) void gather_panel(const GatherArguments& a, int64_t begin, int64_t end,
-                                                        int64_t column, float* out, Interruption& interruption) {
+                                                        int64_t column, float* out, bool streamed,
+                                                        Interruption& interruption) {
   constexpr int kWidth = kLanes<float>;
   Vector<float> sum[kVectors] = {};
   for (int64_t n = begin; n < end;) {
@@ -33,7 +35,11 @@ inline __attribute__((always_inline)) void gather_panel(const GatherArguments& a
     }
   }
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) store(out + column + v * kWidth, sum[v]);
+  for (int v = 0; v < kVectors; ++v) {
+    float* const target = out + column + v * kWidth;
+    if (streamed) stream(target, sum[v]);
+    else store(target, sum[v]);
+  }
 }
 
 }  // namespace
@@ -66,6 +72,7 @@ void multiply_adds(const MultiplyAddArguments& a, Interruption& interruption) {
 void gathers(const GatherArguments& a, Interruption& interruption) {
   constexpr int kWidth = kLanes<float>;
   const int64_t whole = a.count / a.num_rows, more = a.count % a.num_rows;
+  const bool streamed = is_streamed(a.out, a.num_rows * a.dim, a.dim);
 #pragma omp parallel num_threads(a.num_threads)
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -76,15 +83,17 @@ void gathers(const GatherArguments& a, Interruption& interruption) {
       float* const out = a.out + r * a.dim;
       int64_t column = 0;
       for (; column + kPanel * kWidth <= a.dim; column += kPanel * kWidth)
-        gather_panel<kPanel>(a, begin, end, column, out, interruption);
+        gather_panel<kPanel>(a, begin, end, column, out, streamed, interruption);
       for (; column + 4 * kWidth <= a.dim; column += 4 * kWidth)
-        gather_panel<4>(a, begin, end, column, out, interruption);
-      for (; column + kWidth <= a.dim; column += kWidth) gather_panel<1>(a, begin, end, column, out, interruption);
+        gather_panel<4>(a, begin, end, column, out, streamed, interruption);
+      for (; column + kWidth <= a.dim; column += kWidth)
+        gather_panel<1>(a, begin, end, column, out, streamed, interruption);
       for (; column < a.dim; ++column) {
         out[column] = 0;
         for (int64_t n = begin; n < end; ++n) out[column] += a.x[a.index[n] * a.dim + column];
       }
     }
+    if (streamed) end_stream();
   }
 }
 

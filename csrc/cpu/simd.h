@@ -174,9 +174,49 @@ template <typename A>
 inline void store_as(A* p, Vector<A> v) {
   store(p, v);
 }
-template <typename A, typename S>
-inline void store_as(S* p, Vector<A> v) {
+template <typename A>
+inline void store_as(BFloat16* p, Vector<A> v) {
+  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+  const Word bits = reinterpret_cast<Word>(v), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  *reinterpret_cast<Half*>(p) = __builtin_convertvector(v == v ? rounded : Word{} + 0x7fc0, Half);
+}
+template <typename A>
+inline void store_as(Float16* p, Vector<A> v) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+#elif defined(__F16C__)
+  const __m128i half = _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+#else
   for (int i = 0; i < kLanes<A>; ++i) from_float(v[i], p[i]);
+#endif
+}
+
+// A result too large to be read again from the caches is streamed past them: it is not read before it is written, and
+// drives out nothing. Only whole lines are, from a vector's boundary; `end_stream` before another thread may read them.
+template <typename T>
+inline bool is_streamed(const T* p, int64_t size, int64_t row) {
+  constexpr int64_t kLine = 64, kLeast = 6 << 20;  // bytes
+  const int64_t width = row * int64_t(sizeof(T));
+  return size * int64_t(sizeof(T)) >= kLeast && width % kLine == 0 && reinterpret_cast<uintptr_t>(p) % kLine == 0;
+}
+template <typename T>
+inline void stream(T* p, Vector<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+#elif defined(__SSE2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(v));
+#else
+  store(p, v);
+#endif
+}
+inline void end_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // 2^x for x <= about 0; exactly 0 below the smallest normal number, NaN for NaN. Relative error 2e-7.

@@ -387,3 +387,31 @@ def test_incidence_product_refuses():
 def test_hypergraph_conv_of_no_columns(kernel):
     graph = Hypergraph(torch.tensor([[0, 1], [0, 0]]))
     assert ops.hypergraph_conv(torch.zeros(2, 0), graph).shape == (2, 0)
+
+
+@needs_native
+def test_results_too_large_for_the_caches_have_the_same_bits(kernel):
+    """They are written past them; half the columns are not."""
+    num_vertices = 25_000
+    generator = torch.Generator().manual_seed(0)
+    index = torch.stack([torch.randint(size, (60_000,), generator=generator) for size in (num_vertices, 9_000)])
+    graph, x = Hypergraph(index, num_vertices=num_vertices, num_hyperedges=9_000), rows(num_vertices, 64)
+    for num_layers in (1, 2):
+        whole = ops.hypergraph_conv(x, graph, num_layers=num_layers)
+        halves = [ops.hypergraph_conv(half, graph, num_layers=num_layers) for half in x.chunk(2, 1)]
+        assert_same_bits([whole], [torch.cat(halves, 1)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_of_16_bits_are_rounded_to_even(dtype, kernel):
+    """Each vertex is alone in a hyperedge, so what comes out is its row times a weight, rounded once."""
+    special = [0.0, -0.0, 1.0, 1e-8, 6e-5, 65_000.0, 3e38, float("inf"), -float("inf"), float("nan")]
+    values = torch.tensor(special).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([values, torch.randn(203 * 40 - len(values), generator=generator).to(dtype)]).reshape(-1, 203)
+    # Ties lie half way: an odd number of units times 1.5.
+    weight = torch.cat([torch.full((20,), 1.5), torch.rand(20, generator=generator) + 0.5])
+    alone = torch.arange(len(x))
+    graph = Hypergraph(torch.stack([alone, alone]), hyperedge_weight=weight)
+    found = ops.hypergraph_conv(x, graph, normalization="none", hyperedge_degree=False)
+    torch.testing.assert_close(found, (x.float() * weight[:, None]).to(dtype), rtol=0, atol=0, equal_nan=True)
