@@ -21,6 +21,7 @@ namespace hellm::cpu::HELLM_ISA {
 namespace {
 
 constexpr int64_t kBlock = 240;  // items a block: a multiple of the tile height, its E stays in the second-level cache
+constexpr int64_t kStrip = 96;   // rows a strip at most
 constexpr double kGrain = 2e7;   // operations a thread: two waits a strip are cheap only beside that much
 constexpr double kLog2E = 1.4426950408889634;
 
@@ -91,14 +92,20 @@ void block_logits(const Problem<T>& p, int64_t block, int64_t start, int64_t cou
   const int64_t strip = p.strip, first = p.first_item(block), num_items = p.items_of(block);
   T* const maximum = p.partial_maximum + block * strip;
   for (int64_t i = 0; i < strip; ++i) maximum[i] = std::numeric_limits<T>::lowest();
+  // Few rows have their target in a block, so that they are found once and not for each group.
+  int64_t row_of[kStrip], num_own = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t own = p.arguments.target[start + i] - first;
+    if (own >= 0 && own < num_items) row_of[num_own++] = i;
+  }
   for (int64_t item = 0; item < num_items; item += kGroup) {
     const int64_t left = num_items - item, items = left < kGroup ? left : kGroup;
     if (p.interruption.after(items * strip * p.depth)) return;
     T* const s = logits + item * strip;
     multiply<false>(items, strip, p.depth, p.items + (first + item) * p.stride, p.stride, 1, query, strip, s, strip,
                     left - items);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t own = p.arguments.target[start + i] - first - item;
+    for (int64_t n = 0; n < num_own; ++n) {
+      const int64_t i = row_of[n], own = p.arguments.target[start + i] - first - item;
       if (own >= 0 && own < items) s[own * strip + i] = -std::numeric_limits<T>::infinity();
     }
     for (int64_t i = 0; i < strip; i += kLanes<T>) {
@@ -243,7 +250,7 @@ void run(const ItemCrossEntropyArguments& a, Interruption& interruption) {
   const bool need_hidden = a.row_grad && a.grad_hidden;
   const bool need_items = a.row_grad && (a.grad_items || a.grad_bias);
   // Wide strips reuse each item more often; E of a strip should stay below 16 MiB.
-  const int64_t most = num_blocks * kBlock * 96 * int64_t(sizeof(T)) <= (int64_t(16) << 20) ? 96 : 48;
+  const int64_t most = num_blocks * kBlock * kStrip * int64_t(sizeof(T)) <= (int64_t(16) << 20) ? kStrip : kStrip / 2;
   const int64_t strip = strip_rows<T>(a.num_rows, stride, most);
   // With nothing to convert or pad, the caller's tables serve as they are.
   const bool in_place = sizeof(S) == sizeof(T) && stride == a.dim;

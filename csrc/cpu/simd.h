@@ -221,17 +221,29 @@ inline void end_stream() {
 
 // 2^x for x <= about 0; exactly 0 below the smallest normal number, NaN for NaN. Relative error 2e-7.
 inline Vector<float> exp2(Vector<float> x) {
+#if defined(__AVX512F__)
+  const __m512 value = reinterpret_cast<__m512>(x);
+  const Vector<float> whole =
+      reinterpret_cast<Vector<float>>(_mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
   const Vector<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Int normal = ~(x < -126.0f);
-  const Vector<float> rounded = x + magic;
-  const Vector<float> f = x - (rounded - magic);  // in [-1/2, 1/2]; the polynomial is minimax there
+  const Vector<float> rounded = x + magic, whole = rounded - magic;
+#endif
+  const Vector<float> f = x - whole;  // in [-1/2, 1/2]; the polynomial is minimax there
   Vector<float> p = 0.00132647266f * f + 0.00967151272f;
   p = p * f + 0.0555073375f;
   p = p * f + 0.240222421f;
   p = p * f + 0.693146978f;
   p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  const __mmask16 normal = _mm512_cmp_ps_mask(value, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return reinterpret_cast<Vector<float>>(
+      _mm512_maskz_scalef_ps(normal, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(whole)));
+#else
+  const Int normal = ~(x < -126.0f);
   const Word exponent = reinterpret_cast<Word>(rounded) << 23;
   return reinterpret_cast<Vector<float>>((reinterpret_cast<Word>(p) + exponent) & reinterpret_cast<Word>(normal));
+#endif
 }
 inline Vector<double> exp2(Vector<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp2(x[i]);
