@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from hellm.config._checks import require
 
-__all__ = ["build", "plain", "replace_dotted", "setting_type", "unknown"]
+__all__ = ["build", "checked", "plain", "replace_dotted", "setting_type", "unknown"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -46,16 +46,31 @@ def build(cls: type[ConfigT], values: Any, prefix: str) -> ConfigT:
 
 
 def replace_dotted(config: Any, path: list[str], value: Any, name: str) -> Any:
+    """With one setting replaced, and not held to what goes with the others; see `checked`."""
     hints = _field_types(type(config))
     prefix = name[: len(name) - len(".".join(path))]
     if path[0] not in hints:
         raise ValueError(unknown("setting", f"{prefix}{path[0]}", [f"{prefix}{key}" for key in hints]))
     if len(path) == 1:
-        return replace(config, **{path[0]: _convert(hints[path[0]], value, name)})
+        return _with(config, path[0], _convert(hints[path[0]], value, name))
     child = getattr(config, path[0])
     if not dataclasses.is_dataclass(child):
         raise ValueError(f"setting {prefix}{path[0]} has no parts, got {name!r}")
-    return replace(config, **{path[0]: replace_dotted(child, path[1:], value, name)})
+    return _with(config, path[0], replace_dotted(child, path[1:], value, name))
+
+
+def _with(config: Any, field: str, value: Any) -> Any:
+    changed = copy.copy(config)
+    object.__setattr__(changed, field, value)
+    return changed
+
+
+def checked(config: ConfigT) -> ConfigT:
+    """The same settings, held to what they must be. Raises: ValueError, which one and what it must be."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(cast(Any, config))}
+    return type(config)(
+        **{name: checked(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+    )
 
 
 def setting_type(cls: type, name: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hellm._files import atomic_path
-from hellm.config._values import build, plain, replace_dotted, unknown
+from hellm.config._values import build, checked, plain, replace_dotted, unknown
 from hellm.config.presets import presets_of
 
 __all__ = [
@@ -58,7 +58,10 @@ def load_saved_config(cls: type[ConfigT], path: str | os.PathLike[str]) -> Confi
 
 
 def override_config(config: ConfigT, overrides: Iterable[str]) -> ConfigT:
-    """`config` with dotted `key=value` settings applied in order. Raises: ValueError as `load_config` does."""
+    """`config` with dotted `key=value` settings applied in order, and checked once all are.
+
+    Raises: ValueError as `load_config` does.
+    """
     import yaml
 
     for text in overrides:
@@ -66,7 +69,7 @@ def override_config(config: ConfigT, overrides: Iterable[str]) -> ConfigT:
         if not equals or not key:
             raise ValueError(f'an override must look like "key=value", got {text!r}')
         config = replace_dotted(config, key.split("."), yaml.safe_load(value), key)
-    return config
+    return checked(config)
 
 
 def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], where: str = "") -> ConfigT:
