@@ -79,6 +79,12 @@ class PretrainConfig(LoopConfig):
             and so does compat.
         contrastive_keys: nodes drawn uniformly for every step, the anchors among them, that stand for all as keys,
             without bias in the sum of negatives; null means all, and so does compat.
+        sampled_neighbours: neighbours, hyperedges and members of hyperedges that a layer reads at most for each node
+            that the losses of a step need, drawn anew for every step: for graphs that a step cannot propagate over as a
+            whole. What is propagated is right in the mean, lengths and losses are not linear in it. With keys, and
+            items of "softmax", that are drawn as well, a step costs by what it draws: only rows that were read are
+            updated, and the moments of others stand still. Validation is over the whole graphs. null propagates them
+            in every step.
         precision: of the contrastive similarities, "highest", "high" or "medium"; null follows torch.
         sampler: "user-uniform" (distinct users, then one of their items) or "interaction-uniform" (every interaction
             once per epoch). A GPU draws "user-uniform" triples with "uniform" negatives itself: the same distribution,
@@ -103,6 +109,7 @@ class PretrainConfig(LoopConfig):
     temperature: float = 0.6
     contrastive_rows: int | None = 512
     contrastive_keys: int | None = None
+    sampled_neighbours: int | None = None
     precision: Literal["highest", "high", "medium"] | None = None
     sampler: Literal["user-uniform", "interaction-uniform"] = "user-uniform"
     negatives: Literal["uniform", "popularity"] = "uniform"
@@ -134,3 +141,16 @@ class PretrainConfig(LoopConfig):
         items = self.sampled_items
         require(items is None or items >= 1, "sampled_items", "null or >= 1", items)
         require(items is None or self.loss == "softmax", "sampled_items", "null with loss bpr", items)
+        if self.sampled_neighbours is not None:
+            self._check_sampled_neighbours(self.sampled_neighbours)
+
+    def _check_sampled_neighbours(self, count: int) -> None:
+        name, model = "sampled_neighbours", self.model
+        require(count >= 1, name, "null or >= 1", count)
+        require(self.compat is None, name, "null with compat", count)
+        require(model.backbone != "ngcf", name, "null with backbone ngcf, which is not linear in what it reads", count)
+        is_contrasted = (model.user_hypergraph and self.user_contrastive_weight > 0) or (
+            model.item_hypergraph and self.item_contrastive_weight > 0
+        )
+        rule = f"set with {name}, as all nodes as keys read the whole graphs"
+        require(not is_contrasted or self.contrastive_keys is not None, "contrastive_keys", rule, None)

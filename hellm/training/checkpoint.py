@@ -124,14 +124,18 @@ def load_training_state(
     """Restore what `save_training_state` wrote into `model`, `optimizer` and torch's generators; returns `state`."""
     tensors, state = load_checkpoint(path)
     _load_model(path, model, tensors)
-    packed: dict[int, dict[str, torch.Tensor]] = {}
+    packed: dict[int, dict[str, torch.Tensor | int]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
             # Some parameters were scalars before, and so are what is kept of them.
             own = parameters[int(index)]
-            tensor = tensor if key == "step" else _part(tensor.reshape(own.shape), own)
+            if key != "step":
+                tensor = _part(tensor.reshape(own.shape), own)
+            elif not tensor.is_floating_point():
+                # SparseAdam counts in a number, and with it computes in float64.
+                tensor = int(tensor)
             packed.setdefault(int(index), {})[key] = tensor
     # How the update is computed is a matter of this device, not of the one that the run was saved on.
     groups = [

@@ -23,7 +23,7 @@ from hellm.evaluate import HistoryScorer, evaluate_dataset
 from hellm.graphs import item_hypergraph, nearest_items, search_recall, user_hypergraph
 from hellm.losses import bpr_loss, l2_loss, softmax_loss, synergistic_contrastive_loss
 from hellm.models import FoldIn, GraphEncoder
-from hellm.models.graph import Columns, ItemBranch
+from hellm.models.graph import Columns, EncoderOutput, ItemBranch, SampledRows
 from hellm.neighbours import check_approximate
 from hellm.training.candidates import CandidateItems, Candidates
 from hellm.training.captured_step import CapturedStep
@@ -76,7 +76,7 @@ def pretrain(
 
     Started by `accelerate launch` or torchrun, several processes share the columns of all tables, and so of what is
     propagated, and the rows of every loss, which changes nothing; the first does the rest. With a backbone that mixes
-    columns every process has all of them.
+    columns every process has all of them. `sampled_neighbours` is for one process.
 
     Args:
         config: settings; see `hellm.config`.
@@ -91,12 +91,15 @@ def pretrain(
     Returns: what result.json holds.
 
     Raises:
-        FileExistsError, ValueError: as `RunDirectory` and `resolve_config`.
+        FileExistsError, ValueError: as `RunDirectory` and `resolve_config`; `sampled_neighbours` in several processes.
         MemoryError: a step needs more memory than there is; says how much it asked for and what to lower.
         FloatingPointError, Interrupted: as `hellm.training.loop.fit`.
     """
     # Every process makes all embeddings, so dropout must leave out the same in all of them.
     processes = launched_processes(resolve_device(config.device), seed=None)
+    if config.sampled_neighbours is not None and processes.count > 1:
+        count = config.sampled_neighbours
+        raise ValueError(f"sampled_neighbours must be null in several processes, got {count} in {processes.count}")
     with open_run(
         config,
         data,
@@ -179,13 +182,14 @@ def _resolve_capture(config: PretrainConfig) -> bool:
     if config.capture and not on_gpu:
         raise ValueError(f"capture must be null or false without a GPU, got true with device {config.device!r}")
     if config.capture and sampled:
-        raise ValueError("capture must be null or false with sampled_items or contrastive_keys, got true")
+        names = "sampled_items, contrastive_keys or sampled_neighbours"
+        raise ValueError(f"capture must be null or false with {names}, got true")
     return on_gpu and not sampled if config.capture is None else config.capture
 
 
 def _is_sampled(config: PretrainConfig) -> bool:
-    """Whether a step is over items or keys drawn for it, whose number may change."""
-    return config.sampled_items is not None or config.contrastive_keys is not None
+    """Whether a step is over items, keys or neighbours drawn for it, whose number may change."""
+    return any(one is not None for one in (config.sampled_items, config.contrastive_keys, config.sampled_neighbours))
 
 
 def build_encoder(config: PretrainConfig, dataset: Dataset, device: torch.device | str = "cpu") -> GraphEncoder:
@@ -275,6 +279,7 @@ def pretrain_losses(
     user_keys: Tensor | None = None,
     item_keys: Tensor | None = None,
     share: Callable[[int], slice] = slice,
+    sampled: Callable[[Tensor, Tensor], EncoderOutput] | None = None,
 ) -> dict[str, Tensor]:
     """Weighted loss terms of one step, whose sum stage 1 minimises: "bpr_loss", "l2_loss", "contrastive_loss".
 
@@ -282,60 +287,102 @@ def pretrain_losses(
     "bpr_loss", and negatives are not used. A contrastive term of weight 0, or of a hypergraph the model does not use,
     is not computed. `user_rows` and `item_rows` [R] int64 are the contrastive anchors; None is all. `user_keys` and
     `item_keys`: see `hellm.losses.synergistic_contrastive_loss`. All terms are means of rows; `share` says of how many
-    rows which are taken, and then the terms are these rows' part of the mean.
+    rows which are taken, and then the terms are these rows' part of the mean. `sampled` gives what the losses need of
+    users and items alone, as `hellm.models.graph.SampledRows` does; None takes the model's embeddings of all.
     """
-    output = model()
-
-    @functools.cache
-    def whole(name: str) -> Tensor:
-        return model.whole(getattr(output, name))
-
-    def chosen(x: Tensor, rows: Tensor) -> Tensor:
-        # F.embedding sums repeated rows of the gradient in a fixed order, plain indexing does not on CUDA.
-        return model.whole(F.embedding(rows, x))
-
     users, positives, negatives = (torch.as_tensor(ids).to(model.device) for ids in triples)
+    ranked = negatives if softmax_temperature is None else None if candidates is None else candidates.rows
+    contrasts = [
+        (side, num_nodes, weight, anchors, keys)
+        for side, num_nodes, table, weight, anchors, keys in (
+            ("user", model.num_users, model.user_branch_table, user_contrastive_weight, user_rows, user_keys),
+            ("item", model.num_items, model.item_branch_table, item_contrastive_weight, item_rows, item_keys),
+        )
+        if weight > 0 and table is not None
+    ]
+    needed = {"user": [users], "item": [positives, ranked]}
+    for side, *_, keys in contrasts:
+        needed[side].append(keys)
+    embeddings = _Embeddings.of(model, needed, sampled)
     own = _Rows.of(len(users), share)
-    user, positive = own(chosen(output.user, users)), own(chosen(output.item, positives))
+    user, positive = own(embeddings("user", users)), own(embeddings("item", positives))
     if softmax_temperature is None:
-        rows = (user, positive, own(chosen(output.item, negatives)))
+        rows = (user, positive, own(embeddings("item", negatives)))
         ranking = {"bpr_loss": bpr_loss(*rows) * own.part}
     else:
         rows, places, log_weight = (user, positive), positives, None
         if candidates is not None:
             places, log_weight = candidates.places(positives), candidates.log_weight
-        items = whole("item") if candidates is None else chosen(output.item, candidates.rows)
+        items = embeddings("item", ranked)
         loss = softmax_loss(user, items, own(places), softmax_temperature, log_weight=log_weight)
         ranking = {"softmax_loss": loss * own.part}
     contrastive = user.new_zeros(())
-    for side, weight, anchors, keys in (
-        ("user", user_contrastive_weight, user_rows, user_keys),
-        ("item", item_contrastive_weight, item_rows, item_keys),
-    ):
-        fused, view = getattr(output, side), getattr(output, f"{side}_view")
-        if weight > 0 and view is not None:
-            num_nodes = len(fused)
-            if keys is None:
-                views = whole(side), whole(f"{side}_view")
-            else:
-                views = chosen(fused, keys), chosen(view, keys)
-                anchors = None if anchors is None else torch.searchsorted(keys, anchors)
-            ours = _Rows.of(len(views[0]) if anchors is None else len(anchors), share)
-            if anchors is None and ours.part < 1:
-                anchors = torch.arange(len(views[0]), device=model.device)
-            loss = synergistic_contrastive_loss(
-                *views,
-                temperature,
-                precision=precision,
-                rows=None if anchors is None else ours(anchors),
-                num_nodes=num_nodes,
-            )
-            contrastive = contrastive + weight * ours.part * loss
+    for side, num_nodes, weight, anchors, keys in contrasts:
+        views = embeddings(side, keys), embeddings(f"{side}_view", keys)
+        if keys is not None and anchors is not None:
+            anchors = torch.searchsorted(keys, anchors)
+        ours = _Rows.of(len(views[0]) if anchors is None else len(anchors), share)
+        if anchors is None and ours.part < 1:
+            anchors = torch.arange(len(views[0]), device=model.device)
+        loss = synergistic_contrastive_loss(
+            *views,
+            temperature,
+            precision=precision,
+            rows=None if anchors is None else ours(anchors),
+            num_nodes=num_nodes,
+        )
+        contrastive = contrastive + weight * ours.part * loss
     return {
         **ranking,
         "l2_loss": l2_weight * own.part * l2_loss(*rows),
         "contrastive_loss": contrastive,
     }
+
+
+class _Embeddings:
+    """Rows of embeddings by the ids of their nodes.
+
+    Args:
+        model: what they are of.
+        output: its embeddings, of all nodes or of some.
+        ids: "user" and "item" -> [N] int64, ascending: the nodes of the output, where it has not all.
+    """
+
+    def __init__(self, model: GraphEncoder, output: EncoderOutput, ids: Mapping[str, Tensor]) -> None:
+        self._model, self._output, self._ids = model, output, ids
+        # Rows that two losses need whole are put together once.
+        self._all = functools.cache(lambda name: model.whole(getattr(output, name)))
+
+    @classmethod
+    def of(
+        cls,
+        model: GraphEncoder,
+        needed: Mapping[str, Sequence[Tensor | None]],
+        sampled: Callable[[Tensor, Tensor], EncoderOutput] | None,
+    ) -> _Embeddings:
+        """The model's, or what `sampled` gives of the nodes that are needed; None among these is all of a side."""
+        if sampled is None:
+            return cls(model, model(), {})
+        ids = {
+            side: _union(needed[side], count, model.device)
+            for side, count in (("user", model.num_users), ("item", model.num_items))
+        }
+        return cls(model, sampled(ids["user"], ids["item"]), ids)
+
+    def __call__(self, name: str, ids: Tensor | None) -> Tensor:
+        """[N, D] of a field of `EncoderOutput` for nodes [N], which are needed; None is all."""
+        if ids is None:
+            return self._all(name)
+        own = self._ids.get(name.removesuffix("_view"))
+        places = ids if own is None else torch.searchsorted(own, ids)
+        # F.embedding sums repeated rows of the gradient in a fixed order, plain indexing does not on CUDA.
+        return self._model.whole(F.embedding(places, getattr(self._output, name)))
+
+
+def _union(ids: Sequence[Tensor | None], count: int, device: torch.device) -> Tensor:
+    """[N] int64, ascending and distinct: what any of them has; None has all."""
+    given = [one for one in ids if one is not None]
+    return torch.unique(torch.cat(given)) if len(given) == len(ids) else torch.arange(count, device=device)
 
 
 class _Rows(NamedTuple):
@@ -359,8 +406,10 @@ class _Rows(NamedTuple):
         return x if self.part == 1 else x[self.rows]
 
 
-def build_optimizer(config: PretrainConfig, model: GraphEncoder) -> torch.optim.Adam:
-    """Adam over the tables; on a GPU in one kernel that a CUDA graph can hold."""
+def build_optimizer(config: PretrainConfig, model: GraphEncoder) -> torch.optim.Optimizer:
+    """Adam over the tables, or over their rows that a step reads; on a GPU in one kernel that a CUDA graph can hold."""
+    if config.sampled_neighbours is not None:
+        return torch.optim.SparseAdam(model.parameters(), lr=config.learning_rate)
     on_gpu = model.device.type == "cuda"
     return torch.optim.Adam(
         model.parameters(), lr=config.learning_rate, capturable=on_gpu, fused=True if on_gpu else None
@@ -448,12 +497,14 @@ def step_losses(
     process would. Where columns are shared out, all of them ask for a step together.
     """
     choices, candidates = _contrastive_choices(config, model), _candidates(config, model)
+    sampled = _sampled_rows(config, model)
 
     def losses(epoch: int, step: int) -> dict[str, Tensor]:
         triples, drawn = sampler.sample(epoch, step), _contrastive_rows(config, choices, epoch, step)
         rows = {name: one.to(model.device) for name, one in drawn.items()}
         chosen = candidates(epoch, step, triples)
-        return _losses(model, config, triples, rows, chosen, slice if processes is None else processes.share)
+        share = slice if processes is None else processes.share
+        return _losses(model, config, triples, rows, chosen, share, sampled(epoch, step))
 
     return losses
 
@@ -465,6 +516,7 @@ def _losses(
     rows: Mapping[str, Tensor],
     candidates: Candidates | None = None,
     share: Callable[[int], slice] = slice,
+    sampled: Callable[[Tensor, Tensor], EncoderOutput] | None = None,
 ) -> dict[str, Tensor]:
     return pretrain_losses(
         model,
@@ -477,8 +529,25 @@ def _losses(
         precision=config.precision,
         candidates=candidates,
         share=share,
+        sampled=sampled,
         **rows,
     )
+
+
+def _sampled_rows(
+    config: PretrainConfig, model: GraphEncoder
+) -> Callable[[int, int], Callable[[Tensor, Tensor], EncoderOutput] | None]:
+    """(epoch, step) -> what gives the rows of a step; None is the model itself, of all nodes."""
+    if config.sampled_neighbours is None:
+        return lambda epoch, step: None
+    rows = SampledRows(model, config.sampled_neighbours)
+
+    def of_step(epoch: int, step: int) -> Callable[[Tensor, Tensor], EncoderOutput]:
+        # A stream of its own beside those of samplers, contrastive anchors and candidate items.
+        seed = int(np.random.default_rng((config.seed, epoch, step, 3)).integers(2**63))
+        return functools.partial(rows, generator=torch.Generator().manual_seed(seed))
+
+    return of_step
 
 
 def _candidates(config: PretrainConfig, model: GraphEncoder) -> Callable[[int, int, Triples], Candidates | None]:

@@ -97,6 +97,15 @@ def test_later_override_wins_and_the_original_stays():
     assert config.seed == 2024
 
 
+def test_settings_that_go_together_may_come_in_any_order():
+    overrides = ["sampled_items=8", "loss=softmax", "contrastive_keys=4", "contrastive_rows=2", "model.num_layers=1"]
+    for order in (overrides, overrides[::-1]):
+        config = override_config(PretrainConfig(), order)
+        assert (config.sampled_items, config.contrastive_keys, config.model.num_layers) == (8, 4, 1)
+    with pytest.raises(ValueError, match="sampled_items must be null with loss bpr, got 8"):
+        override_config(PretrainConfig(), ["sampled_items=8"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -130,6 +139,37 @@ def test_later_override_wins_and_the_original_stays():
 def test_wrong_override_says_what_was_expected(override, message):
     with pytest.raises(ValueError, match=message):
         override_config(PretrainConfig(), [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sampled_neighbours=0"], r"sampled_neighbours must be null or >= 1, got 0"),
+        (["compat=official"], r"sampled_neighbours must be null with compat, got 8"),
+        (
+            ["model.backbone=ngcf"],
+            r"sampled_neighbours must be null with backbone ngcf, which is not linear in what it reads, got 8",
+        ),
+        (
+            ["contrastive_keys=null"],
+            r"contrastive_keys must be set with sampled_neighbours, as all nodes as keys read the whole graphs, got",
+        ),
+        (["contrastive_keys=null", "user_contrastive_weight=0"], r"contrastive_keys must be set with"),
+        (["contrastive_keys=null", "model.user_hypergraph=false"], r"contrastive_keys must be set with"),
+    ],
+)
+def test_what_sampled_neighbours_exclude(overrides, message):
+    keys = ["contrastive_rows=64", "contrastive_keys=64", "sampled_neighbours=8"]
+    assert override_config(PretrainConfig(), keys).sampled_neighbours == 8
+    with pytest.raises(ValueError, match=message):
+        override_config(PretrainConfig(), [*keys, *overrides])
+
+
+def test_sampled_neighbours_need_keys_only_where_there_is_a_contrast():
+    weights = ["user_contrastive_weight=0", "item_contrastive_weight=0"]
+    graphs = ["model.user_hypergraph=false", "model.item_hypergraph=false"]
+    for without in (weights, graphs, [weights[0], graphs[1]]):
+        assert override_config(PretrainConfig(), ["sampled_neighbours=8", *without]).contrastive_keys is None
 
 
 def test_unknown_preset_names_the_nearest():

@@ -22,7 +22,9 @@ from hellm.training.candidates import CandidateItems
 from hellm.training.checkpoint import read_model
 from hellm.training.loop import Interrupted
 from hellm.training.pretrain import build_encoder, pretrain, pretrain_losses, resolve_config
+from hellm.training.processes import Processes
 from hellm.training.samplers import Triples
+from hellm.training.step import total_loss
 
 CONFIG = PretrainConfig(
     model=ModelConfig(embedding_dim=8, knn_k=4),
@@ -469,7 +471,13 @@ def test_sampled_keys_estimate_the_whole_contrast(small_dataset):
 
 
 @pytest.mark.parametrize(
-    "overrides", [("contrastive_rows=8", "contrastive_keys=16"), ("loss=softmax", "sampled_items=7")]
+    "overrides",
+    [
+        ("contrastive_rows=8", "contrastive_keys=16"),
+        ("loss=softmax", "sampled_items=7"),
+        ("contrastive_rows=8", "contrastive_keys=16", "sampled_neighbours=2"),
+        ("loss=softmax", "sampled_items=7", "contrastive_rows=8", "contrastive_keys=16", "sampled_neighbours=2"),
+    ],
 )
 def test_training_with_samples_learns_and_goes_on_like_without_a_break(small_dataset, tmp_path, overrides):
     config = changed(*overrides, "max_epochs=6")
@@ -481,9 +489,78 @@ def test_training_with_samples_learns_and_goes_on_like_without_a_break(small_dat
     assert losses[-1] < losses[0]
 
 
+class TestSampledNeighbours:
+    SETTINGS = ("contrastive_rows=8", "contrastive_keys=16")
+    SOFTMAX = ("loss=softmax", "sampled_items=7")
+
+    @pytest.mark.parametrize("backbone", ["lightgcn", "mf"])
+    @pytest.mark.parametrize("loss", [(), SOFTMAX, ("loss=softmax",)], ids=str)
+    @pytest.mark.parametrize(
+        "graphs", [(), ("model.item_hypergraph=false",), ("model.user_hypergraph=false",)], ids=str
+    )
+    def test_where_nothing_is_left_out_a_step_is_that_of_the_whole_graphs(self, small_dataset, graphs, loss, backbone):
+        """Losses and gradients, and nothing beside the step's own numbers is drawn."""
+        config = changed(*self.SETTINGS, *graphs, *loss, f"model.backbone={backbone}")
+        found = []
+        for chosen in (config, replace(config, sampled_neighbours=10**9)):
+            torch.manual_seed(0)
+            model = build_encoder(chosen, small_dataset).double()
+            state = torch.get_rng_state()
+            terms = module.step_losses(chosen, model, module.build_sampler(chosen, small_dataset))(3, 1)
+            total_loss(terms).backward()
+            assert torch.equal(torch.get_rng_state(), state)
+            gradients = {name: one.grad for name, one in model.named_parameters()}
+            assert all(one.is_sparse == (chosen.sampled_neighbours is not None) for one in gradients.values())
+            found.append((terms, {name: one.to_dense() for name, one in gradients.items()}))
+        torch.testing.assert_close(*found, check_layout=False)
+
+    def test_only_rows_that_are_read_are_updated(self, small_dataset):
+        config = changed(
+            "batch_size=1", "user_contrastive_weight=0", "item_contrastive_weight=0", "sampled_neighbours=1"
+        )
+        model = build_encoder(config, small_dataset)
+        before = {name: one.detach().clone() for name, one in model.named_parameters()}
+        step = module.build_step(model, config, module.build_sampler(config, small_dataset), Processes())
+        step.run(0, 0)
+        for name, parameter in model.named_parameters():
+            changed_rows = (parameter != before[name]).any(1).sum()
+            assert 0 < changed_rows < len(parameter) / 2, name
+
+    def test_draws_are_those_of_the_seed_the_epoch_and_the_step(self, small_dataset):
+        config = changed(*self.SETTINGS, "sampled_neighbours=1")
+        model = build_encoder(config, small_dataset)
+        sampled = module._sampled_rows(config, model)
+        other = module._sampled_rows(replace(config, seed=1), model)
+
+        def rows(of_step, epoch, step):
+            return of_step(epoch, step)(torch.arange(60), torch.arange(24)).user
+
+        torch.manual_seed(1)
+        assert torch.equal(rows(sampled, 2, 3), rows(sampled, 2, 3))
+        for different in (rows(sampled, 3, 2), rows(sampled, 2, 4), rows(other, 2, 3)):
+            assert not torch.equal(rows(sampled, 2, 3), different)
+
+    @pytest.mark.parametrize("loss", [(), SOFTMAX], ids=str)
+    def test_it_learns_the_blocks(self, small_dataset, tmp_path, loss):
+        settings = (*self.SETTINGS, *loss, "sampled_neighbours=4", "max_epochs=20")
+        result = run(changed(*settings), small_dataset, tmp_path / "run")
+        # Chance, and what popularity does where all items are alike, is 5 of 20.
+        assert result["test"]["metrics"]["recall@5"] > 0.5
+
+    def test_it_is_for_one_process(self, small_dataset, tmp_path, monkeypatch):
+        processes = Processes()
+        processes.count = 2
+        monkeypatch.setattr(module, "launched_processes", lambda *_, **__: processes)
+        with pytest.raises(ValueError, match="sampled_neighbours must be null in several processes, got 4 in 2"):
+            run(changed(*self.SETTINGS, "sampled_neighbours=4"), small_dataset, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
 def test_samples_and_a_captured_step_exclude_each_other():
-    with pytest.raises(ValueError, match="capture must be null or false with sampled_items or contrastive_keys, got"):
-        module._resolve_capture(changed("device=cuda", "contrastive_rows=8", "contrastive_keys=8", "capture=true"))
+    keys = ("contrastive_rows=8", "contrastive_keys=8")
+    for sampled in (keys, (*keys, "sampled_neighbours=2"), ("loss=softmax", "sampled_items=8")):
+        with pytest.raises(ValueError, match="capture must be null or false with sampled_items, contrastive_keys or"):
+            module._resolve_capture(changed("device=cuda", *sampled, "capture=true"))
     assert module._resolve_capture(changed("device=cuda"))
     assert not module._resolve_capture(changed("device=cuda", "loss=softmax", "sampled_items=8"))
 

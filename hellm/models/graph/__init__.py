@@ -6,5 +6,16 @@ from hellm.models.graph.columns import Columns
 from hellm.models.graph.content import ItemContent, Neighbours
 from hellm.models.graph.encoder import EncoderOutput, GraphEncoder, ItemBranch, placed
 from hellm.models.graph.fold_in import FoldIn
+from hellm.models.graph.rows import SampledRows
 
-__all__ = ["Columns", "EncoderOutput", "FoldIn", "GraphEncoder", "ItemBranch", "ItemContent", "Neighbours", "placed"]
+__all__ = [
+    "Columns",
+    "EncoderOutput",
+    "FoldIn",
+    "GraphEncoder",
+    "ItemBranch",
+    "ItemContent",
+    "Neighbours",
+    "SampledRows",
+    "placed",
+]

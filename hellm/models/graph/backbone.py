@@ -39,6 +39,11 @@ class MF(nn.Module):
         """[U, D] and [I, D] of such tables and the training interactions, users as vertices and items as hyperedges."""
         return user, item
 
+    @property
+    def num_plain_layers(self) -> int | None:
+        """Layers of the `hellm.ops.bipartite_propagate` that `forward` is; None where it is something else."""
+        return 0
+
     def fold_in(self, user: Tensor, item: Tensor, hypergraph: Hypergraph) -> tuple[Tensor, float] | None:
         """What an item passes to a user who has no row [I, D], and the exponent, see `FoldIn`.
 
@@ -52,6 +57,10 @@ class LightGCN(MF):
 
     def forward(self, user: Tensor, item: Tensor, hypergraph: Hypergraph) -> tuple[Tensor, Tensor]:
         return ops.bipartite_propagate(user, item, hypergraph, num_layers=self.num_layers)
+
+    @property
+    def num_plain_layers(self) -> int:
+        return self.num_layers
 
     def fold_in(self, user: Tensor, item: Tensor, hypergraph: Hypergraph) -> tuple[Tensor, float]:
         """The sum over layers 0..L-1 of an item, over L + 1 and the root of how many users it has."""
@@ -71,6 +80,10 @@ class NGCF(MF):
         self.aggregate = nn.ModuleList(nn.Linear(dim, dim) for _ in range(num_layers))
         self.interact = nn.ModuleList(nn.Linear(dim, dim) for _ in range(num_layers))
         self.dropout = Dropout(dropout)
+
+    @property
+    def num_plain_layers(self) -> None:
+        return None
 
     def forward(self, user: Tensor, item: Tensor, hypergraph: Hypergraph) -> tuple[Tensor, Tensor]:
         sizes = [len(user), len(item)]

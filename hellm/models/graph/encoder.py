@@ -6,7 +6,7 @@ U = users, I = items, D = embedding width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,18 @@ if TYPE_CHECKING:
 
     from hellm.models.graph.columns import Columns
 
-__all__ = ["EncoderOutput", "GraphEncoder", "ItemBranch", "placed"]
+__all__ = ["ITEM_CONVOLUTION", "USER_CONVOLUTION", "EncoderOutput", "GraphEncoder", "ItemBranch", "placed"]
+
+
+class _Form(TypedDict):
+    normalization: str
+    hyperedge_degree: bool
+    self_loops: bool
+
+
+USER_CONVOLUTION: _Form = {"normalization": "row", "hyperedge_degree": False, "self_loops": False}
+ITEM_CONVOLUTION: _Form = {"normalization": "symmetric", "hyperedge_degree": False, "self_loops": True}
+"""What the branches are of `hellm.ops.hypergraph_conv`."""
 
 # Weights that backbones had under another name.
 _RENAMED = {"aggregate.": "backbone.aggregate.", "interact.": "backbone.interact."}
@@ -144,12 +155,14 @@ class GraphEncoder(nn.Module):
         """
         if self.training:
             self._cached = None
-        user, item = self._propagate_backbone()
-        user_view, item_view = self._user_view(self.num_user_layers), None
+        item_view = None if self.item_branch_table is None else self._item_view(self.num_item_layers)
+        return self.fused(*self._propagate_backbone(), self._user_view(self.num_user_layers), item_view)
+
+    def fused(self, user: Tensor, item: Tensor, user_view: Tensor | None, item_view: Tensor | None) -> EncoderOutput:
+        """The output of rows of the backbone and of the branches."""
         if user_view is not None:
             user = user + self._unit(user_view)
-        if self.item_branch_table is not None:
-            item_view = self._item_view(self.num_item_layers)
+        if item_view is not None:
             item = item + self._unit(item_view)
         if self.unit_items:
             item = self._unit(item)
@@ -197,14 +210,7 @@ class GraphEncoder(nn.Module):
         table = self._weight(self.user_branch_table)
         if num_layers == 0:
             return table
-        return ops.hypergraph_conv(
-            table,
-            self.user_hypergraph,
-            normalization="row",
-            hyperedge_degree=False,
-            self_loops=False,
-            num_layers=num_layers,
-        )
+        return ops.hypergraph_conv(table, self.user_hypergraph, num_layers=num_layers, **USER_CONVOLUTION)
 
     def _item_view(self, num_layers: int) -> Tensor:
         hypergraph = self.item_hypergraph
@@ -212,13 +218,7 @@ class GraphEncoder(nn.Module):
         table = self._weight(self.item_branch_table)
         if num_layers == 0:
             return table
-        return ops.hypergraph_conv(
-            table,
-            hypergraph,
-            normalization="symmetric",
-            hyperedge_degree=False,
-            num_layers=num_layers,
-        )
+        return ops.hypergraph_conv(table, hypergraph, num_layers=num_layers, **ITEM_CONVOLUTION)
 
     def _propagate_backbone(self) -> tuple[Tensor, Tensor]:
         return self.backbone(self._weight(self.user_table), self._weight(self.item_table), self.user_hypergraph)
