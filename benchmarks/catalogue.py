@@ -2,7 +2,8 @@
 
 Steps of the sequence model and of stage 1 (softmax and both contrasts, without item hypergraph), each over all items
 and nodes and over some that stand for them (`sampled_items`, `contrastive_keys`), in a process of its own with one
-thread. Three users for four items, eight events each, items by a power law.
+thread; of stage 1 also over 4,096 of them and 8 `sampled_neighbours` in place of the whole graphs. Three users for four
+items, eight events each, items by a power law.
 """
 
 from __future__ import annotations
@@ -16,18 +17,24 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from benchmarks.environment import ROOT, environment, write_json
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from hellm.data import Dataset
 
 SIZES, SAMPLED, EVENTS = (10_000, 100_000, 1_000_000), 8192, 8
+# Of the stage that does not propagate over the whole graphs.
+NEIGHBOURS, KEYS = 8, 4096
+
+# Optimiser, loss terms of a step, and steps of an epoch.
+Steps: TypeAlias = "tuple[torch.optim.Optimizer, Callable[[int], Mapping[str, Tensor]], int]"
 
 
 def shop(num_items: int) -> Dataset:
@@ -44,8 +51,10 @@ def shop(num_items: int) -> Dataset:
     return Dataset("made", num_users, num_items, users, items, None, np.zeros(len(users), np.int8), *ids)
 
 
-def sequence_step(data: Dataset, sampled: int | None) -> tuple[Any, Callable[[int], Mapping[str, Tensor]], int]:
-    """Model, loss terms of a step, and steps of an epoch."""
+def sequence_step(data: Dataset, sampled: int | None) -> Steps:
+    """Those of the sequence model."""
+    import torch
+
     from hellm.config import SASRecConfig
     from hellm.training.candidates import CandidateItems
     from hellm.training.sasrec import build_sasrec, build_sequence_sampler, sasrec_losses
@@ -58,24 +67,34 @@ def sequence_step(data: Dataset, sampled: int | None) -> tuple[Any, Callable[[in
         batch = sampler.sample(0, step)
         return sasrec_losses(model, batch, config.loss, candidates.of_step(0, step, batch.targets))
 
-    return model, losses, sampler.num_steps
+    return torch.optim.Adam(model.parameters(), lr=1e-3), losses, sampler.num_steps
 
 
-def graph_step(data: Dataset, sampled: int | None) -> tuple[Any, Callable[[int], Mapping[str, Tensor]], int]:
-    """The same of stage 1."""
+def graph_step(data: Dataset, sampled: int | None, *more: str) -> Steps:
+    """Those of stage 1, with more settings."""
     from hellm.config import PretrainConfig, override_config
     from hellm.training import pretrain
 
-    settings = ["loss=softmax", "batch_size=4096", "model.item_hypergraph=false"]
+    settings = ["loss=softmax", "batch_size=4096", "model.item_hypergraph=false", *more]
     if sampled:
         settings += [f"contrastive_rows={min(512, sampled)}", f"contrastive_keys={sampled}", f"sampled_items={sampled}"]
     config = override_config(PretrainConfig(), settings)
     model, sampler = pretrain.build_encoder(config, data), pretrain.build_sampler(config, data)
     losses = pretrain.step_losses(config, model, sampler)
-    return model, lambda step: losses(0, step), sampler.num_steps
+    return pretrain.build_optimizer(config, model), lambda step: losses(0, step), sampler.num_steps
 
 
-STAGES = {"sequence": sequence_step, "stage 1": graph_step}
+def neighbour_step(data: Dataset, sampled: int | None) -> Steps:
+    """Those of stage 1 over drawn neighbours."""
+    return graph_step(data, sampled, f"sampled_neighbours={NEIGHBOURS}")
+
+
+STAGES = {"sequence": sequence_step, "stage 1": graph_step, "stage 1, sampled neighbours": neighbour_step}
+
+
+def counts_of(stage: str, sampled: int) -> tuple[int | None, ...]:
+    """Items and keys of a step that are measured; None is all."""
+    return (min(KEYS, sampled),) if STAGES[stage] is neighbour_step else (sampled, None)
 
 
 def run_steps(stage: str, num_items: int, sampled: int | None, rounds: int) -> dict[str, Any]:
@@ -84,8 +103,7 @@ def run_steps(stage: str, num_items: int, sampled: int | None, rounds: int) -> d
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, losses, num_steps = STAGES[stage](shop(num_items), sampled)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer, losses, num_steps = STAGES[stage](shop(num_items), sampled)
     seconds, values = [], []
     # The first step makes Adam's moments and what else is made once.
     for step in range(rounds + 1):
@@ -112,11 +130,13 @@ def measure(sizes: Sequence[int], rounds: int, sampled: int, say=print) -> dict[
     run: dict[str, Any] = {"schema": 1, "kind": "catalogue", "environment": environment(), "rows": []}
     for stage in STAGES:
         for size in sizes:
-            for count in (sampled, None):
+            for count in counts_of(stage, sampled):
                 told = [stage, str(size), str(count or 0), str(rounds)]
                 command = [sys.executable, "-m", "benchmarks.catalogue", "--child", *told]
                 done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
                 row = {"stage": stage, "num_items": size, "sampled": count}
+                if STAGES[stage] is neighbour_step:
+                    row["sampled_neighbours"] = NEIGHBOURS
                 if done.returncode:
                     row["failure"] = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
                 else:
@@ -126,7 +146,7 @@ def measure(sizes: Sequence[int], rounds: int, sampled: int, say=print) -> dict[
                     f"{row['seconds_of_step']:.2f} s a step, {row['seconds_of_epoch'] / 60:.1f} min an epoch, "
                     f"peak {row['peak_bytes'] / 1e9:.2f} GB"
                 )
-                say(f"{stage:>8}, {size:>9,} items, {f'{count:,} drawn' if count else 'all':>11}: {what}")
+                say(f"{stage:>27}, {size:>9,} items, {f'{count:,} drawn' if count else 'all':>11}: {what}")
     return run
 
 

@@ -304,9 +304,12 @@ def _catalogue_section(run: dict[str, Any]) -> list[str]:
         epoch = f"{record['seconds_of_epoch'] / 60:,.1f} min"
         peak = f"{record['peak_bytes'] / 1e9:.2f} GB"
         rows.append([*row, duration(record["seconds_of_step"]), f"{record['steps_per_epoch']:,}", epoch, peak])
+    neighbours = {record["sampled_neighbours"] for record in run["rows"] if "sampled_neighbours" in record}
+    more = "".join(f" Sampled neighbours are {count}, in place of the whole graphs." for count in sorted(neighbours))
     text = (
         "### Training against the size of the catalogue\n\nSteps over all items and over some that stand for them "
-        "(`sampled_items`, `contrastive_keys`), each row in a process of its own, whose peak memory is given.\n\n"
+        "(`sampled_items`, `contrastive_keys`), each row in a process of its own, whose peak memory is given."
+        f"{more}\n\n"
     )
     return [text + markdown_table(head, rows)]
 

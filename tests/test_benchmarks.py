@@ -329,6 +329,16 @@ def test_a_step_over_some_items_of_a_catalogue(stage):
     assert (data.num_users, data.num_items, data.num_events) == (450, 600, 3600)
 
 
+def test_report_tells_how_many_neighbours_were_sampled():
+    row = {"num_items": 600, "sampled": 50, "seconds_of_step": 1.0, "steps_per_epoch": 3, "seconds_of_epoch": 3.0}
+    rows = [{"stage": stage, "peak_bytes": 1e9, **row} for stage in catalogue.STAGES]
+    assert "Sampled neighbours" not in report._catalogue_section({"rows": rows})[0]
+    rows[-1]["sampled_neighbours"] = 8
+    (section,) = report._catalogue_section({"rows": rows})
+    assert "Sampled neighbours are 8, in place of the whole graphs." in section
+    assert "| stage 1, sampled neighbours | 600 | 50 drawn |" in section
+
+
 def test_lists_of_another_library_are_tested_as_ours():
     """Those of a scorer, cut to 20, have its metrics; a list that is short has the items that it has."""
     from hellm.data import Dataset, IdMap
