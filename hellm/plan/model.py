@@ -26,7 +26,8 @@ A stage that trains costs
 
 Epochs are `max_epochs`, which patience may cut short: an upper limit. Peak memory is the imports, what grows with
 events, items and the scores or lists that are held; disk is what the stage leaves. Each of n processes sends
-2 (n - 1) / n times the gradients (4 bytes a parameter) at every update.
+2 (n - 1) / n times the gradients (4 bytes a parameter) at every update; stage 1 and a sharded language model send what
+`sent_by_columns` and `sent_by_shards` say.
 
 How many towers a fusion tries and keeps, validation says: both it and batch scoring take as long as the samples that
 had their towers kept. A term that no sample shows has the rate 0.
@@ -96,6 +97,7 @@ class Stage:
         rest, peak, disk: Terms of its seconds but for training, of its memory in bytes, of the bytes that it leaves.
         step, validation: Terms of a training step and of a validation; empty where it does not train.
         parameters: Terms of the parameters that it trains.
+        weights, layers: Terms of all its parameters, and of those in layers; of a model whose parts can be shared out.
     """
 
     verb: str
@@ -106,6 +108,8 @@ class Stage:
     step: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
 
 
 _VALIDATION = ("1", "events", "lists")
@@ -122,7 +126,15 @@ STAGES = {
         "transitions", "transitions", rest=("1", "events", "lists"), disk=("1", "events", "items", "pairs")
     ),
     "sequence": Stage("sasrec", "sasrec", step=("1", "items"), validation=_VALIDATION, parameters=("1", "items")),
-    "llm": Stage("finetune", "finetune", step=("1", "items"), validation=_VALIDATION, parameters=("1", "items")),
+    "llm": Stage(
+        "finetune",
+        "finetune",
+        step=("1", "items"),
+        validation=_VALIDATION,
+        parameters=("1", "items"),
+        weights=("1", "items"),
+        layers=("1",),
+    ),
     "fusion": Stage(
         "fuse",
         "fuse",
@@ -139,7 +151,7 @@ STAGES = {
     ),
 }
 """Name -> stage, in the order that they run in."""
-QUANTITIES = ("rest", "step", "validation", "peak", "disk", "parameters")
+QUANTITIES = ("rest", "step", "validation", "peak", "disk", "parameters", "weights", "layers")
 
 
 def num_steps(name: str, config: RunConfig, sizes: Sizes) -> int:

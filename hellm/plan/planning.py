@@ -23,6 +23,7 @@ from hellm.plan.model import (
     neighbour_products,
     num_steps,
     sent_by_columns,
+    sent_by_shards,
     sent_bytes,
 )
 from hellm.plan.sample import measured_stages, neighbour_rate
@@ -238,6 +239,10 @@ def _planned(
         updates = epochs * -(-steps // getattr(settings, "accumulate", 1))
         if name == "stage1":
             found["sent_bytes"] = updates * sent_by_columns(config.pretrain, sizes.users, sizes.items, processes)
+        elif name == "llm" and settings.sharded:
+            weights, layers, trained = (cost(rates[one], counts) for one in ("weights", "layers", "parameters"))
+            gathered = sent_by_shards(weights, layers, 0, processes)
+            found["sent_bytes"] = epochs * steps * gathered + updates * sent_by_shards(0, 0, trained, processes)
         else:
             found["sent_bytes"] = sent_bytes(cost(rates["parameters"], counts), updates, processes)
     return found

@@ -45,8 +45,9 @@ def measured_stages(
             take on a machine without other work.
 
     Returns: Stage -> "seconds" of the whole command; "step" (seconds of one, where it trains), "validation", and "rest"
-        of the seconds; "peak" (bytes of memory), "disk" (bytes left) and "parameters"; of a fusion "kept", the towers
-        that validation chose. Or "failure", a sentence.
+        of the seconds; "peak" (bytes of memory), "disk" (bytes left); "parameters" that it trains, "weights" (all) and
+        those in "layers" of a language model; of a fusion "kept", the towers that validation chose. Or "failure", a
+        sentence.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_shop(folder / "shop", *(int(one) for one in sizes))
@@ -78,6 +79,9 @@ def _command(
         runs = [str(folder / one) for one in _TOWERS if "seconds" in found.get(one, ())]
         return ["fuse", *runs, "--data", str(folder / "data"), "--out", out]
     settings = replace(getattr(config, stage.config or ""), protocol=config.protocol, ks=config.ks)
+    if name == "llm":
+        # What several processes share out, one has whole.
+        settings = replace(settings, sharded=False)
     if stage.step:
         settings = replace(settings, max_epochs=epochs, validate_every=1, checkpoint_every=epochs, tensorboard=False)
     save_config(settings, folder / f"{name}.yaml")
@@ -112,11 +116,14 @@ def _about(run: Path, steps: int, epochs: int, took: Mapping[str, float]) -> dic
         training, validation = (
             took["counted"] * sum(one.get(key, 0.0) for one in records) for key in ("seconds", "valid_seconds")
         )
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
         found = {
             "step": training / (steps * epochs),
             "validation": validation / epochs,
             "rest": max(0.0, took["seconds"] - training - validation),
-            "parameters": json.loads((run / "result.json").read_text(encoding="utf-8"))["num_parameters"],
+            "parameters": result.get("num_trained_parameters", result["num_parameters"]),
+            "weights": result["num_parameters"],
+            "layers": result.get("plan", {}).get("num_layer_parameters", 0),
         }
     if run.name == "fusion":
         towers = json.loads((run / "result.json").read_text(encoding="utf-8"))["towers"]

@@ -364,6 +364,9 @@ def plan_finetuning(
         "max_steps": sampler.num_steps * config.max_epochs,
         "num_trained_parameters": trained,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_layer_parameters": sum(
+            one.numel() for layer in layers_of(model.prompted.base) for one in layer.parameters()
+        ),
         "seconds_of_step": seconds,
         "expected_seconds_per_epoch": per_epoch,
         "expected_seconds": per_epoch * config.max_epochs,

@@ -170,6 +170,24 @@ class TestPlan:
         assert with_llm["batch"]["seconds"] - without["batch"]["seconds"] == pytest.approx(more, rel=0.05)
         assert with_llm["fusion"]["seconds"] - without["fusion"]["seconds"] == pytest.approx(3 * more, rel=0.05)
 
+    def test_who_shares_out_a_language_model_sends_its_weights(self, made_up, monkeypatch):
+        """As `benchmarks.traffic` counts a step, whose every weight is gathered and whose gradients are reduced."""
+        sizes, settings = Sizes(1e6, 1e5, 1e4), ["finetune.sharded=true", "finetune.max_epochs=2"]
+        monkeypatch.setitem(RATES, "weights", {"1": 1e8, "items": 192.0})
+        monkeypatch.setitem(RATES, "layers", {"1": 6e7})
+        for accumulate in (1, 4):
+            config = override_config(RunConfig(), [*settings, f"finetune.accumulate={accumulate}"])
+            planned = plan(sizes, config, ["llm"], processes=4)["stages"]["llm"]
+            steps, updates = 2 * planned["steps_per_epoch"], 2 * -(-planned["steps_per_epoch"] // accumulate)
+            trained = cost(RATES["parameters"], {"events": 0, "items": 1e4})
+            gathered = sent_by_shards(1e8 + 192 * 1e4, 6e7, 0, 4)
+            assert sent_by_shards(1e8 + 192 * 1e4, 6e7, trained, 4) == gathered + sent_by_shards(0, 0, trained, 4)
+            expected = steps * gathered + updates * sent_by_shards(0, 0, trained, 4)
+            assert planned["sent_bytes"] == pytest.approx(expected, rel=1e-3)
+        whole = plan(sizes, RunConfig(finetune=replace(config.finetune, sharded=False)), ["llm"], processes=4)
+        assert whole["stages"]["llm"]["sent_bytes"] < planned["sent_bytes"] / 100
+        assert plan(sizes, config, ["llm"])["stages"]["llm"]["sent_bytes"] == 0
+
     def test_a_stage_that_fails_is_told(self, monkeypatch, made_up):
         monkeypatch.setattr(
             planning, "measured_stages", lambda sizes, stages, config, folder, **_: folder.mkdir() or {

@@ -48,6 +48,7 @@ def test_run_learns_and_leaves_a_model_with_the_same_scores(config, small_datase
     assert result["test"]["recall@5"] > 5 / 24 and result["test"]["recall@5"] == result["test"]["metrics"]["recall@5"]
     assert result["stage"] == "finetune" and result["test_users_per_second"] > 0
     assert result["num_trained_parameters"] < result["num_parameters"]
+    assert 0 < result["plan"]["num_layer_parameters"] < result["num_parameters"]
     tables = load_item_inputs(config, small_dataset, **runs).tables
     loaded = RecommenderLLM.from_pretrained(
         tmp_path / "run" / "model", tables, item_titles=small_dataset.item_titles, sequence_model=None
