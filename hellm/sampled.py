@@ -63,7 +63,8 @@ class SampledConvolution:
         num_hyperedges: of a vertex, at most, >= 1; None is all.
         num_vertices: of a hyperedge, at most, >= 1; None is all.
         num_paths: from each row through all layers, at most, >= 1; they part where there is more than one way, and so
-            a layer reads no more than this many vertices for a row, however many layers there are. None is all.
+            a layer reads no more than this many vertices for a row, however many layers there are; without self loops
+            also the rows that it makes. None is all.
         normalization, hyperedge_degree, self_loops: as for `hellm.ops.hypergraph_conv`.
         num_layers: >= 1.
         generator: what draws; None is torch's own.

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -204,7 +204,7 @@ class Rates:
             "free_bytes": self.free_bytes,
             "rates": self.rates,
             "samples": self.samples,
-            "notes": self.notes,
+            "notes": [*self.notes, *_notes(self.config, processes, stages)],
         }
 
 
@@ -237,7 +237,9 @@ def _planned(
         validations = -(-epochs // settings.validate_every)
         found["seconds"] += epochs * found["seconds_per_epoch"] + validations * cost(rates["validation"], counts)
         updates = epochs * -(-steps // getattr(settings, "accumulate", 1))
-        if name == "stage1":
+        if name == "stage1" and settings.sampled_neighbours is not None:
+            found["sent_bytes"] = 0.0
+        elif name == "stage1":
             found["sent_bytes"] = updates * sent_by_columns(config.pretrain, sizes.users, sizes.items, processes)
         elif name == "llm" and settings.sharded:
             weights, layers, trained = (cost(rates[one], counts) for one in ("weights", "layers", "parameters"))
@@ -246,6 +248,19 @@ def _planned(
         else:
             found["sent_bytes"] = sent_bytes(cost(rates["parameters"], counts), updates, processes)
     return found
+
+
+def _notes(config: RunConfig, processes: int, stages: Collection[str]) -> list[str]:
+    """What the model of cost does not say of these settings."""
+    if "stage1" not in stages or config.pretrain.sampled_neighbours is None:
+        return []
+    notes = [
+        "with sampled_neighbours a step of stage 1 stops growing once graphs are larger than what it draws, which those of "
+        "the samples are not: its time is an upper limit"
+    ]
+    if processes > 1:
+        notes.append("with sampled_neighbours stage 1 trains in one process")
+    return notes
 
 
 def _memory_bytes() -> int | None:

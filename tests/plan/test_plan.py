@@ -188,6 +188,17 @@ class TestPlan:
         assert whole["stages"]["llm"]["sent_bytes"] < planned["sent_bytes"] / 100
         assert plan(sizes, config, ["llm"])["stages"]["llm"]["sent_bytes"] == 0
 
+    def test_sampled_neighbours_are_noted(self, made_up):
+        keys = ["pretrain.contrastive_rows=64", "pretrain.contrastive_keys=64"]
+        config = override_config(RunConfig(), [*keys, "pretrain.sampled_neighbours=8"])
+        sizes = Sizes(1e6, 1e5, 1e4)
+        alone, several = (plan(sizes, config, ["stage1"], processes=count) for count in (1, 2))
+        assert any("its time is an upper limit" in note for note in alone["notes"])
+        assert several["stages"]["stage1"]["sent_bytes"] == 0
+        assert "with sampled_neighbours stage 1 trains in one process" in several["notes"]
+        for without in (plan(sizes, RunConfig(), ["stage1"]), plan(sizes, config, ["sequence"])):
+            assert not any("sampled_neighbours" in note for note in without["notes"])
+
     def test_a_stage_that_fails_is_told(self, monkeypatch, made_up):
         monkeypatch.setattr(
             planning, "measured_stages", lambda sizes, stages, config, folder, **_: folder.mkdir() or {
