@@ -255,8 +255,8 @@ def _notes(config: RunConfig, processes: int, stages: Collection[str]) -> list[s
     if "stage1" not in stages or config.pretrain.sampled_neighbours is None:
         return []
     notes = [
-        "with sampled_neighbours a step of stage 1 stops growing once graphs are larger than what it draws, which those of "
-        "the samples are not: its time is an upper limit"
+        "with sampled_neighbours a step of stage 1 stops growing once graphs are larger than what it draws, "
+        "which those of the samples are not: its time is an upper limit"
     ]
     if processes > 1:
         notes.append("with sampled_neighbours stage 1 trains in one process")
