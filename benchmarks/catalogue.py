@@ -84,9 +84,9 @@ def graph_step(data: Dataset, sampled: int | None, *more: str) -> Steps:
     return pretrain.build_optimizer(config, model), lambda step: losses(0, step), sampler.num_steps
 
 
-def neighbour_step(data: Dataset, sampled: int | None) -> Steps:
-    """Those of stage 1 over drawn neighbours."""
-    return graph_step(data, sampled, f"sampled_neighbours={NEIGHBOURS}")
+def neighbour_step(data: Dataset, sampled: int | None, *more: str) -> Steps:
+    """Those of stage 1 over drawn neighbours, with more settings."""
+    return graph_step(data, sampled, f"sampled_neighbours={NEIGHBOURS}", *more)
 
 
 STAGES = {"sequence": sequence_step, "stage 1": graph_step, "stage 1, sampled neighbours": neighbour_step}
@@ -98,12 +98,18 @@ def counts_of(stage: str, sampled: int) -> tuple[int | None, ...]:
 
 
 def run_steps(stage: str, num_items: int, sampled: int | None, rounds: int) -> dict[str, Any]:
-    """Seconds of a whole step, its update included, and the peak memory of this whole process."""
+    """What `timed_steps` gives, and the peak memory of this whole process."""
+    found = timed_steps(lambda: STAGES[stage](shop(num_items), sampled), rounds)
+    return {**found, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def timed_steps(steps: Callable[[], Steps], rounds: int) -> dict[str, Any]:
+    """Seconds of a whole step on one thread, its update included, and of an epoch of them."""
     import torch
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    optimizer, losses, num_steps = STAGES[stage](shop(num_items), sampled)
+    optimizer, losses, num_steps = steps()
     seconds, values = [], []
     # The first step makes Adam's moments and what else is made once.
     for step in range(rounds + 1):
@@ -114,13 +120,11 @@ def run_steps(stage: str, num_items: int, sampled: int | None, rounds: int) -> d
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
         values.append(float(loss))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     one = statistics.median(seconds[1:])
     return {
         "seconds_of_step": one,
         "steps_per_epoch": num_steps,
         "seconds_of_epoch": one * num_steps,
-        "peak_bytes": peak,
         "losses": values,
     }
 

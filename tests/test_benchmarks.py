@@ -21,7 +21,7 @@ sys.path.append(str(ROOT))
 
 pytest.importorskip("scipy", reason='the peers need scipy: pip install "hellm[dev]"')
 
-from benchmarks import catalogue, ceilings, inputs, measure, memory, peers, report, scale, traffic  # noqa: E402
+from benchmarks import catalogue, ceilings, inputs, large, measure, memory, peers, report, scale, traffic  # noqa: E402
 from benchmarks.cases import CASES, TARGETS  # noqa: E402
 from benchmarks.ops import hypergraph_conv, info_nce  # noqa: E402
 from benchmarks.registry import (  # noqa: E402
@@ -337,6 +337,22 @@ def test_report_tells_how_many_neighbours_were_sampled():
     (section,) = report._catalogue_section({"rows": rows})
     assert "Sampled neighbours are 8, in place of the whole graphs." in section
     assert "| stage 1, sampled neighbours | 600 | 50 drawn |" in section
+
+
+def test_stages_of_a_large_shop(tmp_path, capsys):
+    stages = ["build", "samplers", "stage1", "sequence"]
+    out, sizes = tmp_path / "large.json", ["--events", "2000", "4000"]
+    assert large.main([*sizes, "--stages", *stages, "--folder", str(tmp_path), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("an epoch") == 4
+    assert [one.name for one in tmp_path.iterdir()] == ["large.json"]
+    run = json.loads(out.read_text())
+    assert set(run["growth"]) == set(stages) and run["met"]
+    # Memory of steps, which hold tables of all users, is not what is bounded.
+    run["max_peak_bytes"] = run["sizes"][1]["stages"]["samplers"]["peak_bytes"]
+    ((*_, reached, verdict),) = report._target_rows(run)
+    assert (reached, verdict) == (f"{run['max_peak_bytes'] / 1e9:.2f} GB", "met")
+    (section,) = report._large_section(run)
+    assert "| events | build | samplers | stage1 | sequence |" in section and "| 4,000 | " in section
 
 
 def test_lists_of_another_library_are_tested_as_ours():
