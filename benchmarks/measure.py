@@ -24,7 +24,7 @@ from benchmarks import memory
 from benchmarks.cases import CASES, TARGETS
 from benchmarks.environment import ROOT, environment, write_json
 from benchmarks.registry import CPU, LIMIT, MEMORY_CASES, Case, Entry, Setup, Target, Workload, on_device
-from hellm.ops.backends import BACKENDS
+from hellm.ops.backends import BACKENDS, loaders
 
 SCHEMA = 1
 # Rounds by the duration of the warm-up run: (at most this many seconds, rounds).
@@ -232,10 +232,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="torch.compile peers as well")
     parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="start no case after this")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    parser.add_argument(
+        "--instruction-set", metavar="NAME", help="of hellm's kernels; that of torch is ATEN_CPU_CAPABILITY"
+    )
     parser.add_argument("--out", type=Path, help="default: results/cpu.json; a partial or quick run is only printed")
     options = parser.parse_args(arguments)
     if not options.tiny and (reason := BACKENDS["native"].unavailable(torch.device("cpu"))):
         parser.error(f"numbers must be those of the compiled kernels, but {reason}")
+    if options.instruction_set is not None:
+        sets = loaders.extension().instruction_sets()
+        if options.instruction_set not in sets:
+            parser.error(f"--instruction-set must be one of {', '.join(sets)}, got {options.instruction_set}")
+        loaders.extension().use_instruction_set(options.instruction_set)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="Sparse")

@@ -339,6 +339,21 @@ def test_report_tells_how_many_neighbours_were_sampled():
     assert "| stage 1, sampled neighbours | 600 | 50 drawn |" in section
 
 
+def test_kernels_of_an_instruction_set_are_measured(tmp_path, capsys):
+    extension = loaders.extension()
+    before = extension.instruction_set()
+    try:
+        told = ["--tiny", "--quick", "--only", "conv-forward", "--out", str(tmp_path / "cpu.json")]
+        assert measure.main([*told, "--instruction-set", "portable"]) == 0
+        run = json.loads((tmp_path / "cpu.json").read_text())
+        assert run["environment"]["hellm_instruction_set"] == "portable"
+        with pytest.raises(SystemExit):
+            measure.main([*told, "--instruction-set", "mmx"])
+        assert "--instruction-set must be one of " in capsys.readouterr().err
+    finally:
+        extension.use_instruction_set(before)
+
+
 def test_stages_of_a_large_shop(tmp_path, capsys):
     stages = ["build", "samplers", "stage1", "sequence"]
     out, sizes = tmp_path / "large.json", ["--events", "2000", "4000"]
