@@ -73,3 +73,16 @@ def test_gradients_are_sparse_and_of_few_rows():
 def test_a_backbone_that_is_not_linear_is_refused():
     with pytest.raises(ValueError, match="linear"):
         SampledRows(encoder(backbone="ngcf"), 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none")
+def test_rows_on_a_gpu_are_drawn_alike():
+    found = []
+    for device in ("cpu", "cuda"):
+        model = encoder().to(device)
+        output = SampledRows(model, 3)(USERS.to(device), ITEMS.to(device), torch.Generator().manual_seed(1))
+        sum(one.square().sum() for one in output).backward()
+        found.append([*output, *(one.grad.to_dense() for one in model.parameters())])
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second.cpu(), rtol=1e-4, atol=1e-5)
