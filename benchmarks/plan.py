@@ -60,7 +60,9 @@ def compared(run: dict[str, Any], say=print) -> dict[str, Any]:
     rates = Rates(_config(run), **{name: run[name] for name in _KEPT})
     ratios = []
     for size in run["sizes"]:
-        planned = rates.plan(Sizes(**size["sizes"]))["stages"]
+        # Which towers it keeps is not for a model of cost to know.
+        kept = size["stages"].get("batch", {"took": {}})["took"].get("kept")
+        planned = rates.plan(Sizes(**size["sizes"]), kept=None if kept is None else len(kept))["stages"]
         for name, one in size["stages"].items():
             for key, measured in _CHECKED.items():
                 pair = {"planned": planned[name][key], "measured": one["took"][measured]}

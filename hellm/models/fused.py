@@ -118,6 +118,9 @@ def fit_weights(scores: Sequence[Tensor], targets: Tensor) -> Tensor:
         step = torch.zeros_like(weight)
         damped = hessian[free][:, free] + 1e-9 * torch.eye(int(free.sum()), dtype=torch.float64)
         step[free] = -torch.linalg.solve(damped, gradient[free])
+        # What the whole step promises; below this rounding decides, and every shorter step would be tried in vain.
+        if -(gradient @ step) / 2 < 1e-9:
+            break
         length = 1.0
         while True:
             moved = (weight + length * step).clamp(min=0)

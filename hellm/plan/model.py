@@ -10,7 +10,9 @@ is a sum of few terms, each a count of what the code goes over times a rate that
     pairs      I^2 (1 - exp(-L T / I^2)): different pairs of items within L = `transitions.max_lag` events of each
                other, if all items were alike
     held       U I, up to the scores that a fusion of three may hold of each (`fuse.max_scores`)
+    fits       the scores that weights of a fusion are fitted on: all items, for a half of the users or some 2,048 of it
     part       U, up to the 16,384 lists that batch scoring makes at once
+    read       E for each tower that a sum has kept, as each reads the histories
 
 A stage that trains costs
 
@@ -29,8 +31,8 @@ events, items and the scores or lists that are held; disk is what the stage leav
 2 (n - 1) / n times the gradients (4 bytes a parameter) at every update; stage 1 and a sharded language model send what
 `sent_by_columns` and `sent_by_shards` say.
 
-How many towers a fusion tries and keeps, validation says: both it and batch scoring take as long as the samples that
-had their towers kept. A term that no sample shows has the rate 0.
+How many towers a sum keeps, validation says: batch scoring is planned for all of them, an upper limit too. What the
+choice takes, the fits of their weights, follows the samples. A term that no sample shows has the rate 0.
 """
 
 from __future__ import annotations
@@ -72,9 +74,10 @@ class Sizes(NamedTuple):
         """Events that leave-two-out leaves."""
         return max(1.0, self.events - 2 * self.users)
 
-    def terms(self, config: RunConfig) -> dict[str, float]:
-        """What each term counts."""
+    def terms(self, config: RunConfig, kept: int = 1) -> dict[str, float]:
+        """What each term counts, where a sum has so many towers."""
         cells, lists = self.items**2, self.users * self.items
+        half = max(1.0, self.users / 2)
         pairs = -cells * math.expm1(-config.transitions.max_lag * self.training / cells)
         return {
             "1": 1.0,
@@ -83,7 +86,9 @@ class Sizes(NamedTuple):
             "lists": lists,
             "pairs": pairs,
             "held": min(lists, config.fuse.max_scores / 3),
+            "fits": self.items * half / max(1, half // 2048),
             "part": min(self.users, 16384.0),
+            "read": kept * self.events,
         }
 
 
@@ -138,14 +143,14 @@ STAGES = {
     "fusion": Stage(
         "fuse",
         "fuse",
-        rest=("1", "events", "lists"),
+        rest=("1", "events", "lists", "fits"),
         peak=("1", "events", "items", "held"),
         disk=("1", "events", "items", "pairs"),
     ),
     "batch": Stage(
         "batch",
         None,
-        rest=("1", "events", "lists"),
+        rest=("1", "read", "lists"),
         peak=("1", "events", "items", "part"),
         disk=("1", "events"),
     ),

@@ -26,7 +26,7 @@ from hellm.plan.model import (
     sent_by_shards,
     sent_bytes,
 )
-from hellm.plan.sample import measured_stages, neighbour_rate
+from hellm.plan.sample import TOWERS, measured_stages, neighbour_rate
 
 __all__ = ["Rates", "plan"]
 
@@ -175,24 +175,36 @@ class Rates:
                     pairs = zip(values, sizes, strict=True)
                     values = [max(value / 5, value - self.search(one)) for value, one in pairs]
                 if terms:
-                    found[name][quantity] = fitted(terms, [one.terms(self.config) for one in sizes], values)
+                    kept = [len(one["kept"]) if "kept" in one else 1 for one in rows]
+                    counts = [size.terms(self.config, count) for size, count in zip(sizes, kept, strict=True)]
+                    found[name][quantity] = fitted(terms, counts, values)
         return found
 
-    def plan(self, sizes: Sizes, processes: int = 1) -> dict[str, Any]:
+    def plan(self, sizes: Sizes, processes: int = 1, kept: int | None = None) -> dict[str, Any]:
         """What the stages come to.
+
+        Args:
+            sizes: Of the data.
+            processes: That train together.
+            kept: Towers of the sum that batch scoring reads; None is all that there are.
 
         Returns: "sizes"; "processes"; "stages": stage -> "seconds" (of one process, at most: for `max_epochs`),
             "seconds_per_epoch", "steps_per_epoch", "peak_bytes", "disk_bytes" and "sent_bytes" (by each process);
             "seconds", "peak_bytes" and "disk_bytes" of all; "memory_bytes" and "free_bytes" (disk) of this machine;
             "rates", "samples" and "notes" as here.
         """
-        stages = {name: _planned(name, rates, self.config, sizes, processes) for name, rates in self.rates.items()}
+        if kept is None:
+            kept = sum(name in self.rates for name in TOWERS) if "fusion" in self.rates else 1
+        counts = sizes.terms(self.config, kept)
+        stages = {
+            name: _planned(name, rates, self.config, sizes, counts, processes) for name, rates in self.rates.items()
+        }
         if self.searching in stages:
             stages[self.searching]["seconds"] += self.search(sizes)
         if "llm" in stages:
             for name, passes in _PASSES.items():
                 if name in stages:
-                    stages[name]["seconds"] += passes * cost(self.rates["llm"]["validation"], sizes.terms(self.config))
+                    stages[name]["seconds"] += passes * cost(self.rates["llm"]["validation"], counts)
         return {
             "sizes": sizes._asdict(),
             "processes": processes,
@@ -219,9 +231,14 @@ def _needed(stages: Sequence[str]) -> list[str]:
 
 
 def _planned(
-    name: str, rates: Mapping[str, Mapping[str, float]], config: RunConfig, sizes: Sizes, processes: int
+    name: str,
+    rates: Mapping[str, Mapping[str, float]],
+    config: RunConfig,
+    sizes: Sizes,
+    counts: Mapping[str, float],
+    processes: int,
 ) -> dict[str, Any]:
-    stage, counts = STAGES[name], sizes.terms(config)
+    stage = STAGES[name]
     found: dict[str, Any] = {
         "seconds": cost(rates["rest"], counts),
         "seconds_per_epoch": 0.0,

@@ -16,10 +16,10 @@ from hellm.config import RunConfig, save_config
 from hellm.plan.model import STAGES, Sizes, num_steps
 from hellm.plan.shop import write_shop
 
-__all__ = ["measured_stages", "neighbour_rate"]
+__all__ = ["TOWERS", "measured_stages", "neighbour_rate"]
 
 # Towers of a sum, by stage.
-_TOWERS = ("stage1", "transitions", "sequence", "llm")
+TOWERS = ("stage1", "transitions", "sequence", "llm")
 
 
 def measured_stages(
@@ -58,6 +58,8 @@ def measured_stages(
         one = _timed(_command(name, config, folder, epochs, found), folder, processor_time)
         if "failure" not in one:
             one |= _about(folder / name, num_steps(name, config, sizes), epochs, one)
+            if name == "batch" and "kept" in found.get("fusion", ()):
+                one["kept"] = found["fusion"]["kept"]
         found[name] = one
         if name == "data" and "failure" not in one and widths is not None:
             _put_features(folder / "data", widths)
@@ -72,11 +74,11 @@ def _command(
     if name == "data":
         return ["data", "build", str(folder / "shop"), out]
     if name == "batch":
-        served = next(one for one in ("fusion", *reversed(_TOWERS)) if "seconds" in found.get(one, ()))
+        served = next(one for one in ("fusion", *reversed(TOWERS)) if "seconds" in found.get(one, ()))
         Path(out).mkdir()
         return ["batch", str(folder / served), "--out", f"{out}/lists.parquet"]
     if name == "fusion":
-        runs = [str(folder / one) for one in _TOWERS if "seconds" in found.get(one, ())]
+        runs = [str(folder / one) for one in TOWERS if "seconds" in found.get(one, ())]
         return ["fuse", *runs, "--data", str(folder / "data"), "--out", out]
     settings = replace(getattr(config, stage.config or ""), protocol=config.protocol, ks=config.ks)
     if name == "llm":

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hellm.models import fused
 from hellm.models.fused import FusedModel, fit_weights
 
 U, I = 400, 60  # noqa: E741
@@ -73,6 +74,18 @@ def test_weights_are_the_minimum_of_the_cross_entropy():
     (gradient,) = torch.autograd.grad(cross_entropy(scores, weights, targets), weights)
     spread = torch.tensor([1.0, 3.0, 0.2])
     assert (gradient / spread).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("planted_weights", [(0.8, 0.3, 4.0), (0.5, 0.0, 1.0), (3.0, 2.0, 1.0), (0.0, 0.0, 0.1)])
+def test_fits_take_few_steps(planted_weights, monkeypatch):
+    """Scores are gone over once for each, and not once for every step that is too short to tell from rounding."""
+    calls = []
+    derivatives = fused._derivatives
+    monkeypatch.setattr(fused, "_derivatives", lambda *given: calls.append(1) or derivatives(*given))
+    scores, targets = planted(planted_weights)
+    fit_weights(scores, targets)
+    fit_weights([scores[0], -scores[0] + 0.1 * scores[1]], targets)
+    assert len(calls) <= 20
 
 
 def test_a_tower_that_says_the_contrary_gets_no_weight():

@@ -11,7 +11,7 @@ import pytest
 from hellm.cli import main
 from hellm.config import PretrainConfig, RunConfig, SASRecConfig, override_config
 from hellm.data import load_dataset
-from hellm.plan import STAGES, Sizes, plan, planning
+from hellm.plan import STAGES, Rates, Sizes, plan, planning
 from hellm.plan.model import (
     cost,
     fitted,
@@ -167,8 +167,17 @@ class TestPlan:
         without, with_llm = (plan(sizes, RunConfig(language_model=given))["stages"] for given in (False, True))
         assert max(one.events for one, stages, _ in made_up if "llm" in stages) < 10_000
         more = cost(RATES["validation"], sizes.terms(CONFIG))
-        assert with_llm["batch"]["seconds"] - without["batch"]["seconds"] == pytest.approx(more, rel=0.05)
+        # A fourth tower reads the histories too.
+        slower = with_llm["batch"]["seconds"] - without["batch"]["seconds"]
+        assert more < slower < more + RATES["rest"]["events"] * sizes.events
         assert with_llm["fusion"]["seconds"] - without["fusion"]["seconds"] == pytest.approx(3 * more, rel=0.05)
+
+    def test_batch_scoring_is_planned_for_all_towers_unless_it_is_known_which_are_kept(self, made_up):
+        sizes, rates = Sizes(1e6, 1e5, 1e4), Rates.measured(10, RunConfig(language_model=False))
+        seconds = {kept: rates.plan(sizes, kept=kept)["stages"]["batch"]["seconds"] for kept in (None, 1, 3)}
+        assert seconds[None] == seconds[3]
+        read = rates.rates["batch"]["rest"]["read"] * sizes.events
+        assert read > 0 and seconds[3] - seconds[1] == pytest.approx(2 * read)
 
     def test_who_shares_out_a_language_model_sends_its_weights(self, made_up, monkeypatch):
         """As `benchmarks.traffic` counts a step, whose every weight is gathered and whose gradients are reduced."""
