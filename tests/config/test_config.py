@@ -44,7 +44,7 @@ def test_preset_has_the_published_numbers(name):
 
 
 def test_compatibility_is_asked_for_and_never_a_preset():
-    assert set(PRESETS[PretrainConfig]) == {"default", "demo", *PUBLISHED}
+    assert set(PRESETS[PretrainConfig]) == {"default", "demo", "softmax", *PUBLISHED}
     assert all(preset.compat is None for preset in PRESETS[PretrainConfig].values())
 
 
