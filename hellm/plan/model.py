@@ -10,8 +10,9 @@ is a sum of few terms, each a count of what the code goes over times a rate that
     pairs      I^2 (1 - exp(-L T / I^2)): different pairs of items within L = `transitions.max_lag` events of each
                other, if all items were alike
     held       U I, up to the scores that a fusion of three may hold of each (`fuse.max_scores`)
-    fits       the scores that weights of a fusion are fitted on: all items, for a half of the users or some 2,048 of it
-    part       U, up to the 16,384 lists that batch scoring makes at once
+    judged     U I, by which a fusion judges a sum, and twice what its weights are fitted on: the scores of I items for a
+               half of the users, or for some 2,048 to 4,096 of it, which a fit goes over a few times
+    part       U, up to the 16,384 lists that batch scoring makes at once, for each tower that a sum has kept
     read       E for each tower that a sum has kept, as each reads the histories
 
 A stage that trains costs
@@ -86,8 +87,8 @@ class Sizes(NamedTuple):
             "lists": lists,
             "pairs": pairs,
             "held": min(lists, config.fuse.max_scores / 3),
-            "fits": self.items * half / max(1, half // 2048),
-            "part": min(self.users, 16384.0),
+            "judged": lists + 2 * self.items * half / max(1, half // 2048),
+            "part": kept * min(self.users, 16384.0),
             "read": kept * self.events,
         }
 
@@ -143,7 +144,7 @@ STAGES = {
     "fusion": Stage(
         "fuse",
         "fuse",
-        rest=("1", "events", "lists", "fits"),
+        rest=("1", "events", "judged"),
         peak=("1", "events", "items", "held"),
         disk=("1", "events", "items", "pairs"),
     ),
