@@ -43,7 +43,7 @@ PRESETS: dict[type, dict[str, Any]] = {
             max_epochs=30,
             patience=2,
         ),
-        # Chosen on the validation split of Beauty: a shop with texts, in which each item has few events.
+        # Chosen on the validation split of Beauty, a shop with texts.
         "softmax": PretrainConfig(
             model=ModelConfig(embedding_dim=128, num_layers=2, num_user_layers=1),
             loss="softmax",
