@@ -109,7 +109,7 @@ def judge(target: Target, medians: dict[str, float], rates: dict[str, float], li
     return {
         "entry": target.entry,
         "versus": versus or target.peer,
-        "kind": LIMIT if target.peer == LIMIT else "speed-up",
+        "kind": LIMIT if versus in limits else "speed-up",
         "at_least": target.factor,
         "value": value,
         "met": None if value is None else value >= target.factor,

@@ -154,9 +154,9 @@ class Target(NamedTuple):
     """What ours must reach in a case; on the GPU, on an H100.
 
     Ours is the entry with the label or of the kind `entry`, the fastest of all of ours without one. It must be at least
-    `factor` times as fast as the fastest whose label holds `peer`, or reach that share of the limit if `peer` is
-    `LIMIT`; or take at most `milliseconds`; or each of ours takes at most the `megabytes` beyond its inputs, and gives
-    the same bits again.
+    `factor` times as fast as the fastest whose label holds `peer`, a limit among them, or reach that share of the first
+    limit if `peer` is `LIMIT`; or take at most `milliseconds`; or each of ours takes at most the `megabytes` beyond its
+    inputs, and gives the same bits again.
     """
 
     case: str

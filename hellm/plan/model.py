@@ -10,8 +10,8 @@ is a sum of few terms, each a count of what the code goes over times a rate that
     pairs      I^2 (1 - exp(-L T / I^2)): different pairs of items within L = `transitions.max_lag` events of each
                other, if all items were alike
     held       U I, up to the scores that a fusion of three may hold of each (`fuse.max_scores`)
-    judged     U I, by which a fusion judges a sum, and twice what its weights are fitted on: the scores of I items for a
-               half of the users, or for some 2,048 to 4,096 of it, which a fit goes over a few times
+    judged     U I, by which a fusion judges a sum, and twice what its weights are fitted on: the scores of I items for
+               a half of the users, or for some 2,048 to 4,096 of it, which a fit goes over a few times
     part       U, up to the 16,384 lists that batch scoring makes at once, for each tower that a sum has kept
     read       E for each tower that a sum has kept, as each reads the histories
 
