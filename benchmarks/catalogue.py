@@ -119,7 +119,7 @@ def timed_steps(steps: Callable[[], Steps], rounds: int) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
-        values.append(float(loss))
+        values.append(loss.item())
     one = statistics.median(seconds[1:])
     return {
         "seconds_of_step": one,

@@ -8,10 +8,10 @@
 namespace hellm::cpu::HELLM_ISA {
 namespace {
 
-constexpr int64_t kPiece = 1 << 16,
-                  kPieceRows = 64;  // steps or rows read, and rows written, between two questions whether to end
-constexpr int64_t kPrefetch = 24;   // rows ahead
-constexpr int kPanel = 8;           // vectors of a row that are summed together
+constexpr int64_t kPiece = 1 << 16;  // steps, or rows that are read, between two questions whether to end
+constexpr int64_t kPieceRows = 64;   // rows that are written between them
+constexpr int64_t kPrefetch = 24;    // rows ahead
+constexpr int kPanel = 8;            // vectors of a row that are summed together
 
 // out = rows index[begin] .. index[end - 1] of the table, added up: kVectors vectors of their columns.
 template <int kVectors>

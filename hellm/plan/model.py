@@ -47,6 +47,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hellm.config import PretrainConfig, RunConfig
+from hellm.training.fusion import FITTED_EVENTS
 
 __all__ = [
     "QUANTITIES",
@@ -87,7 +88,7 @@ class Sizes(NamedTuple):
             "lists": lists,
             "pairs": pairs,
             "held": min(lists, config.fuse.max_scores / 3),
-            "judged": lists + 2 * self.items * half / max(1, half // 2048),
+            "judged": lists + 2 * self.items * half / max(1, half // FITTED_EVENTS),
             "part": kept * min(self.users, 16384.0),
             "read": kept * self.events,
         }

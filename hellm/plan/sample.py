@@ -46,8 +46,8 @@ def measured_stages(
 
     Returns: Stage -> "seconds" of the whole command; "step" (seconds of one, where it trains), "validation", and "rest"
         of the seconds; "peak" (bytes of memory), "disk" (bytes left); "parameters" that it trains, "weights" (all) and
-        those in "layers" of a language model; of a fusion "kept", the towers that validation chose. Or "failure", a
-        sentence.
+        those in "layers" of a language model; of a fusion, and of batch scoring by it, "kept", the towers
+        that validation chose. Or "failure", a sentence.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_shop(folder / "shop", *(int(one) for one in sizes))

@@ -15,10 +15,10 @@ from torch import Tensor
 from hellm.evaluate import paired_gain
 from hellm.models.fused import fit_weights
 
-__all__ = ["Gain", "Selection", "TowerScores", "select_towers"]
+__all__ = ["FITTED_EVENTS", "Gain", "Selection", "TowerScores", "select_towers"]
 
-# Events that the likelihood is fitted on; more move the weights by less than their validation can tell.
-_FITTED_EVENTS = 2048
+FITTED_EVENTS = 2048
+"""Events that the likelihood is fitted on; more move the weights by less than their validation can tell."""
 # Factors tried on each weight after the fit, for lists instead of likelihoods.
 _FACTORS = (0.5, 0.7, 1.4, 2.0)
 
@@ -168,7 +168,7 @@ def _fitted(given: TowerScores, names: Sequence[str], events: np.ndarray, metric
         return [1.0]
     rows = torch.from_numpy(np.flatnonzero(events))
     scores = [given.scores[name][rows] for name in names]
-    some = slice(None, None, max(1, len(rows) // _FITTED_EVENTS))
+    some = slice(None, None, max(1, len(rows) // FITTED_EVENTS))
     weights = fit_weights([one[some] for one in scores], given.targets[rows][some]).tolist()
     if not any(weights):
         return [1.0] + [0.0] * (len(names) - 1)
