@@ -71,7 +71,7 @@ inline Int add_pairs(Int sum, Int a, Int b) {
   }
 #elif defined(__AVX2__)
   if constexpr (kFused) {
-    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+    asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(a), "xm"(b));
     return sum;
   }
 #endif
@@ -215,11 +215,8 @@ typedef int16_t UnalignedShorts __attribute__((vector_size(kVectorBytes / 2), al
 // One row of a left factor: packed [columns] of x [columns] times kWeight over the whole of its total, here by lanes.
 // Returns the scale that undoes it and kUnit.
 inline float pack_weight_row(const float* x, int64_t columns, const Total& total, int16_t* packed) {
-  float sum = 0, largest = 0;
-  for (int lane = 0; lane < kLanes<float>; ++lane) {
-    sum += total.sum[lane];
-    largest = total.largest[lane] > largest ? total.largest[lane] : largest;
-  }
+  const float sum = join_lanes(total.sum, [](auto a, auto b) { return a + b; });
+  const float largest = join_lanes(total.largest, [](auto a, auto b) { return a > b ? a : b; });
   const float whole = (sum > 2 * largest ? sum : 2 * largest) + kLeastSum;
   const Vector<float> factor = broadcast(kWeight / whole);
   for (int64_t column = 0; column < columns; column += kLanes<float>) {

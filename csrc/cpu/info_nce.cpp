@@ -365,7 +365,9 @@ void run_with(const InfoNceArguments& a, Interruption& interruption) {
   const bool symmetric = a.intra_view_negatives && a.rows == nullptr && !find_maximum;
   const int64_t num_blocks = blocks_a_view * (a.intra_view_negatives && !symmetric ? 2 : 1);
   // Wide strips reuse each key more often; E of a strip should stay below 16 MiB.
-  const int64_t most = num_blocks * kBlock * 96 * int64_t(sizeof(T)) <= (int64_t(16) << 20) ? 96 : 48;
+  constexpr int64_t kStrip = kFixed<T, U> ? 192 : 96;
+  static_assert(kStrip <= kBlock, "a strip of the anchor's own view is a block of keys");
+  const int64_t most = num_blocks * kBlock * kStrip * int64_t(sizeof(U)) <= (int64_t(16) << 20) ? kStrip : kStrip / 2;
   const int64_t strip = strip_rows<T>(a.num_rows, stride, most);
   // With nothing to pad, the caller's gradients serve as the accumulators.
   const bool in_place = sizeof(S) == sizeof(T) && stride == a.dim;

@@ -62,6 +62,29 @@ inline Vector<T> broadcast(T value) {
   return value - Vector<T>{};
 }
 
+// All lanes by join(a, b), which takes vectors and numbers: one half with the other until one lane is left.
+template <typename Join>
+inline float join_lanes(Vector<float> x, Join join) {
+#if defined(__SSE2__)
+#if defined(__AVX512F__)
+  const __m512 all = reinterpret_cast<__m512>(x);
+  const __m256 half = join(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  const __m128 four = join(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+  const __m256 half = reinterpret_cast<__m256>(x);
+  const __m128 four = join(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#else
+  const __m128 four = reinterpret_cast<__m128>(x);
+#endif
+  const __m128 two = join(four, _mm_movehl_ps(four, four));
+  return join(two[0], two[1]);
+#else
+  float joined = x[0];
+  for (int lane = 1; lane < kLanes<float>; ++lane) joined = join(joined, x[lane]);
+  return joined;
+#endif
+}
+
 // Bit by bit, in which lanes a comparison holds.
 template <typename M>
 inline uint32_t lanes_of(M mask) {
