@@ -21,6 +21,7 @@ struct InfoNceArguments {
   bool intra_view_negatives, highest_precision;
   DType dtype;
   int num_threads;
+  bool bfloat16_products = false;  // read on CPUs only: may round unit rows and weights to bfloat16
   // Read on GPUs only, where the temperature stays on the device.
   const double* device_temperature = nullptr;  // [1]
   const int64_t* row_order = nullptr;          // [num_rows] stable argsort of `rows`, or null with it

@@ -3,6 +3,11 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(HELLM_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace hellm::cpu {
 namespace {
 
@@ -42,6 +47,18 @@ bool fused_pairs(int vector_bytes) {
 #else
 bool fused_pairs(int) { return false; }
 #endif
+
+bool bfloat16_tiles() {
+#if defined(HELLM_X86) && defined(__linux__)
+  // Linux keeps the tiles of those processes alone that have asked for it.
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool has = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return has;
+#else
+  return false;
+#endif
+}
 
 void use_fused_pairs(bool use) { fuses = use; }
 

@@ -25,6 +25,9 @@ bool use_instruction_set(const char* name);
 bool fused_pairs(int vector_bytes);
 void use_fused_pairs(bool use);
 
+// Whether this processor and its system have tiles of bfloat16 (AMX).
+bool bfloat16_tiles();
+
 template <typename Arguments>
 using Kernel = void (*)(const Arguments&, Interruption&);
 

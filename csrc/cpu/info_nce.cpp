@@ -37,62 +37,74 @@ void block_maximum(const Problem<T, U>& p, int64_t block, const T* s) {
   }
 }
 
-// Adds a vector of weights to their sum and, in fixed point, their largest.
-template <typename T, typename U>
-inline void add_weight(Vector<T> absolute, Vector<T>& sum, Vector<T>& largest) {
-  sum += absolute;
-  if (kFixed<T, U>) largest = absolute > largest ? absolute : largest;
-}
-
-// S of a group of keys to E, added to the row sums.
-template <typename T, typename U>
-void exponentiate(const Problem<T, U>& p, int64_t keys, const Scratch<T, U>& scratch, T* s, T* sum) {
-  const Vector<T> scale = broadcast(p.exponent_scale);
+// What weight(i)(j, s) makes of the similarities s of key j to a vector of rows from i on, added to `sum` and, in fixed
+// point, scratch.largest. It replaces s; by tiles it goes to `factor`, if any.
+template <typename T, typename U, typename Weight>
+void weigh(const Problem<T, U>& p, int64_t keys, const Scratch<T, U>& scratch, T* s, T* sum, TileFactor<U> factor,
+           Weight weight) {
   for (int64_t i = 0; i < p.strip; i += kLanes<T>) {
-    const Vector<T> offset = load(scratch.shift + i);
+    const auto weight_of = weight(i);
     Vector<T> total = load(sum + i), largest = load(scratch.largest + i);
-    for (int64_t j = 0; j < keys; ++j) {
-      const Vector<T> e = exp2(load(s + j * p.strip + i) * scale - offset);
-      store(s + j * p.strip + i, e);
-      add_weight<T, U>(e, total, largest);
+    const auto next = [&](int64_t j) {
+      const Vector<T> w = weight_of(j, load(s + j * p.strip + i));
+      if constexpr (kFixed<U>) {
+        const Vector<T> size = absolute(w);
+        total += size;
+        largest = size > largest ? size : largest;
+      } else {
+        total += w;
+      }
+      return w;
+    };
+    if (kTiles<U> && factor.pairs) {
+      if constexpr (kTiles<U>) pack_tiles(keys, p.strip, i, factor, next);
+    } else {
+      for (int64_t j = 0; j < keys; ++j) store(s + j * p.strip + i, next(j));
     }
     store(sum + i, total);
     store(scratch.largest + i, largest);
   }
 }
 
+// S of a group of keys to E, added to the row sums.
+template <typename T, typename U>
+void exponentiate(const Problem<T, U>& p, int64_t keys, const Scratch<T, U>& scratch, T* s, T* sum,
+                  TileFactor<U> factor = {}) {
+  const Vector<T> scale = broadcast(p.exponent_scale);
+  weigh(p, keys, scratch, s, sum, factor, [&](int64_t i) {
+    const Vector<T> offset = load(scratch.shift + i);
+    return [=](int64_t, Vector<T> similarity) { return exp2(similarity * scale - offset); };
+  });
+}
+
 // S of a group of the anchor's own keys to W = E (c_i + c_j).
 template <typename T, typename U>
-void weigh(const Problem<T, U>& p, int64_t keys, const Scratch<T, U>& scratch, const T* key_coefficient, T* s) {
+void exponentiate_both(const Problem<T, U>& p, int64_t keys, const Scratch<T, U>& scratch, const T* key_coefficient,
+                       T* s, TileFactor<U> factor) {
   const Vector<T> scale = broadcast(p.exponent_scale);
-  for (int64_t i = 0; i < p.strip; i += kLanes<T>) {
+  weigh(p, keys, scratch, s, scratch.sum, factor, [&](int64_t i) {
     const Vector<T> offset = load(scratch.shift + i), coefficient = load(scratch.coefficient + i);
-    Vector<T> total = load(scratch.sum + i), largest = load(scratch.largest + i);
-    for (int64_t j = 0; j < keys; ++j) {
-      const Vector<T> w = exp2(load(s + j * p.strip + i) * scale - offset) * (coefficient + key_coefficient[j]);
-      store(s + j * p.strip + i, w);
-      if constexpr (kFixed<T, U>) add_weight<T, U>(absolute(w), total, largest);
-    }
-    store(scratch.sum + i, total);
-    store(scratch.largest + i, largest);
-  }
+    return [=](int64_t j, Vector<T> similarity) {
+      return exp2(similarity * scale - offset) * (coefficient + key_coefficient[j]);
+    };
+  });
 }
 
 // First half of a strip, for one block: E, row sums, row side of the gradient.
 template <typename T, typename U>
 void sweep_rows(const Problem<T, U>& p, int64_t block, int64_t start, int64_t count, const Scratch<T, U>& scratch) {
-  U* const kept = p.gradients ? p.kept + block * kBlock * p.strip : nullptr;
+  U* const kept = p.gradients ? p.kept + block * kBlock<U> * p.strip : nullptr;
   T* s = scratch.block;
-  if constexpr (!kFixed<T, U>) s = kept ? kept : s;
+  if constexpr (!k16Bit<U>) s = kept ? kept : s;
   T* sum = p.partial_sum + block * p.strip;
   std::memset(sum, 0, p.strip * sizeof(T));
   std::memset(scratch.largest, 0, p.strip * sizeof(T));
-  for (int64_t key = 0; key < p.keys(block); key += kGroup) {
-    const int64_t left = p.keys(block) - key, keys = left < kGroup ? left : kGroup;
+  for (int64_t key = 0; key < p.keys(block); key += kKeys<U>) {
+    const int64_t left = p.keys(block) - key, keys = left < kKeys<U> ? left : kKeys<U>;
     if (p.interruption.after(2 * keys * p.strip * p.stride)) return;
-    similarities(p, p.view(block), p.first_key(block) + key, keys, left - keys, start, count, scratch,
-                 s + key * p.strip);
-    exponentiate(p, keys, scratch, s + key * p.strip, sum);
+    T* const group = kTiles<U> ? s : s + key * p.strip;
+    similarities(p, p.view(block), p.first_key(block) + key, keys, left - keys, start, count, scratch, group);
+    exponentiate(p, keys, scratch, group, sum, tile_factor(p, scratch, kept, key));
   }
   if (!p.gradients) return;
   row_side<false>(p, p.view(block), p.first_key(block), p.keys(block), s, sum,
@@ -127,7 +139,7 @@ void finish_rows(const Problem<T, U>& p, int64_t start, int64_t count, int threa
   for (int64_t i = 0; i < p.strip; ++i) {
     T* weighted = s.weighted + i * p.stride;
     if (i >= count) {
-      if (p.gradients && !kFixed<T, U>) std::memset(weighted, 0, p.stride * sizeof(T));
+      if (p.gradients && !kFixed<U>) std::memset(weighted, 0, p.stride * sizeof(T));
       s.coefficient[i] = T(0);
       continue;
     }
@@ -141,7 +153,7 @@ void finish_rows(const Problem<T, U>& p, int64_t start, int64_t count, int threa
     const double weight = double(row_grad[start + i]) * result.sigmoid;
     const double inverse = result.sum > 0 ? 1 / result.sum : 0;
     s.coefficient[i] = T(weight * inverse);
-    for (int64_t k = 0; k < p.stride && !kFixed<T, U>; ++k) weighted[k] = s.coefficient[i] * unit<T>(u[k]);
+    for (int64_t k = 0; k < p.stride && !kFixed<U>; ++k) weighted[k] = s.coefficient[i] * unit<T>(u[k]);
     if (!mine) continue;
     if (p.symmetric) p.coefficient[row] = s.coefficient[i];
     p.row_weight[i] = T(weight);
@@ -158,6 +170,12 @@ void finish_rows(const Problem<T, U>& p, int64_t start, int64_t count, int threa
       pending[k] = T(weight * mean_key);
     }
     static_cast<T*>(p.arguments.row_slope)[start + i] = T(weight * (towards - result.aligned));
+  }
+  if constexpr (kTiles<U>) {
+    for (int64_t k = 0; p.gradients && k < p.stride; k += kLanes<T>) {
+      pack_tiles(p.strip, p.stride, k, TileFactor<U>{s.own_weighted, nullptr},
+                 [&](int64_t i) { return load(s.weighted + i * p.stride + k); });
+    }
   }
 }
 
@@ -181,7 +199,7 @@ void sum_triangle(const Problem<T, U>& p, int64_t group, const Scratch<T, U>& sc
     std::memset(sum, 0, p.strip * sizeof(T));
     for (int64_t first = start, block = start; first < n;) {
       const int64_t end = first < start + count ? start + count : n;
-      const int64_t keys = end - first < kGroup ? end - first : kGroup;
+      const int64_t keys = end - first < kKeys<U> ? end - first : kKeys<U>;
       if (p.interruption.after(keys * p.strip * p.stride)) return;
       similarities(p, 0, first, keys, n - first - keys, start, count, scratch, scratch.block);
       exponentiate(p, keys, scratch, scratch.block, sum);
@@ -191,7 +209,7 @@ void sum_triangle(const Problem<T, U>& p, int64_t group, const Scratch<T, U>& sc
         for (int lane = 0; lane < kLanes<T>; ++lane) part[first + j] += total[lane];
       }
       first += keys;
-      if (first - block < kBlock && first < n) continue;
+      if (first - block < kBlock<U> && first < n) continue;
       // By blocks: a single chain of additions over all keys would lose digits.
       for (int64_t i = 0; i < count; ++i) part[start + i] += sum[i];
       std::memset(sum, 0, p.strip * sizeof(T));
@@ -211,16 +229,18 @@ void sweep_triangle(const Problem<T, U>& p, int64_t first, int64_t keys, int64_t
                     const Scratch<T, U>& scratch) {
   const bool own = first == start;  // symmetric in itself: one side gives both
   T* const w = scratch.block;
+  const Factor<T, U> factor{kTiles<U> ? scratch.by_rows : scratch.packed, scratch.scale};
   std::memset(scratch.sum, 0, p.strip * sizeof(T));
   std::memset(scratch.largest, 0, p.strip * sizeof(T));
-  for (int64_t key = 0; key < keys; key += kGroup) {
-    const int64_t group = keys - key < kGroup ? keys - key : kGroup;
-    similarities(p, 0, first + key, group, keys - key - group, start, count, scratch, w + key * p.strip);
-    weigh(p, group, scratch, own ? scratch.coefficient + key : p.coefficient + first + key, w + key * p.strip);
+  for (int64_t key = 0; key < keys; key += kKeys<U>) {
+    const int64_t group = keys - key < kKeys<U> ? keys - key : kKeys<U>;
+    T* const s = kTiles<U> ? w : w + key * p.strip;
+    similarities(p, 0, first + key, group, keys - key - group, start, count, scratch, s);
+    exponentiate_both(p, group, scratch, own ? scratch.coefficient + key : p.coefficient + first + key, s,
+                      tile_factor(p, scratch, factor.weights, key));
   }
   T* const out = intra_key(p, first);
   const bool fresh = first / p.strip % kTriangleStrips == 0;
-  const Factor<T, U> factor{scratch.packed, scratch.scale};
   if (fresh) row_side<false>(p, 0, first, keys, w, scratch.sum, factor, scratch, out);
   else row_side<true>(p, 0, first, keys, w, scratch.sum, factor, scratch, out);
   if (!own) key_side(p, keys, start, count, w, scratch, p.grad[0] + first * p.stride);
@@ -351,29 +371,31 @@ void transpose_panel(const Problem<T, U>& p, int view, int64_t panel) {
   U* out = p.across[view] + first * p.stride;
   for (int64_t k = 0; k < p.stride; ++k) {
     for (int64_t j = 0; j < size; ++j) {
-      *out++ = first + j < p.arguments.num_keys ? p.unit[view][(first + j) * p.stride + k] : U(0);
+      *out++ = first + j < p.arguments.num_keys ? p.unit[view][(first + j) * p.stride + k] : U{0};
     }
   }
 }
 
 template <typename T, typename U, typename S>
 void run_with(const InfoNceArguments& a, Interruption& interruption) {
-  const int64_t n = a.num_keys, stride = (a.dim + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  const int64_t blocks_a_view = (n + kBlock - 1) / kBlock;
+  const auto whole = [](int64_t size) { return (size + kWhole<T, U> - 1) / kWhole<T, U> * kWhole<T, U>; };
+  const int64_t n = a.num_keys, stride = whole(a.dim);
+  const int64_t blocks_a_view = (n + kBlock<U> - 1) / kBlock<U>;
   const bool gradients = a.row_grad != nullptr, find_maximum = a.temperature < kFixedShiftTemperature;
   // A common shift and all rows: then E of the anchor's own view is symmetric.
   const bool symmetric = a.intra_view_negatives && a.rows == nullptr && !find_maximum;
   const int64_t num_blocks = blocks_a_view * (a.intra_view_negatives && !symmetric ? 2 : 1);
   // Wide strips reuse each key more often; E of a strip should stay below 16 MiB.
-  constexpr int64_t kStrip = kFixed<T, U> ? 192 : 96;
-  static_assert(kStrip <= kBlock, "a strip of the anchor's own view is a block of keys");
-  const int64_t most = num_blocks * kBlock * kStrip * int64_t(sizeof(U)) <= (int64_t(16) << 20) ? kStrip : kStrip / 2;
-  const int64_t strip = strip_rows<T>(a.num_rows, stride, most);
+  constexpr int64_t kStrip = k16Bit<U> ? 192 : 96;
+  static_assert(kStrip <= kBlock<U>, "a strip of the anchor's own view is a block of keys");
+  const int64_t most =
+      num_blocks * kBlock<U> * kStrip * int64_t(sizeof(U)) <= (int64_t(16) << 20) ? kStrip : kStrip / 2;
+  const int64_t strip = whole(strip_rows<T>(a.num_rows, stride, most));
   // With nothing to pad, the caller's gradients serve as the accumulators.
   const bool in_place = sizeof(S) == sizeof(T) && stride == a.dim;
 
-  const int64_t panel[2] = {symmetric ? strip : kBlock, kBlock};
-  const bool transposed = kFixed<T, U> && gradients;
+  const int64_t panel[2] = {symmetric ? strip : kBlock<U>, kBlock<U>};
+  const bool transposed = k16Bit<U> && gradients;
   const int64_t panels[2] = {transposed && a.intra_view_negatives ? (n + panel[0] - 1) / panel[0] : 0,
                              transposed ? blocks_a_view : 0};
   const int64_t across_size[2] = {panels[0] * panel[0] * stride, panels[1] * panel[1] * stride};
@@ -381,8 +403,8 @@ void run_with(const InfoNceArguments& a, Interruption& interruption) {
 
   Buffer<U> unit(2 * n * stride), across(across_size[0] + across_size[1]);
   Buffer<T> grad(2 * grad_size);
-  Buffer<U> kept(gradients ? num_blocks * kBlock * strip : 0);
-  Buffer<T> kept_scale(gradients && kFixed<T, U> ? num_blocks * strip : 0);
+  Buffer<U> kept(gradients ? num_blocks * kBlock<U> * strip : 0);
+  Buffer<T> kept_scale(gradients && kFixed<U> ? num_blocks * strip : 0);
   Buffer<T> partial(2 * num_blocks * strip), partial_key(gradients ? num_blocks * strip * stride : 0);
   Buffer<T> pending(strip * stride), row_weight(strip), own_weight(gradients ? n : 0);
   Buffer<T> intra((2 + kTriangleGroups) * intra_size);
@@ -424,6 +446,7 @@ void run_with(const InfoNceArguments& a, Interruption& interruption) {
       }
     }
     const int thread = omp_get_thread_num();
+    [[maybe_unused]] const std::conditional_t<kTiles<U>, TileShapes, int> shapes{};
     run_thread(p, Scratch<T, U>(p, scratch + thread * scratch_size, factors + thread * factors_size), thread,
                omp_get_num_threads());
 #pragma omp barrier
@@ -447,11 +470,16 @@ bool all_finite(const S* x, int64_t size) {
 
 template <typename T, typename S>
 void run(const InfoNceArguments& a, Interruption& interruption) {
-  if constexpr (kPairsAreFast && std::is_same<T, float>::value) {
-    const int64_t size = a.num_keys * a.dim;
-    const auto finite = [&](const void* x) { return all_finite(static_cast<const S*>(x), size); };
-    // Fixed point has no NaN to answer with.
-    if (!a.highest_precision && finite(a.anchor) && finite(a.positive)) return run_with<T, int16_t, S>(a, interruption);
+  if constexpr (std::is_same<T, float>::value) {
+    const auto finite = [&](const void* x) { return all_finite(static_cast<const S*>(x), a.num_keys * a.dim); };
+    const bool tiles = kHasTiles && a.bfloat16_products && bfloat16_tiles();
+    // Fixed point has no NaN to answer with, and tiles are filled up with zeros, which NaN would spread over.
+    if ((tiles || (kPairsAreFast && !a.highest_precision)) && finite(a.anchor) && finite(a.positive)) {
+      if constexpr (kHasTiles) {
+        if (tiles) return run_with<T, BFloat16, S>(a, interruption);
+      }
+      if constexpr (kPairsAreFast) return run_with<T, int16_t, S>(a, interruption);
+    }
   }
   run_with<T, T, S>(a, interruption);
 }

@@ -59,8 +59,9 @@ def info_nce(
             GPU is not waited for, and gives NaN if it is not > 0.
         intra_view_negatives: GRACE's denominator (both views); False is SimCLR's one-directional cross-view form.
         reduction: "mean", "sum" or "none".
-        precision: "highest" (float32 products), "high" or "medium" (16-bit products, float32 sums); None reads
-            `torch.get_float32_matmul_precision()`. Ignored for float64.
+        precision: "highest" (float32 products), "high" (16-bit products, float32 sums: three digits) or "medium" (the
+            same, or bfloat16 where that is faster: two digits); None reads `torch.get_float32_matmul_precision()`.
+            Ignored for float64.
         rows: [R] int64, the rows whose loss is wanted, against all N keys; None is all. The mean over rows drawn
             uniformly is an unbiased estimate of the whole mean at R / N of the cost. Each in [0, N): see `target` of
             `item_cross_entropy` for what happens otherwise.
