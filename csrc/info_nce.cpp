@@ -158,11 +158,11 @@ namespace {
 // clang-format off
 void info_nce(Address anchor, Address positive, Address rows, Address row_grad, Address row_loss, Address grad_anchor,
               Address grad_positive, Address row_slope, int64_t num_keys, int64_t num_rows, int64_t dim,
-              double temperature, bool intra_view_negatives, bool highest_precision, int dtype, int num_threads,
-              bool bfloat16_products) {
+              double temperature, bool intra_view_negatives, bool highest_precision, bool bfloat16_products,
+              int dtype, int num_threads) {
   const InfoNceArguments arguments{at(anchor), at(positive), at<const int64_t>(rows), at(row_grad), at(row_loss),
       at(grad_anchor), at(grad_positive), at(row_slope), num_keys, num_rows, dim, temperature, intra_view_negatives,
-      highest_precision, DType(dtype), num_threads, bfloat16_products};
+      highest_precision, bfloat16_products, DType(dtype), num_threads};
   run(cpu::info_nce, arguments);
 }
 
@@ -174,9 +174,9 @@ InfoNceArguments info_nce(Address anchor, Address positive, Address rows, Addres
                           Address temperature, bool intra_view_negatives, bool highest_precision,
                           int num_processors, int shared_bytes, int dtype) {
   return {at(anchor), at(positive), at<const int64_t>(rows), at(row_grad), at(row_loss), at(grad_anchor),
-          at(grad_positive), at(row_slope), num_keys, num_rows, dim, 0.0, intra_view_negatives, highest_precision, DType(dtype), 0,
-          false, at<const double>(temperature), at<const int64_t>(row_order), at<const int64_t>(row_begin), at(workspace),
-          num_processors, shared_bytes};
+          at(grad_positive), at(row_slope), num_keys, num_rows, dim, 0.0, intra_view_negatives, highest_precision, false,
+          DType(dtype), 0, at<const double>(temperature), at<const int64_t>(row_order), at<const int64_t>(row_begin),
+          at(workspace), num_processors, shared_bytes};
 }
 
 }  // namespace gpu

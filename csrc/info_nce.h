@@ -19,9 +19,9 @@ struct InfoNceArguments {
   int64_t num_keys, num_rows, dim;
   double temperature;
   bool intra_view_negatives, highest_precision;
+  bool bfloat16_products;  // read on CPUs only: may round unit rows and weights to bfloat16
   DType dtype;
   int num_threads;
-  bool bfloat16_products = false;  // read on CPUs only: may round unit rows and weights to bfloat16
   // Read on GPUs only, where the temperature stays on the device.
   const double* device_temperature = nullptr;  // [1]
   const int64_t* row_order = nullptr;          // [num_rows] stable argsort of `rows`, or null with it

@@ -134,7 +134,7 @@ class Native(Backend):
         loaders.extension().info_nce(
             *addresses(anchor, positive, rows, *like(anchor, a.row_grad), *written),
             num_keys, num_rows, dim, float(temperature), a.intra_view_negatives, a.precision == "highest",
-            DTYPE_CODE[anchor.dtype], _num_threads(), a.precision == "medium",
+            a.precision == "medium", DTYPE_CODE[anchor.dtype], _num_threads(),
         )  # fmt: skip
         if row_slope is None:
             return row_loss, grad_anchor, grad_positive, temperature.new_empty(0)
