@@ -95,7 +95,8 @@ def bundled() -> dict[str, str]:
         found[path.name.removeprefix("LICENSE-")] = path.parent.relative_to(ROOT).as_posix()
     for path in (ROOT / "csrc").rglob("*"):
         if path.is_file():
-            found |= {name: "hellm/_C" for name in re.findall(r"#include\s*<([^/>]+)/", path.read_text())}
+            headers = set(re.findall(r"#include\s*<([^/>]+)/", path.read_text())) - {"sys"}  # the system's
+            found |= dict.fromkeys(headers, "hellm/_C")
     return found
 
 

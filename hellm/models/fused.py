@@ -118,18 +118,19 @@ def fit_weights(scores: Sequence[Tensor], targets: Tensor) -> Tensor:
         step = torch.zeros_like(weight)
         damped = hessian[free][:, free] + 1e-9 * torch.eye(int(free.sum()), dtype=torch.float64)
         step[free] = -torch.linalg.solve(damped, gradient[free])
-        # What the whole step promises; below this rounding decides, and every shorter step would be tried in vain.
-        if -(gradient @ step) / 2 < 1e-9:
+        if -(gradient @ step) / 2 < 1e-9:  # what the whole step promises
             break
+        # A value that is worse by no more than rounding is not worse: every shorter step would be tried in vain.
+        worst = value + torch.finfo(torch.float32).eps * max(abs(value), 1.0)
         length = 1.0
         while True:
             moved = (weight + length * step).clamp(min=0)
             found = _derivatives(scores, targets, candidate, moved / scale)
-            if found[0] <= value or length < 1e-6:
+            if found[0] <= worst or length < 1e-6:
                 break
             length /= 2
         gain, moving = value - found[0], (moved - weight).abs().max()
-        if gain > 0:
+        if found[0] <= worst:
             weight, (value, gradient, hessian) = moved, found
         if gain < 1e-9 or moving < 1e-6:
             break
