@@ -9,18 +9,14 @@
 
 namespace hellm::cpu::HELLM_ISA {
 
-#if defined(__AVX512F__) && defined(__x86_64__)
-constexpr bool kHasTiles = true;
-#else
-constexpr bool kHasTiles = false;
-#endif
-
 constexpr int64_t kTileDepth = 32;
 constexpr int64_t kTileHeight = 16;
 
 inline int64_t whole_tiles(int64_t size) { return (size + kTileDepth - 1) / kTileDepth * kTileDepth; }
 
 #if defined(__AVX512F__) && defined(__x86_64__)
+constexpr bool kHasTiles = true;
+
 // The shapes of this thread's tiles: 0 to 3 are two by two of C, 4 and 5 of A, 6 and 7 of B. Written out, as the files are
 // compiled for processors without the instructions too.
 class TileShapes {
@@ -122,22 +118,11 @@ inline void tile_multiply(int64_t rows, int64_t columns, int64_t depth, const BF
   TileShapes::set(kStep);
 }
 #else
-struct TileShapes {
-  ~TileShapes() {}
-};
-template <bool kAccumulate>
-inline void tile_multiply(int64_t, int64_t, int64_t, const BFloat16*, int64_t, const BFloat16*, int64_t, float*,
-                          int64_t, Ahead<false> = {}, Ahead<true> = {}) {}
+constexpr bool kHasTiles = false;
+class TileShapes;
+template <bool kAccumulate, typename... Arguments>
+void tile_multiply(Arguments...);
 #endif
-
-template <typename S>
-inline bool normalize_row(const S* x, int64_t dim, int64_t stride, BFloat16* unit) {
-  const auto [norm, scale] = length(x, dim);
-  const double inverse = norm > 0 ? 1.0 / norm : 0.0;
-  for (int64_t k = 0; k < dim; ++k) from_float(float(double(to_float(x[k])) * scale * inverse), unit[k]);
-  for (int64_t k = dim; k < stride; ++k) unit[k] = {0};
-  return norm > 0;
-}
 
 // A matrix as a right factor and, if by_rows, as a left one.
 template <typename U>

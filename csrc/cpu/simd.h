@@ -476,8 +476,9 @@ template <typename T, typename S>
 inline bool normalize_row(const S* x, int64_t dim, int64_t stride, T* unit) {
   const auto [norm, scale] = length(x, dim);
   const double inverse = norm > 0 ? 1.0 / norm : 0.0;
-  for (int64_t k = 0; k < dim; ++k) unit[k] = T(double(to_float(x[k])) * scale * inverse);
-  for (int64_t k = dim; k < stride; ++k) unit[k] = T(0);
+  using Value = std::conditional_t<std::is_same<T, double>::value, double, float>;
+  for (int64_t k = 0; k < dim; ++k) from_float(Value(double(to_float(x[k])) * scale * inverse), unit[k]);
+  for (int64_t k = dim; k < stride; ++k) unit[k] = T{};
   return norm > 0;
 }
 

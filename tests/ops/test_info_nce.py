@@ -131,18 +131,18 @@ def test_info_nce_of_aligned_views_keeps_its_gradients(precision, bound, chosen,
     assert relative_error(truth, found) < bound
 
 
-@pytest.mark.parametrize(("precision", "dtype", "bound"), [
-    ("high", torch.float32, 1e-3), ("high", torch.bfloat16, 4e-3),
-    ("medium", torch.float32, 4e-3), ("medium", torch.bfloat16, 4e-3),
-])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.05, 0.2, 0.5])
-def test_info_nce_of_16_bit_products_keeps_three_digits_or_those_of_bfloat16(
-    temperature, precision, dtype, bound, kernel
-):
+def test_info_nce_of_16_bit_products_keeps_three_digits(temperature, dtype, kernel):
+    """At "medium" too, unless the processor has products of its own for it, of bfloat16."""
     inputs = views((1200, 72), dtype)
     truth = outputs_and_gradients(plain(temperature=temperature), [x.double() for x in inputs])
-    found = outputs_and_gradients(fused(temperature=temperature, precision=precision), inputs)
-    assert relative_error(truth, found) < bound
+    high, medium = (
+        outputs_and_gradients(fused(temperature=temperature, precision=precision), inputs)
+        for precision in ("high", "medium")
+    )
+    assert relative_error(truth, high) < (1e-3 if dtype == torch.float32 else 4e-3)
+    assert all(map(torch.equal, high, medium)) or relative_error(truth, medium) < 4e-3
 
 
 @pytest.mark.parametrize("settings", [{}, {"intra": False}, {"temperature": 0.02}], ids=str)

@@ -133,11 +133,11 @@ def test_process_survives_exhausted_memory_anywhere_in_a_kernel(name):
 
 WIDE = {
     "knn": lambda a, b: ops.knn(a, 6)[1],
-    "info_nce": lambda a, b: ops.info_nce(a, b, 0.05),
-    "item_cross_entropy": lambda a, b: ops.item_cross_entropy(a / a.shape[1] ** 0.5, b, torch.arange(6)),
+    "info_nce": lambda a, b: ops.info_nce(a, b, 0.05, reduction="none"),
+    "item_cross_entropy": lambda a, b: ops.item_cross_entropy(
+        a / a.shape[1] ** 0.5, b, torch.arange(6), reduction="none"
+    ),
 }
-# Their scores, which are rounded to float32: plain torch may be much closer by chance.
-SCORES = {"info_nce": 13.0, "item_cross_entropy": 200.0, "knn": 1.0}
 
 
 @pytest.mark.parametrize("name", WIDE)
@@ -147,7 +147,7 @@ def test_native_error_at_many_columns_is_that_of_plain_torch(name, kernel):
     error = float((WIDE[name](x, y) - truth).abs().max())
     with ops.backend("torch"):
         plain = float((WIDE[name](x, y) - truth).abs().max())
-    assert error <= 2 * plain + 1e-6 + SCORES[name] * torch.finfo(torch.float32).eps
+    assert error <= 2 * plain + 1e-6
 
 
 LONG = [pytest.param(length, id=f"{length:g}") for length in (1e-320, 1e-200, 1e200, 1e307)]
